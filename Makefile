@@ -1,0 +1,33 @@
+# A fresh machine needs python3.11 and make; everything else goes into .venv.
+PYTHON ?= python3.11
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test slow check static bench clean
+
+demo: $(INSTALLED)  ## prune a small model end to end on this machine
+	$(BIN)/causalprune demo
+
+test: $(INSTALLED)  ## the tests, but for those that take minutes
+	$(BIN)/pytest -q
+
+slow: $(INSTALLED)  ## the tests that take minutes
+	$(BIN)/pytest -q -m slow
+
+check: static test  ## everything that must hold before a commit; layers and line budget are tests
+
+static: $(INSTALLED)  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)  ## run the benchmarks, one after the other
+	set -e; for script in $(filter-out %/common.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,demo]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

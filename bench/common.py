@@ -1,0 +1,62 @@
+"""What every measuring program writes beside its figures: machine, versions, commit, data."""
+
+import hashlib
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from causalprune.provenance import versions
+from causalprune.results import write_json
+
+BENCH = Path(__file__).parent
+ROOT = BENCH.parent
+RESULTS = BENCH / "results"
+RUNS = BENCH / "runs"
+
+
+def data_folder() -> Path:
+    """Return the folder of data sets: $CAUSALPRUNE_DATA, or ../shared/data beside the repository."""
+    folder = Path(os.environ.get("CAUSALPRUNE_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        raise SystemExit(f"no data in {folder}: set CAUSALPRUNE_DATA")
+    return folder
+
+
+def write_figures(name: str, figures: dict[str, float | None], raw: dict[str, Any], seeds: list[int]) -> Path:
+    """Write `results/<name>.json` with everything needed to judge and repeat the numbers."""
+    path = RESULTS / f"{name}.json"
+    record = {
+        "figures": figures,
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "system": platform.platform(),
+        "versions": versions(),
+        "commit": _git("rev-parse", "HEAD"),
+        "changed_files": _git("status", "--porcelain", "--untracked-files=no").splitlines(),
+        "seeds": seeds,
+        "data_sha256": _data_hashes(),
+        "raw": raw,
+    }
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, record)
+    return path
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _data_hashes() -> dict[str, str]:
+    folder = data_folder()
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".jsonl", ".raw", ".txt"))
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

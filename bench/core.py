@@ -1,0 +1,167 @@
+"""Everything that the first table and its claims rest on; each step is kept, so a stopped bench goes on.
+
+    python bench/core.py                # all steps that are not there yet
+    python bench/core.py table oracle   # some of them
+    python bench/core.py --full         # the table on all problems (hours)
+
+Steps: table (bench/core.yaml), speed (bench/attribution.py), oracle (bench/oracle), sparsity, resume, demo.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from causalprune.pruning import Method, prune
+from common import BENCH, RESULTS, ROOT, RUNS, data_folder, write_figures
+
+from causalprune.calibration import calibrate
+from causalprune.checkpoint import load_effects
+from causalprune.embedded import load
+from causalprune.progress import shown
+from causalprune.recipe import read_recipe, without_limits
+from causalprune.results import headline, read_json, rows_of, write_json
+from causalprune.run import run
+
+NAMES = {"magnitude-matrix": "magnitude_matrix", "magnitude-global": "magnitude_global", "wanda-row": "wanda"}
+NAMES |= {"cap-global": "cap", "dense": "dense"}
+MEASURES = {"gsm8k_nll": "nll", "wikitext2_ppl": "ppl", "arc_challenge": "arc", "strategyqa": "strategyqa"}
+ORACLE_SPARSITY = 0.5
+ORACLE_PROBLEMS = 12
+RESUME_PROBLEMS = 3
+
+
+def table(full: bool) -> dict[str, float]:
+    """Dense and every method × sparsity × task of bench/core.yaml."""
+    recipe = read_recipe(BENCH / "core.yaml")
+    recipe = without_limits(recipe) if full else recipe
+    record = run(recipe, RUNS / ("core_full" if full else "core"), data_dir=data_folder(), stage=shown)
+    figures = {}
+    for label, results in rows_of(record):
+        name, _, sparsity = label.rpartition("-")
+        suffix = f"{NAMES[name]}_{float(sparsity) * 100:.0f}" if name else NAMES[label]
+        for result in results:
+            if result.metric != "accuracy" or result.task == "strategyqa":
+                figures[f"{MEASURES[result.task]}_{suffix}"] = headline(result)
+    return figures
+
+
+def speed(full: bool) -> dict[str, float]:
+    """Exact attribution against hook and full forward pass."""
+    subprocess.run([sys.executable, BENCH / "attribution.py"], check=True)
+    return dict(read_json(RESULTS / "attribution_exact.json")["figures"])
+
+
+def sparsity(full: bool) -> dict[str, float]:
+    """`cap` twice: distance from the target in weights, and whether both runs agree to the bit."""
+    effects = load_effects(RUNS / "core" / "effects.json")
+    error, identical = 0, True
+    for target in (0.1, 0.2, 0.5):
+        kept = []
+        for _ in range(2):
+            decoder = load("embedded")
+            prune(decoder, Method("cap", target), effects=effects)
+            kept.append([p.read().clone() for p in decoder.projections])
+            zeros = sum(int((weight == 0).sum()) for weight in kept[-1])
+            error = max(error, abs(zeros - round(target * sum(p.size for p in decoder.projections))))
+        identical &= all(bool((a == b).all()) for a, b in zip(*kept, strict=True))
+    return {"cap_sparsity_error_weights": error, "cap_second_run_bit_identical": float(identical)}
+
+
+def resume(full: bool) -> dict[str, float]:
+    """Attribution killed with SIGKILL half-way and started again, against an undisturbed run."""
+    with tempfile.TemporaryDirectory() as scratch:
+        calm, killed = Path(scratch) / "calm", Path(scratch) / "killed"
+        start = time.perf_counter()
+        subprocess.run(_attribute(calm), check=True)
+        seconds = time.perf_counter() - start
+        process = subprocess.Popen(_attribute(killed))
+        time.sleep(seconds / 2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        rows = len((killed / "attribution.ledger").read_text().splitlines()) - 1
+        subprocess.run(_attribute(killed), check=True)
+        same = (calm / "effects.json").read_bytes() == (killed / "effects.json").read_bytes()
+    return {"resume_bit_identical": float(same), "resume_rows_before_kill": rows}
+
+
+def _attribute(folder: Path) -> list[str]:
+    command = [str(Path(sys.executable).parent / "causalprune"), "attribute", "embedded", "-o", str(folder)]
+    return [*command, "-t", "gsm8k", "-n", str(RESUME_PROBLEMS), "--data-dir", str(data_folder())]
+
+
+def oracle(full: bool) -> dict[str, float]:
+    """Keep decisions equal to llm-compressor's, which runs in an environment of its own."""
+    from safetensors.torch import load_file
+
+    python = BENCH / "oracle" / ".venv" / "bin" / "python"
+    if not python.exists():
+        subprocess.run(["make", "-C", BENCH / "oracle"], check=True)
+    decoder = load("embedded")
+    calibration = calibrate(decoder.tokenizer, ["gsm8k"], n=ORACLE_PROBLEMS, data_dir=data_folder())
+    figures = {}
+    for method in ("wanda", "magnitude"):
+        with tempfile.TemporaryDirectory() as scratch:
+            tokens, masks = Path(scratch) / "tokens.json", Path(scratch) / "masks.safetensors"
+            tokens.write_text(json.dumps([list(e.tokens) for e in calibration.examples]))
+            command = [python, BENCH / "oracle" / "llmcompressor_masks.py", decoder.name, tokens, masks]
+            subprocess.run([*command, "--method", method, "--sparsity", str(ORACLE_SPARSITY)], check=True)
+            theirs = load_file(masks)
+        own = load("embedded")
+        prune(own, Method(method, ORACLE_SPARSITY), calibration=calibration)
+        equal = sum(int(((p.read() != 0) == theirs[p.parameter_name]).sum()) for p in own.projections)
+        figures[f"oracle_{method}_agreement"] = equal / sum(p.size for p in own.projections)
+    return figures
+
+
+def demo(full: bool) -> dict[str, float]:
+    """`make demo` and `make test` on a fresh clone of the commit, set-up included."""
+    figures = {}
+    for target in ("demo", "test"):
+        with tempfile.TemporaryDirectory() as scratch:
+            subprocess.run(["git", "clone", "-q", str(ROOT), scratch], check=True)
+            start = time.perf_counter()
+            environment = {**os.environ, "XDG_CACHE_HOME": f"{scratch}/cache"}
+            environment["CAUSALPRUNE_DATA"] = str(data_folder())
+            subprocess.run(["make", target], cwd=scratch, env=environment, check=True)
+            figures[f"{target}_minutes"] = (time.perf_counter() - start) / 60
+    return figures
+
+
+STEPS: dict[str, Callable[[bool], dict[str, float]]] = {
+    step.__name__: step for step in (table, speed, oracle, sparsity, resume, demo)
+}
+
+
+def main() -> None:
+    """Carry out the steps asked for, or those not done yet, and write `results/core.json`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=", ".join(STEPS))
+    parser.add_argument("--full", action="store_true")
+    arguments = parser.parse_args()
+    done_file = RUNS / "core_steps.json"
+    done: dict[str, Any] = read_json(done_file)["steps"] if done_file.exists() else {}
+    for name in arguments.steps or [name for name in STEPS if name not in done]:
+        print(f"== {name}", flush=True)
+        done[name] = STEPS[name](arguments.full)
+        write_json(done_file, {"steps": done})
+        figures = {key: value for step in done.values() for key, value in step.items()}
+        print(write_figures("core", figures, _raw(), seeds=[0]))
+
+
+def _raw() -> dict[str, Any]:
+    path = RUNS / "core" / "results.json"
+    return read_json(path) if path.exists() else {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Budgets: which weights go, exactly as many as asked, ties broken by position.
+
+A score is never compared with a rounded threshold alone. Non-negative float32 numbers have the order of
+their bit patterns, so the exact k-th smallest comes from two histograms over 16 bits each, in constant
+memory and without ever joining the matrices: the same path serves one matrix, a model, or a stream.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+HALF_BITS = 16
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Weights whose score has bits below `bits` go, and the first `ties` of those equal to it."""
+
+    bits: int
+    ties: int
+
+
+def prune_counts(sizes: Sequence[int], sparsity: float) -> list[int]:
+    """Return how many weights each block loses, so that every prefix is at `sparsity` to the single weight.
+
+    Rounding is carried over from block to block: the total is `round(sparsity · Σ sizes)`.
+    """
+    counts, weights, pruned = [], 0, 0
+    for size in sizes:
+        weights += size
+        target = int(sparsity * weights + 0.5)
+        counts.append(target - pruned)
+        pruned = target
+    return counts
+
+
+def spread(count: int, n_rows: int) -> Int[Tensor, "out"]:
+    """Return `count` spread over rows as evenly as whole numbers allow."""
+    edges = torch.arange(n_rows + 1) * count // n_rows
+    return edges.diff()
+
+
+def find_threshold(scores: Callable[[], Iterable[Float[Tensor, "out in"]]], count: int) -> Threshold:
+    """Return the threshold that prunes exactly `count` of the scores that `scores()` yields, called twice.
+
+    Raises:
+        ValueError: a score is negative or not a number.
+    """
+    if count == 0:
+        return Threshold(bits=0, ties=0)
+    coarse = torch.zeros(1 << (HALF_BITS - 1), dtype=torch.long)
+    for score in scores():
+        coarse += torch.bincount(_bits(score) >> HALF_BITS, minlength=len(coarse)).cpu()
+    high, below = _bin_of(coarse, count)
+    fine = torch.zeros(1 << HALF_BITS, dtype=torch.long)
+    for score in scores():
+        bits = _bits(score)
+        low_bits = bits[bits >> HALF_BITS == high] & ((1 << HALF_BITS) - 1)
+        fine += torch.bincount(low_bits, minlength=len(fine)).cpu()
+    low, below_in_bin = _bin_of(fine, count - below)
+    return Threshold(bits=(high << HALF_BITS) | low, ties=count - below - below_in_bin)
+
+
+def keep_above(
+    score: Float[Tensor, "out in"], threshold: Threshold
+) -> tuple[Bool[Tensor, "out in"], Threshold]:
+    """Return what stays of one matrix, and the threshold with the ties left for the next one."""
+    bits = _bits(score)
+    tied = bits == threshold.bits
+    goes = (bits < threshold.bits) | (tied & (tied.cumsum(0) <= threshold.ties))
+    used = min(int(tied.sum()), threshold.ties)
+    return ~goes.view(score.shape), Threshold(threshold.bits, threshold.ties - used)
+
+
+def keep_matrix(score: Float[Tensor, "out in"], count: int) -> Bool[Tensor, "out in"]:
+    """Return what stays when the `count` lowest scores of one matrix go."""
+    return keep_above(score, find_threshold(lambda: [score], count))[0]
+
+
+def keep_rows(score: Float[Tensor, "out in"], counts: Int[Tensor, "out"]) -> Bool[Tensor, "out in"]:
+    """Return what stays when row i loses its `counts[i]` lowest scores (outputs are compared per row)."""
+    _bits(score)
+    order = score.argsort(dim=1, stable=True)
+    rank_goes = torch.arange(score.shape[1], device=score.device) < counts.to(score.device)[:, None]
+    return torch.empty_like(rank_goes).scatter_(1, order, ~rank_goes)
+
+
+def _bits(score: Tensor) -> Tensor:
+    flat = score.float().flatten()
+    if not bool((flat >= 0).all()):
+        raise ValueError("scores must be numbers ≥ 0")
+    return flat.abs().view(torch.int32)
+
+
+def _bin_of(histogram: Tensor, count: int) -> tuple[int, int]:
+    """Return the bin that holds the `count`-th smallest value, and how many values lie below that bin."""
+    cumulative = histogram.cumsum(0)
+    index = int(torch.searchsorted(cumulative, count))
+    return index, int(cumulative[index] - histogram[index])

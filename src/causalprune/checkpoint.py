@@ -1,0 +1,319 @@
+"""Saved models and their side files: plain dense safetensors, a manifest, keep masks, effects.
+
+| file | content |
+|---|---|
+| `config.json`, `*.safetensors`, … | what `AutoModelForCausalLM.from_pretrained` reads, nothing more |
+| `causalprune.json` | manifest: versions, base model, run, zeros per projection, SHA-256 of the files |
+| `keep_masks.safetensors` | one bit per weight of each projection, True where it was kept |
+| `effects.json` | the measured losses that the factors came from, exact to the bit |
+
+A folder is written beside its final name and renamed when it is complete and on disk.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from causalprune.errors import CheckpointError, MismatchError
+from causalprune.provenance import git_commit, versions
+from causalprune.types import Decoder, Effects, Projection, Unit
+
+FORMAT = 1
+MANIFEST, KEEP, EFFECTS = "causalprune.json", "keep_masks.safetensors", "effects.json"
+Keep = Mapping[str, Bool[Tensor, "_ _"]]
+
+
+def check_destination(folder: Path, overwrite: bool = False) -> None:
+    """Raise `CheckpointError` unless `save` can write `folder`: to be called before any work.
+
+    With `overwrite`, an existing folder must be empty or hold a manifest of ours, so that nothing
+    else is ever deleted.
+    """
+    if os.path.lexists(folder):
+        if not overwrite:
+            raise CheckpointError(f"{folder} exists: choose another folder, or allow it to be overwritten")
+        if folder.is_symlink() or not folder.is_dir():
+            raise CheckpointError(
+                f"{folder} is not a folder and will not be overwritten: choose another name"
+            )
+        if any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+            raise CheckpointError(
+                f"{folder} was not written by causalprune (it has no {MANIFEST}) and will not be "
+                "overwritten: choose another folder"
+            )
+    parent = folder.absolute().parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"cannot write {folder}: {parent} is not a folder that you may write to")
+
+
+def save(
+    decoder: Decoder,
+    folder: Path,
+    *,
+    manifest: dict[str, Any],
+    keep: Keep | None = None,
+    effects: Effects | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the model as it is now, with its side files, to `folder`, and return `folder`.
+
+    `manifest` is what the caller knows of the run (JSON values); it becomes the entry `run`. `keep`
+    maps names of projections to masks. On any failure nothing new is left under the final name,
+    and the error is a `CheckpointError`.
+    """
+    check_destination(folder, overwrite)
+    _check_keep(keep or {}, decoder)
+    place = folder.absolute()
+    temporary = place.with_name(f"{place.name}.partial-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        _write_model(decoder, temporary)
+        if keep is not None:
+            write_keep(keep, temporary / KEEP)
+        if effects is not None:
+            save_effects(effects, temporary / EFFECTS)
+        _write_json(temporary / MANIFEST, _describe(decoder, temporary, manifest), indent=1)
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        _replace(temporary, place)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, Exception):
+            free = shutil.disk_usage(_existing(folder)).free
+            raise CheckpointError(
+                f"cannot save to {folder}: {error} ({free / 1e9:.2f} GB free there); nothing was left behind"
+            ) from error
+        raise
+    return folder
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a saved folder; missing, damaged or too new is a `CheckpointError`."""
+    manifest = _read_json(folder / MANIFEST, ("base", "files", "sparsity"))
+    if not isinstance(manifest["files"], dict) or "projections" not in manifest["sparsity"]:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: `files` or `sparsity` has another form")
+    return manifest
+
+
+def load_keep(folder: Path) -> dict[str, Bool[Tensor, "_ _"]]:
+    """Return the keep masks of a saved folder by name of projection, as `[out in]` on the CPU."""
+    return dict(iterate_keep(folder / KEEP))
+
+
+def write_keep(keep: Keep, path: Path) -> None:
+    """Write masks to `path`, eight weights a byte, row by row, with their shapes as metadata."""
+    packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in keep.items()}
+    metadata = {name: f"{mask.shape[0]},{mask.shape[1]}" for name, mask in keep.items()}
+    save_file(packed, path, metadata=metadata)
+
+
+def iterate_keep(path: Path) -> Iterator[tuple[str, Bool[Tensor, "_ _"]]]:
+    """Yield the masks of a `keep_masks.safetensors` one by one, so that a check needs no room for all."""
+    try:
+        with safe_open(path, "pt") as file:
+            for name, shape in (file.metadata() or {}).items():
+                out, into = map(int, shape.split(","))
+                bits = np.unpackbits(file.get_tensor(name).numpy(), count=out * into)
+                yield name, torch.from_numpy(bits.astype(bool)).view(out, into)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"keep masks {path} cannot be read: {error}") from error
+
+
+def save_effects(effects: Effects, path: Path) -> None:
+    """Write `effects` to `path`, atomically; every float comes back bit for bit."""
+    tensors = {name: getattr(effects, name) for name in ("masked_nats", "intact_nats", "tokens", "subset")}
+    record = {
+        "format": FORMAT,
+        "model_fingerprint": effects.model_fingerprint,
+        "calibration_fingerprint": effects.calibration_fingerprint,
+        "description": effects.description,
+        "units": [[unit.layer, unit.head] for unit in effects.units],
+        **{
+            name: {"dtype": str(tensor.dtype).removeprefix("torch."), "values": tensor.tolist()}
+            for name, tensor in tensors.items()
+        },
+    }
+    temporary = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        _write_json(temporary, record)
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except (OSError, ValueError) as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write effects to {path}: {error}") from error
+
+
+def load_effects(path: Path, decoder: Decoder | None = None) -> Effects:
+    """Return the effects in `path`; those of a model other than `decoder` raise `MismatchError`."""
+    record = _read_json(path, ("masked_nats", "intact_nats", "tokens", "subset", "units"))
+    try:
+        effects = Effects(
+            units=tuple(Unit(layer, head) for layer, head in record["units"]),
+            masked_nats=_tensor(record["masked_nats"]),
+            intact_nats=_tensor(record["intact_nats"]),
+            tokens=_tensor(record["tokens"]),
+            subset=_tensor(record["subset"]),
+            model_fingerprint=record["model_fingerprint"],
+            calibration_fingerprint=record["calibration_fingerprint"],
+            description=record["description"],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}): measure the effects again") from error
+    if effects.masked_nats.shape != (len(effects.units), len(effects.intact_nats)):
+        raise CheckpointError(
+            f"{path} is damaged: masked_nats has shape {list(effects.masked_nats.shape)} for "
+            f"{len(effects.units)} units and {len(effects.intact_nats)} sequences: measure the effects again"
+        )
+    if decoder is not None and effects.model_fingerprint != decoder.fingerprint:
+        raise MismatchError(
+            f"{path} holds effects of another model (fingerprint {effects.model_fingerprint[:12]}…) than "
+            f"{decoder.name} ({decoder.fingerprint[:12]}…): measure the effects of this model"
+        )
+    return effects
+
+
+def count_zeros(decoder: Decoder) -> dict[str, Any]:
+    """Count the zeros of every projection: `{weights, zeros, sparsity, projections: […]}`."""
+    projections = [_count(p) for p in decoder.projections]
+    weights, zeros = (sum(row[key] for row in projections) for key in ("weights", "zeros"))
+    return {
+        "weights": weights,
+        "zeros": zeros,
+        "sparsity": zeros / max(weights, 1),
+        "projections": projections,
+    }
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_model(decoder: Decoder, folder: Path) -> None:
+    from transformers.utils import logging  # noqa: PLC0415  reading side files must not need transformers
+
+    model = decoder.model
+    generation, bars = getattr(model, "generation_config", None), logging.is_progress_bar_enabled()
+    try:
+        logging.disable_progress_bar()
+        if generation is not None:  # published ones do not always pass the checks made on saving
+            model.generation_config = type(generation)()
+        model.save_pretrained(folder, max_shard_size="5GB")
+    finally:
+        if generation is not None:
+            model.generation_config = generation
+        if bars:
+            logging.enable_progress_bar()
+    if generation is not None:
+        generation.to_json_file(folder / "generation_config.json", use_diff=True)
+    if decoder.tokenizer is not None:
+        decoder.tokenizer.save_pretrained(folder)
+
+
+def _check_keep(keep: Keep, decoder: Decoder) -> None:
+    shapes = {p.name: p.shape for p in decoder.projections}
+    for name, mask in keep.items():
+        if tuple(mask.shape) != shapes.get(name):
+            raise CheckpointError(
+                f"keep mask of {name!r} has shape {list(mask.shape)}, its projection {shapes.get(name)}"
+            )
+
+
+def _describe(decoder: Decoder, folder: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of the files that are in `folder`."""
+    hashed = sorted([*folder.glob("*.safetensors"), *folder.glob(EFFECTS)])
+    return {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "base": {"name": decoder.name, "revision": decoder.revision, "fingerprint": decoder.fingerprint},
+        "run": run,
+        "sparsity": count_zeros(decoder),
+        "files": {path.name: hash_file(path) for path in hashed},
+    }
+
+
+def _count(projection: Projection) -> dict[str, Any]:
+    weight = projection.read()
+    return {
+        "name": projection.name,
+        "parameter": projection.parameter_name,
+        "expert": projection.expert,
+        "shape": list(weight.shape),
+        "weights": weight.numel(),
+        "zeros": weight.numel() - int(torch.count_nonzero(weight)),
+    }
+
+
+def _tensor(record: dict[str, Any]) -> Tensor:
+    return torch.tensor(record["values"], dtype=getattr(torch, record["dtype"]))
+
+
+def _write_json(path: Path, record: dict[str, Any], indent: int | None = None) -> None:
+    text = json.dumps(record, allow_nan=False, ensure_ascii=False, indent=indent)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path, required: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is not a file of format {FORMAT} of causalprune: was it written by a newer one?"
+        )
+    if missing := [key for key in required if key not in record]:
+        raise CheckpointError(f"{path} is damaged: it has no entry {missing[0]!r}")
+    return record
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    """Rename `temporary` to `folder`; what was there is deleted only when the new one is in place."""
+    old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+    replaced = os.path.lexists(folder)
+    if replaced:
+        folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except BaseException:
+        if replaced:
+            old.rename(folder)
+        raise
+    _sync(folder.parent)
+    if replaced:
+        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            warnings.warn(f"{folder} was replaced, but {old} could not be deleted", stacklevel=3)
+
+
+def _sync(path: Path) -> None:
+    """Make the bytes of a file, or the entries of a folder, durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _existing(folder: Path) -> Path:
+    """Return the nearest parent of `folder` that exists."""
+    return next(parent for parent in folder.absolute().parents if parent.is_dir())

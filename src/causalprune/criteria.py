@@ -1,0 +1,71 @@
+"""What a weight is worth: pure functions of a matrix and what is known about it, in one literal dict.
+
+Listing a function here makes it a choice of the command line and puts it under the shared tests.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Scope = Literal["row", "matrix", "global"]
+SCOPES: tuple[Scope, ...] = ("row", "matrix", "global")
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What a criterion may look at besides the weights.
+
+    `input_norm` is the root mean square of each input feature over calibration tokens, `factor` the
+    importance of each weight's head (broadcastable to `[out in]`), `seed` belongs to this matrix alone.
+    """
+
+    input_norm: Float[Tensor, "in"] | None = None
+    factor: Float[Tensor, "#out #in"] | None = None
+    seed: int = 0
+
+
+Score = Callable[[Float[Tensor, "out in"], Evidence], Float[Tensor, "out in"]]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A scoring function, the evidence it needs, and the scope in which its scores are compared."""
+
+    score: Score
+    scope: Scope
+    needs: Literal["weights", "inputs", "effects"]
+
+
+def magnitude(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:
+    """|W| (Han et al. 2015, arXiv 1506.02626)."""
+    return weight.float().abs()
+
+
+def wanda(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:
+    """|W_ij| · ‖x_j‖, x the inputs of the matrix on calibration data (Sun et al. 2023, arXiv 2306.11695)."""
+    assert evidence.input_norm is not None
+    return weight.float().abs() * evidence.input_norm.float()
+
+
+def cap(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:
+    """|W_ij| · I(region of i, j), I from the causal effect of heads (method §3, arXiv 2606.19350)."""
+    assert evidence.factor is not None
+    return weight.float().abs() * evidence.factor.float()
+
+
+def random(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:
+    """Uniform noise, the same for the same seed: the floor that every criterion has to beat."""
+    generator = torch.Generator().manual_seed(evidence.seed)
+    return torch.rand(weight.shape, generator=generator).to(weight.device)
+
+
+CRITERIA: dict[str, Criterion] = {
+    "magnitude": Criterion(magnitude, scope="matrix", needs="weights"),
+    "wanda": Criterion(wanda, scope="row", needs="inputs"),
+    "cap": Criterion(cap, scope="global", needs="effects"),
+    "random": Criterion(random, scope="matrix", needs="weights"),
+}

@@ -1,0 +1,142 @@
+"""Load a Hugging Face decoder from the Hub, a folder or a GGUF file."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from causalprune.anatomy import check_config, inspect_model
+from causalprune.errors import ModelError, OptionError, unknown
+from causalprune.types import Decoder
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*.gguf")
+_CORRUPT = (SafetensorError, UnpicklingError, EOFError)
+_LOAD_ERRORS = (*_CORRUPT, OSError, ValueError, RuntimeError, KeyError, ImportError)
+
+
+def load(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    device_map: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Decoder:
+    """Load a causal language model for inference and find what can be pruned in it.
+
+    `name` is a name on the Hugging Face Hub, a local folder, or a GGUF file (or a folder that holds
+    nothing but one). GGUF weights are dequantised to float32 unless `dtype` says otherwise.
+    `device_map` goes to transformers as it is and takes precedence over `device`. The tokenizer is
+    None for a local folder without tokenizer files.
+    """
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    folder, gguf = _source(name)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if gguf is not None:
+        options["gguf_file"], dtype = gguf, "float32" if dtype == "auto" else dtype
+    local = Path(folder).is_dir()
+    try:
+        with _quiet(hide_bars=local):
+            if gguf is None:
+                check_config(AutoConfig.from_pretrained(folder, **options), name)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, device_map=device_map, output_loading_info=True, **options
+            )
+            model, loading = loaded
+            known = not local or any(any(Path(folder).glob(pattern)) for pattern in _TOKENIZER_FILES)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options) if known else None
+            if device_map is None:
+                model.to(device)
+    except _LOAD_ERRORS as error:
+        raise _load_error(name, error, local=local) from error
+    if absent := sorted({*map(str, loading["missing_keys"]), *map(str, loading["mismatched_keys"])}):
+        lacks = f"lacks {len(absent)} weights of a {type(model).__name__}, such as {absent[0]}"
+        raise ModelError(f"{name!r} {lacks}: files are missing or of another model; fetch them again")
+    if gguf is not None:  # it is a plain model now, but `save_pretrained` refuses what looks quantised
+        model.hf_quantizer = None
+        vars(model.config).pop("quantization_config", None)
+    model.eval().requires_grad_(False)
+    return inspect_model(model, tokenizer, name=name, revision=revision)
+
+
+def read_shape(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[int, int, int]:
+    """Return layers, heads per layer and parameters of a model, from its configuration alone."""
+    folder, gguf = _source(name)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if gguf is not None:
+        options["gguf_file"] = gguf
+    local = Path(folder).is_dir()
+    try:
+        with _quiet(hide_bars=local), torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, **options)
+            check_config(config, name)
+            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except _LOAD_ERRORS as error:
+        raise _load_error(name, error, local=local) from error
+    text = config.get_text_config(decoder=True)
+    return text.num_hidden_layers, text.num_attention_heads, sum(p.numel() for p in model.parameters())
+
+
+def _source(name: str) -> tuple[str, str | None]:
+    """Return the folder or Hub name to load from, and the GGUF file in it, if that is what is meant."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{name!r} is a file: pass the folder it is in, a .gguf file or a Hub name")
+        return str(path.parent), path.name
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return str(path), None
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            return str(path), files[0].name
+        found = f"{len(files)} .gguf files, pass one of them" if files else "no .gguf file either"
+        raise ModelError(f"the folder {name!r} has no config.json ({found}): it is no model folder")
+    if name.startswith(("/", ".", "~")) or name.endswith(".gguf") or name.count("/") > 1 or not name:
+        raise ModelError(f"no file or folder {name!r}: pass a model folder, a .gguf file or a Hub name")
+    return name, None
+
+
+@contextlib.contextmanager
+def _quiet(*, hide_bars: bool) -> Iterator[None]:
+    """Silence transformers, which logs and draws bars even for good loads; downloads keep their bars."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(hf_logging.set_verbosity, hf_logging.get_verbosity())
+        hf_logging.set_verbosity(logging.CRITICAL)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        if hide_bars:  # there are several kinds, and not all can be switched off
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
+
+
+def _load_error(name: str, error: BaseException, *, local: bool) -> ModelError:
+    cause = f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
+    if isinstance(error, _CORRUPT):
+        return ModelError(f"a weight file of {name!r} is corrupted or cut short: fetch it again ({cause})")
+    if "trust_remote_code" in str(error):
+        return ModelError(f"{name!r} runs its own code: pass trust_remote_code if you trust it ({cause})")
+    if local or not isinstance(error, OSError):
+        return ModelError(f"{name!r} cannot be loaded ({cause})")
+    return ModelError(
+        f"no model {name!r} in the local cache or on the Hugging Face Hub, or no network: "
+        f"pass a Hub name (owner/model), a folder with config.json or a .gguf file ({cause})"
+    )

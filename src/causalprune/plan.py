@@ -1,0 +1,151 @@
+"""What a recipe will do, before any weights are loaded: jobs, tokens, memory, time and disk.
+
+Numbers are estimates, and say so: tokens from the length of texts, time from the speed of a matrix
+product on the device of the recipe.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from causalprune.calibration import split_counts, with_limit
+from causalprune.checkpoint import check_destination
+from causalprune.criteria import CRITERIA
+from causalprune.data import TEXT_SOURCES, Split, load_problems, load_texts
+from causalprune.embedded import resolve
+from causalprune.errors import DataError, OptionError
+from causalprune.evaluation import check_tasks, output_type, source_of
+from causalprune.model import read_shape
+from causalprune.recipe import ModelSpec, Recipe, Shape
+
+CHARACTERS_PER_TOKEN = 3.5
+EFFICIENCY = 0.5
+"""Share of a matrix product's speed that a forward pass reaches."""
+ANSWER_TOKENS = 160
+"""Tokens of a generated answer; each costs a pass over the weights, shared by its batch."""
+OPTIONS = 4
+"""Times that a multiple-choice question is read, once per option."""
+PROBE_SECONDS = 0.3
+ABSENT_GPU_FLOPS = 300e12
+"""Assumed of a GPU that is not here: the dense bfloat16 rate of an A100 (NVIDIA's data sheet: 312e12)."""
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage: `tokens` is what goes through (the equivalent of) the whole model."""
+
+    name: str
+    count: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe in numbers, all estimated."""
+
+    recipe: Recipe
+    shape: Shape
+    jobs: tuple[Job, ...]
+    seconds: float
+    memory_bytes: float
+    disk_bytes: float
+    folder: Path
+
+
+def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
+    """Check all that can be checked without weights, and return what the run will cost.
+
+    Raises:
+        CausalPruneError: names, data, model configuration or output folder are not in order.
+    """
+    check_tasks(recipe.tasks)
+    if not folder.exists():
+        check_destination(folder)
+    shape = recipe.shape or _read_shape(recipe.model)
+    calibration = _calibration_tokens(recipe, data_dir)
+    jobs = []
+    cells = recipe.cells()
+    methods = [method for method in cells.values() if method is not None]
+    if any(CRITERIA[m.criterion].needs == "effects" for m in methods):
+        passes = shape.layers * shape.heads
+        jobs.append(
+            Job("attribution", passes, int(calibration * passes * (shape.layers + 1) / 2 / shape.layers))
+        )
+    walks = sum(CRITERIA[m.criterion].needs == "inputs" for m in methods)
+    if walks:
+        jobs.append(Job("pruning with input statistics", walks, 2 * calibration * walks))
+    for task in recipe.tasks:
+        tokens = len(cells) * _task_tokens(task, data_dir)
+        jobs.append(Job(task, len(cells), tokens))
+    flops = 2 * shape.parameters * sum(job.tokens for job in jobs)
+    size = shape.parameters * BYTES[recipe.model.dtype]
+    return Plan(
+        recipe=recipe,
+        shape=shape,
+        jobs=tuple(jobs),
+        seconds=flops / _flops_per_second(recipe),
+        memory_bytes=1.2 * size + recipe.batch_tokens * shape.layers * 16384,
+        disk_bytes=len(methods) * size * 1.07 if recipe.save else 5e6,
+        folder=folder,
+    )
+
+
+def _read_shape(spec: ModelSpec) -> Shape:
+    layers, heads, parameters = read_shape(
+        resolve(spec.name), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+    )
+    return Shape(layers, heads, float(parameters))
+
+
+def _calibration_tokens(recipe: Recipe, data_dir: Path | None) -> int:
+    wanted = recipe.calibration
+    tokens = 0
+    for source, count in split_counts(wanted.sources, wanted.n).items():
+        if source in TEXT_SOURCES:
+            tokens += count * wanted.max_tokens
+            continue
+        lengths = _lengths(source, "calibration", data_dir)
+        if len(lengths) < count:
+            raise DataError(f"{source}: {count} examples wanted, but it has {len(lengths)}")
+        tokens += int(sum(lengths) / len(lengths) * count)
+    return tokens
+
+
+def _task_tokens(task: str, data_dir: Path | None) -> int:
+    name, limit = with_limit(task)
+    source, kind = source_of(name), output_type(name)
+    if source is None:
+        raise OptionError(f"task {name}: a task file with data of its own cannot be planned")
+    if source in TEXT_SOURCES:
+        characters = sum(map(len, load_texts(source, "evaluation", data_dir=data_dir)))
+        return min(int(characters / CHARACTERS_PER_TOKEN), limit or characters)
+    lengths = _lengths(source, "evaluation", data_dir)
+    problems = min(len(lengths), limit or len(lengths))
+    tokens = sum(lengths) / len(lengths) * problems
+    if kind == "generate_until":
+        tokens += ANSWER_TOKENS * problems
+    if kind == "multiple_choice":
+        tokens *= OPTIONS
+    return int(tokens)
+
+
+def _lengths(source: str, split: Split, data_dir: Path | None) -> list[float]:
+    problems = load_problems(source, split, data_dir=data_dir)
+    return [(len(p.prompt) + len(p.target)) / CHARACTERS_PER_TOKEN for p in problems]
+
+
+def _flops_per_second(recipe: Recipe) -> float:
+    """Time a matrix product on the device of the recipe, or on the CPU if that is not here."""
+    device = torch.device(recipe.model.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return ABSENT_GPU_FLOPS * EFFICIENCY
+    dtype = torch.float32 if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
+    left = torch.ones(1024, 1024, device=device, dtype=dtype)
+    start, products = time.perf_counter(), 0
+    while time.perf_counter() - start < PROBE_SECONDS:
+        float((left @ left)[0, 0])
+        products += 1
+    return products * 2 * 1024**3 / (time.perf_counter() - start) * EFFICIENCY

@@ -1,0 +1,167 @@
+"""Recipes: a whole comparison in one YAML file, read strictly and planned before anything is loaded."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from causalprune.calibration import Chat
+from causalprune.errors import OptionError, unknown
+from causalprune.pruning import Method
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model, and how it is loaded: the arguments of `causalprune.model.load`."""
+
+    name: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "cpu"
+    device_map: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """Which examples the methods see: the arguments of `causalprune.calibration.calibrate`."""
+
+    sources: tuple[str, ...]
+    n: int = 128
+    subsets: int = 3
+    seed: int = 0
+    max_tokens: int = 512
+    chat: Chat = "auto"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of the model, for plans made where its configuration cannot be reached; checked when it is loaded."""
+
+    layers: int
+    heads: int
+    parameters: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Dense and every method at every sparsity, on every task.
+
+    A method is written `criterion` or `criterion:scope`. `save` keeps the pruned checkpoints.
+    `batch_tokens` bounds a forward pass, `tasks` may carry a limit as in `gsm8k_nll:200`.
+    """
+
+    model: ModelSpec
+    calibration: CalibrationSpec
+    methods: tuple[str, ...]
+    sparsities: tuple[float, ...]
+    tasks: tuple[str, ...]
+    seed: int = 0
+    batch_tokens: int = 2048
+    save: bool = False
+    shape: Shape | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        for kind in ("methods", "sparsities", "tasks"):
+            values = getattr(self, kind)
+            if not values or len(set(values)) < len(values):
+                raise OptionError(f"recipe: {kind} must be a list without repetitions, not {list(values)}")
+        self.cells()
+
+    def cells(self) -> dict[str, Method | None]:
+        """Return every row of the table by its label, dense (None) first."""
+        pruned = [parse_method(m, s, self.seed) for m in self.methods for s in self.sparsities]
+        return {"dense": None, **{label(method): method for method in pruned}}
+
+
+def label(method: Method) -> str:
+    """Return the name of a pruned model in files and tables, as `wanda-row-0.5`."""
+    return f"{method.criterion}-{method.resolved_scope}-{method.sparsity:g}"
+
+
+def parse_method(text: str, sparsity: float, seed: int = 0) -> Method:
+    """Return the method that `criterion` or `criterion:scope` names."""
+    criterion, _, scope = text.partition(":")
+    return Method(criterion, sparsity, scope or None, seed)
+
+
+def find_recipe(name: str) -> Path:
+    """Return the path of a recipe: a file, or one of those that come with the package, by its name."""
+    own = {path.stem: path for path in RECIPES.glob("*.yaml")}
+    if Path(name).is_file():
+        return Path(name)
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        raise OptionError(
+            f"recipe {name} does not exist; those that come with causalprune: {', '.join(sorted(own))}"
+        )
+    if name not in own:
+        raise unknown("recipe", name, own)
+    return own[name]
+
+
+def without_limits(recipe: Recipe) -> Recipe:
+    """Return the recipe with every task on all of its examples."""
+    return dataclasses.replace(recipe, tasks=tuple(task.rpartition(":")[0] or task for task in recipe.tasks))
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe from YAML; unknown keys, wrong types and impossible values are errors that name them."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as cause:
+        raise OptionError(f"cannot read recipe {path}: {cause.strerror}") from cause
+    except (yaml.YAMLError, UnicodeDecodeError) as cause:
+        raise OptionError(f"{path} is not valid YAML: {' '.join(str(cause).split())}") from cause
+    recipe: Recipe = _build(Recipe, values, "recipe")
+    return recipe
+
+
+def _build(kind: Any, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise OptionError(f"{where} must be a mapping of keys to values, not {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in values:
+        if key not in fields:
+            raise unknown(f"key in {where}", str(key), fields)
+    hints = typing.get_type_hints(kind)
+    for name, own in fields.items():
+        required = own.default is dataclasses.MISSING and own.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise OptionError(f"{where}: {name!r} is missing")
+    return kind(**{key: _value(hints[key], value, f"{where}: {key}") for key, value in values.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise unknown(where, str(value), typing.get_args(hint))
+        return value
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise OptionError(f"{where} must be a list, not {value!r}")
+        return tuple(_value(typing.get_args(hint)[0], item, where) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise OptionError(f"{where} must be {_KINDS[hint]}, not {value!r}")
+    return value
+
+
+_KINDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number (0.2, not '20 %')",
+    bool: "true or false",
+}

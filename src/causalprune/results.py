@@ -1,0 +1,247 @@
+"""Evaluation results as versioned JSON records, and intervals on them.
+
+Differences are paired: both models answered the same examples, which are resampled together, so the
+large variation between examples cancels. Nothing here loads a model.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from causalprune.errors import CheckpointError, MismatchError
+from causalprune.types import EvalResult
+
+Verdict = Literal["better", "worse", "no difference shown", "undefined"]
+Floats = NDArray[np.float64]
+Row: TypeAlias = tuple[str, list[EvalResult]]
+"""One model in a table: its label and its results."""
+
+VERSION = 1
+RESULTS = "results.json"
+"""Name of the results in a run folder."""
+HIGHER_IS_BETTER = {"accuracy": True, "acc_norm": True, "nats_per_token": False, "perplexity": False}
+CONFIDENCE = 0.95
+CHUNK = 4_000_000
+"""Resampled examples held in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95 % interval over `n` examples; the bounds are NaN for fewer than two."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Difference a − b of one metric on the same `n` examples, with its 95 % interval.
+
+    `verdict` is about a: better or worse only where the interval excludes zero, in the metric's own
+    direction; undefined where a value is not finite or fewer than two examples were measured.
+    """
+
+    difference: float
+    low: float
+    high: float
+    n: int
+    verdict: Verdict
+
+
+def headline(result: EvalResult) -> float:
+    """Return the value of a result: `Σ values / Σ weights`, through exp for a perplexity."""
+    values, weights = _arrays(result)
+    return float(_ratio(values.sum(), weights.sum(), result.metric))
+
+
+def interval(result: EvalResult, *, resamples: int = 10_000, seed: int = 0) -> Interval:
+    """Return the value of a result with its bootstrap interval over examples."""
+    values, weights = _arrays(result)
+    draws = _bootstrap(np.stack([values, weights]), resamples, seed)
+    low, high = _bounds(_ratio(draws[0], draws[1], result.metric), len(values))
+    return Interval(headline(result), low, high, len(values))
+
+
+def paired_difference(a: EvalResult, b: EvalResult, *, resamples: int = 10_000, seed: int = 0) -> Comparison:
+    """Return a − b with its paired bootstrap interval; MismatchError if the examples are not the same."""
+    _check_pair(a, b)
+    columns = np.stack([*_arrays(a), *_arrays(b)])
+    draws = _bootstrap(columns, resamples, seed)
+    differences = _ratio(draws[0], draws[1], a.metric) - _ratio(draws[2], draws[3], b.metric)
+    low, high = _bounds(differences, len(a.values))
+    difference = headline(a) - headline(b)
+    return Comparison(difference, low, high, len(a.values), _verdict(difference, low, high, a.metric))
+
+
+def write_results(
+    path: Path, results: Sequence[EvalResult], description: Mapping[str, Any] | None = None
+) -> None:
+    """Write results and what is to be said about the run; the file appears whole or not at all."""
+    rows = [asdict(result) for result in results]
+    write_json(path, {"description": dict(description or {}), "results": rows})
+
+
+def read_results(path: Path) -> list[EvalResult]:
+    """Return the results of a file, equal to those that were written."""
+    rows = read_json(path).get("results")
+    if not isinstance(rows, list):
+        raise CheckpointError(f"{path} holds no results")
+    try:
+        return [_result(row) for row in rows]
+    except (TypeError, KeyError) as cause:
+        raise CheckpointError(f"{path}: a malformed result ({cause})") from cause
+
+
+def rows_of(record: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of a run's record: label and results of every model."""
+    return [(row["label"], [_result(result) for result in row["results"]]) for row in record["rows"]]
+
+
+def load_rows(path: Path) -> list[Row]:
+    """Return the rows of a run folder, of its `results.json`, or of a file of `evaluate` as one row."""
+    file = path / RESULTS if path.is_dir() else path
+    record = read_json(file)
+    if "rows" in record:
+        return rows_of(record)
+    return [(file.stem, read_results(file))]
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record with the format's version: complete on disk before it gets its name.
+
+    Numbers that are not finite are written as `{"float": "nan"}`, so the file is strict JSON.
+    """
+    text = json.dumps(_encoded({"version": VERSION, **record}), indent=1, ensure_ascii=False, allow_nan=False)
+    try:
+        _replace(path, text + "\n")
+    except OSError as cause:
+        raise CheckpointError(f"cannot write {path}: {cause}") from cause
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a record written by `write_json`; CheckpointError for another version or a damaged file."""
+    try:
+        record = _decoded(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as cause:
+        raise CheckpointError(f"cannot read {path}: {cause}") from cause
+    version = record.get("version") if isinstance(record, dict) else None
+    if version != VERSION:
+        raise CheckpointError(f"{path} has version {version!r}; this release reads version {VERSION}")
+    return dict(record)
+
+
+def _result(row: Mapping[str, Any]) -> EvalResult:
+    columns = {name: tuple(row[name]) for name in ("values", "weights", "examples", "texts")}
+    return EvalResult(**{**row, **columns})
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _encoded(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(float(value))}
+    if isinstance(value, Mapping):
+        return {str(key): _encoded(item) for key, item in value.items()}
+    return [_encoded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"float"} and value["float"] in ("nan", "inf", "-inf"):
+            return float(value["float"])
+        return {key: _decoded(item) for key, item in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
+
+
+def _arrays(result: EvalResult) -> tuple[Floats, Floats]:
+    if not len(result.values) == len(result.weights) == len(result.examples) > 0:
+        raise MismatchError(
+            f"{result.task}: {len(result.values)} values, {len(result.weights)} weights and "
+            f"{len(result.examples)} examples; one of each per example is wanted"
+        )
+    return np.array(result.values, dtype=np.float64), np.array(result.weights, dtype=np.float64)
+
+
+def _ratio(values: Any, weights: Any, metric: str) -> Any:
+    with np.errstate(over="ignore", invalid="ignore"):
+        ratio = np.divide(values, weights)
+        return np.exp(ratio) if metric == "perplexity" else ratio
+
+
+def _bootstrap(columns: Floats, resamples: int, seed: int) -> Floats:
+    """Return the sums `[column resample]` of examples drawn with replacement, the same for all columns."""
+    random = np.random.default_rng(seed)
+    n = columns.shape[1]
+    size = max(CHUNK // n, 1)
+    parts = []
+    for start in range(0, resamples, size):
+        picks = random.integers(0, n, size=(min(size, resamples - start), n))
+        parts.append(np.stack([column[picks].sum(1) for column in columns]))
+    return np.concatenate(parts, axis=1)
+
+
+def _bounds(draws: Floats, n: int) -> tuple[float, float]:
+    """Return the 95 % percentile bounds, widened for small n.
+
+    The bootstrap variance is `(n − 1) / n` of the unbiased one and its quantiles are normal, not t;
+    Hesterberg's expanded percentile interval (The American Statistician 69, 2015, §4.3) mends both.
+    """
+    if n < 2 or not np.isfinite(draws).all():
+        return math.nan, math.nan
+    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * _student(n - 1))
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _student(freedom: int) -> float:
+    """Return the upper 2.5 % quantile of Student's t (Abramowitz & Stegun 26.7.5; exact below 3)."""
+    if freedom < 3:
+        return (12.7062, 4.3027)[freedom - 1]
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + math.fsum(term / freedom ** (k + 1) for k, term in enumerate(terms))
+
+
+def _check_pair(a: EvalResult, b: EvalResult) -> None:
+    if (a.task, a.metric) != (b.task, b.metric):
+        raise MismatchError(f"{a.task} ({a.metric}) cannot be compared with {b.task} ({b.metric})")
+    if a.examples != b.examples:
+        shared = len(set(a.examples) & set(b.examples))
+        raise MismatchError(
+            f"{a.task}: results on different examples ({len(a.examples)} and {len(b.examples)}, {shared} shared); "
+            "evaluate both models with the same limit, seed and data"
+        )
+
+
+def _verdict(difference: float, low: float, high: float, metric: str) -> Verdict:
+    if not all(map(math.isfinite, (difference, low, high))):
+        return "undefined"
+    if low <= 0 <= high:
+        return "no difference shown"
+    return "better" if (low > 0) == HIGHER_IS_BETTER[metric] else "worse"

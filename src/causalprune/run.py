@@ -1,0 +1,290 @@
+"""A whole comparison: dense and every method at every sparsity on every task, in one folder.
+
+| file | content |
+|---|---|
+| `attribution.ledger` | every finished attribution job; `effects.json` when all are done |
+| `results.ledger` | every finished evaluation; a run that was stopped goes on after the last one |
+| `results.json` | the table with per-example values: what `compare` reads |
+| `checkpoints/<label>` | pruned models, if the recipe says `save: true` |
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from causalprune import attribution, embedded
+from causalprune.calibration import calibrate
+from causalprune.checkpoint import EFFECTS, check_destination, count_zeros, load_effects, save, save_effects
+from causalprune.criteria import CRITERIA
+from causalprune.errors import CheckpointError, MismatchError
+from causalprune.evaluation import Settings, check_tasks, evaluate, evaluation_contents
+from causalprune.ledger import Ledger
+from causalprune.provenance import git_commit, versions
+from causalprune.pruning import Method, Pruned, prune
+from causalprune.recipe import CalibrationSpec, ModelSpec, Recipe
+from causalprune.results import RESULTS, write_json, write_results
+from causalprune.types import Calibration, Decoder, Effects, EvalResult, Progress, silent
+
+Stage = Callable[[str], AbstractContextManager[Progress]]
+"""Opens a stage of work by name, for as long as it lasts, and hands out the callback to report to."""
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[Progress]:
+    """Report nothing: the default `Stage`."""
+    yield silent
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How work is done: where data lies, tokens per forward pass, whether outputs are replaced, how to report."""
+
+    data_dir: Path | None = None
+    batch_tokens: int = 2048
+    overwrite: bool = False
+    stage: Stage = quiet
+
+
+def run(
+    recipe: Recipe, folder: Path, *, data_dir: Path | None = None, stage: Stage = quiet
+) -> dict[str, Any]:
+    """Carry out a recipe in `folder`, or go on where it was stopped; return what `results.json` holds.
+
+    Methods, sparsities and tasks may be added to a recipe whose folder exists: what is there is not done again.
+
+    Raises:
+        MismatchError: the folder holds a run of another model, calibration, seed or batch size.
+    """
+    settings = Settings(
+        data_dir=data_dir,
+        seed=recipe.seed,
+        chat=recipe.calibration.chat,
+        max_tokens=recipe.calibration.max_tokens,
+        batch_tokens=recipe.batch_tokens,
+    )
+    check_tasks(recipe.tasks)
+    with stage("loading model"):
+        decoder = load(recipe.model)
+    _check_shape(recipe, decoder)
+    with stage("calibration data"):
+        exclude = evaluation_contents(recipe.tasks, settings, decoder.tokenizer)
+    calibration = _calibrated(decoder, recipe.calibration, data_dir, exclude)
+    identity = {
+        "model": decoder.fingerprint,
+        "calibration": calibration.fingerprint,
+        "seed": recipe.seed,
+        "chat": recipe.calibration.chat,
+        "max_tokens": recipe.calibration.max_tokens,
+        "batch_tokens": recipe.batch_tokens,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with Ledger(folder / "results.ledger", identity) as book:
+        effects = _effects(recipe, decoder, calibration, folder, stage)
+        bench = _Bench(recipe, folder, calibration, effects, settings, stage, book)
+        for name, method in recipe.cells().items():
+            bench.measure(name, method, decoder if method is None else None)
+        record = {
+            "recipe": dataclasses.asdict(recipe),
+            "identity": identity,
+            "calibration": calibration.description,
+            "versions": versions(),
+            "git_commit": git_commit(),
+            "rows": [bench.row(name, method) for name, method in recipe.cells().items()],
+        }
+    write_json(folder / RESULTS, record)
+    return record
+
+
+def attribute(
+    spec: ModelSpec, wanted: CalibrationSpec, folder: Path, options: Options = Options()
+) -> Effects:
+    """Measure every head of a model and leave `effects.json` and the ledger in `folder`."""
+    decoder, calibration = _prepared(spec, wanted, options)
+    return _measured(decoder, calibration, folder, options)
+
+
+def prune_checkpoint(
+    spec: ModelSpec,
+    method: Method,
+    output: Path,
+    wanted: CalibrationSpec,
+    effects_path: Path | None = None,
+    options: Options = Options(),
+) -> Pruned:
+    """Prune a model and save it; heads that `cap` needs are measured first where `effects_path` is None.
+
+    The ledger of such a measurement lies beside the output, in `<output>.attribution`.
+    """
+    check_destination(output, options.overwrite)
+    needs = CRITERIA[method.criterion].needs
+    calibration, effects = None, None
+    if needs == "inputs" or (needs == "effects" and effects_path is None):
+        decoder, calibration = _prepared(spec, wanted, options)
+    else:
+        with options.stage("loading model"):
+            decoder = load(spec)
+    if needs == "effects" and effects_path is not None:
+        effects = load_effects(effects_path, decoder)
+    elif needs == "effects" and calibration is not None:
+        effects = _measured(decoder, calibration, output.with_name(f"{output.name}.attribution"), options)
+    with options.stage("pruning") as progress:
+        pruned = prune(
+            decoder,
+            method,
+            calibration=calibration,
+            effects=effects,
+            max_batch_tokens=options.batch_tokens,
+            on_progress=progress,
+        )
+    with options.stage("saving"):
+        record = manifest(pruned, calibration, effects)
+        save(decoder, output, manifest=record, keep=pruned.keep, effects=effects, overwrite=options.overwrite)
+    return pruned
+
+
+def evaluate_model(
+    spec: ModelSpec,
+    tasks: Sequence[str],
+    settings: Settings,
+    output: Path,
+    options: Options = Options(),
+) -> list[EvalResult]:
+    """Measure a model on tasks and write the results to the JSON file `output`, also when stopped between tasks."""
+    check_tasks(tasks)
+    if output.exists() and not options.overwrite:
+        raise CheckpointError(f"{output} exists: choose another name, or pass --overwrite")
+    with options.stage("loading model"):
+        decoder = load(spec)
+    results: list[EvalResult] = []
+    for task in tasks:
+        with options.stage(task) as progress:
+            results += evaluate(decoder, [task], settings, on_progress=progress)
+        write_results(
+            output, results, {"model": spec.name, "versions": versions(), "git_commit": git_commit()}
+        )
+    return results
+
+
+def load(spec: ModelSpec) -> Decoder:
+    """Load the model that a recipe or the command line names."""
+    arguments = dataclasses.asdict(spec)
+    return embedded.load(arguments.pop("name"), **arguments)
+
+
+def manifest(pruned: Pruned, calibration: Calibration | None, effects: Effects | None) -> dict[str, Any]:
+    """Return what a checkpoint's manifest says of the way it was pruned."""
+    method = {**dataclasses.asdict(pruned.method), "scope": pruned.method.resolved_scope}
+    record: dict[str, Any] = {"method": method, "unrouted": list(pruned.unrouted)}
+    if calibration is not None:
+        record["calibration"] = {**calibration.description, "fingerprint": calibration.fingerprint}
+    if effects is not None:
+        record["effects"] = {**effects.description, "fingerprint": effects.calibration_fingerprint}
+    return record
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bench:
+    """Measures the cells of a run, one after the other, each with a freshly loaded model."""
+
+    recipe: Recipe
+    folder: Path
+    calibration: Calibration
+    effects: Effects | None
+    settings: Settings
+    stage: Stage
+    book: Ledger
+
+    def measure(self, name: str, method: Method | None, decoder: Decoder | None) -> None:
+        missing = [task for task in self.recipe.tasks if f"{name}/{task}" not in self.book.rows]
+        if not missing:
+            return
+        decoder = decoder or load(self.recipe.model)
+        if method is not None:
+            self._prune(name, method, decoder)
+        for task in missing:
+            with self.stage(f"{name}: {task}") as progress:
+                results = evaluate(decoder, [task], self.settings, on_progress=progress)
+            self.book.append(f"{name}/{task}", [dataclasses.asdict(result) for result in results])
+
+    def _prune(self, name: str, method: Method, decoder: Decoder) -> None:
+        start = time.perf_counter()
+        with self.stage(f"{name}: pruning") as progress:
+            own = self.effects if CRITERIA[method.criterion].needs == "effects" else None
+            batch_tokens = self.recipe.batch_tokens
+            pruned = prune(
+                decoder,
+                method,
+                calibration=self.calibration,
+                effects=own,
+                max_batch_tokens=batch_tokens,
+                on_progress=progress,
+            )
+        checkpoint = self.folder / "checkpoints" / name
+        if self.recipe.save and not checkpoint.exists():
+            record = manifest(pruned, self.calibration, own)
+            save(decoder, checkpoint, manifest=record, keep=pruned.keep, effects=own)
+        if f"{name}/pruned" not in self.book.rows:
+            zeros = {key: value for key, value in count_zeros(decoder).items() if key != "projections"}
+            seconds = time.perf_counter() - start
+            self.book.append(
+                f"{name}/pruned", {**zeros, "seconds": seconds, "unrouted": list(pruned.unrouted)}
+            )
+
+    def row(self, name: str, method: Method | None) -> dict[str, Any]:
+        described: dict[str, Any] = {"label": name, "criterion": "dense", "scope": None, "sparsity": 0.0}
+        if method is not None:
+            described |= {"criterion": method.criterion, "scope": method.resolved_scope}
+            described |= {"sparsity": method.sparsity, "pruned": self.book.rows[f"{name}/pruned"]}
+        return {**described, "results": [r for t in self.recipe.tasks for r in self.book.rows[f"{name}/{t}"]]}
+
+
+def _effects(
+    recipe: Recipe, decoder: Decoder, calibration: Calibration, folder: Path, stage: Stage
+) -> Effects | None:
+    criteria = [method.criterion for method in recipe.cells().values() if method is not None]
+    if not any(CRITERIA[criterion].needs == "effects" for criterion in criteria):
+        return None
+    return _measured(decoder, calibration, folder, Options(batch_tokens=recipe.batch_tokens, stage=stage))
+
+
+def _prepared(spec: ModelSpec, wanted: CalibrationSpec, options: Options) -> tuple[Decoder, Calibration]:
+    with options.stage("loading model"):
+        decoder = load(spec)
+    with options.stage("calibration data"):
+        return decoder, _calibrated(decoder, wanted, options.data_dir)
+
+
+def _calibrated(
+    decoder: Decoder, wanted: CalibrationSpec, data_dir: Path | None, exclude: Set[str] | None = None
+) -> Calibration:
+    options = dataclasses.asdict(wanted)
+    sources = options.pop("sources")
+    return calibrate(decoder.tokenizer, sources, **options, data_dir=data_dir, exclude=exclude)
+
+
+def _measured(decoder: Decoder, calibration: Calibration, folder: Path, options: Options) -> Effects:
+    folder.mkdir(parents=True, exist_ok=True)
+    with options.stage("attribution") as progress:
+        effects = attribution.exact(
+            decoder,
+            calibration,
+            ledger=folder / "attribution.ledger",
+            max_batch_tokens=options.batch_tokens,
+            on_progress=progress,
+        )
+    save_effects(effects, folder / EFFECTS)
+    return effects
+
+
+def _check_shape(recipe: Recipe, decoder: Decoder) -> None:
+    if recipe.shape is None:
+        return
+    found = len(decoder.layers), decoder.layers[0].attention.n_heads
+    if found != (recipe.shape.layers, recipe.shape.heads):
+        raise MismatchError(
+            f"{decoder.name} has {found[0]} layers of {found[1]} heads, "
+            f"the recipe says {recipe.shape.layers} of {recipe.shape.heads}: correct its shape, or remove it"
+        )

@@ -1,0 +1,259 @@
+"""Records that every other module speaks in, and the legend of axis names.
+
+Axes in shape annotations:
+
+| name | meaning |
+|---|---|
+| `out`, `in` | output and input features of a projection; weights are always `[out in]` |
+| `unit` | maskable parts of the model (attention heads), in layer-major order |
+| `sequence` | calibration or evaluation examples |
+| `batch` | sequences that share one forward pass |
+| `time` | token positions |
+| `target` | predicted target tokens of a batch, flattened in (sequence, position) order |
+| `model`, `vocab` | width of the residual stream, size of the vocabulary |
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+Progress = Callable[[int, int], None]
+"""Called with the work done and the work in all, in units proportional to time."""
+
+
+def silent(done: int, total: int) -> None:
+    """Report nothing: the default `Progress`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """One prunable weight matrix, seen as `[out in]` however the model stores it.
+
+    `parameter` is the stored tensor; `expert` picks one matrix of a 3-D stack, `transposed` says
+    that the stored matrix is `[in out]` (GPT-2's Conv1D), `rows` picks the rows of a fused matrix
+    that belong to this projection (None: all of them). An MLP without a gate has roles `up`, `down`.
+    """
+
+    name: str
+    layer: int
+    role: Role
+    parameter_name: str
+    parameter: nn.Parameter
+    module: nn.Module
+    transposed: bool = False
+    rows: slice | Int[Tensor, "out"] | None = None
+    expert: int | None = None
+
+    def _stored(self) -> Float[Tensor, "fused in"]:
+        stored = self.parameter.data if self.expert is None else self.parameter.data[self.expert]
+        return stored.T if self.transposed else stored
+
+    def read(self) -> Float[Tensor, "out in"]:
+        """Return the matrix: a view of the stored weights, or a copy where `rows` is an index."""
+        return self._stored() if self.rows is None else self._stored()[self.rows]
+
+    def write(self, weight: Float[Tensor, "out in"]) -> None:
+        """Store `weight` in the model, in place, cast to the stored dtype."""
+        self._stored()[slice(None) if self.rows is None else self.rows] = weight.to(self.parameter)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        out, into = self._stored().shape
+        if isinstance(self.rows, slice):
+            out = len(range(*self.rows.indices(out)))
+        elif self.rows is not None:
+            out = len(self.rows)
+        return out, into
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """The attention block of a layer; `output` is the module of its output projection (`W_o`).
+
+    The input of `output` is the concatenation of the heads, `n_heads * head_dim` wide.
+    """
+
+    module: nn.Module
+    output: nn.Module
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One decoder layer: its module, attention block and prunable projections, in a fixed order.
+
+    `experts` is the module that holds a mixture of experts, None for a dense MLP.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    attention: Attention
+    projections: tuple[Projection, ...]
+    experts: nn.Module | None = None
+    n_experts: int = 0
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A parameter that is never pruned, and why."""
+
+    parameter_name: str
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """A loaded causal language model, its tokenizer, and everything in it that can be pruned.
+
+    `name` and `revision` are as the user gave them; `fingerprint` is the SHA-256 of configuration
+    and weights, by which side files recognise their model.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    revision: str | None
+    layers: tuple[Layer, ...]
+    left_out: tuple[LeftOut, ...]
+    fingerprint: str
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """The pool: all prunable matrices, layer by layer."""
+        return tuple(p for layer in self.layers for p in layer.projections)
+
+    @property
+    def device(self) -> torch.device:
+        """Device that takes the token ids."""
+        return self.model.get_input_embeddings().weight.device
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the model that an intervention can remove: attention head `head` of layer `layer`."""
+
+    layer: int
+    head: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised problem: the target is `tokens[target_start:]`, the prompt what precedes it.
+
+    `source` names the data set, `content` is the SHA-256 of the normalised prompt text, by which
+    calibration and evaluation are kept apart.
+    """
+
+    tokens: tuple[int, ...]
+    target_start: int
+    source: str
+    content: str
+
+    @property
+    def target_tokens(self) -> int:
+        """Number of predicted tokens."""
+        return len(self.tokens) - self.target_start
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Examples cut into disjoint subsets, and what is needed to say where they came from.
+
+    `subset[i]` is the subset of example i, in `0 … n_subsets - 1`. `description` holds sources,
+    seed, template, limits and skipped examples, and goes into every manifest as it is.
+    """
+
+    examples: tuple[Example, ...]
+    subset: tuple[int, ...]
+    description: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_subsets(self) -> int:
+        """Number of disjoint subsets K."""
+        return max(self.subset) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over tokens, targets and subsets: what the results depend on."""
+        rows = [(e.tokens, e.target_start, k) for e, k in zip(self.examples, self.subset, strict=True)]
+        return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Sequences padded on the right; causal attention keeps the padding out of every target.
+
+    `indices` are the positions of the sequences in their calibration or evaluation set.
+    """
+
+    tokens: Int[Tensor, "batch time"]
+    lengths: Int[Tensor, "batch"]
+    target_starts: Int[Tensor, "batch"]
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """Measured loss of the intact and of each masked model on every calibration sequence.
+
+    All losses are nats summed over the target tokens of a sequence; `tokens` counts those. The
+    scores are computed from these values (`delta_nats`), so other statistics can be as well.
+    """
+
+    units: tuple[Unit, ...]
+    masked_nats: Float[Tensor, "unit sequence"]
+    intact_nats: Float[Tensor, "sequence"]
+    tokens: Int[Tensor, "sequence"]
+    subset: Int[Tensor, "sequence"]
+    model_fingerprint: str
+    calibration_fingerprint: str
+    description: dict[str, Any] = field(default_factory=dict)
+
+    def delta_nats(self) -> Float[Tensor, "unit"]:
+        """Return Δ per unit in nats per target token: median over subsets masked − mean intact.
+
+        Method §1: `Δ(h_l) = median_k L_k(masked) − mean_k L_k(intact)`, where `L_k` is the mean loss
+        per target token of subset k. Negative values are kept: masking the unit helped.
+        """
+        subsets = [self.subset == k for k in range(int(self.subset.max()) + 1)]
+        tokens = torch.stack([self.tokens[s].sum() for s in subsets])
+        masked = torch.stack([self.masked_nats[:, s].sum(1) for s in subsets], 1) / tokens
+        intact = torch.stack([self.intact_nats[s].sum() for s in subsets]) / tokens
+        return masked.quantile(0.5, dim=1) - intact.mean()
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Per-example outcome of one task on one model, and how to sum it up.
+
+    The headline value is `Σ values / Σ weights`, through `exp` for `metric == "perplexity"`:
+    0/1 outcomes with unit weights give an accuracy, nats with token counts a loss or a perplexity.
+    `examples` holds content hashes, so that two results can be paired; `texts` the generated
+    answers where the task generates (else empty).
+    """
+
+    task: str
+    metric: Literal["accuracy", "acc_norm", "nats_per_token", "perplexity"]
+    values: tuple[float, ...]
+    weights: tuple[float, ...]
+    examples: tuple[str, ...]
+    texts: tuple[str, ...] = ()
+    seconds: float = 0.0
+    description: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,46 @@
+"""Shapes in signatures are checked in every test; models and data that may be absent are fixtures."""
+
+import os
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from jaxtyping import install_import_hook
+
+REPOSITORY = Path(__file__).parent.parent
+PACKAGE = REPOSITORY / "src" / "causalprune"
+CHECKED = [
+    f"causalprune.{path.stem}" for path in PACKAGE.glob("*.py") if path.stem != "cli"
+]  # typer reads its types
+
+install_import_hook(CHECKED, "beartype.beartype")  # before the first import of the package
+
+
+def unavailable(reason: str) -> NoReturn:
+    """Skip the test; where `CI` is set, nothing may be skipped and it fails instead."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{reason} (required, as CI is set)", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Return the path of SmolLM2, from CAUSALPRUNE_SMOLLM2 or the embedded model."""
+    given = os.environ.get("CAUSALPRUNE_SMOLLM2")
+    if given:
+        path = Path(given)
+        return path if path.exists() else unavailable(f"CAUSALPRUNE_SMOLLM2 is {given}, which does not exist")
+    from causalprune.embedded import embedded_model
+    from causalprune.errors import CausalPruneError
+
+    try:
+        return embedded_model()
+    except (CausalPruneError, OSError, ImportError) as error:
+        unavailable(f"no SmolLM2: {error}")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Return the folder of the data sets, from CAUSALPRUNE_DATA or beside the repository."""
+    path = Path(os.environ.get("CAUSALPRUNE_DATA", REPOSITORY.parent / "shared" / "data"))
+    return path if path.is_dir() else unavailable(f"no data sets in {path}: set CAUSALPRUNE_DATA")

@@ -1,0 +1,101 @@
+"""Slow and plain versions of what the library computes, and small inputs for both.
+
+Nothing here uses the library's hooks, batches or formulas: one sequence at a time, whole forward
+passes, loops over heads.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from families import FAMILIES, VOCAB
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from causalprune.anatomy import inspect_model
+from causalprune.types import Calibration, Decoder, Example, Layer
+
+torch.set_num_threads(1)  # a tiny model costs ten times as much on two
+
+ROUNDING = {"rtol": 2e-5, "atol": 2e-5}
+"""Sums of a dozen float32 losses, computed in different orders."""
+
+
+def fresh(family: str) -> Decoder:
+    """Return a tiny model of its own, to be changed at will."""
+    return inspect_model(FAMILIES[family](), None, name=family)
+
+
+@cache
+def shared(family: str) -> Decoder:
+    """Return the tiny model of a family that no test may leave changed."""
+    return fresh(family)
+
+
+@contextmanager
+def restored(decoder: Decoder) -> Iterator[dict[str, Tensor]]:
+    """Yield a copy of all parameters by name, and put them back in the end."""
+    before = {name: p.data.clone() for name, p in decoder.model.named_parameters()}
+    try:
+        yield before
+    finally:
+        for name, p in decoder.model.named_parameters():
+            p.data.copy_(before[name])
+
+
+def example(length: int, target_start: int, seed: int = 0) -> Example:
+    """Return random tokens, none of them special."""
+    tokens = torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Example(tuple(tokens), target_start, "random", f"{seed}:{length}")
+
+
+def calibration(
+    shapes: Sequence[tuple[int, int]] = ((14, 5), (13, 9), (9, 1), (4, 3)), subsets: int = 3, seed: int = 0
+) -> Calibration:
+    """Return random examples of the given (length, target start): some fit one batch, some do not."""
+    examples = [example(length, start, seed + i) for i, (length, start) in enumerate(shapes)]
+    return Calibration(tuple(examples), tuple(i % subsets for i in range(len(examples))))
+
+
+def logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
+    """Return all logits `[time vocab]` of one sequence without padding."""
+    with torch.inference_mode():
+        output: Any = model(input_ids=torch.tensor([list(tokens)]), use_cache=False)
+    return output.logits[0]
+
+
+def nats(model: PreTrainedModel, one: Example) -> float:
+    """Return the cross-entropy of the target tokens, from all logits."""
+    every = logits(model, one.tokens).double()
+    log_probabilities = every.log_softmax(-1)
+    return -sum(
+        float(log_probabilities[position - 1, one.tokens[position]])
+        for position in range(one.target_start, len(one.tokens))
+    )
+
+
+@contextmanager
+def without_head(layer: Layer, head: int) -> Iterator[None]:
+    """Set the columns of `W_o` that read one head to zero for a while."""
+    output = next(p for p in layer.projections if p.role == "o")
+    before = output.read().clone()
+    width = before.shape[1] // layer.attention.n_heads
+    changed = before.clone()
+    changed[:, head * width : (head + 1) * width] = 0
+    output.write(changed)
+    try:
+        yield
+    finally:
+        output.write(before)
+
+
+def lowest_go(scores: list[Tensor], count: int) -> list[np.ndarray]:
+    """Return what stays when the first `count` of all scores, in a stable order, go."""
+    flat = np.concatenate([score.float().numpy().ravel() for score in scores])
+    keep = np.ones(len(flat), dtype=bool)
+    keep[np.argsort(flat, kind="stable")[:count]] = False
+    parts = np.split(keep, np.cumsum([score.numel() for score in scores])[:-1])
+    return [part.reshape(score.shape) for part, score in zip(parts, scores, strict=True)]

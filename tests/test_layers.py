@@ -1,0 +1,126 @@
+"""Who may import whom: our modules among each other, and third parties where they belong."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "src" / "causalprune"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+EVERYONE = {"types", "errors"}
+LAYERS: dict[str, set[str]] = {
+    "types": set(),
+    "errors": set(),
+    "provenance": set(),
+    "ledger": set(),
+    "anatomy": set(),
+    "model": {"anatomy"},
+    "importance": set(),
+    "criteria": set(),
+    "allocation": set(),
+    "statistics": set(),
+    "results": {"provenance"},
+    "progress": set(),
+    "data": set(),
+    "ablation": set(),
+    "checkpoint": {"model", "provenance"},
+    "embedded": {"checkpoint", "model"},
+    "verification": {"checkpoint", "model"},
+    "losses": {"ablation"},
+    "tasks": {"data"},
+    "calibration": {"data"},
+    "attribution": {"ablation", "calibration", "ledger", "losses"},
+    "pruning": {"ablation", "allocation", "attribution", "calibration", "criteria", "importance", "losses"}
+    | {"statistics"},
+    "evaluation": {"calibration", "data", "losses", "results", "tasks"},
+    "recipe": {"calibration", "pruning"},
+    "plan": {"calibration", "checkpoint", "criteria", "data", "embedded", "evaluation", "model", "recipe"},
+    "tables": {"plan", "results", "verification"},
+}
+TOP = ("run", "cli", "__init__", "__main__")  # may import LAYERS and what precedes
+
+ANYWHERE = {"torch", "jaxtyping"}
+THIRD_PARTIES: dict[str, set[str]] = {
+    "transformers": {"anatomy", "model", "checkpoint", "tasks"},
+    "safetensors": {"model", "checkpoint"},
+    "datasets": {"calibration", "data", "tasks"},
+    "reasoning_gym": {"calibration", "data"},
+    "jinja2": {"calibration", "data"},
+    "lm_eval": {"evaluation", "tasks"},
+    "tqdm": {"tasks"},
+    "yaml": {"data", "evaluation", "recipe"},
+    "numpy": {"checkpoint", "data", "calibration", "evaluation", "results"},
+    "typer": {"cli"},
+    "click": {"cli"},
+    "rich": {"cli", "progress", "tables"},
+}
+
+
+def imported(source: str) -> Iterator[str]:
+    """Yield the dotted names of all modules that a source imports, inside functions too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "import from causalprune by its full name"
+            if node.module == "causalprune":
+                yield from (f"causalprune.{alias.name}" for alias in node.names)
+            else:
+                yield node.module or ""
+
+
+def allowed(module: str) -> set[str]:
+    """Return the modules of ours that `module` may import."""
+    if module in TOP:
+        return {*LAYERS, *TOP[: TOP.index(module)], "__init__"}
+    assert module in LAYERS, f"give {module} its place in LAYERS"
+    return LAYERS[module] | (EVERYONE if module not in EVERYONE else set())
+
+
+def violations(module: str, source: str) -> list[str]:
+    """Return the imports of `module` that break a table; the modules of a folder go by its name."""
+    found = []
+    for name in imported(source):
+        top, _, rest = name.partition(".")
+        if top == "causalprune":
+            ours = rest.partition(".")[0]
+            ours = (
+                ours if ours in LAYERS or ours in TOP else "__init__"
+            )  # else a name from the package itself
+            if ours not in {*allowed(module), module}:
+                found.append(name)
+        elif top not in sys.stdlib_module_names | ANYWHERE and module not in THIRD_PARTIES.get(top, set()):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_imports_stay_in_their_layer(path: Path) -> None:
+    module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert not violations(module, path.read_text(encoding="utf-8"))
+
+
+def test_layers_have_no_cycle() -> None:
+    placed: set[str] = set()
+    for module, below in LAYERS.items():
+        assert below <= placed, f"{module} is listed above what it imports"
+        placed.add(module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("criteria", "import transformers.models"),
+        ("importance", "def f():\n    from causalprune.model import load"),
+        ("losses", "from causalprune import ledger"),
+        ("ledger", "import somethingelse"),
+        ("recipe", "import causalprune.cli"),
+        ("run", "import causalprune.cli"),
+        ("ledger", "from causalprune import __version__"),
+    ],
+)
+def test_a_violation_is_noticed(module: str, source: str) -> None:
+    assert violations(module, source)

@@ -1,0 +1,93 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from causalprune.errors import OptionError
+from causalprune.recipe import RECIPES, find_recipe, label, parse_method, read_recipe, without_limits
+
+MINIMAL: dict[str, Any] = {
+    "model": {"name": "some/model"},
+    "calibration": {"sources": ["gsm8k"]},
+    "methods": ["magnitude", "magnitude:global", "cap"],
+    "sparsities": [0.2, 0.5],
+    "tasks": ["gsm8k_nll:200", "strategyqa"],
+}
+
+
+def written(folder: Path, values: Any) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def test_cells_are_dense_and_every_method_at_every_sparsity(tmp_path: Path) -> None:
+    cells = read_recipe(written(tmp_path, MINIMAL)).cells()
+    assert list(cells) == [
+        "dense",
+        "magnitude-matrix-0.2",
+        "magnitude-matrix-0.5",
+        "magnitude-global-0.2",
+        "magnitude-global-0.5",
+        "cap-global-0.2",
+        "cap-global-0.5",
+    ]
+
+
+def test_without_limits_drops_only_limits(tmp_path: Path) -> None:
+    assert without_limits(read_recipe(written(tmp_path, MINIMAL))).tasks == ("gsm8k_nll", "strategyqa")
+
+
+def test_label_names_the_scope_that_is_used() -> None:
+    assert label(parse_method("wanda", 0.5)) == "wanda-row-0.5"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"metods": ["cap"]}, "did you mean 'methods'"),
+        ({"model": {"nam": "x"}}, "did you mean 'name'"),
+        ({"model": {}}, "'name' is missing"),
+        ({"model": "x"}, "model must be a mapping"),
+        ({"methods": ["cpa"]}, "did you mean 'cap'"),
+        ({"methods": ["cap:glob"]}, "scope"),
+        ({"methods": []}, "methods must be a list without repetitions"),
+        ({"methods": ["cap", "cap"]}, "methods must be a list without repetitions"),
+        ({"methods": "cap"}, "methods must be a list"),
+        ({"sparsities": [0]}, "sparsity must be between 0 and 1"),
+        ({"sparsities": [1.0]}, "sparsity must be between 0 and 1"),
+        ({"sparsities": [-0.1]}, "sparsity must be between 0 and 1"),
+        ({"sparsities": [float("nan")]}, "sparsity must be between 0 and 1"),
+        ({"sparsities": ["20 %"]}, "0.2, not '20 %'"),
+        ({"sparsities": [True]}, "must be a number"),
+        ({"calibration": {"sources": ["gsm8k"], "chat": "of"}}, "did you mean 'off'"),
+        ({"seed": "zero"}, "seed must be a whole number"),
+        ({"save": 1}, "save must be true or false"),
+    ],
+)
+def test_bad_recipe_is_one_clear_error(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        read_recipe(written(tmp_path, {**MINIMAL, **change}))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- just\n- a list", "", "\x00"])
+def test_not_a_recipe(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(OptionError):
+        read_recipe(path)
+
+
+def test_unknown_recipe_suggests_the_nearest() -> None:
+    with pytest.raises(OptionError, match="did you mean 'demo'"):
+        find_recipe("dmo")
+    with pytest.raises(OptionError, match="does not exist"):
+        find_recipe("nowhere/recipe.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_that_come_with_the_package_can_be_read(path: Path) -> None:
+    assert read_recipe(find_recipe(path.stem)).cells()

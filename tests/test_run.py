@@ -1,0 +1,143 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tinydata import tiny_decoder, write_data, write_jsonl
+
+from causalprune import run as running
+from causalprune.checkpoint import read_manifest
+from causalprune.errors import CheckpointError, DataError, MismatchError
+from causalprune.evaluation import evaluate
+from causalprune.recipe import CalibrationSpec, ModelSpec, Recipe, Shape
+from causalprune.results import load_rows, paired_difference
+from causalprune.verification import verify
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "data")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    decoder = tiny_decoder()
+    decoder.model.save_pretrained(folder)
+    decoder.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def recipe(model_folder: Path, **changes: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "model": ModelSpec(str(model_folder)),
+        "calibration": CalibrationSpec(("gsm8k",), n=6, subsets=3),
+        "methods": ("magnitude", "wanda", "cap"),
+        "sparsities": (0.5,),
+        "tasks": ("gsm8k_nll:4", "strategyqa_nll"),
+    }
+    return Recipe(**{**values, **changes})
+
+
+def test_run_measures_dense_and_every_method(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    record = running.run(recipe(model_folder, save=True), tmp_path / "run", data_dir=data)
+    rows = dict(load_rows(tmp_path / "run"))
+    assert list(rows) == ["dense", "magnitude-matrix-0.5", "wanda-row-0.5", "cap-global-0.5"]
+    assert all([r.task for r in results] == ["gsm8k_nll", "strategyqa_nll"] for results in rows.values())
+    for row in record["rows"][1:]:
+        assert row["pruned"]["zeros"] == round(row["pruned"]["weights"] * 0.5)
+    for dense, pruned in zip(rows["dense"], rows["cap-global-0.5"], strict=True):
+        assert paired_difference(pruned, dense).n == len(dense.values)
+        assert pruned.values != dense.values
+    checkpoint = tmp_path / "run" / "checkpoints" / "cap-global-0.5"
+    assert verify(checkpoint).ok
+    reloaded = running.load(ModelSpec(str(checkpoint)))
+    again = evaluate(reloaded, ["gsm8k_nll:4"], data_dir=data, batch_tokens=2048)
+    assert again[0].values == rows["cap-global-0.5"][0].values
+    assert read_manifest(checkpoint)["run"]["calibration"]["sources"] == {"gsm8k": 6}
+
+
+def test_stopped_run_goes_on_with_the_same_results(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = recipe(model_folder)
+    calm = running.run(wanted, tmp_path / "calm", data_dir=data)
+    calls: list[str] = []
+
+    def stops_at_the_fifth(decoder: Any, tasks: list[str], *rest: Any, **options: Any) -> Any:
+        calls.append(tasks[0])
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return evaluate(decoder, tasks, *rest, **options)
+
+    monkeypatch.setattr(running, "evaluate", stops_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        running.run(wanted, tmp_path / "stopped", data_dir=data)
+    assert not (tmp_path / "stopped" / "results.json").exists()
+    resumed = running.run(wanted, tmp_path / "stopped", data_dir=data)
+    assert len(calls) == 8 + 1
+    assert values(resumed) == values(calm)
+
+
+def test_methods_may_be_added_to_a_finished_run(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    first = running.run(recipe(model_folder, methods=("magnitude",)), tmp_path / "run", data_dir=data)
+    more = running.run(recipe(model_folder, methods=("magnitude", "random")), tmp_path / "run", data_dir=data)
+    assert values(more)[: len(values(first))] == values(first)
+    assert more["rows"][-1]["label"] == "random-matrix-0.5"
+
+
+def test_another_calibration_in_the_same_folder_is_refused(
+    model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    running.run(recipe(model_folder, methods=("magnitude",)), tmp_path / "run", data_dir=data)
+    other = recipe(model_folder, calibration=CalibrationSpec(("gsm8k",), n=6, subsets=3, seed=1))
+    with pytest.raises(MismatchError):
+        running.run(other, tmp_path / "run", data_dir=data)
+
+
+def test_shape_of_the_recipe_is_checked(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match="2 layers of 4 heads"):
+        running.run(recipe(model_folder, shape=Shape(2, 5, 1e4)), tmp_path / "run", data_dir=data)
+
+
+def test_one_file_for_both_ends_is_cut_in_two(model_folder: Path, tmp_path: Path) -> None:
+    problems = [{"prompt": f"Say {i}", "target": f"It is {i}."} for i in range(12)]
+    own = str(write_jsonl(tmp_path / "own.jsonl", problems))
+    wanted = recipe(
+        model_folder,
+        calibration=CalibrationSpec((own,), n=6, subsets=3),
+        tasks=(f"{own}_nll:5",),
+        methods=("wanda",),
+    )
+    record = running.run(wanted, tmp_path / "run")
+    assert record["calibration"]["skipped"]["excluded"] > 0
+    greedy = recipe(model_folder, calibration=CalibrationSpec((own,), n=8), tasks=(f"{own}_nll:5",))
+    with pytest.raises(DataError, match="7"):
+        running.run(greedy, tmp_path / "greedy")
+
+
+def test_existing_output_is_refused_before_any_work(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    method = recipe(model_folder).cells()["magnitude-matrix-0.5"]
+    with pytest.raises(CheckpointError, match="exists"):
+        running.prune_checkpoint(ModelSpec("no/such"), method, tmp_path / "out", CalibrationSpec(("gsm8k",)))
+
+
+def test_cap_measures_first_where_no_effects_are_given(
+    model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    method = recipe(model_folder).cells()["cap-global-0.5"]
+    options = running.Options(data_dir=data)
+    spec, wanted = ModelSpec(str(model_folder)), CalibrationSpec(("gsm8k",), n=6)
+    alone = running.prune_checkpoint(spec, method, tmp_path / "alone", wanted, options=options)
+    running.attribute(spec, wanted, tmp_path / "effects", options)
+    effects = tmp_path / "effects" / "effects.json"
+    assert json.loads(effects.read_text()) == json.loads((tmp_path / "alone" / "effects.json").read_text())
+    given = running.prune_checkpoint(spec, method, tmp_path / "given", wanted, effects, options)
+    assert all(torch.equal(alone.keep[name], given.keep[name]) for name in given.keep)
+
+
+def values(record: dict[str, Any]) -> list[Any]:
+    """Return all that a run measured, without its timings."""
+    return [(row["label"], [result["values"] for result in row["results"]]) for row in record["rows"]]
