@@ -9,7 +9,7 @@ demo: $(INSTALLED)  ## prune a small model end to end on this machine
 	$(BIN)/causalprune demo
 
 test: $(INSTALLED)  ## the tests, but for those that take minutes
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto
 
 slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/pytest -q -m slow
@@ -22,7 +22,7 @@ static: $(INSTALLED)  ## format, lint and types
 	$(BIN)/mypy
 
 bench: $(INSTALLED)  ## run the benchmarks, one after the other
-	set -e; for script in $(filter-out %/common.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	set -e; for script in $(filter-out %/common.py bench/tables.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

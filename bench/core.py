@@ -19,13 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from causalprune.pruning import Method, prune
 from common import BENCH, RESULTS, ROOT, RUNS, data_folder, write_figures
+from safetensors.torch import load_file
 
 from causalprune.calibration import calibrate
 from causalprune.checkpoint import load_effects
 from causalprune.embedded import load
 from causalprune.progress import shown
+from causalprune.pruning import Method, prune
 from causalprune.recipe import read_recipe, without_limits
 from causalprune.results import headline, read_json, rows_of, write_json
 from causalprune.run import run
@@ -99,11 +100,11 @@ def _attribute(folder: Path) -> list[str]:
 
 def oracle(full: bool) -> dict[str, float]:
     """Keep decisions equal to llm-compressor's, which runs in an environment of its own."""
-    from safetensors.torch import load_file
-
     python = BENCH / "oracle" / ".venv" / "bin" / "python"
     if not python.exists():
-        subprocess.run(["make", "-C", BENCH / "oracle"], check=True)
+        subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
+        requirements = BENCH / "oracle" / "requirements.txt"
+        subprocess.run([python, "-m", "pip", "install", "-q", "-r", requirements], check=True)
     decoder = load("embedded")
     calibration = calibrate(decoder.tokenizer, ["gsm8k"], n=ORACLE_PROBLEMS, data_dir=data_folder())
     figures = {}
@@ -160,7 +161,7 @@ def main() -> None:
 
 def _raw() -> dict[str, Any]:
     path = RUNS / "core" / "results.json"
-    return read_json(path) if path.exists() else {}
+    return {"table": read_json(path)} if path.exists() else {}
 
 
 if __name__ == "__main__":

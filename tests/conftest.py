@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 REPOSITORY = Path(__file__).parent.parent
@@ -13,6 +14,7 @@ CHECKED = [
     f"causalprune.{path.stem}" for path in PACKAGE.glob("*.py") if path.stem != "cli"
 ]  # typer reads its types
 
+torch.set_num_threads(1)  # tiny matrices: threads cost more than they bring
 install_import_hook(CHECKED, "beartype.beartype")  # before the first import of the package
 
 

@@ -5,6 +5,7 @@ weights are tied. The loops share no code with the library and compute in float6
 """
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -144,6 +145,7 @@ def _subset_losses(masked: Masked | None) -> list[float]:
     return losses
 
 
+@cache
 def delta_nats() -> list[float]:
     """Return Δ per head, layer by layer: median over subsets masked - mean over subsets intact."""
     intact = sum(_subset_losses(None)) / CALIBRATION.n_subsets
@@ -151,6 +153,7 @@ def delta_nats() -> list[float]:
     return [sorted(_subset_losses(head))[CALIBRATION.n_subsets // 2] - intact for head in heads]
 
 
+@cache
 def importance() -> list[list[float]]:
     """Return I per layer and head: Δ from its minimum to its maximum becomes 1 to 10."""
     delta = delta_nats()
@@ -159,6 +162,7 @@ def importance() -> list[list[float]]:
     return [flat[layer * N_HEADS : (layer + 1) * N_HEADS] for layer in range(N_LAYERS)]
 
 
+@cache
 def scores() -> Weights:
     """Return S = |W| · I of every weight of the pool."""
     factors, found = importance(), {}

@@ -18,8 +18,6 @@ from transformers import PreTrainedModel
 from causalprune.anatomy import inspect_model
 from causalprune.types import Calibration, Decoder, Example, Layer
 
-torch.set_num_threads(1)  # a tiny model costs ten times as much on two
-
 ROUNDING = {"rtol": 2e-5, "atol": 2e-5}
 """Sums of a dozen float32 losses, computed in different orders."""
 

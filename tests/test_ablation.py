@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -121,12 +122,15 @@ class TupleLayer(LlamaDecoderLayer):
         return (super().forward(*args, **kwargs),)
 
 
-class TakesFirst(nn.ModuleList):
-    """Layers for a model that takes the first of what each returns."""
+class Unpacked(nn.ModuleList):
+    """Layers for a model that unpacks what each returns."""
 
     def __iter__(self) -> Iterator[Any]:
-        for layer in super().__iter__():
-            yield lambda *args, layer=layer, **kwargs: layer(*args, **kwargs)[0]
+        def unpacked(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+            (hidden,) = layer(*args, **kwargs)
+            return hidden
+
+        return (partial(unpacked, layer) for layer in super().__iter__())
 
 
 def test_layers_that_return_tuples() -> None:
@@ -134,7 +138,7 @@ def test_layers_that_return_tuples() -> None:
     decoder = fresh("llama3")
     for layer in decoder.layers:
         layer.module.__class__ = TupleLayer
-    decoder.model.model.layers = TakesFirst([layer.module for layer in decoder.layers])
+    decoder.model.model.layers = Unpacked([layer.module for layer in decoder.layers])
     torch.testing.assert_close(run(decoder), intact, rtol=0, atol=0)
     inputs = capture(decoder, TOKENS, stop=N_LAYERS - 1)
     assert inputs.as_tuple

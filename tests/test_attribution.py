@@ -51,7 +51,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_effects_are_those_of_the_naive_loop(family: str) -> None:
-    decoder, examples = shared(family), calibration()
+    decoder, examples = shared(family), calibration(((14, 5), (13, 9)), subsets=2)  # one batch, padded
     effects = exact(decoder, examples, max_batch_tokens=64)
     units, rows = [], []
     for layer in decoder.layers:
@@ -92,7 +92,7 @@ def test_what_is_known_about_the_examples_is_kept() -> None:
     assert effects.description == {"estimator": "exact", "sources": {"random": 4}, "seed": 3}
 
 
-@pytest.mark.parametrize("family", ["llama3", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 def test_batches_and_order_do_not_matter(family: str) -> None:
     decoder, examples = shared(family), calibration()
     expected = exact(decoder, examples)
@@ -100,7 +100,7 @@ def test_batches_and_order_do_not_matter(family: str) -> None:
         effects = exact(decoder, examples, max_batch_tokens=room)
         torch.testing.assert_close(effects.masked_nats, expected.masked_nats, **ROUNDING)
         torch.testing.assert_close(effects.intact_nats, expected.intact_nats, **ROUNDING)
-    order = [2, 0, 3, 1]
+    order = [3, 1, 2, 0]  # the longest come last: rows of a batch are not in the order of the examples
     shuffled = Calibration(
         tuple(examples.examples[i] for i in order), tuple(examples.subset[i] for i in order)
     )
@@ -124,10 +124,10 @@ def test_progress_reaches_its_end_in_steps() -> None:
 def test_a_resumed_run_is_the_undisturbed_one_and_repeats_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder, examples = shared("llama3"), calibration()
+    decoder, examples = shared("llama3"), calibration(((14, 5), (13, 9), (4, 3)))
     undisturbed = exact(decoder, examples, max_batch_tokens=ROOM)
     n_batches = len(batches(examples.examples, max_batch_tokens=ROOM))
-    assert n_batches == 3
+    assert n_batches == 2
     n_jobs = n_batches * N_LAYERS
     for stop in range(n_jobs + 1):
         path = tmp_path / f"{stop}.jsonl"
@@ -178,8 +178,8 @@ def test_a_ledger_of_something_else_is_refused(tmp_path: Path) -> None:
         exact(decoder, calibration(seed=1), ledger=path)
     with pytest.raises(MismatchError, match="calibration was"):  # other subsets, same examples
         exact(decoder, calibration(subsets=2), ledger=path)
-    with pytest.raises(MismatchError, match="max_batch_tokens was 2048"):
-        exact(decoder, examples, ledger=path, max_batch_tokens=ROOM)
+    with pytest.raises(MismatchError, match="batches was"):
+        exact(decoder, examples, ledger=path, max_batch_tokens=1)
     assert path.read_bytes() == content
     assert identical(exact(decoder, examples, ledger=path), first)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from causalprune import checkpoint
+from causalprune.anatomy import inspect_model
 from causalprune.checkpoint import (
     check_destination,
     load_effects,
@@ -25,7 +26,6 @@ from causalprune.checkpoint import (
     save_effects,
 )
 from causalprune.errors import CheckpointError, MismatchError
-from causalprune.anatomy import inspect_model
 from causalprune.types import Decoder, Effects, Unit
 from causalprune.verification import verify
 

@@ -251,22 +251,21 @@ def test_effects_of_another_model(run: Run, model: Path, data: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    "case",
     [
         ({"methodes": []}, "did you mean 'methods'"),
         ({"tasks": ["gsm8k_nl"]}, "did you mean 'gsm8k_nll'"),
         ({"calibration": {"sources": ["gsm8k"], "n": 5000}}, "5000"),
     ],
 )
-@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize("mode", [("--dry-run",), ()])
 def test_bad_recipes(
-    run: Run, model: Path, data: Path, tmp_path: Path, change: dict[str, Any], words: str, dry: bool
+    run: Run, model: Path, data: Path, tmp_path: Path, case: tuple[dict[str, Any], str], mode: tuple[str, ...]
 ) -> None:
+    change, words = case
     path, out = tmp_path / "recipe.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump(recipe_for(model, **change)))
-    assert_refused(
-        run("run", path, "-o", out, "--data-dir", data, *(["--dry-run"] if dry else [])), words, out
-    )
+    assert_refused(run("run", path, "-o", out, "--data-dir", data, *mode), words, out)
 
 
 def test_results_on_other_examples_are_not_compared(

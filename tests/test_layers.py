@@ -32,8 +32,17 @@ LAYERS: dict[str, set[str]] = {
     "losses": {"ablation"},
     "tasks": {"data"},
     "calibration": {"data"},
-    "attribution": {"ablation", "calibration", "ledger", "losses"},
-    "pruning": {"ablation", "allocation", "attribution", "calibration", "criteria", "importance", "losses"}
+    "attribution": {"ablation", "anatomy", "calibration", "ledger", "losses"},
+    "pruning": {
+        "ablation",
+        "allocation",
+        "anatomy",
+        "attribution",
+        "calibration",
+        "criteria",
+        "importance",
+        "losses",
+    }
     | {"statistics"},
     "evaluation": {"calibration", "data", "losses", "results", "tasks"},
     "recipe": {"calibration", "pruning"},

@@ -22,15 +22,6 @@ MIXTURES = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe")
 TOKENS = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices are many times faster on one thread, where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def decoder_of(model: PreTrainedModel) -> Decoder:
     return inspect_model(model, None, name="tiny")
 

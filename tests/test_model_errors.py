@@ -23,8 +23,8 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from causalprune.errors import CausalPruneError, ModelError, OptionError
 from causalprune.anatomy import inspect_model
+from causalprune.errors import CausalPruneError, ModelError, OptionError
 from causalprune.model import load
 
 

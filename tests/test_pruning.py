@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from causalprune.allocation import prune_counts, spread
-from causalprune.anatomy import inspect_model
+from causalprune.anatomy import fingerprint, inspect_model
 from causalprune.attribution import exact
 from causalprune.criteria import CRITERIA, SCOPES, Evidence, wanda
 from causalprune.errors import MismatchError, ModelError, OptionError
@@ -25,6 +25,7 @@ from causalprune.types import Calibration, Decoder, Effects, Example, Unit
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_criterion = pytest.mark.parametrize("criterion", CRITERIA)
 EXAMPLES = calibration()
+ONE_BATCH = calibration(((14, 5), (13, 9)))
 
 
 def effects_for(decoder: Decoder, seed: int = 0) -> Effects:
@@ -32,11 +33,11 @@ def effects_for(decoder: Decoder, seed: int = 0) -> Effects:
     units = tuple(Unit(layer.index, h) for layer in decoder.layers for h in range(layer.attention.n_heads))
     masked = torch.rand(len(units), 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     intact, ones = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.long)
-    return Effects(units, masked, intact, ones, torch.arange(3), decoder.fingerprint, "calibration")
+    return Effects(units, masked, intact, ones, torch.arange(3), fingerprint(decoder.model), "calibration")
 
 
 def run(decoder: Decoder, method: Method, **options: Any) -> Pruned:
-    return prune(decoder, method, calibration=EXAMPLES, effects=effects_for(decoder), **options)
+    return prune(decoder, method, calibration=ONE_BATCH, effects=effects_for(decoder), **options)
 
 
 def weights(decoder: Decoder) -> dict[str, Tensor]:
@@ -88,7 +89,7 @@ def test_the_exact_number_goes_and_the_rest_is_untouched(family: str, criterion:
 
 @every_criterion
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("family", ["phi3", "gpt_neox", "olmoe"])  # fused, interleaved and stacked matrices
+@pytest.mark.parametrize("family", ["gpt_neox", "olmoe"])  # interleaved and stacked matrices
 def test_each_scope_has_its_own_budget_everywhere(family: str, criterion: str, scope: str) -> None:
     decoder = shared(family)
     with restored(decoder):
@@ -160,11 +161,12 @@ def test_the_micro_model_has_ties_at_its_borders() -> None:
 
 def test_cap_with_equal_effects_is_magnitude() -> None:
     one, two = fresh("qwen3"), fresh("qwen3")
-    flat = replace(effects_for(one), masked_nats=torch.full((12, 3), 0.25, dtype=torch.float64))
+    effects = effects_for(one)
+    flat = replace(effects, masked_nats=torch.full((12, 3), 0.25, dtype=torch.float64))
     by_effects = prune(one, Method("cap", 0.4), effects=flat).keep
     by_magnitude = prune(two, Method("magnitude", 0.4, "global")).keep
     assert all(torch.equal(by_effects[name], by_magnitude[name]) for name in by_effects)
-    uneven = prune(fresh("qwen3"), Method("cap", 0.4), effects=effects_for(one)).keep
+    uneven = prune(fresh("qwen3"), Method("cap", 0.4), effects=effects).keep
     assert not all(torch.equal(uneven[name], by_magnitude[name]) for name in uneven)
 
 
@@ -342,35 +344,6 @@ def test_what_a_criterion_needs_must_be_there() -> None:
         with pytest.raises(MismatchError, match="another model"):
             prune(decoder, Method("cap", 0.5), effects=other)
         assert all(torch.equal(p, before[name]) for name, p in decoder.model.named_parameters())
-
-
-@pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.1, 1.5, float("nan"), float("inf")])
-def test_a_sparsity_outside_0_and_1_is_refused(sparsity: float) -> None:
-    with pytest.raises(OptionError, match="between 0 and 1"):
-        Method("magnitude", sparsity)
-
-
-@pytest.mark.parametrize(
-    ("field", "name", "message"),
-    [
-        ("criterion", "wandaa", "unknown method 'wandaa': did you mean 'wanda'"),
-        ("criterion", "CAP", "unknown method 'CAP': choices are cap, magnitude, random, wanda"),
-        ("scope", "rows", "unknown scope 'rows': did you mean 'row'"),
-        ("scope", "", "unknown scope '': choices are global, matrix, row"),
-    ],
-)
-def test_unknown_names_are_refused_with_a_suggestion(field: str, name: str, message: str) -> None:
-    names = {"criterion": "wanda", "scope": None, field: name}
-    with pytest.raises(OptionError) as error:
-        Method(names["criterion"], 0.5, names["scope"])
-    assert message in str(error.value)
-
-
-@every_criterion
-def test_a_scope_is_the_criterions_own_unless_it_is_given(criterion: str) -> None:
-    assert Method(criterion, 0.5).resolved_scope == CRITERIA[criterion].scope
-    for scope in SCOPES:
-        assert Method(criterion, 0.5, scope).resolved_scope == scope
 
 
 @every_criterion

@@ -109,7 +109,8 @@ def run_layer(
     """Run `layer` alone on `inputs.hidden[layer]` and return its output."""
     with entered_at(decoder, layer, inputs):
         output = _run_until(decoder, tokens, layer)
-    return output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def _run_until(decoder: Decoder, tokens: Tensor, stop: int) -> Any:

@@ -1,5 +1,6 @@
 """Stage 1 of the method: how much the loss rises when a head is removed (method §1)."""
 
+import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from causalprune.ablation import LayerInputs, capture, entered_at, masked_heads
+from causalprune.anatomy import fingerprint
 from causalprune.calibration import batches
 from causalprune.errors import ModelError
 from causalprune.ledger import Ledger
@@ -33,10 +35,10 @@ def exact(
     """
     groups = batches(calibration.examples, max_batch_tokens=max_batch_tokens)
     identity = {
-        "model": decoder.fingerprint,
+        "model": fingerprint(decoder.model),  # anew: it may have been pruned since it was loaded
         "calibration": calibration.fingerprint,
         "estimator": "exact",
-        "max_batch_tokens": max_batch_tokens,
+        "batches": hashlib.sha256(repr([batch.indices for batch in groups]).encode()).hexdigest(),
     }
     n_layers, n_sequences = len(decoder.layers), len(calibration.examples)
     units = tuple(Unit(layer.index, h) for layer in decoder.layers for h in range(layer.attention.n_heads))
@@ -62,8 +64,8 @@ def exact(
         intact_nats=intact,
         tokens=torch.tensor([example.target_tokens for example in calibration.examples]),
         subset=torch.tensor(calibration.subset),
-        model_fingerprint=decoder.fingerprint,
-        calibration_fingerprint=calibration.fingerprint,
+        model_fingerprint=identity["model"],
+        calibration_fingerprint=identity["calibration"],
         description={"estimator": "exact", **calibration.description},
     )
 

@@ -18,7 +18,7 @@ def head_importance(delta_nats: Float[Tensor, "unit"]) -> Float[Tensor, "unit"]:
     low, high = delta_nats.aminmax()
     if low == high:
         return torch.ones_like(delta_nats)
-    return 1 + 9 * (delta_nats - low) / (high - low)
+    return 1 + 9 * ((delta_nats - low) / (high - low))
 
 
 def weight_factor(

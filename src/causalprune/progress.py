@@ -1,6 +1,7 @@
 """Progress with time left: a live bar on a terminal, a line now and then in a log."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,7 @@ from rich.progress import (
 from causalprune import types
 
 LOG_SECONDS = 30.0
+WINDOW = 10
 
 console = Console(stderr=True)
 
@@ -34,19 +36,19 @@ def shown(label: str) -> Iterator[types.Progress]:
 
 
 class _Log:
-    """Writes a line at most every `LOG_SECONDS`."""
+    """Writes a line every `LOG_SECONDS`; the rate is that of the last `WINDOW` lines, as resumed work is instant."""
 
     def __init__(self, label: str) -> None:
         self.label = label
-        self.start = self.written = time.monotonic()
-        self.first: int | None = None
+        self.marks: deque[tuple[float, int]] = deque(maxlen=WINDOW)
 
     def update(self, done: int, total: int) -> None:
         now = time.monotonic()
-        self.first = done if self.first is None else self.first
-        if now - self.written < LOG_SECONDS:
+        if self.marks and now - self.marks[-1][0] < LOG_SECONDS:
             return
-        self.written = now
-        rate = (done - self.first) / (now - self.start)
-        left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
-        console.print(f"{self.label}: {done / max(total, 1):.0%}{left}", highlight=False)
+        self.marks.append((now, done))
+        if len(self.marks) == 1:
+            return
+        (then, before), share = self.marks[0], done / max(total, 1)
+        left = f", {(total - done) * (now - then) / (done - before):.0f} s left" if done > before else ""
+        console.print(f"{self.label}: {share:.0%}{left}", highlight=False)

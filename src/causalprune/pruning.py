@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from causalprune.ablation import LayerInputs, capture, run_layer
 from causalprune.allocation import find_threshold, keep_above, keep_matrix, keep_rows, prune_counts, spread
+from causalprune.anatomy import fingerprint
 from causalprune.calibration import batches
 from causalprune.criteria import CRITERIA, SCOPES, Evidence, Scope
 from causalprune.errors import MismatchError, ModelError, OptionError, unknown
@@ -196,7 +197,7 @@ def _score(
 def _factors(decoder: Decoder, effects: Effects | None) -> Factors:
     if effects is None:
         raise OptionError("method 'cap' needs effects: measure them first (`causalprune attribute`)")
-    if effects.model_fingerprint != decoder.fingerprint:
+    if effects.model_fingerprint != fingerprint(decoder.model):
         raise MismatchError(f"the effects were measured on another model or revision than {decoder.name}")
     importance = head_importance(effects.delta_nats()).float()
     layers = torch.tensor([unit.layer for unit in effects.units])

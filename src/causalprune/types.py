@@ -142,7 +142,8 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         """Device that takes the token ids."""
-        return self.model.get_input_embeddings().weight.device
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
 
 
 @dataclass(frozen=True)
