@@ -26,7 +26,7 @@ bench: $(INSTALLED)  ## run the benchmarks, one after the other
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,demo]'
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev,demo]'
 	touch $@
 
 clean:
