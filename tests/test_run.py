@@ -74,7 +74,7 @@ def test_stopped_run_goes_on_with_the_same_results(
     monkeypatch.setattr(running, "evaluate", stops_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
         running.run(wanted, tmp_path / "stopped", data_dir=data)
-    assert not (tmp_path / "stopped" / "results.json").exists()
+    assert [label for label, _ in load_rows(tmp_path / "stopped")] == ["dense", "magnitude-matrix-0.5"]
     resumed = running.run(wanted, tmp_path / "stopped", data_dir=data)
     assert len(calls) == 8 + 1
     assert values(resumed) == values(calm)

@@ -4,7 +4,7 @@
 |---|---|
 | `attribution.ledger` | every finished attribution job; `effects.json` when all are done |
 | `results.ledger` | every finished evaluation; a run that was stopped goes on after the last one |
-| `results.json` | the table with per-example values: what `compare` reads |
+| `results.json` | all finished rows with per-example values: what `compare` reads |
 | `checkpoints/<label>` | pruned models, if the recipe says `save: true` |
 """
 
@@ -81,20 +81,21 @@ def run(
         "batch_tokens": recipe.batch_tokens,
     }
     folder.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {
+        "recipe": dataclasses.asdict(recipe),
+        "identity": identity,
+        "calibration": calibration.description,
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "rows": [],
+    }
     with Ledger(folder / "results.ledger", identity) as book:
         effects = _effects(recipe, decoder, calibration, folder, stage)
         bench = _Bench(recipe, folder, calibration, effects, settings, stage, book)
         for name, method in recipe.cells().items():
             bench.measure(name, method, decoder if method is None else None)
-        record = {
-            "recipe": dataclasses.asdict(recipe),
-            "identity": identity,
-            "calibration": calibration.description,
-            "versions": versions(),
-            "git_commit": git_commit(),
-            "rows": [bench.row(name, method) for name, method in recipe.cells().items()],
-        }
-    write_json(folder / RESULTS, record)
+            record["rows"].append(bench.row(name, method))
+            write_json(folder / RESULTS, record)
     return record
 
 

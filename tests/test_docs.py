@@ -1,0 +1,38 @@
+"""What the pages say about the code holds."""
+
+import importlib
+import re
+from functools import reduce
+from pathlib import Path
+
+import pytest
+
+import causalprune
+
+REPOSITORY = Path(__file__).parent.parent
+NAMED = re.findall(r"`(\w+)\.([\w.]+)`", (REPOSITORY / "docs" / "method.md").read_text(encoding="utf-8"))
+
+
+def test_method_names_functions() -> None:
+    assert len(NAMED) > 10
+
+
+@pytest.mark.parametrize(("module", "name"), NAMED)
+def test_functions_named_in_the_method_exist(module: str, name: str) -> None:
+    assert reduce(getattr, name.split("."), importlib.import_module(f"causalprune.{module}"))
+
+
+@pytest.mark.parametrize("name", causalprune.__all__)
+def test_public_names_can_be_imported(name: str) -> None:
+    assert callable(getattr(causalprune, name))
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'prun'"):
+        causalprune.prun  # noqa: B018
+
+
+def test_readme_uses_public_names_only() -> None:
+    used = set(re.findall(r"\bcp\.(\w+)", (REPOSITORY / "README.md").read_text(encoding="utf-8")))
+    assert used
+    assert used <= set(causalprune.__all__)
