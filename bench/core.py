@@ -21,6 +21,7 @@ from typing import Any
 
 from common import BENCH, RESULTS, ROOT, RUNS, data_folder, write_figures
 from safetensors.torch import load_file
+from tables import LEFT_OUT
 
 from causalprune.calibration import calibrate
 from causalprune.checkpoint import load_effects
@@ -49,7 +50,7 @@ def table(full: bool) -> dict[str, float]:
         name, _, sparsity = label.rpartition("-")
         suffix = f"{NAMES[name]}_{float(sparsity) * 100:.0f}" if name else NAMES[label]
         for result in results:
-            if result.metric != "accuracy" or result.task == "strategyqa":
+            if (result.task, result.metric) != LEFT_OUT:
                 figures[f"{MEASURES[result.task]}_{suffix}"] = headline(result)
     return figures
 
