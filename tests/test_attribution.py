@@ -276,3 +276,12 @@ def test_effects_are_kept_in_double_precision() -> None:
     effects = exact(shared("llama2"), calibration())
     found: list[Tensor] = [effects.masked_nats, effects.intact_nats, effects.delta_nats()]
     assert {values.dtype for values in found} == {torch.float64}
+
+
+def test_a_head_that_does_nothing_has_no_paired_effect() -> None:
+    tokens, subset = torch.tensor([10, 20, 30]), torch.arange(3)
+    intact = torch.tensor([10.0, 60.0, 45.0], dtype=torch.float64)
+    masked = torch.stack([intact, intact + torch.tensor([5.0, -2.0, 3.0])])
+    effects = Effects((Unit(0, 0), Unit(0, 1)), masked, intact, tokens, subset, "model", "calibration")
+    assert effects.paired_delta_nats().tolist() == [0.0, 6.0 / 60]
+    assert float(effects.delta_nats()[0]) == pytest.approx(1.5 - (1.0 + 3.0 + 1.5) / 3)  # the method's offset

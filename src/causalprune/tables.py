@@ -78,16 +78,15 @@ def _plain(cell: Any) -> str:
 
 def strongest(effects: Effects) -> Table:
     """Return the heads whose removal raises the loss most, and how many help when removed."""
-    delta = effects.delta_nats()
-    negative = int((delta < 0).sum())
-    table = Table(
-        caption=f"{negative} of {len(delta)} heads lower the loss when removed", title="most critical heads"
-    )
-    for name in ("layer", "head", "Δ nats/token"):
+    delta, paired = effects.delta_nats(), effects.paired_delta_nats()
+    negative = int((paired < 0).sum())
+    caption = f"{negative} of {len(paired)} heads lower the loss when removed (paired Δ < 0)"
+    table = Table(title="most critical heads", caption=caption)
+    for name in ("layer", "head", "Δ (method)", "paired Δ, nats/token"):
         table.add_column(name, justify="right")
     for i in delta.argsort(descending=True)[:STRONGEST].tolist():
         unit = effects.units[i]
-        table.add_row(str(unit.layer), str(unit.head), f"{float(delta[i]):.4f}")
+        table.add_row(str(unit.layer), str(unit.head), f"{float(delta[i]):.4f}", f"{float(paired[i]):.4f}")
     return table
 
 

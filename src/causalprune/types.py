@@ -239,6 +239,14 @@ class Effects:
         intact = torch.stack([self.intact_nats[s].sum() for s in subsets]) / tokens
         return masked.quantile(0.5, dim=1) - intact.mean()
 
+    def paired_delta_nats(self) -> Float[Tensor, "unit"]:
+        """Return masked − intact loss per target token over all sequences: where the sign can be read.
+
+        `delta_nats` compares a median with a mean over subsets that differ in difficulty, which adds
+        the same offset (median − mean of the intact losses, about) to every unit.
+        """
+        return (self.masked_nats - self.intact_nats).sum(1) / self.tokens.sum()
+
 
 @dataclass(frozen=True)
 class EvalResult:
