@@ -285,7 +285,7 @@ def test_ctrl_c_says_how_to_go_on(
     def stop(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("causalprune.attribution.exact", stop)
+    monkeypatch.setattr("causalprune.run.measure", stop)
     code, _, err = run("attribute", model, "-o", tmp_path / "effects", "-n", "3", "--data-dir", data)
     assert code == 130
     assert "goes on" in err

@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from causalprune.attribution import exact as attribute
+    from causalprune.attribution import attribute
     from causalprune.calibration import calibrate
     from causalprune.checkpoint import load_effects, save
     from causalprune.embedded import load
@@ -42,7 +42,7 @@ __all__ = [
 _HOMES = {
     "CausalPruneError": "errors:CausalPruneError",
     "Method": "pruning:Method",
-    "attribute": "attribution:exact",
+    "attribute": "attribution:attribute",
     "calibrate": "calibration:calibrate",
     "evaluate": "evaluation:evaluate",
     "load": "embedded:load",

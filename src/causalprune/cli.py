@@ -60,6 +60,35 @@ BatchTokens = Annotated[int, typer.Option(help="Tokens in one forward pass.", mi
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
 
+Units = Annotated[
+    list[str],
+    typer.Option(
+        help="heads, kv_groups, attention, mlp, neurons:64 (groups of 64), experts or layers; repeatable."
+    ),
+]
+EffectName = Annotated[
+    Literal["ce", "kl"],
+    typer.Option(help="Rise of the cross-entropy, or KL divergence from the intact model (less noisy)."),
+]
+AblationName = Annotated[
+    Literal["zero", "mean", "resample"],
+    typer.Option(help="What takes the place of a removed unit; resample: what another example has there."),
+]
+EstimatorName = Annotated[
+    Literal["exact", "gradient", "adaptive"] | None,
+    typer.Option(help="exact (default), gradient (a few passes in all), adaptive (default with a budget)."),
+]
+Budget = Annotated[
+    str | None, typer.Option(help="Cost: `20x` is a twentieth of a whole pass per unit and example.")
+]
+UntilCertain = Annotated[
+    bool, typer.Option("--until-certain", help="Stop when the top fifth of the units is settled at 95 %.")
+]
+CacheGib = Annotated[
+    float, typer.Option(help="Memory for inputs of layers; what does not fit is computed again.", min=0)
+]
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
@@ -108,27 +137,38 @@ def attribute(
     chat: Chat = "auto",
     data_dir: DataDir = None,
     batch_tokens: BatchTokens = 2048,
+    units: Units = ["heads"],  # noqa: B006
+    effect: EffectName = "ce",
+    ablation: AblationName = "zero",
+    estimator: EstimatorName = None,
+    budget: Budget = None,
+    until_certain: UntilCertain = False,
+    cache_gib: CacheGib = 1.0,
     revision: Revision = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure every attention head: how much does the loss rise when it is removed?
+    """Measure every attention head (or other units): how much does the loss rise when it is removed?
 
     Every finished job is on disk at once: a run that was stopped goes on where it was.
     """
     from causalprune import tables
     from causalprune.progress import shown
-    from causalprune.recipe import CalibrationSpec, ModelSpec
+    from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec
     from causalprune.run import Options
     from causalprune.run import attribute as measure
 
     spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code)
     calibration = CalibrationSpec(tuple(task), n, subsets, seed, max_tokens, chat)
-    effects = measure(spec, calibration, output, Options(data_dir, batch_tokens, stage=shown))
+    name = estimator or ("adaptive" if budget or until_certain else "exact")
+    wanted = AttributionSpec(
+        tuple(units), effect, ablation, name, _times(budget), until_certain, seed=seed, cache_gib=cache_gib
+    )
+    effects = measure(spec, calibration, output, Options(data_dir, batch_tokens, stage=shown), wanted)
     console.print(tables.strongest(effects))
-    console.print(f"effects of {len(effects.units)} heads: {output / 'effects.json'}")
+    console.print(f"effects of {len(effects.units)} units: {output / 'effects.json'}")
 
 
 @app.command()
@@ -308,6 +348,17 @@ def _sparsity(text: str) -> float:
         return float(text)
     except ValueError:
         raise OptionError(f"sparsity must be a number between 0 and 1 such as 0.2, not {text!r}") from None
+
+
+def _times(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        return float(text.removesuffix("x"))
+    except ValueError:
+        raise OptionError(
+            f"a budget is written as 20x, a twentieth of the naive cost, not {text!r}"
+        ) from None
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

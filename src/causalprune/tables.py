@@ -1,5 +1,6 @@
 """Tables of results, as rich renderables and as Markdown: nothing here measures anything."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from causalprune.errors import unknown
 from causalprune.plan import Plan
 from causalprune.results import Row, headline, interval, paired_difference
 from causalprune.types import Effects, EvalResult
+from causalprune.uncertainty import estimate, reliability
 from causalprune.verification import Verification
 
 STYLES = {"better": "green", "worse": "red"}
@@ -77,16 +79,22 @@ def _plain(cell: Any) -> str:
 
 
 def strongest(effects: Effects) -> Table:
-    """Return the heads whose removal raises the loss most, and how many help when removed."""
-    delta, paired = effects.delta_nats(), effects.paired_delta_nats()
-    negative = int((paired < 0).sum())
-    caption = f"{negative} of {len(paired)} heads lower the loss when removed (paired Δ < 0)"
-    table = Table(title="most critical heads", caption=caption)
-    for name in ("layer", "head", "Δ (method)", "paired Δ, nats/token"):
+    """Return the units whose removal raises the loss most, and how certain the effects are."""
+    found, own = estimate(effects), reliability(effects)
+    known = ~found.value.isnan()
+    lines = [f"{int((found.value < 0).sum())} of {int(known.sum())} units lower the loss when removed"]
+    lines += [f"certain of their sign: {own['certain_signs']:.0%} of the units"]
+    if "split_half" in own:
+        lines.append(f"two halves of the examples rank units alike: {own['split_half']:.2f} (Spearman)")
+    if unreached := effects.description.get("unreached_experts"):
+        lines.append(f"{len(unreached)} experts got no token and are unmeasured")
+    table = Table(title="most critical units", caption="\n".join(lines))
+    for name in ("layer", "unit", "Δ, nats/token", "95 % interval"):
         table.add_column(name, justify="right")
-    for i in delta.argsort(descending=True)[:STRONGEST].tolist():
-        unit = effects.units[i]
-        table.add_row(str(unit.layer), str(unit.head), f"{float(delta[i]):.4f}", f"{float(paired[i]):.4f}")
+    for i in found.value.nan_to_num(-math.inf).argsort(descending=True)[:STRONGEST].tolist():
+        unit, bounds = effects.units[i], f"[{float(found.low[i]):.4f}, {float(found.high[i]):.4f}]"
+        name = f"{unit.kind} {unit.index}"
+        table.add_row(str(unit.layer), name, f"{float(found.value[i]):.4f}", bounds)
     return table
 
 
