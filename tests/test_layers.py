@@ -38,6 +38,7 @@ LAYERS: dict[str, set[str]] = {
     "measuring": {"ablation", "anatomy", "calibration", "ledger", "losses", "units"},
     "sampling": {"uncertainty"},
     "attribution": {"sampling", "calibration", "gradients", "measuring"},
+    "stability": {"attribution", "measuring", "uncertainty"},
     "pruning": {"ablation", "allocation", "anatomy", "calibration", "criteria", "importance"}
     | {"statistics", "uncertainty"},
     "evaluation": {"calibration", "data", "losses", "results", "tasks"},
@@ -57,7 +58,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "lm_eval": {"evaluation", "tasks"},
     "tqdm": {"tasks"},
     "yaml": {"data", "evaluation", "recipe"},
-    "numpy": {"checkpoint", "data", "calibration", "evaluation", "results", "uncertainty"},
+    "numpy": {"checkpoint", "data", "calibration", "evaluation", "results", "stability", "uncertainty"},
     "scipy": {"results", "uncertainty"},
     "typer": {"cli"},
     "click": {"cli"},

@@ -74,9 +74,12 @@ def gradient(work: Workbench, on_progress: Progress = silent) -> Effects:
     Costs `1 + 2 · (1 + draws)` forward passes per sequence and gate value, a backward counted as two.
     For `kl` only the second-order term exists: a divergence has no slope at the intact model.
     """
-    first, second = _expanded(work, on_progress)
+    if work.question.effect == "kl" and work.estimator.draws < 1:
+        raise OptionError("a divergence has no first order: the estimator 'gradient' needs draws ≥ 1 for it")
+    spent = _expansion_tokens(work)
+    first, second = _expanded(work, lambda done, all_: on_progress(round(spent * done / all_), round(spent)))
     predicted = second if work.question.effect == "kl" else first + second
-    return work.effects(_expansion_tokens(work), predicted_nats=predicted)
+    return work.effects(spent, predicted_nats=predicted)
 
 
 def adaptive(work: Workbench, on_progress: Progress = silent) -> Effects:
@@ -95,7 +98,8 @@ def adaptive(work: Workbench, on_progress: Progress = silent) -> Effects:
         raise OptionError(
             f"the prediction alone costs 1/{work.naive_tokens / spent:.0f} of naive: choose a budget below that"
         )
-    first, second = _expanded(work, on_progress)
+    total = round(min(budget, work.naive_tokens))
+    first, second = _expanded(work, lambda done, all_: on_progress(round(spent * done / all_), total))
     tokens = torch.tensor([example.target_tokens for example in work.calibration.examples])
     curvature = second.sum(1) / tokens.sum()
     even = curvature[:, None] * tokens
@@ -121,17 +125,16 @@ def adaptive(work: Workbench, on_progress: Progress = silent) -> Effects:
         by_job: dict[tuple[int, int], list[int]] = {}
         for unit, sequence in cells:
             by_job.setdefault((numbers[sequence], units[unit].layer), []).append(unit)
-        for done, ((number, layer), chosen) in enumerate(sorted(by_job.items())):
+        for (number, layer), chosen in sorted(by_job.items()):
             work.measure_intact(number)
             work.measure(f"{turn}:{number}:{layer}", number, layer, [(units[u], 0) for u in chosen])
-            on_progress(done + 1, len(by_job))
+            on_progress(round(spent + work.tokens_forwarded), total)
     raise AssertionError
 
 
 def _expansion_tokens(work: Workbench) -> float:
     how = work.estimator
-    draws = max(how.draws, 1) if work.question.effect == "kl" else how.draws
-    passes = len(how.gates) * (1 + 2 * (1 + draws))
+    passes = len(how.gates) * (1 + 2 * (1 + how.draws))
     return float(passes * sum(len(example.tokens) for example in work.calibration.examples))
 
 

@@ -172,6 +172,46 @@ def attribute(
 
 
 @app.command()
+def stability(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for stability.json and ledgers.")],
+    task: Annotated[
+        list[str],
+        typer.Option("--task", "-t", help="Sources; the first is compared with the others."),
+    ] = ["gsm8k", "arc_challenge", "wikitext2"],  # noqa: B006
+    n: Annotated[int, typer.Option("-n", help="Examples in each of five draws.", min=1)] = 8,
+    seed: Seed = 0,
+    max_tokens: MaxTokens = 512,
+    chat: Chat = "auto",
+    data_dir: DataDir = None,
+    batch_tokens: BatchTokens = 2048,
+    units: Units = ["heads"],  # noqa: B006
+    effect: EffectName = "ce",
+    top: Annotated[int, typer.Option(help="Strongest units that are removed in pairs.", min=2)] = 20,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show how far effects can be trusted: between draws, tasks and plain text, and for pairs of units."""
+    from causalprune import tables
+    from causalprune.progress import shown
+    from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec
+    from causalprune.run import Options, check_stability
+
+    spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code)
+    calibration = CalibrationSpec(tuple(task), n, seed=seed, max_tokens=max_tokens, chat=chat)
+    wanted = AttributionSpec(tuple(units), effect)
+    found = check_stability(
+        spec, calibration, output, Options(data_dir, batch_tokens, stage=shown), wanted, top
+    )
+    for table in tables.stability(found):
+        console.print(table)
+    console.print(f"all numbers: {output / 'stability.json'}")
+
+
+@app.command()
 def prune(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pruned checkpoint.")],

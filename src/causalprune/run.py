@@ -27,6 +27,7 @@ from causalprune.provenance import git_commit, versions
 from causalprune.pruning import Method, Pruned, prune
 from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec, Recipe
 from causalprune.results import RESULTS, write_json, write_results
+from causalprune.stability import DRAWS, Pairs, stability
 from causalprune.types import Calibration, Decoder, Effects, EvalResult, Progress, silent
 from causalprune.uncertainty import described
 
@@ -112,6 +113,38 @@ def attribute(
     """Measure the units of a model and leave `effects.json` and the ledger in `folder`."""
     decoder, calibration = _prepared(spec, wanted, options)
     return _measured(decoder, calibration, folder, options, attribution)
+
+
+def check_stability(
+    spec: ModelSpec,
+    wanted: CalibrationSpec,
+    folder: Path,
+    options: Options = Options(),
+    attribution: AttributionSpec = AttributionSpec(),
+    top: int = Pairs().top,
+) -> dict[str, Any]:
+    """Measure how far effects can be trusted, and leave `stability.json` and the ledgers in `folder`.
+
+    Each source of `wanted` is a calibration of its own, of `n` problems in each of five draws.
+    """
+    with options.stage("loading model"):
+        decoder = load(spec)
+    with options.stage("calibration data"):
+        calibrations = {}
+        for source in wanted.sources:
+            own = dataclasses.replace(wanted, sources=(source,), n=wanted.n * DRAWS, subsets=DRAWS)
+            calibrations[source] = _calibrated(decoder, own, options.data_dir)
+    found = stability(
+        decoder,
+        calibrations,
+        folder,
+        question=attribution.question(),
+        pairs=Pairs(top, min(wanted.n, Pairs().sequences)),
+        stage=options.stage,
+    )
+    description = {"model": spec.name, "sources": list(wanted.sources), "versions": versions()}
+    write_json(folder / "stability.json", {**found, "description": description, "git_commit": git_commit()})
+    return found
 
 
 def prune_checkpoint(

@@ -98,6 +98,31 @@ def strongest(effects: Effects) -> Table:
     return table
 
 
+def stability(found: Mapping[str, Any]) -> list[Table]:
+    """Return the tables of `causalprune stability`: draws, calibrations, swaps, pairs."""
+    draws = Table(title="independent draws of problems")
+    keys = ("problems_per_draw", "spearman_between_draws", "top_fifth_between_draws", "split_half")
+    keys += ("certain_signs", "median_sd_between_draws_nats", "sd_between_units_nats")
+    _fill(draws, ("source", *keys), found["within"])
+    first = next(iter(found["within"]))
+    between = Table(title=f"rank correlation with {first}")
+    _fill(between, ("source", "spearman", "ceiling", "top_fifth"), found["between"])
+    swaps = Table(title=f"{first} problems swapped for others: rank correlation with all of {first}")
+    shares = list(next(iter(found["swaps"].values()), {}))
+    _fill(swaps, ("swapped for", *shares), found["swaps"])
+    pairs = Table(title="strong units removed in pairs: joint effect − sum")
+    own = {key: value for key, value in found["interactions"].items() if key != "strongest"}
+    _fill(pairs, ("", *own), {"": own})
+    return [table for table in (draws, between, swaps, pairs) if table.row_count]
+
+
+def _fill(table: Table, columns: Sequence[str], rows: Mapping[str, Mapping[str, float]]) -> None:
+    for i, column in enumerate(columns):
+        table.add_column(column.replace("_", " "), justify="right" if i else "left")
+    for name, values in rows.items():
+        table.add_row(name, *(f"{values[key]:.3g}" if key in values else "–" for key in columns[1:]))
+
+
 def inspection(name: str, found: Mapping[str, Any]) -> Table:
     """Return what `causalprune inspect` prints of a model."""
     table = Table(title=name, show_header=False)
