@@ -66,7 +66,7 @@ def test_from_model_to_comparison(run: Run, model: Path, data: Path, tmp_path: P
     assert run("inspect", model, "--json")[0] == 0
     code, out, err = run("attribute", model, "-o", tmp_path / "effects", *calibration)
     assert code == 0, err
-    assert "most critical heads" in out
+    assert "most critical units" in out
     effects = ("--effects", tmp_path / "effects" / "effects.json")
     code, out, err = run("prune", model, "-o", tmp_path / "cap", "--sparsity", "0.5", *effects, *common)
     assert code == 0, err

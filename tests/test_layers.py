@@ -24,6 +24,7 @@ LAYERS: dict[str, set[str]] = {
     "statistics": set(),
     "results": {"provenance"},
     "progress": set(),
+    "options": set(),
     "data": set(),
     "units": set(),
     "uncertainty": set(),
@@ -60,7 +61,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "yaml": {"data", "evaluation", "recipe"},
     "numpy": {"checkpoint", "data", "calibration", "evaluation", "results", "stability", "uncertainty"},
     "scipy": {"results", "uncertainty"},
-    "typer": {"cli"},
+    "typer": {"cli", "options"},
     "click": {"cli"},
     "rich": {"cli", "progress", "tables"},
 }
