@@ -36,9 +36,9 @@ LAYERS: dict[str, set[str]] = {
     "tasks": {"data"},
     "calibration": {"data"},
     "gradients": {"ablation", "losses", "units"},
-    "measuring": {"ablation", "anatomy", "calibration", "ledger", "losses", "units"},
+    "measuring": {"ablation", "anatomy", "calibration", "gradients", "ledger", "losses", "units"},
     "sampling": {"uncertainty"},
-    "attribution": {"sampling", "calibration", "gradients", "measuring"},
+    "attribution": {"measuring", "sampling"},
     "stability": {"attribution", "measuring", "uncertainty"},
     "pruning": {"ablation", "allocation", "anatomy", "calibration", "criteria", "importance"}
     | {"statistics", "uncertainty"},

@@ -8,17 +8,12 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from causalprune.calibration import batches
-from causalprune.errors import OptionError
-from causalprune.gradients import expansion, uniforms
 from causalprune.measuring import Estimator, Question, Workbench
 from causalprune.sampling import Allocation, next_cells, settled
-from causalprune.types import Batch, Calibration, Decoder, Effects, Progress, silent
+from causalprune.types import Calibration, Decoder, Effects, Progress, silent
 
 ROUNDS = 4
 """Times that `adaptive` looks at what it has learnt and decides anew where to measure, in a budget."""
@@ -74,10 +69,8 @@ def gradient(work: Workbench, on_progress: Progress = silent) -> Effects:
     Costs `1 + 2 · (1 + draws)` forward passes per sequence and gate value, a backward counted as two.
     For `kl` only the second-order term exists: a divergence has no slope at the intact model.
     """
-    if work.question.effect == "kl" and work.estimator.draws < 1:
-        raise OptionError("a divergence has no first order: the estimator 'gradient' needs draws ≥ 1 for it")
-    spent = _expansion_tokens(work)
-    first, second = _expanded(work, lambda done, all_: on_progress(round(spent * done / all_), round(spent)))
+    spent = work.expansion_tokens
+    first, second = work.expanded(lambda done, all_: on_progress(round(spent * done / all_), round(spent)))
     predicted = second if work.question.effect == "kl" else first + second
     return work.effects(spent, predicted_nats=predicted)
 
@@ -89,17 +82,11 @@ def adaptive(work: Workbench, on_progress: Progress = silent) -> Effects:
     for a seed; a resumed run takes the same decisions from the same values.
     """
     how = work.estimator
-    if how.draws < 1 or work.question.ablation == "resample":
-        raise OptionError("the estimator 'adaptive' needs draws ≥ 1, and ablation 'zero' or 'mean'")
-    spent, units = _expansion_tokens(work), list(work.units)
+    spent, units = work.expansion_tokens, list(work.units)
     limit = math.inf if how.until_certain else work.naive_tokens / DEFAULT_BUDGET
     budget = limit if how.budget is None else work.naive_tokens / how.budget
-    if budget < spent:
-        raise OptionError(
-            f"the prediction alone costs 1/{work.naive_tokens / spent:.0f} of naive: choose a budget below that"
-        )
     total = round(min(budget, work.naive_tokens))
-    first, second = _expanded(work, lambda done, all_: on_progress(round(spent * done / all_), total))
+    first, second = work.expanded(lambda done, all_: on_progress(round(spent * done / all_), total))
     tokens = torch.tensor([example.target_tokens for example in work.calibration.examples])
     curvature = second.sum(1) / tokens.sum()
     even = curvature[:, None] * tokens
@@ -130,43 +117,6 @@ def adaptive(work: Workbench, on_progress: Progress = silent) -> Effects:
             work.measure(f"{turn}:{number}:{layer}", number, layer, [(units[u], 0) for u in chosen])
             on_progress(round(spent + work.tokens_forwarded), total)
     raise AssertionError
-
-
-def _expansion_tokens(work: Workbench) -> float:
-    how = work.estimator
-    passes = len(how.gates) * (1 + 2 * (1 + how.draws))
-    return float(passes * sum(len(example.tokens) for example in work.calibration.examples))
-
-
-def _expanded(work: Workbench, on_progress: Progress) -> tuple[Tensor, Tensor]:
-    """Return first- and second-order predictions for every cell, averaged over the gate values."""
-    how, examples = work.estimator, work.calibration.examples
-    if work.question.ablation == "resample":
-        raise OptionError("ablation 'resample' has no gradient estimate: use the estimator 'exact'")
-    first, second = torch.zeros_like(work.masked), torch.zeros_like(work.masked)
-    instead = work.means() if work.question.ablation == "mean" else None
-    units = list(work.units.values())
-    groups = batches(examples, max_batch_tokens=work.estimator.max_batch_tokens)
-    for number, batch in enumerate(groups):
-
-        def compute(batch: Batch = batch) -> dict[str, list[Any]]:
-            labels = uniforms(examples, batch, how.draws, how.seed)
-            found = [
-                expansion(work.decoder, batch, units, labels, instead=instead, gate=gate)
-                for gate in how.gates
-            ]
-            means = [torch.stack(parts).mean(0).tolist() for parts in zip(*found, strict=True)]
-            return dict(zip(("ce", "first", "second"), means, strict=True))
-
-        row = work.recalled(f"gradient:{number}", compute)
-        for target, name in ((first, "first"), (second, "second")):
-            target[:, list(batch.indices)] = torch.tensor(row[name], dtype=torch.float64)
-        on_progress(number + 1, len(groups))
-        work.intact[list(batch.indices)] = torch.tensor(row["ce"], dtype=torch.float64)
-    if any(unit.kind == "expert" for unit in work.units):
-        for number in range(len(work.groups)):
-            work.measure_intact(number)  # which experts get tokens
-    return first, second
 
 
 ESTIMATORS: dict[str, Callable[..., Effects]] = {"exact": exact, "gradient": gradient, "adaptive": adaptive}

@@ -16,9 +16,10 @@ from causalprune.ablation import InputCache, LayerInputs, capture, entered_at, g
 from causalprune.anatomy import fingerprint
 from causalprune.calibration import batch_of, batches
 from causalprune.errors import ModelError, OptionError, unknown
+from causalprune.gradients import expansion, uniforms
 from causalprune.ledger import Ledger
 from causalprune.losses import by_row, cross_entropy, divergence, selected, target_logits, targets
-from causalprune.types import Batch, Calibration, Decoder, Effect, Effects, Unit
+from causalprune.types import Batch, Calibration, Decoder, Effect, Effects, Progress, Unit
 from causalprune.units import Parts, Site, closing, list_units, sites
 
 Ablation = Literal["zero", "mean", "resample"]
@@ -115,8 +116,21 @@ class Workbench:
         self._means: dict[Site, Tensor] = {}
         self._reached: dict[int, dict[Site, Tensor]] = {}
         self._book: Ledger | None = None
-        if question.ablation != "zero" and any(s.place == "experts" for s in self._own_sites()):
-            raise OptionError(f"experts can only be ablated with 'zero', not {question.ablation!r}")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        ablation, how = self.question.ablation, self.estimator
+        if ablation != "zero" and any(s.place == "experts" for s in self._own_sites()):
+            raise OptionError(f"experts can only be ablated with 'zero', not {ablation!r}")
+        if ablation == "resample" and how.name != "exact":
+            raise OptionError(f"ablation 'resample' needs the estimator 'exact', not {how.name!r}")
+        if how.draws < 1 and (
+            how.name == "adaptive" or (how.name, self.question.effect) == ("gradient", "kl")
+        ):
+            raise OptionError(f"the estimator {how.name!r} of {self.question.effect!r} needs draws ≥ 1")
+        if how.budget is not None and self.naive_tokens / how.budget < self.expansion_tokens:
+            most = self.naive_tokens / self.expansion_tokens
+            raise OptionError(f"the prediction alone costs 1/{most:.0f} of naive: choose a budget below that")
 
     def ledger(self, path: Path | None) -> AbstractContextManager[Any]:
         """Return a context in which finished jobs are recalled from, and added to, the file at `path`."""
@@ -168,6 +182,39 @@ class Workbench:
             self.kl[at] = torch.tensor(found["kl"], dtype=torch.float64)
         self._cell_tokens += self.cost(number, layer, len(cells))
         self._walked.add(number)
+
+    @property
+    def expansion_tokens(self) -> float:
+        """Tokens that predictions cost, in equivalents of whole passes: a backward pass counts as two."""
+        passes = len(self.estimator.gates) * (1 + 2 * (1 + self.estimator.draws))
+        return float(passes * sum(len(example.tokens) for example in self.calibration.examples))
+
+    def expanded(self, on_progress: Progress) -> tuple[Tensor, Tensor]:
+        """Return the first- and second-order parts of the prediction `[unit sequence]`, averaged over gates."""
+        how, examples = self.estimator, self.calibration.examples
+        first, second = torch.zeros_like(self.masked), torch.zeros_like(self.masked)
+        instead = self.means() if self.question.ablation == "mean" else None
+        units = list(self.units.values())
+        groups = batches(examples, max_batch_tokens=how.max_batch_tokens)
+        for number, batch in enumerate(groups):
+
+            def compute(batch: Batch = batch) -> dict[str, list[Any]]:
+                labels = uniforms(examples, batch, how.draws, how.seed)
+                found = [
+                    expansion(self.decoder, batch, units, labels, instead=instead, gate=gate)
+                    for gate in how.gates
+                ]
+                means = [torch.stack(parts).mean(0).tolist() for parts in zip(*found, strict=True)]
+                return dict(zip(("ce", "first", "second"), means, strict=True))
+
+            row, columns = self.recalled(f"gradient:{number}", compute), list(batch.indices)
+            for target, name in ((self.intact, "ce"), (first, "first"), (second, "second")):
+                target[..., columns] = torch.tensor(row[name], dtype=torch.float64)
+            on_progress(number + 1, len(groups))
+        if any(unit.kind == "expert" for unit in self.units):
+            for number in range(len(self.groups)):
+                self.measure_intact(number)  # which experts get tokens
+        return first, second
 
     def joint(self, number: int, layer: int, cells: Sequence[tuple[Parts, int]]) -> dict[str, list[float]]:
         """Return the losses with these parts removed (from `layer` on), in these rows of a batch."""

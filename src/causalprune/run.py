@@ -320,7 +320,6 @@ def _measured(
     options: Options,
     wanted: AttributionSpec = AttributionSpec(),
 ) -> Effects:
-    folder.mkdir(parents=True, exist_ok=True)
     with options.stage("attribution") as progress:
         effects = measure(
             decoder,

@@ -101,7 +101,7 @@ def strongest(effects: Effects) -> Table:
 def stability(found: Mapping[str, Any]) -> list[Table]:
     """Return the tables of `causalprune stability`: draws, calibrations, swaps, pairs."""
     draws = Table(title="independent draws of problems")
-    keys = ("problems_per_draw", "spearman_between_draws", "top_fifth_between_draws", "split_half")
+    keys: tuple[str, ...] = ("problems_per_draw", "spearman_between_draws", "top_fifth_between_draws", "split_half")
     keys += ("certain_signs", "median_sd_between_draws_nats", "sd_between_units_nats")
     _fill(draws, ("source", *keys), found["within"])
     first = next(iter(found["within"]))
@@ -116,7 +116,7 @@ def stability(found: Mapping[str, Any]) -> list[Table]:
     return [table for table in (draws, between, swaps, pairs) if table.row_count]
 
 
-def _fill(table: Table, columns: Sequence[str], rows: Mapping[str, Mapping[str, float]]) -> None:
+def _fill(table: Table, columns: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) -> None:
     for i, column in enumerate(columns):
         table.add_column(column.replace("_", " "), justify="right" if i else "left")
     for name, values in rows.items():
