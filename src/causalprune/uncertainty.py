@@ -25,6 +25,8 @@ PRIOR = 4.0
 """Degrees of freedom of the law for the variance of cells, beside those of a unit's own cells."""
 FLOOR, TAU, LEAST_TAU = 0.3, 0.5, 0.2
 """Smallest curvature by the median; the relative error of predictions assumed at first, and the least believed."""
+CELL = 1.5
+"""Standard deviation of one cell by curvature, assumed until three units have two cells each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +100,9 @@ def _posterior(effects: Effects) -> Posterior:
     """Weigh the errors measured on each unit's cells against those of all units (empirical Bayes).
 
     Between units the error of a prediction grows with its second-order part (`curvature_nats`): it has the
-    mean `shift · curvature` and the standard deviation `τ · curvature`, both estimated by moments, as is a
-    law for the variance of cells, `∝ curvature^power`, which a unit's own cells then outweigh.
+    mean `shift · curvature` and the standard deviation `τ · curvature`, both estimated by moments and held
+    near what was seen before (0 and `TAU`) while few units speak; as is a law for the variance of cells,
+    `∝ curvature^power`, which a unit's own cells then outweigh.
     """
     assert effects.predicted_nats is not None
     assert effects.curvature_nats is not None
@@ -113,7 +116,7 @@ def _posterior(effects: Effects) -> Posterior:
     sampling = cell * (1 / count.clamp_min(1) - 1 / n).clamp_min(0)
     there = count > 0
     weight = torch.where(there, 1 / (sampling + (curvature * TAU).square()), 0.0)
-    shift = float((weight * mean * curvature).sum() / (weight * curvature.square()).sum())
+    shift = float((weight * mean * curvature).sum() / ((weight * curvature.square()).sum() + TAU**-2))
     excess = ((mean - shift * curvature).square() - sampling) / curvature.square()
     trust = torch.where(there, 1 / (sampling / curvature.square() + TAU**2).square(), 0.0)
     voices = float(trust.sum().square() / trust.square().sum())  # units that speak, by their weights
@@ -129,7 +132,7 @@ def _variance_law(squares: Tensor, count: Tensor, curvature: Tensor) -> Tensor:
     """Return the variance of a cell that all units together suggest, from those with two cells or more."""
     enough = (count >= 2) & (squares > 0)
     if int(enough.sum()) < 3:
-        return (squares.sum() / (count - 1).clamp_min(0).sum().clamp_min(1)).expand_as(squares)
+        return (CELL * curvature).square()
     x, y = curvature[enough].log(), (squares / (count - 1))[enough].log()
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum().clamp_min(1e-12))
     law = (slope * (curvature.log() - x.mean())).exp()
