@@ -101,7 +101,12 @@ def strongest(effects: Effects) -> Table:
 def stability(found: Mapping[str, Any]) -> list[Table]:
     """Return the tables of `causalprune stability`: draws, calibrations, swaps, pairs."""
     draws = Table(title="independent draws of problems")
-    keys: tuple[str, ...] = ("problems_per_draw", "spearman_between_draws", "top_fifth_between_draws", "split_half")
+    keys: tuple[str, ...] = (
+        "problems_per_draw",
+        "spearman_between_draws",
+        "top_fifth_between_draws",
+        "split_half",
+    )
     keys += ("certain_signs", "median_sd_between_draws_nats", "sd_between_units_nats")
     _fill(draws, ("source", *keys), found["within"])
     first = next(iter(found["within"]))
