@@ -1,24 +1,48 @@
-"""Exact attribution against the naive way, head by head, in one run.
+"""What attribution costs and how far it can be trusted; each step is kept, so a stopped bench goes on.
+
+    python bench/attribution.py              # all steps that are not there yet (hours)
+    python bench/attribution.py speed        # naive, exact, gradient and adaptive in one run (minutes)
+    python bench/attribution.py reference    # 96 problems, exact, cross-entropy and KL, in chunks of 16
+    python bench/attribution.py curves       # reliability against cost, from the reference and its gradients
+    python bench/attribution.py prune        # CAP at 20 % from either effect, compared in pairs
 
 Naive: a hook that zeroes the head, a full forward pass of one padded batch, logits at all positions.
-Exact: `causalprune.attribution.exact`. Same model, same examples, same process, one after the other.
-
-    python bench/attribution.py [--examples 4]
 """
 
 import argparse
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
-from common import data_folder, write_figures
+from common import RUNS, data_folder, write_figures
 from torch import Tensor
 
-from causalprune.attribution import exact
+from causalprune.attribution import ESTIMATORS, attribute
 from causalprune.calibration import calibrate
-from causalprune.embedded import embedded_model
-from causalprune.model import load
+from causalprune.checkpoint import load_effects, save_effects
+from causalprune.embedded import load
+from causalprune.evaluation import Settings, evaluate, evaluation_contents
+from causalprune.measuring import Estimator, Question, Workbench
 from causalprune.progress import shown
-from causalprune.types import Calibration, Decoder
+from causalprune.pruning import Method, prune
+from causalprune.results import headline, paired_difference, read_json, write_json
+from causalprune.types import Calibration, Decoder, Effects, Example, Progress, Unit, silent
+from causalprune.uncertainty import estimate, reliability, spearman
+
+FOLDER = RUNS / "attribution"
+REFERENCE, CHUNK = 96, 16
+SPEED_EXAMPLES = 4
+PAPER_EXAMPLES = 128
+RELIABILITY = 0.8
+"""Rank correlation to the reference at which costs are compared: about what exact reaches with 8 problems."""
+SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+DRAWS = 20
+PER_SEQUENCE = ("masked_nats", "intact_nats", "tokens", "subset", "kl_nats")
+ORDERS = ("first", "second")
+BUDGETS = (50.0, 40.0, 30.0, 20.0, 15.0, 10.0)
 
 
 def naive(decoder: Decoder, calibration: Calibration) -> Tensor:
@@ -32,22 +56,17 @@ def naive(decoder: Decoder, calibration: Calibration) -> Tensor:
         for layer in decoder.layers:
             attention = layer.attention
             for head in range(attention.n_heads):
-                rows.append(
-                    _removed(
-                        decoder, attention.output, head * attention.head_dim, attention.head_dim, tokens, real
-                    )
-                )
+                own = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+                rows.append(_removed(decoder, attention.output, own, tokens, real))
                 progress(len(rows), len(decoder.layers) * attention.n_heads)
     spans = [(i, slice(e.target_start - 1, len(e.tokens) - 1)) for i, e in enumerate(examples)]
     return torch.stack([torch.stack([nats[i, span].sum() for i, span in spans]) for nats in rows])
 
 
-def _removed(
-    decoder: Decoder, output: torch.nn.Module, start: int, width: int, tokens: Tensor, real: Tensor
-) -> Tensor:
+def _removed(decoder: Decoder, output: torch.nn.Module, own: slice, tokens: Tensor, real: Tensor) -> Tensor:
     def zero(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         heads = args[0].clone()
-        heads[..., start : start + width] = 0
+        heads[..., own] = 0
         return (heads,)
 
     hook = output.register_forward_pre_hook(zero)
@@ -60,40 +79,254 @@ def _removed(
     ).double()
 
 
-def main() -> None:
-    """Measure and write `results/attribution_exact.json`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--examples", type=int, default=4)
-    n = parser.parse_args().examples
-    decoder = load(str(embedded_model()))
-    calibration = calibrate(decoder.tokenizer, ["gsm8k"], n=n, subsets=2, data_dir=data_folder())
-    start = time.perf_counter()
-    with shown("exact") as progress:
-        effects = exact(decoder, calibration, on_progress=progress)
-    exact_seconds = time.perf_counter() - start
+def speed() -> dict[str, Any]:
+    """Time naive and all estimators on the same problems in one process, one after the other."""
+    decoder = load("embedded")
+    calibration = calibrate(decoder.tokenizer, ["gsm8k"], n=SPEED_EXAMPLES, subsets=2, data_dir=data_folder())
+    found: dict[str, Any] = {}
     start = time.perf_counter()
     reference = naive(decoder, calibration)
-    naive_seconds = time.perf_counter() - start
-    tokens = effects.tokens
-    difference = ((effects.masked_nats - reference).sum(1) / tokens.sum()).abs()
-    per_sequence = ((effects.masked_nats - reference) / tokens).abs()
-    figures = {
-        "exact_vs_naive_speedup": naive_seconds / exact_seconds,
-        "exact_vs_naive_max_abs_diff_nats": float(difference.max()),
-        "exact_vs_naive_max_abs_diff_nats_per_sequence": float(per_sequence.max()),
+    found["naive"] = {"seconds": time.perf_counter() - start}
+    ways = {
+        "exact": Estimator(),
+        "gradient": Estimator("gradient"),
+        "adaptive": Estimator("adaptive", budget=20.0),
     }
-    raw = {
-        "examples": n,
-        "heads": len(effects.units),
-        "exact_seconds": exact_seconds,
-        "naive_seconds": naive_seconds,
-        "exact_nats": effects.masked_nats.tolist(),
-        "naive_nats": reference.tolist(),
-        "target_tokens": tokens.tolist(),
-        "tokens": [len(e.tokens) for e in calibration.examples],
+    for name, how in ways.items():
+        start = time.perf_counter()
+        with shown(name) as progress:
+            effects = attribute(decoder, calibration, Question(), how, on_progress=progress)
+        found[name] = {
+            "seconds": time.perf_counter() - start,
+            "tokens_forwarded": effects.description["tokens_forwarded"],
+        }
+        if name == "exact":
+            difference = (effects.masked_nats - reference) / effects.tokens
+            found["max_abs_diff_nats_per_sequence"] = float(difference.abs().max())
+            own = (effects.masked_nats - reference).sum(1) / effects.tokens.sum()
+            found["max_abs_diff_nats"] = float(own.abs().max())
+    longest = max(len(e.tokens) for e in calibration.examples)
+    found["naive"]["tokens_forwarded"] = (len(effects.units) + 1) * longest * SPEED_EXAMPLES
+    return {"tokens": [len(e.tokens) for e in calibration.examples], **found}
+
+
+def reference() -> dict[str, Any]:
+    """Measure both effects of all heads on 96 problems, and predict them, in chunks that can be used alone."""
+    decoder, chunks = _chunks()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for number, chunk in enumerate(chunks):
+        predicted, measured = (FOLDER / f"{name}-{number}.json" for name in ("gradient", "exact"))
+        if not predicted.exists():
+            with shown(f"gradients {number + 1}/{len(chunks)}") as progress:
+                parts = Workbench(decoder, chunk, estimator=Estimator("gradient")).expanded(progress)
+            first, second = (part.tolist() for part in parts)
+            write_json(
+                predicted,
+                {"first": first, "second": second, "lengths": [len(e.tokens) for e in chunk.examples]},
+            )
+        if not measured.exists():
+            ledger = FOLDER / f"exact-{number}.ledger"
+            with shown(f"exact {number + 1}/{len(chunks)}") as progress:
+                found = attribute(decoder, chunk, Question(effect="kl"), ledger=ledger, on_progress=progress)
+            save_effects(found, measured)
+            ledger.unlink()
+    return {"examples": len(Reference.load().effects.tokens)}
+
+
+def _chunks() -> tuple[Decoder, list[Calibration]]:
+    decoder = load("embedded")
+    settings = Settings(data_dir=data_folder())
+    exclude = evaluation_contents(["gsm8k_nll:200"], settings, decoder.tokenizer)
+    whole = calibrate(decoder.tokenizer, ["gsm8k"], n=REFERENCE, data_dir=data_folder(), exclude=exclude)
+    cuts = [slice(at, at + CHUNK) for at in range(0, REFERENCE, CHUNK)]
+    return decoder, [Calibration(whole.examples[c], whole.subset[c], whole.description) for c in cuts]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The chunks of the reference that are finished, as one: effects and both orders of the prediction."""
+
+    decoder: Decoder
+    examples: tuple[Example, ...]
+    effects: Effects
+    first: Tensor
+    second: Tensor
+
+    @staticmethod
+    def load() -> "Reference":
+        """Read every finished chunk."""
+        decoder, chunks = _chunks()
+        parts = [load_effects(path) for path in sorted(FOLDER.glob("exact-*.json"))]
+        joined = {name: torch.cat([getattr(part, name) for part in parts], -1) for name in PER_SEQUENCE}
+        effects = replace(parts[0], **joined)
+        n = len(effects.tokens)
+        rows = [read_json(path) for path in sorted(FOLDER.glob("gradient-*.json"))]
+        orders = [torch.cat([torch.tensor(row[k]).double() for row in rows], 1)[:, :n] for k in ORDERS]
+        return Reference(decoder, tuple(e for chunk in chunks for e in chunk.examples)[:n], effects, *orders)
+
+    def by(self, effect: str) -> Effects:
+        """Return the effects by one of the two that were measured."""
+        return self.effects if effect == "kl" else replace(self.effects, effect="ce", kl_nats=None)
+
+    def tokens(self, at: Sequence[int]) -> int:
+        """Return the tokens of some of the sequences."""
+        return sum(len(self.examples[i].tokens) for i in at)
+
+
+def chosen(effects: Effects, at: Sequence[int]) -> Effects:
+    """Return effects on some of the sequences."""
+    cut = {k: value[..., list(at)] for k in PER_SEQUENCE if (value := getattr(effects, k)) is not None}
+    return replace(effects, **cut)
+
+
+class Replay(Workbench):
+    """A workbench that looks up cells and predictions in the reference; all else is the product's own."""
+
+    def know(self, truth: Effects, first: Tensor, second: Tensor) -> None:
+        """Take cells and predictions from here, instead of computing them again."""
+        self.truth, self.orders = truth, (first, second)
+
+    def expanded(self, on_progress: Progress) -> tuple[Tensor, Tensor]:
+        """Return the predictions of the reference."""
+        return self.orders
+
+    def recalled(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Look up the losses of an intact batch, or of the cells that `measure` was asked for."""
+        if key.endswith("intact"):
+            own = self.groups[int(key.partition(":")[0])].indices
+            return {"ce": self.truth.intact_nats[list(own)].tolist()}
+        return self.answer
+
+    def measure(self, key: str, number: int, layer: int, cells: Sequence[tuple[Unit, int]]) -> None:
+        """Look up cells."""
+        at = [self.number[unit] for unit, _ in cells], [self.groups[number].indices[row] for _, row in cells]
+        self.answer = {"ce": self.truth.masked_nats[at].tolist()}
+        if self.truth.kl_nats is not None:
+            self.answer["kl"] = self.truth.kl_nats[at].tolist()
+        super().measure(key, number, layer, cells)
+
+
+def curves() -> dict[str, Any]:
+    """Reliability (rank correlation to the reference) against tokens, for every estimator and effect."""
+    whole = Reference.load()
+    units, n = whole.effects.units, len(whole.examples)
+    depth = len(whole.decoder.layers)
+    found: dict[str, Any] = {
+        "sequences": n,
+        "naive_tokens_per_sequence": (len(units) + 1) * whole.tokens(range(n)) / n,
+        "naive_over_exact": (len(units) + 1) / (sum((depth - u.layer) / depth for u in units) + 2),
     }
-    print(write_figures("attribution_exact", figures, raw, seeds=[0]))
-    print(figures)
+    for effect in ("ce", "kl"):
+        rows = [_row(whole, effect, "exact", n, None) for n in SIZES if n < len(whole.examples)]
+        for n in (s for s in SIZES if 8 <= s <= len(whole.examples)):
+            rows.append(_row(whole, effect, "gradient", n, None))
+            budgets = [b for b in BUDGETS if b < (len(whole.effects.units) + 1) / 5]
+            rows += [_row(whole, effect, "adaptive", n, budget) for budget in budgets]
+        found[effect] = rows
+        found[f"split_half_{effect}"] = reliability(whole.by(effect))["split_half"]
+    return found
+
+
+def _row(whole: Reference, effect: str, name: str, n: int, budget: float | None) -> dict[str, Any]:
+    """Estimate from n random sequences of the reference, `DRAWS` times; return means."""
+    random, own = np.random.default_rng(n), whole.by(effect)
+    truth, total = own.paired_delta_nats(), len(whole.examples)
+    tokens, ranks, inside = [], [], []
+    for seed in range(DRAWS):
+        at = random.permutation(total)[:n].tolist()
+        examples = Calibration(tuple(whole.examples[i] for i in at), tuple(i % 3 for i in range(n)))
+        how = Estimator(name, budget=budget, seed=seed)  # type: ignore[arg-type]
+        work = Replay(whole.decoder, examples, Question(effect=effect), how)  # type: ignore[arg-type]
+        work.know(chosen(own, at), whole.first[:, at], whole.second[:, at])
+        effects = ESTIMATORS[name](work, silent)
+        bounds = estimate(effects)
+        tokens.append(float(effects.description["tokens_forwarded"]))
+        ranks.append(spearman(bounds.value, truth))
+        inside.append(float(((bounds.low <= truth) & (truth <= bounds.high)).double().mean()))
+    means = {"tokens": tokens, "spearman": ranks, "coverage": inside}
+    row = {key: float(np.mean(values)) for key, values in means.items()}
+    return {"estimator": name, "sequences": n, "budget": budget, **row}
+
+
+def pruned() -> dict[str, Any]:
+    """Prune with CAP at 20 % from either effect, and compare the loss of 200 test solutions in pairs."""
+    whole, results = Reference.load(), {}
+    settings = Settings(data_dir=data_folder())
+    for effect in ("ce", "kl"):
+        decoder = load("embedded")
+        prune(decoder, Method("cap", 0.2), effects=whole.by(effect))
+        with shown(f"cap from {effect}") as progress:
+            results[effect] = evaluate(decoder, ["gsm8k_nll:200"], settings, on_progress=progress)[0]
+    difference = paired_difference(results["kl"], results["ce"])
+    return {
+        "nll": {effect: headline(result) for effect, result in results.items()},
+        "kl_minus_ce": asdict(difference),
+        "values": {effect: result.values for effect, result in results.items()},
+    }
+
+
+def figures(done: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers that the claims rest on, from the steps that are done."""
+    found: dict[str, float] = {}
+    if (timed := done.get("speed")) is not None:
+        for name in ("exact", "gradient", "adaptive"):
+            found[f"{name}_speedup_vs_naive"] = timed["naive"]["seconds"] / timed[name]["seconds"]
+        found["exact_vs_naive_max_abs_diff_nats"] = timed["max_abs_diff_nats"]
+    if (drawn := done.get("curves")) is not None:
+        found |= _curve_figures(drawn)
+    return found
+
+
+def _curve_figures(drawn: dict[str, Any]) -> dict[str, float]:
+    """Compare costs where the curves reach `RELIABILITY`: exact by interpolation, others by their cheapest row."""
+    rows, n = drawn["ce"], drawn["sequences"]
+    exact_rows = [row for row in rows if row["estimator"] == "exact"]
+    ranks, costs = ([row[key] for row in exact_rows] for key in ("spearman", "tokens"))
+    exact_cost = float(np.interp(RELIABILITY, ranks, costs))
+    good = [r for r in rows if r["estimator"] == "adaptive" and r["spearman"] >= RELIABILITY]
+    largest = max((r for r in rows if r["estimator"] == "gradient"), key=lambda r: r["sequences"])
+    inner = [r["coverage"] for r in exact_rows if 4 <= r["sequences"] <= n / 8]
+    found = {
+        "reference_examples": float(n),
+        "split_half_ce": drawn["split_half_ce"],
+        "split_half_kl": drawn["split_half_kl"],
+        "gradient_spearman": largest["spearman"],
+        "interval_coverage": float(np.mean(inner)),
+    }
+    if good:
+        best = min(good, key=lambda row: row["tokens"])
+        found["adaptive_token_ratio_to_exact"] = best["tokens"] / exact_cost
+        found["adaptive_token_ratio_to_naive"] = best["tokens"] / (exact_cost * drawn["naive_over_exact"])
+        found["reliability_compared_at"] = best["spearman"]
+    limit = drawn["naive_tokens_per_sequence"] * PAPER_EXAMPLES / 50
+    within = [row["spearman"] for row in drawn["kl"] if row["tokens"] <= limit]
+    if within:
+        found["kl_spearman_at_fiftieth"] = max(within)
+    return found
+
+
+STEPS: dict[str, Callable[[], dict[str, Any]]] = {
+    "speed": speed,
+    "reference": reference,
+    "curves": curves,
+    "prune": pruned,
+}
+
+
+def main() -> None:
+    """Carry out the steps asked for, or those not done yet, and write `results/attribution.json`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=", ".join(STEPS))
+    done_file = FOLDER / "steps.json"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    done: dict[str, Any] = read_json(done_file) if done_file.exists() else {}
+    for name in parser.parse_args().steps or [name for name in STEPS if name not in done]:
+        print(f"== {name}", flush=True)
+        done[name] = STEPS[name]()
+        write_json(done_file, done)
+        print(write_figures("attribution", figures(done), done, seeds=[0]))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from common import RESULTS, ROOT
 
@@ -31,7 +32,45 @@ def core() -> str:
     return to_markdown(comparison(kept))
 
 
-TABLES: dict[str, Callable[[], str]] = {"core": core}
+def cost() -> str:
+    """Seconds and tokens of naive attribution and of every estimator."""
+    timed = _attribution("speed")
+    if timed is None:
+        return "Not measured yet.\n"
+    lines = [
+        "| estimator | seconds | times faster | tokens forwarded | share of naive |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    naive = timed["naive"]
+    for name in ("naive", "exact", "gradient", "adaptive"):
+        own = timed[name]
+        tokens, share = own["tokens_forwarded"], own["tokens_forwarded"] / naive["tokens_forwarded"]
+        faster = naive["seconds"] / own["seconds"]
+        lines.append(f"| {name} | {own['seconds']:.0f} | {faster:.1f} | {tokens:,.0f} | {share:.1%} |")
+    return "\n".join(lines) + "\n"
+
+
+def reliability() -> str:
+    """Rank correlation to the reference against tokens, for every estimator and both effects."""
+    drawn = _attribution("curves")
+    if drawn is None:
+        return "Not measured yet.\n"
+    head = "| effect | estimator | problems | budget | tokens | Spearman | intervals that contain the reference |"
+    lines = [head, "|---|---|---:|---:|---:|---:|---:|"]
+    for effect in ("ce", "kl"):
+        for row in drawn[effect]:
+            budget = f"{row['budget']:.0f}x" if row["budget"] else "–"
+            numbers = f"{row['tokens']:,.0f} | {row['spearman']:.3f} | {row['coverage']:.1%}"
+            lines.append(f"| {effect} | {row['estimator']} | {row['sequences']} | {budget} | {numbers} |")
+    return "\n".join(lines) + f"\n\nReference: {drawn['sequences']} problems, exact.\n"
+
+
+def _attribution(step: str) -> Any:
+    path = RESULTS / "attribution.json"
+    return read_json(path)["raw"].get(step) if path.exists() else None
+
+
+TABLES: dict[str, Callable[[], str]] = {"core": core, "cost": cost, "reliability": reliability}
 
 
 def rewritten(text: str) -> str:

@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "src" / "causalprune"
 CHECKED = [
-    f"causalprune.{path.stem}" for path in PACKAGE.glob("*.py") if path.stem != "cli"
+    f"causalprune.{path.stem}" for path in PACKAGE.glob("*.py") if path.stem not in ("cli", "options")
 ]  # typer reads its types
 
 torch.set_num_threads(1)  # tiny matrices: threads cost more than they bring

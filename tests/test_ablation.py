@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from causalprune import ablation
-from causalprune.ablation import LayerInputs, capture, entered_at, masked_heads, run_layer
+from causalprune.ablation import LayerInputs, capture, entered_at, gated, run_layer
 from causalprune.types import Decoder
+from causalprune.units import Site
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 TOKENS = torch.randint(3, VOCAB, (2, 13), generator=torch.Generator().manual_seed(7))
@@ -24,6 +25,10 @@ def run(decoder: Decoder, tokens: Tensor = TOKENS) -> Tensor:
     with torch.inference_mode():
         output: Any = decoder.model(input_ids=tokens, use_cache=False)
     return output.logits
+
+
+def heads(layer: int) -> Site:
+    return Site(layer, "heads")
 
 
 def state(decoder: Decoder) -> dict[str, Any]:
@@ -44,7 +49,7 @@ def test_a_gate_of_zero_is_zeroed_columns_of_the_output_projection(family: str) 
         for head in range(n_heads):
             gate = torch.ones(2, n_heads)
             gate[:, head] = 0
-            with masked_heads(decoder, {layer.index: gate}):
+            with gated(decoder, {heads(layer.index): gate}):
                 masked = run(decoder)
             with without_head(layer, head):
                 expected = run(decoder)
@@ -56,9 +61,9 @@ def test_a_gate_of_zero_is_zeroed_columns_of_the_output_projection(family: str) 
 def test_each_row_and_layer_has_its_own_gates(family: str) -> None:
     decoder = shared(family)
     n_heads = decoder.layers[0].attention.n_heads
-    gates = {0: torch.ones(2, n_heads), 2: torch.ones(2, n_heads)}
-    gates[0][1, 2] = gates[2][1, 0] = 0
-    with masked_heads(decoder, gates):
+    gates = {heads(0): torch.ones(2, n_heads), heads(2): torch.ones(2, n_heads)}
+    gates[heads(0)][1, 2] = gates[heads(2)][1, 0] = 0
+    with gated(decoder, gates):
         masked = run(decoder)
     with without_head(decoder.layers[0], 2), without_head(decoder.layers[2], 0):
         expected = run(decoder)
@@ -70,7 +75,7 @@ def test_a_gate_scales() -> None:
     decoder = fresh("qwen3")
     layer = decoder.layers[1]
     width = layer.attention.head_dim
-    with masked_heads(decoder, {1: torch.tensor([[1.0, 0.5, 1.0, 1.0]] * 2)}):
+    with gated(decoder, {heads(1): torch.tensor([[1.0, 0.5, 1.0, 1.0]] * 2)}):
         scaled = run(decoder)
     output = layer.projections[3]
     assert output.role == "o"
@@ -154,7 +159,7 @@ def test_an_exception_inside_leaves_the_model_as_it_was(family: str) -> None:
     decoder = shared(family)
     intact, before = run(decoder), state(decoder)
     inputs = capture(decoder, TOKENS, stop=2)
-    gates = {0: torch.zeros(2, 4), 2: torch.zeros(2, 4)}
+    gates = {heads(0): torch.zeros(2, 4), heads(2): torch.zeros(2, 4)}
 
     def interrupt(context: AbstractContextManager[None]) -> None:
         with context:
@@ -162,7 +167,7 @@ def test_an_exception_inside_leaves_the_model_as_it_was(family: str) -> None:
             raise KeyboardInterrupt
 
     contexts: list[AbstractContextManager[None]] = [
-        masked_heads(decoder, gates),
+        gated(decoder, gates),
         entered_at(decoder, 2, inputs),
     ]
     for context in contexts:
@@ -170,7 +175,7 @@ def test_an_exception_inside_leaves_the_model_as_it_was(family: str) -> None:
             interrupt(context)
         assert state(decoder) == before
     with pytest.raises(IndexError):  # no such layer: fails half-way through its preparations
-        masked_heads(decoder, {0: gates[0], 99: gates[0]}).__enter__()
+        gated(decoder, {heads(0): gates[heads(0)], heads(99): gates[heads(0)]}).__enter__()
     broken = torch.full_like(TOKENS, VOCAB + 1)  # no such token: fails inside the model
     with pytest.raises(IndexError):
         capture(decoder, broken, stop=2)

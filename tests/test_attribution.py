@@ -16,11 +16,12 @@ from families import FAMILIES, N_LAYERS
 from reference import ROUNDING, calibration, fresh, nats, shared, without_head
 from torch import Tensor
 
-from causalprune import attribution
+from causalprune import measuring
 from causalprune.anatomy import inspect_model
-from causalprune.attribution import exact
+from causalprune.attribution import attribute
 from causalprune.calibration import batches
 from causalprune.errors import CheckpointError, MismatchError, ModelError
+from causalprune.measuring import Estimator
 from causalprune.types import Calibration, Effects, Unit
 
 FIELDS = ("masked_nats", "intact_nats", "tokens", "subset")
@@ -45,14 +46,14 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return run
 
     with monkeypatch.context() as patch:
-        patch.setattr(attribution, "_masked_nats", counting("masked", attribution._masked_nats))
+        patch.setattr(measuring.Workbench, "joint", counting("masked", measuring.Workbench.joint))
         yield jobs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_effects_are_those_of_the_naive_loop(family: str) -> None:
     decoder, examples = shared(family), calibration(((14, 5), (13, 9)), subsets=2)  # one batch, padded
-    effects = exact(decoder, examples, max_batch_tokens=64)
+    effects = attribute(decoder, examples, estimator=Estimator(max_batch_tokens=64))
     units, rows = [], []
     for layer in decoder.layers:
         for head in range(4):
@@ -68,12 +69,12 @@ def test_effects_are_those_of_the_naive_loop(family: str) -> None:
 
 
 def test_effects_of_the_micro_model_by_hand() -> None:
-    effects = exact(micro.decoder(), micro.CALIBRATION)
+    effects = attribute(micro.decoder(), micro.CALIBRATION)
     expected = torch.tensor(micro.delta_nats(), dtype=torch.float64)
     torch.testing.assert_close(effects.delta_nats(), expected, rtol=1e-5, atol=1e-5)
     for i, unit in enumerate(effects.units):
         losses = [
-            micro.nats(micro.weights(), e, micro.Masked(unit.layer, unit.head))
+            micro.nats(micro.weights(), e, micro.Masked(unit.layer, unit.index))
             for e in micro.CALIBRATION.examples
         ]
         torch.testing.assert_close(
@@ -84,27 +85,29 @@ def test_effects_of_the_micro_model_by_hand() -> None:
 def test_what_is_known_about_the_examples_is_kept() -> None:
     examples = Calibration(calibration().examples, (0, 1, 2, 0), {"sources": {"random": 4}, "seed": 3})
     decoder = shared("llama2")
-    effects = exact(decoder, examples)
+    effects = attribute(decoder, examples)
     assert effects.tokens.tolist() == [9, 4, 8, 1]
     assert effects.subset.tolist() == [0, 1, 2, 0]
     assert effects.model_fingerprint == decoder.fingerprint
     assert effects.calibration_fingerprint == examples.fingerprint
-    assert effects.description == {"estimator": "exact", "sources": {"random": 4}, "seed": 3}
+    assert effects.description["sources"] == {"random": 4}
+    assert effects.description["estimator"]["name"] == "exact"
+    assert effects.description["naive_tokens"] == (14 + 13 + 9 + 4) * (12 + 1)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 def test_batches_and_order_do_not_matter(family: str) -> None:
     decoder, examples = shared(family), calibration()
-    expected = exact(decoder, examples)
+    expected = attribute(decoder, examples)
     for room in (1, 28):
-        effects = exact(decoder, examples, max_batch_tokens=room)
+        effects = attribute(decoder, examples, estimator=Estimator(max_batch_tokens=room))
         torch.testing.assert_close(effects.masked_nats, expected.masked_nats, **ROUNDING)
         torch.testing.assert_close(effects.intact_nats, expected.intact_nats, **ROUNDING)
     order = [3, 1, 2, 0]  # the longest come last: rows of a batch are not in the order of the examples
     shuffled = Calibration(
         tuple(examples.examples[i] for i in order), tuple(examples.subset[i] for i in order)
     )
-    effects = exact(decoder, shuffled)
+    effects = attribute(decoder, shuffled)
     torch.testing.assert_close(effects.masked_nats, expected.masked_nats[:, order], **ROUNDING)
     torch.testing.assert_close(effects.intact_nats, expected.intact_nats[order], **ROUNDING)
     torch.testing.assert_close(effects.delta_nats(), expected.delta_nats(), **ROUNDING)
@@ -112,20 +115,25 @@ def test_batches_and_order_do_not_matter(family: str) -> None:
 
 def test_progress_reaches_its_end_in_steps() -> None:
     seen: list[tuple[int, int]] = []
-    exact(shared("llama2"), calibration(), max_batch_tokens=ROOM, on_progress=lambda *now: seen.append(now))
+    attribute(
+        shared("llama2"),
+        calibration(),
+        estimator=Estimator(max_batch_tokens=ROOM),
+        on_progress=lambda *now: seen.append(now),
+    )
     done, totals = zip(*seen, strict=True)
     assert len(set(totals)) == 1
     assert done[-1] == totals[-1]
-    steps = torch.tensor((0, *done)).diff().tolist()
     tokens = [b.tokens.numel() for b in batches(calibration().examples, max_batch_tokens=ROOM)]
-    assert steps == [size * (N_LAYERS - layer) for size in tokens for layer in range(N_LAYERS)]
+    costs = [4 * size * (N_LAYERS - layer) / N_LAYERS for size in tokens for layer in range(N_LAYERS)]
+    assert done == tuple(round(float(sum(costs[: i + 1]))) for i in range(len(costs)))
 
 
 def test_a_resumed_run_is_the_undisturbed_one_and_repeats_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder, examples = shared("llama3"), calibration(((14, 5), (13, 9), (4, 3)))
-    undisturbed = exact(decoder, examples, max_batch_tokens=ROOM)
+    undisturbed = attribute(decoder, examples, estimator=Estimator(max_batch_tokens=ROOM))
     n_batches = len(batches(examples.examples, max_batch_tokens=ROOM))
     assert n_batches == 2
     n_jobs = n_batches * N_LAYERS
@@ -141,11 +149,23 @@ def test_a_resumed_run_is_the_undisturbed_one_and_repeats_nothing(
         with counted(monkeypatch) as first:
             if stop < n_jobs:
                 with pytest.raises(KeyboardInterrupt):
-                    exact(decoder, examples, ledger=path, max_batch_tokens=ROOM, on_progress=interrupt)
+                    attribute(
+                        decoder,
+                        examples,
+                        ledger=path,
+                        estimator=Estimator(max_batch_tokens=ROOM),
+                        on_progress=interrupt,
+                    )
             else:
-                exact(decoder, examples, ledger=path, max_batch_tokens=ROOM, on_progress=interrupt)
+                attribute(
+                    decoder,
+                    examples,
+                    ledger=path,
+                    estimator=Estimator(max_batch_tokens=ROOM),
+                    on_progress=interrupt,
+                )
         with counted(monkeypatch) as second:
-            resumed = exact(decoder, examples, ledger=path, max_batch_tokens=ROOM)
+            resumed = attribute(decoder, examples, ledger=path, estimator=Estimator(max_batch_tokens=ROOM))
         assert identical(resumed, undisturbed)
         assert len(first) == min(stop + 1, n_jobs)
         assert len(first) + len(second) == n_jobs
@@ -154,11 +174,11 @@ def test_a_resumed_run_is_the_undisturbed_one_and_repeats_nothing(
 
 def test_a_finished_ledger_needs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, path = shared("llama2"), tmp_path / "ledger.jsonl"
-    first = exact(decoder, calibration(), ledger=path)
+    first = attribute(decoder, calibration(), ledger=path)
     calls: list[int] = []
     handle = decoder.model.register_forward_pre_hook(lambda *_: calls.append(1))
     seen: list[tuple[int, int]] = []
-    again = exact(decoder, calibration(), ledger=path, on_progress=lambda *now: seen.append(now))
+    again = attribute(decoder, calibration(), ledger=path, on_progress=lambda *now: seen.append(now))
     handle.remove()
     assert identical(first, again)
     assert not calls
@@ -168,20 +188,20 @@ def test_a_finished_ledger_needs_no_model(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_ledger_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     decoder, examples = shared("llama2"), calibration()
-    first = exact(decoder, examples, ledger=path)
+    first = attribute(decoder, examples, ledger=path)
     content = path.read_bytes()
     other = fresh("llama2")
     other.model.lm_head.weight.data[3, 3] += 1e-3
     with pytest.raises(MismatchError, match="model was"):
-        exact(inspect_model(other.model, None, name="llama2"), examples, ledger=path)
+        attribute(inspect_model(other.model, None, name="llama2"), examples, ledger=path)
     with pytest.raises(MismatchError, match="calibration was"):
-        exact(decoder, calibration(seed=1), ledger=path)
+        attribute(decoder, calibration(seed=1), ledger=path)
     with pytest.raises(MismatchError, match="calibration was"):  # other subsets, same examples
-        exact(decoder, calibration(subsets=2), ledger=path)
-    with pytest.raises(MismatchError, match="batches was"):
-        exact(decoder, examples, ledger=path, max_batch_tokens=1)
+        attribute(decoder, calibration(subsets=2), ledger=path)
+    with pytest.raises(MismatchError, match=r"batches was|estimator was"):
+        attribute(decoder, examples, ledger=path, estimator=Estimator(max_batch_tokens=1))
     assert path.read_bytes() == content
-    assert identical(exact(decoder, examples, ledger=path), first)
+    assert identical(attribute(decoder, examples, ledger=path), first)
 
 
 KILLED = """
@@ -189,24 +209,25 @@ import os, signal, sys
 from pathlib import Path
 
 from reference import calibration, fresh
-from causalprune.attribution import exact
+from causalprune.attribution import attribute
+from causalprune.measuring import Estimator
 
 decoder, calls = fresh("llama3"), 0
 
 def kill(*_):
     global calls
     calls += 1
-    if calls == 20:  # in the middle of a forward pass in the middle of a job
+    if calls == 17:  # in the middle of a forward pass in the middle of a job
         os.kill(os.getpid(), signal.SIGKILL)
 
 decoder.layers[-1].attention.output.register_forward_hook(kill)
-exact(decoder, calibration(), ledger=Path(sys.argv[1]), max_batch_tokens=28)
+attribute(decoder, calibration(), ledger=Path(sys.argv[1]), estimator=Estimator(max_batch_tokens=28))
 """
 
 
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "ledger.jsonl"
-    folders = [str(Path(__file__).parent), str(Path(str(attribution.__file__)).parents[1])]
+    folders = [str(Path(__file__).parent), str(Path(str(measuring.__file__)).parents[1])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
     died = subprocess.run(
         [sys.executable, "-c", KILLED, str(path)], env=environment, timeout=120, check=False
@@ -218,9 +239,13 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     with path.open("a") as file:  # and had the kill hit a write:
         file.write(rows[-1][: len(rows[-1]) // 2])
     with counted(monkeypatch) as computed:
-        resumed = exact(shared("llama3"), calibration(), ledger=path, max_batch_tokens=ROOM)
+        resumed = attribute(
+            shared("llama3"), calibration(), ledger=path, estimator=Estimator(max_batch_tokens=ROOM)
+        )
     assert len(computed) == 9 - 4
-    assert identical(resumed, exact(shared("llama3"), calibration(), max_batch_tokens=ROOM))
+    assert identical(
+        resumed, attribute(shared("llama3"), calibration(), estimator=Estimator(max_batch_tokens=ROOM))
+    )
 
 
 def effects_of(
@@ -258,7 +283,7 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     decoder.layers[1].projections[-1].parameter.data[0, 0] = float("nan")
     for ledger in (None, tmp_path / "ledger.jsonl"):
         with pytest.raises(ModelError, match="not finite"):
-            exact(decoder, calibration(), ledger=ledger)
+            attribute(decoder, calibration(), ledger=ledger)
 
 
 def test_a_ledger_in_use_is_refused(tmp_path: Path) -> None:
@@ -266,14 +291,14 @@ def test_a_ledger_in_use_is_refused(tmp_path: Path) -> None:
 
     def again(done: int, total: int) -> None:
         del done, total
-        exact(shared("llama2"), calibration(), ledger=path)
+        attribute(shared("llama2"), calibration(), ledger=path)
 
     with pytest.raises(CheckpointError, match="in use"):
-        exact(shared("llama2"), calibration(), ledger=path, on_progress=again)
+        attribute(shared("llama2"), calibration(), ledger=path, on_progress=again)
 
 
 def test_effects_are_kept_in_double_precision() -> None:
-    effects = exact(shared("llama2"), calibration())
+    effects = attribute(shared("llama2"), calibration())
     found: list[Tensor] = [effects.masked_nats, effects.intact_nats, effects.delta_nats()]
     assert {values.dtype for values in found} == {torch.float64}
 

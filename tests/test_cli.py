@@ -50,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-COMMANDS = ("inspect", "attribute", "prune", "evaluate", "compare", "verify", "run", "demo")
+COMMANDS = ("inspect", "attribute", "stability", "prune", "evaluate", "compare", "verify", "run", "demo")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -66,7 +66,7 @@ def test_from_model_to_comparison(run: Run, model: Path, data: Path, tmp_path: P
     assert run("inspect", model, "--json")[0] == 0
     code, out, err = run("attribute", model, "-o", tmp_path / "effects", *calibration)
     assert code == 0, err
-    assert "most critical heads" in out
+    assert "most critical units" in out
     effects = ("--effects", tmp_path / "effects" / "effects.json")
     code, out, err = run("prune", model, "-o", tmp_path / "cap", "--sparsity", "0.5", *effects, *common)
     assert code == 0, err
@@ -78,6 +78,59 @@ def test_from_model_to_comparison(run: Run, model: Path, data: Path, tmp_path: P
     assert code == 0
     assert out.count("|") > 10
     assert run("verify", tmp_path / "cap")[0] == 0
+
+
+def test_other_units_effects_and_estimators(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
+    common = ("-t", "gsm8k", "-n", "4", "--data-dir", data)
+    ways = {
+        "mlp": ("--units", "heads", "--units", "mlp", "--effect", "kl"),
+        "gradient": ("--estimator", "gradient"),
+        "budget": ("--budget", "1.4x"),
+        "certain": ("--until-certain",),
+        "mean": ("--ablation", "mean", "--cache-gib", "0"),
+    }
+    for name, options in ways.items():
+        code, out, err = run("attribute", model, "-o", tmp_path / name, *common, *options)
+        assert code == 0, err
+        assert "certain of their sign" in out
+    effects = ("--effects", tmp_path / "budget" / "effects.json")
+    code, _, err = run("prune", model, "-o", tmp_path / "cap", "--sparsity", "0.5", *effects)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--units", "haeds"), "did you mean 'heads'"),
+        (("--units", "experts"), "no units of kind 'expert'"),
+        (("--budget", "much"), "20x"),
+        (("--budget", "100x"), "costs 1/"),
+        (("--budget", "2x", "--estimator", "exact"), "belongs to the estimator 'adaptive'"),
+    ],
+)
+def test_questions_that_make_no_sense(
+    run: Run, model: Path, data: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    common = ("-t", "gsm8k", "-n", "4", "--data-dir", data)
+    assert_refused(
+        run("attribute", model, "-o", tmp_path / "out", *common, *options), message, tmp_path / "out"
+    )
+
+
+def test_effects_without_heads_cannot_drive_cap(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
+    common = ("-t", "gsm8k", "-n", "4", "--data-dir", data)
+    assert run("attribute", model, "-o", tmp_path / "mlp", *common, "--units", "mlp")[0] == 0
+    effects = ("--effects", tmp_path / "mlp" / "effects.json")
+    assert_refused(run("prune", model, "-o", tmp_path / "out", *effects), "--units heads", tmp_path / "out")
+
+
+def test_stability_prints_its_tables(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
+    sources = ("-t", "gsm8k", "-t", "strategyqa", "-n", "1", "--top", "3", "--data-dir", data)
+    code, out, err = run("stability", model, "-o", tmp_path / "stability", *sources)
+    assert code == 0, err
+    assert "independent draws" in out
+    assert "joint effect" in out
+    assert read_json(tmp_path / "stability" / "stability.json")["interactions"]["pairs"] == 3
 
 
 def test_run_prints_the_table_and_keeps_results(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
@@ -285,7 +338,7 @@ def test_ctrl_c_says_how_to_go_on(
     def stop(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("causalprune.attribution.exact", stop)
+    monkeypatch.setattr("causalprune.run.measure", stop)
     code, _, err = run("attribute", model, "-o", tmp_path / "effects", "-n", "3", "--data-dir", data)
     assert code == 130
     assert "goes on" in err

@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 
 from causalprune.allocation import prune_counts, spread
 from causalprune.anatomy import fingerprint, inspect_model
-from causalprune.attribution import exact
+from causalprune.attribution import attribute
 from causalprune.criteria import CRITERIA, SCOPES, Evidence, wanda
 from causalprune.errors import MismatchError, ModelError, OptionError
 from causalprune.pruning import Method, Pruned, prune
@@ -141,7 +141,7 @@ def test_cap_on_the_micro_model_is_what_the_method_says(sparsity: float) -> None
     assert first == last or first > last * (1 + 1e-4), (
         "too close for float32 to decide: choose another sparsity"
     )
-    pruned = prune(decoder, Method("cap", sparsity), effects=exact(decoder, micro.CALIBRATION))
+    pruned = prune(decoder, Method("cap", sparsity), effects=attribute(decoder, micro.CALIBRATION))
     expected = {name: torch.tensor(weight, dtype=torch.float32) for name, weight in micro.weights().items()}
     for _, name, i, j in ranking[:count]:
         expected[name][i, j] = 0

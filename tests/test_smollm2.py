@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from causalprune.ablation import LayerInputs, capture, entered_at, masked_heads
+from causalprune.ablation import LayerInputs, capture, entered_at, gated
 from causalprune.calibration import batches, calibrate
 from causalprune.checkpoint import save
 from causalprune.evaluation import evaluate
@@ -16,6 +16,7 @@ from causalprune.losses import target_nats
 from causalprune.model import load
 from causalprune.pruning import Method, prune
 from causalprune.types import Calibration, Decoder
+from causalprune.units import Site
 from causalprune.verification import verify
 
 HEADS = [(0, 0), (0, 8), (14, 3), (29, 5)]
@@ -70,7 +71,7 @@ def test_a_resumed_pass_is_a_full_pass(decoder: Decoder, problems: Calibration) 
         gate = torch.ones(1, 9)
         gate[0, head] = 0
         own = LayerInputs({layer: inputs.hidden[layer]}, inputs.as_tuple)
-        with entered_at(decoder, layer, own), masked_heads(decoder, {layer: gate}):
+        with entered_at(decoder, layer, own), gated(decoder, {Site(layer, "heads"): gate}):
             resumed = float(target_nats(decoder, batch)[0])
         naive = naive_nats(decoder, layer, head, list(example.tokens), example.target_start)
         assert resumed == pytest.approx(naive, abs=1e-5 * example.target_tokens)

@@ -13,12 +13,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from causalprune.attribution import exact as attribute
+    from causalprune.attribution import attribute
     from causalprune.calibration import calibrate
     from causalprune.checkpoint import load_effects, save
     from causalprune.embedded import load
     from causalprune.errors import CausalPruneError
     from causalprune.evaluation import evaluate
+    from causalprune.measuring import Estimator, Question
     from causalprune.pruning import Method, prune
     from causalprune.results import paired_difference
     from causalprune.verification import verify
@@ -27,7 +28,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CausalPruneError",
+    "Estimator",
     "Method",
+    "Question",
     "attribute",
     "calibrate",
     "evaluate",
@@ -41,8 +44,10 @@ __all__ = [
 
 _HOMES = {
     "CausalPruneError": "errors:CausalPruneError",
+    "Estimator": "measuring:Estimator",
     "Method": "pruning:Method",
-    "attribute": "attribution:exact",
+    "Question": "measuring:Question",
+    "attribute": "attribution:attribute",
     "calibrate": "calibration:calibrate",
     "evaluate": "evaluation:evaluate",
     "load": "embedded:load",

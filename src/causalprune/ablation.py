@@ -1,10 +1,10 @@
-"""Interventions on a running model: enter it at any layer, leave it after any layer, mask heads.
+"""Interventions on a running model: enter it at any layer, leave it after any layer, mask its parts.
 
 The model always runs its own `forward`, so attention masks, rotary embeddings, final norm and logit
 scaling stay the business of transformers. State changes end with the context managers here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from causalprune.types import Decoder
+from causalprune.types import Batch, Decoder
+from causalprune.units import Gates, Site, gated_module
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,26 +37,63 @@ class _LeftModelError(Exception):
 
 
 @contextmanager
-def masked_heads(decoder: Decoder, gates: Mapping[int, Float[Tensor, "batch heads"]]) -> Iterator[None]:
-    """Multiply each head's slice of the concatenated head outputs, before `W_o`, by its gate.
+def gated(
+    decoder: Decoder, gates: Gates, instead: Mapping[Site, Float[Tensor, "#batch #time width"]] | None = None
+) -> Iterator[None]:
+    """Multiply each part's slice of the activations at its site by its gate (method §1).
 
-    `gates[layer][row, head]` is 0 to remove the head in that row of the batch and 1 to leave it as it is
-    (method §1). Rows may differ, so one forward pass can hold many interventions.
+    For a head that is its slice of the concatenated head outputs, before `W_o`; for a neuron its input to
+    the down projection; for an expert its weight in the mixture. Rows may differ, so one forward pass can
+    hold many interventions. `instead` holds activations that take the place of what is removed (zero
+    without); experts cannot have any.
     """
     with ExitStack() as stack:
-        for index, gate in gates.items():
-            attention = decoder.layers[index].attention
-            hook = attention.output.register_forward_pre_hook(_gate_hook(gate, attention.head_dim))
-            stack.callback(hook.remove)
+        for site, gate in gates.items():
+            if site.place == "experts":
+                hook = _routing_hook(gate)
+            else:
+                hook = _gate_hook(gate, (instead or {}).get(site))
+            stack.callback(gated_module(decoder, site).register_forward_pre_hook(hook).remove)
         yield
 
 
-def _gate_hook(gate: Tensor, head_dim: int) -> Any:
+def _gate_hook(gate: Tensor, instead: Tensor | None) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        heads = args[0].unflatten(-1, (-1, head_dim))
-        return ((heads * gate.to(heads)[:, None, :, None]).flatten(-2), *args[1:])
+        shape, n_parts = args[0].shape, gate.shape[1]
+        parts = args[0].reshape(len(gate), -1, n_parts, shape[-1] // n_parts)
+        factor = gate.to(parts)[:, None, :, None]
+        masked = parts * factor
+        if instead is not None:
+            masked = masked + instead.to(parts).unflatten(-1, (n_parts, -1)) * (1 - factor)
+        return (masked.reshape(shape), *args[1:])
 
     return hook
+
+
+def _routing_hook(gate: Tensor) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, chosen, weights = args
+        rows = torch.arange(len(gate), device=chosen.device).repeat_interleave(len(chosen) // len(gate))
+        return hidden, chosen, weights * gate.to(weights)[rows[:, None], chosen]
+
+    return hook
+
+
+@contextmanager
+def site_inputs(decoder: Decoder, places: Sequence[Site]) -> Iterator[dict[Site, Float[Tensor, "..."]]]:
+    """Collect what forward passes in the block send to each site; the last pass wins."""
+    seen: dict[Site, Tensor] = {}
+
+    def keep(site: Site) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[site] = args[1] if site.place == "experts" else args[0]
+
+        return hook
+
+    with ExitStack() as stack:
+        for site in places:
+            stack.callback(gated_module(decoder, site).register_forward_pre_hook(keep(site)).remove)
+        yield seen
 
 
 def capture(decoder: Decoder, tokens: Int[Tensor, "batch time"], *, stop: int) -> LayerInputs:
@@ -139,3 +177,46 @@ def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own
+
+
+class InputCache:
+    """Inputs of layers in intact passes, by batch and layer, within a number of bytes.
+
+    What does not fit is computed again from the nearest earlier layer that is there; the one asked for last
+    always is, so that a walk through the layers in their order costs one forward pass, whatever the limit.
+    """
+
+    def __init__(self, decoder: Decoder, groups: Sequence[Batch], limit_bytes: float) -> None:
+        self._decoder, self._groups, self._limit = decoder, groups, limit_bytes
+        self._kept: dict[tuple[int, int], LayerInputs] = {}
+        self._last: tuple[tuple[int, int], LayerInputs] | None = None
+        self._bytes = 0
+        self.layers_run = 0
+        """Layers run on batches so far, and the tokens that took."""
+        self.tokens_run = 0.0
+
+    def get(self, number: int, layer: int) -> LayerInputs:
+        """Return the input of `layer` in batch `number`."""
+        known = dict(self._kept)
+        if self._last:
+            known[self._last[0]] = self._last[1]
+        start = max((at for n, at in known if n == number and at <= layer), default=-1)
+        tokens = self._groups[number].tokens
+        inputs = known[number, start] if start >= 0 else capture(self._decoder, tokens, stop=0)
+        start = max(start, 0)
+        for at in range(start, layer):
+            self._keep(number, at, inputs)
+            hidden = run_layer(self._decoder, tokens, at, inputs)
+            inputs = LayerInputs({at + 1: hidden}, inputs.as_tuple)
+        self.layers_run += layer - start
+        self.tokens_run += tokens.numel() * (layer - start) / len(self._decoder.layers)
+        self._keep(number, layer, inputs)
+        self._last = (number, layer), inputs
+        return inputs
+
+    def _keep(self, number: int, layer: int, inputs: LayerInputs) -> None:
+        hidden = inputs.hidden[layer]
+        size = hidden.numel() * hidden.element_size()
+        if (number, layer) not in self._kept and self._bytes + size <= self._limit:
+            self._kept[number, layer] = LayerInputs({layer: hidden}, inputs.as_tuple)
+            self._bytes += size

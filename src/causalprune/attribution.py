@@ -1,109 +1,122 @@
-"""Stage 1 of the method: how much the loss rises when a head is removed (method §1)."""
+"""Stage 1 of the method: how much the loss rises when a unit is removed (method §1).
 
-import hashlib
+Three estimators with one signature and one return type: `exact` measures every cell (unit, sequence),
+`gradient` predicts all of them from a few backward passes, `adaptive` predicts all and measures some.
+"""
+
+import itertools
+import math
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from causalprune.ablation import LayerInputs, capture, entered_at, masked_heads
-from causalprune.anatomy import fingerprint
-from causalprune.calibration import batches
-from causalprune.errors import ModelError
-from causalprune.ledger import Ledger
-from causalprune.losses import repeated, target_nats
-from causalprune.types import Batch, Calibration, Decoder, Effects, Progress, Unit, silent
+from causalprune.measuring import Estimator, Question, Workbench
+from causalprune.sampling import Allocation, next_cells, settled
+from causalprune.types import Calibration, Decoder, Effects, Progress, silent
+
+ROUNDS = 4
+"""Times that `adaptive` looks at what it has learnt and decides anew where to measure, in a budget."""
+DEFAULT_BUDGET = 20.0
+CERTAIN = 0.95
+"""Share of the top fifth that has to be right, in expectation, for the ranking to be settled."""
 
 
-def exact(
+def attribute(
     decoder: Decoder,
     calibration: Calibration,
+    question: Question = Question(),
+    estimator: Estimator = Estimator(),
     *,
     ledger: Path | None = None,
-    max_batch_tokens: int = 2048,
     on_progress: Progress = silent,
 ) -> Effects:
-    """Measure every head of every layer by zeroing it, on every calibration sequence.
+    """Measure or estimate the effect of every unit on every calibration sequence.
 
-    Each masked pass enters the model at the masked layer with the cached input of the intact pass, so
-    the cost is about half of `n_layers · n_heads` forward passes, with logits at target positions only.
-    With `ledger`, each finished (batch, layer) is on disk before the next begins: a killed run goes on
-    where it was and returns the same values bit for bit (same machine, same number of threads).
+    With `ledger`, each finished job is on disk before the next begins: a killed run goes on where it was
+    and returns the same values bit for bit (same machine, same number of threads).
     """
-    groups = batches(calibration.examples, max_batch_tokens=max_batch_tokens)
-    identity = {
-        "model": fingerprint(decoder.model),  # anew: it may have been pruned since it was loaded
-        "calibration": calibration.fingerprint,
-        "estimator": "exact",
-        "batches": hashlib.sha256(repr([batch.indices for batch in groups]).encode()).hexdigest(),
+    work = Workbench(decoder, calibration, question, estimator)
+    with work.ledger(ledger):
+        return ESTIMATORS[estimator.name](work, on_progress)
+
+
+def exact(work: Workbench, on_progress: Progress = silent) -> Effects:
+    """Measure every cell, layer by layer, from the cached input of the layer.
+
+    Costs about half of one forward pass per unit and sequence: a masked pass skips the layers before.
+    """
+    jobs = [(number, layer) for number in range(len(work.groups)) for layer in range(work.depth)]
+    cells = {
+        (number, layer): [(u, row) for u in work.units_of(layer) for row in range(len(batch.indices))]
+        for number, batch in enumerate(work.groups)
+        for layer in range(work.depth)
     }
-    n_layers, n_sequences = len(decoder.layers), len(calibration.examples)
-    units = tuple(Unit(layer.index, h) for layer in decoder.layers for h in range(layer.attention.n_heads))
-    masked = torch.zeros(len(units), n_sequences, dtype=torch.float64)
-    intact = torch.zeros(n_sequences, dtype=torch.float64)
-    work, total = 0, sum(_work(batch, layer, n_layers) for batch in groups for layer in range(n_layers))
-    with nullcontext() if ledger is None else Ledger(ledger, identity) as book:
-        for number, batch in enumerate(groups):
-            columns = list(batch.indices)
-            inputs = cache(partial(capture, decoder, batch.tokens, stop=n_layers - 1))
-            nats = _recalled(book, f"{number}:intact", partial(_intact_nats, decoder, batch))
-            intact[columns] = torch.tensor(nats, dtype=torch.float64)
-            for layer in range(n_layers):
-                measure = partial(_masked_nats, decoder, batch, layer, inputs, max_batch_tokens)
-                nats = _recalled(book, f"{number}:{layer}", measure)
-                rows = [i for i, unit in enumerate(units) if unit.layer == layer]
-                masked[torch.tensor(rows)[:, None], columns] = torch.tensor(nats, dtype=torch.float64)
-                work += _work(batch, layer, n_layers)
-                on_progress(work, total)
-    return Effects(
-        units=units,
-        masked_nats=masked,
-        intact_nats=intact,
-        tokens=torch.tensor([example.target_tokens for example in calibration.examples]),
-        subset=torch.tensor(calibration.subset),
-        model_fingerprint=identity["model"],
-        calibration_fingerprint=identity["calibration"],
-        description={"estimator": "exact", **calibration.description},
+    total = sum(work.cost(*job, len(cells[job])) for job in jobs)
+    done = 0.0
+    for number, layer in jobs:
+        if layer == 0:
+            work.measure_intact(number)
+        work.measure(f"{number}:{layer}", number, layer, cells[number, layer])
+        done += work.cost(number, layer, len(cells[number, layer]))
+        on_progress(round(done), round(total))
+    return work.effects()
+
+
+def gradient(work: Workbench, on_progress: Progress = silent) -> Effects:
+    """Predict every cell to first order (`ce`), with the Fisher term of second order where `draws` > 0.
+
+    Costs `1 + 2 · (1 + draws)` forward passes per sequence and gate value, a backward counted as two.
+    For `kl` only the second-order term exists: a divergence has no slope at the intact model.
+    """
+    spent = work.expansion_tokens
+    first, second = work.expanded(lambda done, all_: on_progress(round(spent * done / all_), round(spent)))
+    predicted = second if work.question.effect == "kl" else first + second
+    return work.effects(spent, predicted_nats=predicted)
+
+
+def adaptive(work: Workbench, on_progress: Progress = silent) -> Effects:
+    """Predict every cell as `gradient` does, then measure cells where they settle the ranking most.
+
+    What the measured cells say of the prediction's errors is weighed in `uncertainty.posterior`. Deterministic
+    for a seed; a resumed run takes the same decisions from the same values.
+    """
+    how = work.estimator
+    spent, units = work.expansion_tokens, list(work.units)
+    limit = math.inf if how.until_certain else work.naive_tokens / DEFAULT_BUDGET
+    budget = limit if how.budget is None else work.naive_tokens / how.budget
+    total = round(min(budget, work.naive_tokens))
+    first, second = work.expanded(lambda done, all_: on_progress(round(spent * done / all_), total))
+    tokens = torch.tensor([example.target_tokens for example in work.calibration.examples])
+    curvature = second.sum(1) / tokens.sum()
+    even = curvature[:, None] * tokens
+    predicted = {
+        "predicted_nats": even if work.question.effect == "kl" else first + even,
+        "curvature_nats": curvature,
+    }
+    plan = Allocation(
+        layers=torch.tensor([unit.layer for unit in work.units]),
+        lengths=torch.tensor([len(example.tokens) for example in work.calibration.examples]),
+        depth=work.depth,
+        seed=how.seed,
     )
+    numbers = {batch.indices[0]: number for number, batch in enumerate(work.groups)}
+    step = max(work.naive_tokens / DEFAULT_BUDGET / ROUNDS, 2.0 * int(plan.lengths.sum()))
+    share = step if math.isinf(budget) else (budget - spent) / ROUNDS
+    for turn in itertools.count():
+        effects = work.effects(spent, **predicted)
+        room = min(share, budget - float(effects.description["tokens_forwarded"]))
+        cells = next_cells(effects, plan, room)
+        if not cells or (how.until_certain and turn and settled(effects) >= CERTAIN):
+            return effects
+        by_job: dict[tuple[int, int], list[int]] = {}
+        for unit, sequence in cells:
+            by_job.setdefault((numbers[sequence], units[unit].layer), []).append(unit)
+        for (number, layer), chosen in sorted(by_job.items()):
+            work.measure_intact(number)
+            work.measure(f"{turn}:{number}:{layer}", number, layer, [(units[u], 0) for u in chosen])
+            on_progress(round(spent + work.tokens_forwarded), total)
+    raise AssertionError
 
 
-def _work(batch: Batch, layer: int, n_layers: int) -> int:
-    return batch.tokens.numel() * (n_layers - layer)
-
-
-def _recalled(book: Ledger | None, key: str, compute: Callable[[], Any]) -> Any:
-    if book is not None and key in book.rows:
-        return book.rows[key]
-    nats = compute()
-    if not bool(torch.tensor(nats).isfinite().all()):
-        raise ModelError(
-            f"a loss is not finite (batch:layer {key}): look for broken weights or use a wider dtype"
-        )
-    if book is not None:
-        book.append(key, nats)
-    return nats
-
-
-def _intact_nats(decoder: Decoder, batch: Batch) -> list[float]:
-    return [float(nats) for nats in target_nats(decoder, batch)]
-
-
-def _masked_nats(
-    decoder: Decoder, batch: Batch, layer: int, inputs: Callable[[], LayerInputs], max_batch_tokens: int
-) -> list[list[float]]:
-    """Return `[head][sequence]` nats with each head of `layer` removed, several heads to a forward pass."""
-    n_heads, n_rows = decoder.layers[layer].attention.n_heads, len(batch.indices)
-    at_once = max(1, max_batch_tokens // batch.tokens.numel())
-    hidden = inputs().hidden[layer]
-    nats: list[list[float]] = []
-    for heads in torch.arange(n_heads).split(at_once):
-        gate = torch.ones(len(heads), n_rows, n_heads)
-        gate[torch.arange(len(heads)), :, heads] = 0
-        stacked = LayerInputs({layer: hidden.repeat(len(heads), 1, 1)}, inputs().as_tuple)
-        with entered_at(decoder, layer, stacked), masked_heads(decoder, {layer: gate.flatten(0, 1)}):
-            losses = target_nats(decoder, repeated(batch, len(heads)))
-        nats += losses.view(len(heads), n_rows).tolist()
-    return nats
+ESTIMATORS: dict[str, Callable[..., Effects]] = {"exact": exact, "gradient": gradient, "adaptive": adaptive}

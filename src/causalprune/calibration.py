@@ -246,10 +246,11 @@ def batches(examples: Sequence[Example], *, max_batch_tokens: int) -> list[Batch
             groups[-1].append(i)
         else:
             groups.append([i])
-    return [_batch(examples, group) for group in groups]
+    return [batch_of(examples, group) for group in groups]
 
 
-def _batch(examples: Sequence[Example], indices: Sequence[int]) -> Batch:
+def batch_of(examples: Sequence[Example], indices: Sequence[int]) -> Batch:
+    """Return these examples as one batch, padded on the right with token 0."""
     lengths = torch.tensor([len(examples[i].tokens) for i in indices])
     tokens = torch.zeros(len(indices), int(lengths.max()), dtype=torch.long)
     for row, i in enumerate(indices):

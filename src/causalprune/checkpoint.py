@@ -12,6 +12,7 @@ A folder is written beside its final name and renamed when it is complete and on
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import warnings
@@ -33,6 +34,7 @@ from causalprune.types import Decoder, Effects, Projection, Unit
 
 FORMAT = 1
 MANIFEST, KEEP, EFFECTS = "causalprune.json", "keep_masks.safetensors", "effects.json"
+TENSORS = ("masked_nats", "intact_nats", "tokens", "subset", "kl_nats", "predicted_nats", "curvature_nats")
 Keep = Mapping[str, Bool[Tensor, "_ _"]]
 
 
@@ -136,15 +138,19 @@ def iterate_keep(path: Path) -> Iterator[tuple[str, Bool[Tensor, "_ _"]]]:
 
 def save_effects(effects: Effects, path: Path) -> None:
     """Write `effects` to `path`, atomically; every float comes back bit for bit."""
-    tensors = {name: getattr(effects, name) for name in ("masked_nats", "intact_nats", "tokens", "subset")}
+    tensors = {name: getattr(effects, name) for name in TENSORS if getattr(effects, name) is not None}
     record = {
         "format": FORMAT,
         "model_fingerprint": effects.model_fingerprint,
         "calibration_fingerprint": effects.calibration_fingerprint,
         "description": effects.description,
-        "units": [[unit.layer, unit.head] for unit in effects.units],
+        "effect": effects.effect,
+        "units": [[unit.layer, unit.index, unit.kind] for unit in effects.units],
         **{
-            name: {"dtype": str(tensor.dtype).removeprefix("torch."), "values": tensor.tolist()}
+            name: {
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "values": _swapped(tensor.tolist(), math.nan, None) if tensor.ndim > 1 else tensor.tolist(),
+            }
             for name, tensor in tensors.items()
         },
     }
@@ -164,11 +170,9 @@ def load_effects(path: Path, decoder: Decoder | None = None) -> Effects:
     record = _read_json(path, ("masked_nats", "intact_nats", "tokens", "subset", "units"))
     try:
         effects = Effects(
-            units=tuple(Unit(layer, head) for layer, head in record["units"]),
-            masked_nats=_tensor(record["masked_nats"]),
-            intact_nats=_tensor(record["intact_nats"]),
-            tokens=_tensor(record["tokens"]),
-            subset=_tensor(record["subset"]),
+            units=tuple(Unit(layer, index, kind) for layer, index, kind in record["units"]),
+            **{name: _tensor(record[name]) for name in TENSORS if name in record},
+            effect=record["effect"],
             model_fingerprint=record["model_fingerprint"],
             calibration_fingerprint=record["calibration_fingerprint"],
             description=record["description"],
@@ -264,7 +268,14 @@ def _count(projection: Projection) -> dict[str, Any]:
 
 
 def _tensor(record: dict[str, Any]) -> Tensor:
-    return torch.tensor(record["values"], dtype=getattr(torch, record["dtype"]))
+    return torch.tensor(_swapped(record["values"], None, math.nan), dtype=getattr(torch, record["dtype"]))
+
+
+def _swapped(values: Any, old: float | None, new: float | None) -> Any:
+    """Return nested lists with one value in place of another: JSON has null, tensors have NaN."""
+    if isinstance(values, list):
+        return [_swapped(value, old, new) for value in values]
+    return new if values is old or (old is not None and math.isnan(values)) else values
 
 
 def _write_json(path: Path, record: dict[str, Any], indent: int | None = None) -> None:

@@ -4,12 +4,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from causalprune import __version__
+from causalprune import options as opt
 from causalprune.errors import CausalPruneError, OptionError
 
 app = typer.Typer(
@@ -24,40 +25,6 @@ console = Console()
 STOPPED = 130
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 """What a bad option raises: newer releases of typer carry their own click, older ones import it."""
-
-Model = Annotated[
-    str, typer.Argument(help="Hub name, local folder, GGUF file, or `embedded` (SmolLM2-135M-Instruct).")
-]
-Revision = Annotated[str | None, typer.Option(help="Revision on the Hub.")]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, …")]
-DeviceMap = Annotated[
-    str | None, typer.Option(help="Spread the model with accelerate: auto, balanced, sequential.")
-]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the model.")]
-Task = Annotated[
-    list[str],
-    typer.Option(
-        "--task",
-        "-t",
-        help="Calibration data: gsm8k, strategyqa, arc_challenge, wikitext2, c4, gsm_symbolic, "
-        "or a JSONL file of {prompt, target}; repeat for a mix; `gsm8k:32` fixes a count.",
-    ),
-]
-N = Annotated[int, typer.Option("-n", help="Number of calibration examples.", min=1)]
-Subsets = Annotated[int, typer.Option(help="Disjoint subsets K of the calibration set.", min=1)]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
-MaxTokens = Annotated[int, typer.Option(help="Longer examples are left out, and counted.", min=2)]
-Chat = Annotated[
-    Literal["auto", "on", "off"],
-    typer.Option(help="Chat template: auto (if the tokenizer has one), on, off."),
-]
-DataDir = Annotated[
-    Path | None,
-    typer.Option(envvar="CAUSALPRUNE_DATA", help="Local data folder instead of the Hub."),
-]
-BatchTokens = Annotated[int, typer.Option(help="Tokens in one forward pass.", min=1)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
 
 @app.callback()
@@ -75,12 +42,12 @@ def options(
 
 @app.command()
 def inspect(
-    model: Model,
-    revision: Revision = None,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    device_map: DeviceMap = None,
-    trust_remote_code: Trust = False,
+    model: opt.Model,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "cpu",
+    device_map: opt.DeviceMap = None,
+    trust_remote_code: opt.Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what was found in a model: layers, heads, what is prunable, what is left out and why."""
@@ -98,42 +65,93 @@ def inspect(
 
 @app.command()
 def attribute(
-    model: Model,
+    model: opt.Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for effects.json and the ledger.")],
-    task: Task = ["gsm8k"],  # noqa: B006
-    n: N = 128,
-    subsets: Subsets = 3,
-    seed: Seed = 0,
-    max_tokens: MaxTokens = 512,
-    chat: Chat = "auto",
-    data_dir: DataDir = None,
-    batch_tokens: BatchTokens = 2048,
-    revision: Revision = None,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    device_map: DeviceMap = None,
-    trust_remote_code: Trust = False,
+    task: opt.Task = ["gsm8k"],  # noqa: B006
+    n: opt.N = 128,
+    subsets: opt.Subsets = 3,
+    seed: opt.Seed = 0,
+    max_tokens: opt.MaxTokens = 512,
+    chat: opt.Chat = "auto",
+    data_dir: opt.DataDir = None,
+    batch_tokens: opt.BatchTokens = 2048,
+    units: opt.Units = ["heads"],  # noqa: B006
+    effect: opt.EffectName = "ce",
+    ablation: opt.AblationName = "zero",
+    estimator: opt.EstimatorName = None,
+    budget: opt.Budget = None,
+    until_certain: opt.UntilCertain = False,
+    cache_gib: opt.CacheGib = 1.0,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "cpu",
+    device_map: opt.DeviceMap = None,
+    trust_remote_code: opt.Trust = False,
 ) -> None:
-    """Measure every attention head: how much does the loss rise when it is removed?
+    """Measure every attention head (or other units): how much does the loss rise when it is removed?
 
     Every finished job is on disk at once: a run that was stopped goes on where it was.
     """
     from causalprune import tables
     from causalprune.progress import shown
-    from causalprune.recipe import CalibrationSpec, ModelSpec
+    from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec
     from causalprune.run import Options
     from causalprune.run import attribute as measure
 
     spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code)
     calibration = CalibrationSpec(tuple(task), n, subsets, seed, max_tokens, chat)
-    effects = measure(spec, calibration, output, Options(data_dir, batch_tokens, stage=shown))
+    name = estimator or ("adaptive" if budget or until_certain else "exact")
+    wanted = AttributionSpec(
+        tuple(units), effect, ablation, name, _times(budget), until_certain, seed=seed, cache_gib=cache_gib
+    )
+    effects = measure(spec, calibration, output, Options(data_dir, batch_tokens, stage=shown), wanted)
     console.print(tables.strongest(effects))
-    console.print(f"effects of {len(effects.units)} heads: {output / 'effects.json'}")
+    console.print(f"effects of {len(effects.units)} units: {output / 'effects.json'}")
+
+
+@app.command()
+def stability(
+    model: opt.Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for stability.json and ledgers.")],
+    task: Annotated[
+        list[str],
+        typer.Option("--task", "-t", help="Sources; the first is compared with the others."),
+    ] = ["gsm8k", "arc_challenge", "wikitext2"],  # noqa: B006
+    n: Annotated[int, typer.Option("-n", help="Examples in each of five draws.", min=1)] = 8,
+    seed: opt.Seed = 0,
+    max_tokens: opt.MaxTokens = 512,
+    chat: opt.Chat = "auto",
+    data_dir: opt.DataDir = None,
+    batch_tokens: opt.BatchTokens = 2048,
+    units: opt.Units = ["heads"],  # noqa: B006
+    effect: opt.EffectName = "ce",
+    top: Annotated[int, typer.Option(help="Strongest units that are removed in pairs.", min=2)] = 20,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "cpu",
+    device_map: opt.DeviceMap = None,
+    trust_remote_code: opt.Trust = False,
+) -> None:
+    """Show how far effects can be trusted: between draws, tasks and plain text, and for pairs of units."""
+    from causalprune import tables
+    from causalprune.progress import shown
+    from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec
+    from causalprune.run import Options, check_stability
+
+    spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code)
+    calibration = CalibrationSpec(tuple(task), n, seed=seed, max_tokens=max_tokens, chat=chat)
+    wanted = AttributionSpec(tuple(units), effect)
+    found = check_stability(
+        spec, calibration, output, Options(data_dir, batch_tokens, stage=shown), wanted, top
+    )
+    for table in tables.stability(found):
+        console.print(table)
+    console.print(f"all numbers: {output / 'stability.json'}")
 
 
 @app.command()
 def prune(
-    model: Model,
+    model: opt.Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pruned checkpoint.")],
     method: Annotated[
         str, typer.Option(help="cap, wanda, magnitude or random; with a scope as in magnitude:global.")
@@ -142,20 +160,20 @@ def prune(
     effects: Annotated[
         Path | None, typer.Option(help="effects.json of `attribute` (cap; else measured first).")
     ] = None,
-    task: Task = ["gsm8k"],  # noqa: B006
-    n: N = 128,
-    subsets: Subsets = 3,
-    seed: Seed = 0,
-    max_tokens: MaxTokens = 512,
-    chat: Chat = "auto",
-    data_dir: DataDir = None,
-    batch_tokens: BatchTokens = 2048,
-    revision: Revision = None,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    device_map: DeviceMap = None,
-    trust_remote_code: Trust = False,
-    overwrite: Overwrite = False,
+    task: opt.Task = ["gsm8k"],  # noqa: B006
+    n: opt.N = 128,
+    subsets: opt.Subsets = 3,
+    seed: opt.Seed = 0,
+    max_tokens: opt.MaxTokens = 512,
+    chat: opt.Chat = "auto",
+    data_dir: opt.DataDir = None,
+    batch_tokens: opt.BatchTokens = 2048,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "cpu",
+    device_map: opt.DeviceMap = None,
+    trust_remote_code: opt.Trust = False,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Prune a model and save it as a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -179,7 +197,7 @@ def prune(
 
 @app.command()
 def evaluate(
-    model: Model,
+    model: opt.Model,
     task: Annotated[
         list[str],
         typer.Option(
@@ -195,17 +213,17 @@ def evaluate(
         int | None,
         typer.Option(help="Problems per task (tokens for perplexity) where the task names none.", min=1),
     ] = None,
-    seed: Seed = 0,
-    max_tokens: MaxTokens = 512,
-    chat: Chat = "auto",
-    data_dir: DataDir = None,
-    batch_tokens: BatchTokens = 4096,
-    revision: Revision = None,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    device_map: DeviceMap = None,
-    trust_remote_code: Trust = False,
-    overwrite: Overwrite = False,
+    seed: opt.Seed = 0,
+    max_tokens: opt.MaxTokens = 512,
+    chat: opt.Chat = "auto",
+    data_dir: opt.DataDir = None,
+    batch_tokens: opt.BatchTokens = 4096,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "cpu",
+    device_map: opt.DeviceMap = None,
+    trust_remote_code: opt.Trust = False,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Measure a model on tasks, and keep the value of every example."""
     from causalprune import tables
@@ -264,7 +282,7 @@ def run_recipe(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/RECIPE).")
     ] = None,
-    data_dir: DataDir = None,
+    data_dir: opt.DataDir = None,
     full: Annotated[bool, typer.Option("--full", help="Drop the limits of all tasks.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, load no weights.")
@@ -308,6 +326,17 @@ def _sparsity(text: str) -> float:
         return float(text)
     except ValueError:
         raise OptionError(f"sparsity must be a number between 0 and 1 such as 0.2, not {text!r}") from None
+
+
+def _times(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        return float(text.removesuffix("x"))
+    except ValueError:
+        raise OptionError(
+            f"a budget is written as 20x, a twentieth of the naive cost, not {text!r}"
+        ) from None
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -1,12 +1,13 @@
-"""Cross-entropy of target tokens, in nats, per sequence.
+"""Losses of target tokens, in nats: cross-entropy, and divergence from the intact model.
 
 Logits are computed at the positions that predict a target token and nowhere else: with large
 vocabularies they would otherwise cost more than the decoder (SmolLM2: a quarter of a forward pass).
+Softmax and sums run in float32 or wider, whatever the dtype of the model, on the device of the logits.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,22 +18,25 @@ from causalprune.types import Batch, Decoder
 
 CHUNK = 256
 """Positions whose softmax is normalised at once: bounds the temporary memory."""
+FAR = 20.0
+"""Above this rise of a log-probability the divergence is summed in its plain form (expm1 would overflow)."""
 
 
-def target_nats(decoder: Decoder, batch: Batch) -> Float[Tensor, "batch"]:
-    """Return the cross-entropy summed over each sequence's target tokens, in float64 nats, on the CPU.
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """The target tokens of a batch, and row and position of each prediction (the position before it)."""
 
-    One forward pass. The log-softmax runs in float32 whatever the dtype of the model.
-    """
+    rows: Int[Tensor, "target"]
+    positions: Int[Tensor, "target"]
+    tokens: Int[Tensor, "target"]
+    n_rows: int
+    n_positions: int
+
+
+def targets(batch: Batch) -> Targets:
+    """Return the targets of a batch, row by row."""
     rows, positions = target_positions(batch)
-    with torch.inference_mode(), _head_at(decoder, rows, positions):
-        output = decoder.model(input_ids=batch.tokens.to(decoder.device), use_cache=False)
-        logits = output.logits[0]
-        targets = batch.tokens[rows, positions + 1].to(logits.device)
-        normaliser = torch.cat([part.float().logsumexp(-1) for part in logits.split(CHUNK)])
-        nats = normaliser - logits.gather(-1, targets[:, None])[:, 0].float()
-    counts = (batch.lengths - batch.target_starts).tolist()
-    return torch.stack([part.sum() for part in nats.cpu().double().split(counts)])
+    return Targets(rows, positions, batch.tokens[rows, positions + 1], *batch.tokens.shape)
 
 
 def target_positions(batch: Batch) -> tuple[Int[Tensor, "target"], Int[Tensor, "target"]]:
@@ -43,14 +47,66 @@ def target_positions(batch: Batch) -> tuple[Int[Tensor, "target"], Int[Tensor, "
     return rows, positions
 
 
+def target_logits(decoder: Decoder, batch: Batch, wanted: Targets) -> Float[Tensor, "target vocab"]:
+    """Return the logits of every prediction of a target token. One forward pass."""
+    with _head_at(decoder, wanted.rows, wanted.positions):
+        output = decoder.model(input_ids=batch.tokens.to(decoder.device), use_cache=False)
+    logits: Tensor = output.logits[0]
+    return logits
+
+
+def target_nats(decoder: Decoder, batch: Batch) -> Float[Tensor, "batch"]:
+    """Return the cross-entropy summed over each sequence's target tokens, in float64 nats, on the CPU."""
+    wanted = targets(batch)
+    with torch.inference_mode():
+        return by_row(cross_entropy(target_logits(decoder, batch, wanted), wanted), wanted).cpu()
+
+
+def cross_entropy(logits: Float[Tensor, "target vocab"], wanted: Targets) -> Float[Tensor, "target"]:
+    """Return the cross-entropy of each target token, in nats."""
+    normaliser = torch.cat([part.float().logsumexp(-1) for part in logits.split(CHUNK)])
+    return normaliser - logits.gather(-1, wanted.tokens.to(logits.device)[:, None])[:, 0].float()
+
+
+def divergence(
+    intact: Float[Tensor, "intact vocab"], at: Int[Tensor, "target"], logits: Float[Tensor, "target vocab"]
+) -> Float[Tensor, "target"]:
+    """Return KL(intact ‖ masked) of each prediction, in nats, against row `at` of the intact logits.
+
+    Summed as `Σ p · (e^d − 1 − d)`, `d = ln q − ln p`: every term is positive, so that small divergences
+    keep their digits and none is negative. It is the KL divergence because `Σ (q − p) = 0`.
+    """
+    found = []
+    for start in range(0, len(logits), CHUNK):
+        q = logits[start : start + CHUNK].float().log_softmax(-1)
+        p = intact[at[start : start + len(q)].to(intact.device)].to(q.device).float().log_softmax(-1)
+        d = q - p
+        terms = torch.where(d < FAR, p.exp() * (d.expm1() - d), q.exp() - p.exp() * (1 + d))
+        found.append(terms.clamp_min(0).sum(-1))
+    return torch.cat(found)
+
+
+def by_row(values: Float[Tensor, "target"], wanted: Targets) -> Float[Tensor, "batch"]:
+    """Return the sums over each row's targets, in float64 where the device has it; differentiable."""
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    table = torch.zeros(wanted.n_rows, wanted.n_positions, dtype=wide, device=values.device)
+    at = wanted.rows.to(values.device), wanted.positions.to(values.device)
+    return table.index_put(at, values.to(wide)).sum(1)  # index_add would not be deterministic on CUDA
+
+
 def repeated(batch: Batch, times: int) -> Batch:
     """Return the batch `times` over, as rows of one larger batch."""
+    return selected(batch, list(range(len(batch.tokens))) * times)
+
+
+def selected(batch: Batch, rows: list[int]) -> Batch:
+    """Return these rows of a batch, which may repeat, as a batch."""
     return replace(
         batch,
-        tokens=batch.tokens.repeat(times, 1),
-        lengths=batch.lengths.repeat(times),
-        target_starts=batch.target_starts.repeat(times),
-        indices=batch.indices * times,
+        tokens=batch.tokens[rows],
+        lengths=batch.lengths[rows],
+        target_starts=batch.target_starts[rows],
+        indices=tuple(batch.indices[row] for row in rows),
     )
 
 

@@ -18,6 +18,7 @@ from causalprune.errors import MismatchError, ModelError, OptionError, unknown
 from causalprune.importance import head_importance, weight_factor
 from causalprune.statistics import InputNorms, gathered
 from causalprune.types import Batch, Calibration, Decoder, Effects, Layer, Progress, Projection, silent
+from causalprune.uncertainty import scores
 
 Factors = Mapping[str, Float[Tensor, "_ _"]]  # each broadcasts to its own [out in]
 ProjectionScore = Callable[[Projection], Float[Tensor, "out in"]]
@@ -199,8 +200,13 @@ def _factors(decoder: Decoder, effects: Effects | None) -> Factors:
         raise OptionError("method 'cap' needs effects: measure them first (`causalprune attribute`)")
     if effects.model_fingerprint != fingerprint(decoder.model):
         raise MismatchError(f"the effects were measured on another model or revision than {decoder.name}")
-    importance = head_importance(effects.delta_nats()).float()
-    layers = torch.tensor([unit.layer for unit in effects.units])
+    heads = effects.of("head")
+    if len(heads.units) != sum(layer.attention.n_heads for layer in decoder.layers):
+        raise OptionError(
+            f"method 'cap' needs the effects of all heads, and these hold {len(heads.units)}: measure with --units heads"
+        )
+    importance = head_importance(scores(heads)).float()
+    layers = torch.tensor([unit.layer for unit in heads.units])
     factors = {}
     for layer in decoder.layers:
         own = importance[layers == layer.index]

@@ -11,6 +11,7 @@ import yaml
 
 from causalprune.calibration import Chat
 from causalprune.errors import OptionError, unknown
+from causalprune.measuring import Estimator, Question
 from causalprune.pruning import Method
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -41,6 +42,40 @@ class CalibrationSpec:
 
 
 @dataclass(frozen=True)
+class AttributionSpec:
+    """How effects are measured: the fields of `Question` and `Estimator`, and GiB for cached layer inputs."""
+
+    units: tuple[str, ...] = ("heads",)
+    effect: Literal["ce", "kl"] = "ce"
+    ablation: Literal["zero", "mean", "resample"] = "zero"
+    estimator: Literal["exact", "gradient", "adaptive"] = "exact"
+    budget: float | None = None
+    until_certain: bool = False
+    draws: int = 1
+    seed: int = 0
+    cache_gib: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.question(), self.method()
+
+    def question(self) -> Question:
+        """Return what is measured."""
+        return Question(self.units, self.effect, self.ablation)
+
+    def method(self, max_batch_tokens: int = 2048) -> Estimator:
+        """Return how it is estimated."""
+        return Estimator(
+            self.estimator,
+            self.budget,
+            self.until_certain,
+            self.draws,
+            seed=self.seed,
+            max_batch_tokens=max_batch_tokens,
+            cache_gib=self.cache_gib,
+        )
+
+
+@dataclass(frozen=True)
 class Shape:
     """Size of the model, for plans made where its configuration cannot be reached; checked when it is loaded."""
 
@@ -65,6 +100,7 @@ class Recipe:
     seed: int = 0
     batch_tokens: int = 2048
     save: bool = False
+    attribution: AttributionSpec = field(default=AttributionSpec())
     shape: Shape | None = field(default=None)
 
     def __post_init__(self) -> None:

@@ -10,11 +10,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from causalprune.errors import CheckpointError, MismatchError
 from causalprune.types import EvalResult
@@ -209,23 +209,9 @@ def _bounds(draws: Floats, n: int) -> tuple[float, float]:
     """
     if n < 2 or not np.isfinite(draws).all():
         return math.nan, math.nan
-    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * _student(n - 1))
+    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)
-
-
-def _student(freedom: int) -> float:
-    """Return the upper 2.5 % quantile of Student's t (Abramowitz & Stegun 26.7.5; exact below 3)."""
-    if freedom < 3:
-        return (12.7062, 4.3027)[freedom - 1]
-    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + math.fsum(term / freedom ** (k + 1) for k, term in enumerate(terms))
 
 
 def _check_pair(a: EvalResult, b: EvalResult) -> None:

@@ -15,7 +15,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from causalprune import attribution, embedded
+from causalprune import embedded
+from causalprune.attribution import attribute as measure
 from causalprune.calibration import calibrate
 from causalprune.checkpoint import EFFECTS, check_destination, count_zeros, load_effects, save, save_effects
 from causalprune.criteria import CRITERIA
@@ -24,9 +25,11 @@ from causalprune.evaluation import Settings, check_tasks, evaluate, evaluation_c
 from causalprune.ledger import Ledger
 from causalprune.provenance import git_commit, versions
 from causalprune.pruning import Method, Pruned, prune
-from causalprune.recipe import CalibrationSpec, ModelSpec, Recipe
+from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec, Recipe
 from causalprune.results import RESULTS, write_json, write_results
+from causalprune.stability import DRAWS, Pairs, stability
 from causalprune.types import Calibration, Decoder, Effects, EvalResult, Progress, silent
+from causalprune.uncertainty import described
 
 Stage = Callable[[str], AbstractContextManager[Progress]]
 """Opens a stage of work by name, for as long as it lasts, and hands out the callback to report to."""
@@ -91,20 +94,57 @@ def run(
     }
     with Ledger(folder / "results.ledger", identity) as book:
         effects = _effects(recipe, decoder, calibration, folder, stage)
+        record["attribution"] = None if effects is None else described(effects)
         bench = _Bench(recipe, folder, calibration, effects, settings, stage, book)
         for name, method in recipe.cells().items():
             bench.measure(name, method, decoder if method is None else None)
-            record["rows"].append(bench.row(name, method))
+            record["rows"] = [bench.row(*cell) for cell in recipe.cells().items() if bench.finished(cell[0])]
             write_json(folder / RESULTS, record)
     return record
 
 
 def attribute(
-    spec: ModelSpec, wanted: CalibrationSpec, folder: Path, options: Options = Options()
+    spec: ModelSpec,
+    wanted: CalibrationSpec,
+    folder: Path,
+    options: Options = Options(),
+    attribution: AttributionSpec = AttributionSpec(),
 ) -> Effects:
-    """Measure every head of a model and leave `effects.json` and the ledger in `folder`."""
+    """Measure the units of a model and leave `effects.json` and the ledger in `folder`."""
     decoder, calibration = _prepared(spec, wanted, options)
-    return _measured(decoder, calibration, folder, options)
+    return _measured(decoder, calibration, folder, options, attribution)
+
+
+def check_stability(
+    spec: ModelSpec,
+    wanted: CalibrationSpec,
+    folder: Path,
+    options: Options = Options(),
+    attribution: AttributionSpec = AttributionSpec(),
+    top: int = Pairs().top,
+) -> dict[str, Any]:
+    """Measure how far effects can be trusted, and leave `stability.json` and the ledgers in `folder`.
+
+    Each source of `wanted` is a calibration of its own, of `n` problems in each of five draws.
+    """
+    with options.stage("loading model"):
+        decoder = load(spec)
+    with options.stage("calibration data"):
+        calibrations = {}
+        for source in wanted.sources:
+            own = dataclasses.replace(wanted, sources=(source,), n=wanted.n * DRAWS, subsets=DRAWS)
+            calibrations[source] = _calibrated(decoder, own, options.data_dir)
+    found = stability(
+        decoder,
+        calibrations,
+        folder,
+        question=attribution.question(),
+        pairs=Pairs(top, min(wanted.n, Pairs().sequences)),
+        stage=options.stage,
+    )
+    description = {"model": spec.name, "sources": list(wanted.sources), "versions": versions()}
+    write_json(folder / "stability.json", {**found, "description": description, "git_commit": git_commit()})
+    return found
 
 
 def prune_checkpoint(
@@ -198,8 +238,14 @@ class _Bench:
     stage: Stage
     book: Ledger
 
+    def missing(self, name: str) -> list[str]:
+        return [task for task in self.recipe.tasks if f"{name}/{task}" not in self.book.rows]
+
+    def finished(self, name: str) -> bool:
+        return not self.missing(name)
+
     def measure(self, name: str, method: Method | None, decoder: Decoder | None) -> None:
-        missing = [task for task in self.recipe.tasks if f"{name}/{task}" not in self.book.rows]
+        missing = self.missing(name)
         if not missing:
             return
         decoder = decoder or load(self.recipe.model)
@@ -248,7 +294,8 @@ def _effects(
     criteria = [method.criterion for method in recipe.cells().values() if method is not None]
     if not any(CRITERIA[criterion].needs == "effects" for criterion in criteria):
         return None
-    return _measured(decoder, calibration, folder, Options(batch_tokens=recipe.batch_tokens, stage=stage))
+    options = Options(batch_tokens=recipe.batch_tokens, stage=stage)
+    return _measured(decoder, calibration, folder, options, recipe.attribution)
 
 
 def _prepared(spec: ModelSpec, wanted: CalibrationSpec, options: Options) -> tuple[Decoder, Calibration]:
@@ -266,14 +313,20 @@ def _calibrated(
     return calibrate(decoder.tokenizer, sources, **options, data_dir=data_dir, exclude=exclude)
 
 
-def _measured(decoder: Decoder, calibration: Calibration, folder: Path, options: Options) -> Effects:
-    folder.mkdir(parents=True, exist_ok=True)
+def _measured(
+    decoder: Decoder,
+    calibration: Calibration,
+    folder: Path,
+    options: Options,
+    wanted: AttributionSpec = AttributionSpec(),
+) -> Effects:
     with options.stage("attribution") as progress:
-        effects = attribution.exact(
+        effects = measure(
             decoder,
             calibration,
+            wanted.question(),
+            wanted.method(options.batch_tokens),
             ledger=folder / "attribution.ledger",
-            max_batch_tokens=options.batch_tokens,
             on_progress=progress,
         )
     save_effects(effects, folder / EFFECTS)

@@ -1,5 +1,6 @@
 """Tables of results, as rich renderables and as Markdown: nothing here measures anything."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from causalprune.errors import unknown
 from causalprune.plan import Plan
 from causalprune.results import Row, headline, interval, paired_difference
 from causalprune.types import Effects, EvalResult
+from causalprune.uncertainty import estimate, reliability
 from causalprune.verification import Verification
 
 STYLES = {"better": "green", "worse": "red"}
@@ -37,7 +39,7 @@ def comparison(rows: Sequence[Row], *, against: str | None = None) -> Table:
     table = Table(caption=f"value (paired difference to {labels[base_row]}, 95 % interval)")
     table.add_column("model", no_wrap=True)
     for task, metric in columns:
-        table.add_column(f"{task}\n{UNITS[metric]}", justify="right")
+        table.add_column(f"{task}\n{UNITS[metric]}", justify="right", overflow="fold")
     for i, (label, results) in enumerate(rows):
         own = {_column(result): result for result in results}
         table.add_row(label, *(_cell(own.get(c), base.get(c), i == base_row) for c in columns))
@@ -77,17 +79,53 @@ def _plain(cell: Any) -> str:
 
 
 def strongest(effects: Effects) -> Table:
-    """Return the heads whose removal raises the loss most, and how many help when removed."""
-    delta, paired = effects.delta_nats(), effects.paired_delta_nats()
-    negative = int((paired < 0).sum())
-    caption = f"{negative} of {len(paired)} heads lower the loss when removed (paired Δ < 0)"
-    table = Table(title="most critical heads", caption=caption)
-    for name in ("layer", "head", "Δ (method)", "paired Δ, nats/token"):
+    """Return the units whose removal raises the loss most, and how certain the effects are."""
+    found, own = estimate(effects), reliability(effects)
+    known = ~found.value.isnan()
+    lines = [f"{int((found.value < 0).sum())} of {int(known.sum())} units lower the loss when removed"]
+    lines += [f"certain of their sign: {own['certain_signs']:.0%} of the units"]
+    if "split_half" in own:
+        lines.append(f"two halves of the examples rank units alike: {own['split_half']:.2f} (Spearman)")
+    if unreached := effects.description.get("unreached_experts"):
+        lines.append(f"{len(unreached)} experts got no token and are unmeasured")
+    table = Table(title="most critical units", caption="\n".join(lines))
+    for name in ("layer", "unit", "Δ, nats/token", "95 % interval"):
         table.add_column(name, justify="right")
-    for i in delta.argsort(descending=True)[:STRONGEST].tolist():
-        unit = effects.units[i]
-        table.add_row(str(unit.layer), str(unit.head), f"{float(delta[i]):.4f}", f"{float(paired[i]):.4f}")
+    for i in found.value.nan_to_num(-math.inf).argsort(descending=True)[:STRONGEST].tolist():
+        unit, bounds = effects.units[i], f"[{float(found.low[i]):.4f}, {float(found.high[i]):.4f}]"
+        name = f"{unit.kind} {unit.index}"
+        table.add_row(str(unit.layer), name, f"{float(found.value[i]):.4f}", bounds)
     return table
+
+
+def stability(found: Mapping[str, Any]) -> list[Table]:
+    """Return the tables of `causalprune stability`: draws, calibrations, swaps, pairs."""
+    draws = Table(title="independent draws of problems")
+    keys: tuple[str, ...] = (
+        "problems_per_draw",
+        "spearman_between_draws",
+        "top_fifth_between_draws",
+        "split_half",
+    )
+    keys += ("certain_signs", "median_sd_between_draws_nats", "sd_between_units_nats")
+    _fill(draws, ("source", *keys), found["within"])
+    first = next(iter(found["within"]))
+    between = Table(title=f"rank correlation with {first}")
+    _fill(between, ("source", "spearman", "ceiling", "top_fifth"), found["between"])
+    swaps = Table(title=f"{first} problems swapped for others: rank correlation with all of {first}")
+    shares = list(next(iter(found["swaps"].values()), {}))
+    _fill(swaps, ("swapped for", *shares), found["swaps"])
+    pairs = Table(title="strong units removed in pairs: joint effect − sum")
+    own = {key: value for key, value in found["interactions"].items() if key != "strongest"}
+    _fill(pairs, ("", *own), {"": own})
+    return [table for table in (draws, between, swaps, pairs) if table.row_count]
+
+
+def _fill(table: Table, columns: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) -> None:
+    for i, column in enumerate(columns):
+        table.add_column(column.replace("_", " "), justify="right" if i else "left")
+    for name, values in rows.items():
+        table.add_row(name, *(f"{values[key]:.3g}" if key in values else "–" for key in columns[1:]))
 
 
 def inspection(name: str, found: Mapping[str, Any]) -> Table:

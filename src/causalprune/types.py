@@ -5,7 +5,8 @@ Axes in shape annotations:
 | name | meaning |
 |---|---|
 | `out`, `in` | output and input features of a projection; weights are always `[out in]` |
-| `unit` | maskable parts of the model (attention heads), in layer-major order |
+| `unit` | maskable parts of the model (heads, MLP blocks, experts, …), in layer-major order |
+| `part` | the finest parts that a gate can close at one place: heads, neurons or experts |
 | `sequence` | calibration or evaluation examples |
 | `batch` | sequences that share one forward pass |
 | `time` | token positions |
@@ -15,7 +16,7 @@ Axes in shape annotations:
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -146,12 +147,22 @@ class Decoder:
         return device
 
 
+UnitKind = Literal["head", "kv_group", "attention", "mlp", "neurons", "expert", "layer"]
+Effect = Literal["ce", "kl"]
+"""Rise of the cross-entropy of the target tokens, or KL divergence from the intact model's predictions there."""
+
+
 @dataclass(frozen=True)
 class Unit:
-    """A part of the model that an intervention can remove: attention head `head` of layer `layer`."""
+    """A part of the model that an intervention can remove: by default attention head `index` of layer `layer`.
+
+    A `kv_group` is the query heads that share a key-value head, `neurons` a group of MLP neurons, a
+    `layer` its attention and its MLP (or experts) together.
+    """
 
     layer: int
-    head: int
+    index: int
+    kind: UnitKind = "head"
 
 
 @dataclass(frozen=True)
@@ -212,10 +223,13 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Effects:
-    """Measured loss of the intact and of each masked model on every calibration sequence.
+    """What removing each unit did to each calibration sequence: the values that all scores come from.
 
-    All losses are nats summed over the target tokens of a sequence; `tokens` counts those. The
-    scores are computed from these values (`delta_nats`), so other statistics can be as well.
+    All values are nats summed over the target tokens of a sequence; `tokens` counts those. A masked value
+    is NaN where it was not measured: an estimator that left out the cell, or an expert that no token of the
+    calibration reached. `kl_nats` (effect `kl` only) is the divergence from the intact model.
+    `predicted_nats` is the change that an estimator predicts for every cell, measured or not, and
+    `curvature_nats` the part of it per token that is of second order: the scale of the prediction's error.
     """
 
     units: tuple[Unit, ...]
@@ -226,26 +240,47 @@ class Effects:
     model_fingerprint: str
     calibration_fingerprint: str
     description: dict[str, Any] = field(default_factory=dict)
+    effect: Effect = "ce"
+    kl_nats: Float[Tensor, "unit sequence"] | None = None
+    predicted_nats: Float[Tensor, "unit sequence"] | None = None
+    curvature_nats: Float[Tensor, "unit"] | None = None
+
+    def change_nats(self) -> Float[Tensor, "unit sequence"]:
+        """Return what removing the unit changed, by this record's effect; NaN where not measured."""
+        return self.masked_nats - self.intact_nats if self.kl_nats is None else self.kl_nats
 
     def delta_nats(self) -> Float[Tensor, "unit"]:
         """Return Δ per unit in nats per target token: median over subsets masked − mean intact.
 
         Method §1: `Δ(h_l) = median_k L_k(masked) − mean_k L_k(intact)`, where `L_k` is the mean loss
-        per target token of subset k. Negative values are kept: masking the unit helped.
+        per target token of subset k. Negative values are kept: masking the unit helped. For the effect
+        `kl`, `L_k` is the divergence, which is zero for the intact model. NaN for what was not measured.
         """
         subsets = [self.subset == k for k in range(int(self.subset.max()) + 1)]
         tokens = torch.stack([self.tokens[s].sum() for s in subsets])
-        masked = torch.stack([self.masked_nats[:, s].sum(1) for s in subsets], 1) / tokens
-        intact = torch.stack([self.intact_nats[s].sum() for s in subsets]) / tokens
+        loss = self.masked_nats if self.kl_nats is None else self.kl_nats
+        zero = self.intact_nats if self.kl_nats is None else torch.zeros_like(self.intact_nats)
+        masked = torch.stack([loss[:, s].sum(1) for s in subsets], 1) / tokens
+        intact = torch.stack([zero[s].sum() for s in subsets]) / tokens
         return masked.quantile(0.5, dim=1) - intact.mean()
 
     def paired_delta_nats(self) -> Float[Tensor, "unit"]:
-        """Return masked − intact loss per target token over all sequences: where the sign can be read.
+        """Return the change per target token over all sequences: where the sign can be read.
 
         `delta_nats` compares a median with a mean over subsets that differ in difficulty, which adds
         the same offset (median − mean of the intact losses, about) to every unit.
         """
-        return (self.masked_nats - self.intact_nats).sum(1) / self.tokens.sum()
+        return self.change_nats().sum(1) / self.tokens.sum()
+
+    def of(self, *kinds: UnitKind) -> "Effects":
+        """Return the effects of the units of these kinds alone."""
+        chosen = [i for i, unit in enumerate(self.units) if unit.kind in kinds]
+        tensors = {
+            name: values[chosen]
+            for name in ("masked_nats", "kl_nats", "predicted_nats", "curvature_nats")
+            if (values := getattr(self, name)) is not None
+        }
+        return replace(self, units=tuple(self.units[i] for i in chosen), **tensors)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,84 @@
+"""Effects of all units at once from gates that close a little: one forward pass, a few backward passes.
+
+The rise of the loss when gate g goes from 1 to 0 is, to second order, `−∂L/∂g + ½ ∂²L/∂g²`. The first
+term needs one backward pass for all units. The Gauss-Newton part of the second is half the Fisher
+information of the gate, which is also the KL divergence to second order:
+`KL ≈ ½ E[(∂ ln p(ŷ)/∂g)²]`, with labels ŷ drawn from the model's own predictions. Labels of different
+positions are independent, so squaring the sum over positions adds nothing but noise.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from causalprune.ablation import gated
+from causalprune.losses import Targets, by_row, cross_entropy, target_logits, targets
+from causalprune.types import Batch, Decoder, Example
+from causalprune.units import Parts, Site, sites
+
+
+def expansion(
+    decoder: Decoder,
+    batch: Batch,
+    units: Sequence[Parts],
+    uniforms: Float[Tensor, "draw target"],
+    *,
+    instead: Mapping[Site, Tensor] | None = None,
+    gate: float = 1.0,
+) -> tuple[Float[Tensor, "batch"], Float[Tensor, "unit batch"], Float[Tensor, "unit batch"]]:
+    """Return the loss, and `−∂L/∂g` and `½ (∂ ln p(ŷ)/∂g)²` (mean over draws) for every unit, in nats.
+
+    One forward and `1 + draws` backward passes. `uniforms` decide the labels drawn; `gate` is where the
+    derivatives are taken, for all units together.
+    """
+    own, sizes = {site for parts in units for site in parts}, sites(decoder)
+    gates = {site: torch.full((len(batch.tokens), sizes[site]), gate, requires_grad=True) for site in own}
+    wanted = targets(batch)
+    with torch.enable_grad(), gated(decoder, gates, instead):
+        logits = target_logits(decoder, batch, wanted)
+        loss = by_row(cross_entropy(logits, wanted), wanted)
+        first = _by_unit(loss, gates, units, keep=len(uniforms) > 0)
+        second = torch.zeros_like(first)
+        for draw, values in enumerate(uniforms):
+            drawn = Targets(wanted.rows, wanted.positions, _labels(logits, values), *batch.tokens.shape)
+            chance = by_row(cross_entropy(logits, drawn), drawn)
+            slope = _by_unit(chance, gates, units, keep=draw + 1 < len(uniforms))
+            second += slope.square() / (2 * len(uniforms))
+    return loss.detach().cpu(), -first, second
+
+
+def uniforms(
+    examples: Sequence[Example], batch: Batch, draws: int, seed: int
+) -> Float[Tensor, "draw target"]:
+    """Return a uniform number per draw and target token; a sequence gets the same ones in any batch."""
+    rows = []
+    for i in batch.indices:
+        own = zlib.crc32(repr((seed, examples[i].tokens)).encode())
+        generator = torch.Generator().manual_seed(own)
+        rows.append(torch.rand(draws, examples[i].target_tokens, generator=generator, dtype=torch.float64))
+    return torch.cat(rows, 1)
+
+
+def _labels(logits: Float[Tensor, "target vocab"], values: Float[Tensor, "target"]) -> Int[Tensor, "target"]:
+    """Return the label of each position where the cumulated probability passes its uniform number."""
+    found = []
+    for part, own in zip(logits.detach().split(256), values.split(256), strict=True):
+        cumulated = part.float().softmax(-1).cumsum(-1)
+        wanted = own.to(cumulated)[:, None] * cumulated[:, -1:]
+        found.append(torch.searchsorted(cumulated, wanted)[:, 0].clamp_max(part.shape[-1] - 1))
+    return torch.cat(found)
+
+
+def _by_unit(
+    loss: Float[Tensor, "batch"], gates: Mapping[Site, Tensor], units: Sequence[Parts], *, keep: bool
+) -> Float[Tensor, "unit batch"]:
+    places = list(gates)
+    slopes = torch.autograd.grad(loss.sum(), [gates[s] for s in places], retain_graph=keep)
+    by_site = {site: slope.double() for site, slope in zip(places, slopes, strict=True)}
+    found = [
+        torch.stack([by_site[site][:, index].sum(1) for site, index in parts.items()]) for parts in units
+    ]
+    return torch.stack([per_site.sum(0) for per_site in found])

@@ -1,0 +1,69 @@
+"""Options that several commands share: type, name and help, written once."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(help="Hub name, local folder, GGUF file, or `embedded` (SmolLM2-135M-Instruct).")
+]
+Revision = Annotated[str | None, typer.Option(help="Revision on the Hub.")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, …")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="Spread the model with accelerate: auto, balanced, sequential.")
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the model.")]
+Task = Annotated[
+    list[str],
+    typer.Option(
+        "--task",
+        "-t",
+        help="Calibration data: gsm8k, strategyqa, arc_challenge, wikitext2, c4, gsm_symbolic, "
+        "or a JSONL file of {prompt, target}; repeat for a mix; `gsm8k:32` fixes a count.",
+    ),
+]
+N = Annotated[int, typer.Option("-n", help="Number of calibration examples.", min=1)]
+Subsets = Annotated[int, typer.Option(help="Disjoint subsets K of the calibration set.", min=1)]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+MaxTokens = Annotated[int, typer.Option(help="Longer examples are left out, and counted.", min=2)]
+Chat = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option(help="Chat template: auto (if the tokenizer has one), on, off."),
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(envvar="CAUSALPRUNE_DATA", help="Local data folder instead of the Hub."),
+]
+BatchTokens = Annotated[int, typer.Option(help="Tokens in one forward pass.", min=1)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+
+
+Units = Annotated[
+    list[str],
+    typer.Option(
+        help="heads, kv_groups, attention, mlp, neurons:64 (groups of 64), experts or layers; repeatable."
+    ),
+]
+EffectName = Annotated[
+    Literal["ce", "kl"],
+    typer.Option(help="Rise of the cross-entropy, or KL divergence from the intact model (less noisy)."),
+]
+AblationName = Annotated[
+    Literal["zero", "mean", "resample"],
+    typer.Option(help="What takes the place of a removed unit; resample: what another example has there."),
+]
+EstimatorName = Annotated[
+    Literal["exact", "gradient", "adaptive"] | None,
+    typer.Option(help="exact (default), gradient (a few passes in all), adaptive (default with a budget)."),
+]
+Budget = Annotated[
+    str | None, typer.Option(help="Cost: `20x` is a twentieth of a whole pass per unit and example.")
+]
+UntilCertain = Annotated[
+    bool, typer.Option("--until-certain", help="Stop when the top fifth of the units is settled at 95 %.")
+]
+CacheGib = Annotated[
+    float, typer.Option(help="Memory for inputs of layers; what does not fit is computed again.", min=0)
+]
