@@ -74,9 +74,9 @@ def _removed(decoder: Decoder, output: torch.nn.Module, own: slice, tokens: Tens
         logits = decoder.model(input_ids=tokens, attention_mask=real.long(), use_cache=False).logits
     finally:
         hook.remove()
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"
-    ).double()
+    # by logsumexp: cross_entropy over a strided axis of 49,152 float32 terms is 1e-4 nats off, over the last 8e-6
+    chosen_logits = logits[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    return (logits[:, :-1].logsumexp(-1) - chosen_logits).double()
 
 
 def speed() -> dict[str, Any]:
@@ -105,6 +105,7 @@ def speed() -> dict[str, Any]:
             found["max_abs_diff_nats_per_sequence"] = float(difference.abs().max())
             own = (effects.masked_nats - reference).sum(1) / effects.tokens.sum()
             found["max_abs_diff_nats"] = float(own.abs().max())
+            found["exact_nats"], found["naive_nats"] = effects.masked_nats.tolist(), reference.tolist()
     longest = max(len(e.tokens) for e in calibration.examples)
     found["naive"]["tokens_forwarded"] = (len(effects.units) + 1) * longest * SPEED_EXAMPLES
     return {"tokens": [len(e.tokens) for e in calibration.examples], **found}
