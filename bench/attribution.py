@@ -34,7 +34,7 @@ from causalprune.uncertainty import estimate, reliability, spearman
 
 FOLDER = RUNS / "attribution"
 REFERENCE, CHUNK = 96, 16
-SPEED_EXAMPLES = 4
+SPEED_EXAMPLES = 3
 PAPER_EXAMPLES = 128
 RELIABILITY = 0.8
 """Rank correlation to the reference at which costs are compared: about what exact reaches with 8 problems."""
