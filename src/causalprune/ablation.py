@@ -192,8 +192,7 @@ class InputCache:
         self._last: tuple[tuple[int, int], LayerInputs] | None = None
         self._bytes = 0
         self.layers_run = 0
-        """Layers run on batches so far, and the tokens that took."""
-        self.tokens_run = 0.0
+        """Layers run on batches so far."""
 
     def get(self, number: int, layer: int) -> LayerInputs:
         """Return the input of `layer` in batch `number`."""
@@ -209,7 +208,6 @@ class InputCache:
             hidden = run_layer(self._decoder, tokens, at, inputs)
             inputs = LayerInputs({at + 1: hidden}, inputs.as_tuple)
         self.layers_run += layer - start
-        self.tokens_run += tokens.numel() * (layer - start) / len(self._decoder.layers)
         self._keep(number, layer, inputs)
         self._last = (number, layer), inputs
         return inputs

@@ -46,19 +46,18 @@ def exact(work: Workbench, on_progress: Progress = silent) -> Effects:
 
     Costs about half of one forward pass per unit and sequence: a masked pass skips the layers before.
     """
-    jobs = [(number, layer) for number in range(len(work.groups)) for layer in range(work.depth)]
     cells = {
         (number, layer): [(u, row) for u in work.units_of(layer) for row in range(len(batch.indices))]
         for number, batch in enumerate(work.groups)
         for layer in range(work.depth)
     }
-    total = sum(work.cost(*job, len(cells[job])) for job in jobs)
+    total = sum(work.cost(*job, len(cells[job])) for job in cells)
     done = 0.0
-    for number, layer in jobs:
+    for (number, layer), own in cells.items():
         if layer == 0:
             work.measure_intact(number)
-        work.measure(f"{number}:{layer}", number, layer, cells[number, layer])
-        done += work.cost(number, layer, len(cells[number, layer]))
+        work.measure(f"{number}:{layer}", number, layer, own)
+        done += work.cost(number, layer, len(own))
         on_progress(round(done), round(total))
     return work.effects()
 

@@ -314,7 +314,7 @@ class Workbench:
             logits = target_logits(self.decoder, batch, wanted)
             found = {"ce": by_row(cross_entropy(logits, wanted), wanted).tolist()}
         self._intact_logits = number, logits
-        real = (torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]).flatten()
+        real = batch.real.flatten()
         counts = {
             str(s.layer): x.cpu()[real].flatten().bincount(minlength=self.sites[s]).tolist()
             for s, x in chosen.items()
@@ -350,7 +350,7 @@ class Workbench:
             return self._means
         sums: dict[Site, Tensor] = {}
         for batch in self.groups:
-            real = (torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]).flatten()
+            real = batch.real.flatten()
             with site_inputs(self.decoder, list(self._own_sites())) as seen:
                 capture(self.decoder, batch.tokens, stop=self.depth - 1)
             for site, x in seen.items():

@@ -163,8 +163,7 @@ def _walk(
     for layer in decoder.layers:
         outputs = []
         for batch, own in zip(groups, inputs, strict=True):
-            real = torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
-            with gathered(layer, norms, real):
+            with gathered(layer, norms, batch.real):
                 outputs.append(run_layer(decoder, batch.tokens, layer.index, own))
         yield layer
         if advance_pruned:

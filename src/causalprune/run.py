@@ -10,8 +10,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,8 @@ from causalprune.pruning import Method, Pruned, prune
 from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec, Recipe
 from causalprune.results import RESULTS, write_json, write_results
 from causalprune.stability import DRAWS, Pairs, stability
-from causalprune.types import Calibration, Decoder, Effects, EvalResult, Progress, silent
+from causalprune.types import Calibration, Decoder, Effects, EvalResult, Progress, Stage, silent
 from causalprune.uncertainty import described
-
-Stage = Callable[[str], AbstractContextManager[Progress]]
-"""Opens a stage of work by name, for as long as it lasts, and hands out the callback to report to."""
 
 
 @contextmanager

@@ -4,8 +4,7 @@ Five independent draws of problems; problems of one task swapped for those of an
 plain text; and pairs of strong heads removed together (interaction = joint effect − sum of both).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,12 @@ from torch import Tensor
 
 from causalprune.attribution import attribute
 from causalprune.measuring import Question, Workbench
-from causalprune.types import Calibration, Decoder, Effects, Progress, silent
+from causalprune.types import Calibration, Decoder, Effects, Progress, Stage, silent
 from causalprune.uncertainty import agreement, reliability, spearman, top_overlap
 
 DRAWS = 5
 SWAPPED = (0.0, 0.25, 0.5, 0.75, 1.0)
 RESAMPLES = 20
-
-Stage = Callable[[str], AbstractContextManager[Progress]]
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,22 @@ Axes in shape annotations:
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 Progress = Callable[[int, int], None]
 """Called with the work done and the work in all, in units proportional to time."""
+
+
+Stage = Callable[[str], AbstractContextManager[Progress]]
+"""Opens a stage of work by name, for as long as it lasts, and hands out the callback to report to."""
 
 
 def silent(done: int, total: int) -> None:
@@ -219,6 +224,11 @@ class Batch:
     lengths: Int[Tensor, "batch"]
     target_starts: Int[Tensor, "batch"]
     indices: tuple[int, ...]
+
+    @property
+    def real(self) -> Bool[Tensor, "batch time"]:
+        """False on padding."""
+        return torch.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
 
 @dataclass(frozen=True, eq=False)
