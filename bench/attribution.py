@@ -207,6 +207,7 @@ class Replay(Workbench):
     def know(self, truth: Effects, first: Tensor, second: Tensor) -> None:
         """Take cells and predictions from here, instead of computing them again."""
         self.truth, self.orders = truth, (first, second)
+        self.model_fingerprint = truth.model_fingerprint
 
     def expanded(self, on_progress: Progress) -> tuple[Tensor, Tensor]:
         """Return the predictions of the reference."""

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,7 +110,6 @@ class Workbench:
         self._cell_tokens = 0.0
         self._intact_done: set[int] = set()
         self._walked: set[int] = set()
-        self.model_fingerprint = fingerprint(decoder.model)  # anew: it may have been pruned since
         self._cache = InputCache(decoder, self.groups, estimator.cache_gib * 2**30)
         self._intact_logits: tuple[int, Tensor] | None = None
         self._means: dict[Site, Tensor] = {}
@@ -148,6 +147,11 @@ class Workbench:
             },
         )
         return self._book
+
+    @cached_property
+    def model_fingerprint(self) -> str:
+        """SHA-256 of the model as it is now: it may have been pruned since it was loaded."""
+        return fingerprint(self.decoder.model)
 
     def units_of(self, layer: int) -> list[Unit]:
         """Return the units of a layer."""

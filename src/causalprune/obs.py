@@ -1,0 +1,115 @@
+"""Optimal Brain Surgeon on one matrix: what the kept weights do to make up for those that go.
+
+All three functions see a linear map `y = W x` and second moments of its inputs over calibration tokens,
+`H = Σ x xᵀ`. They are pure, and work in float32 on the device of their arguments.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from causalprune.errors import ModelError
+
+BLOCK = 128
+"""Columns whose masks are chosen together, and whose updates reach the columns after them at once."""
+DAMPING = 0.01
+"""Share of the mean diagonal of H that is added to its diagonal (Frantar & Alistarh 2023)."""
+
+Choose = Callable[[Float[Tensor, "out group"], int], Bool[Tensor, "out group"]]
+"""From the scores of neighbouring columns and the index of their first: what stays."""
+
+
+def inverse_factor(
+    hessian: Float[Tensor, "in in"], damping: float, name: str
+) -> Float[Tensor, "in in"]:
+    """Return U, upper triangular, with `UᵀU = (H + damping · mean(diag H) · 1)⁻¹`.
+
+    Features that never had an input get a one on the diagonal, so that they stay apart.
+
+    Raises:
+        ModelError: H is not positive definite with this damping; names one that would do.
+    """
+    scale = float(hessian.diagonal().mean())
+    damped = hessian.float() + torch.diag((hessian.diagonal() == 0).float())
+    factor = damping
+    while True:
+        own = damped.clone()
+        own.diagonal().add_(factor * scale)
+        lower, failed = torch.linalg.cholesky_ex(own)
+        if not int(failed):
+            break
+        factor = max(10 * factor, 1e-4)
+        if not factor < 1e4:  # noqa: PLR2004 (not even nearly diagonal: not a number, or not symmetric)
+            raise ModelError(f"{name}: second moments of its inputs are not finite")
+    if factor != damping:
+        raise ModelError(
+            f"{name}: second moments of its inputs are not positive definite with damping {damping:g}: "
+            f"use more calibration tokens, or a damping of {factor:g}"
+        )
+    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return upper
+
+
+def sparsegpt(
+    weight: Float[Tensor, "out in"],
+    upper: Float[Tensor, "in in"],
+    choose: Choose,
+    *,
+    group: int = BLOCK,
+) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
+    """Prune column by column; what a weight took with it is made up for by the columns after it.
+
+    `choose` sees the scores `w² / U_jj²` of `group` columns at a time, whose weights have been updated
+    for everything before them (SparseGPT, Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1).
+    Costs `out · in²` multiplications.
+    """
+    weight, keep = weight.float().clone(), torch.ones_like(weight, dtype=torch.bool)
+    width = BLOCK // group * group if group < BLOCK else group
+    for start in range(0, weight.shape[1], width):
+        block, own = weight[:, start : start + width], upper[start : start + width, start : start + width]
+        errors = torch.zeros_like(block)
+        for j in range(block.shape[1]):
+            if j % group == 0:
+                scores = (block[:, j : j + group] / own.diagonal()[j : j + group]).square()
+                keep[:, start + j : start + j + group] = choose(scores, start + j)
+            column, stays = block[:, j], keep[:, start + j]
+            errors[:, j] = torch.where(stays, 0.0, column / own[j, j])
+            block[:, j + 1 :] -= errors[:, j, None] * own[j, j + 1 :]
+            column.mul_(stays)
+        weight[:, start + width :] -= errors @ upper[start : start + width, start + width :]
+    return weight, keep
+
+
+def refit(
+    weight: Float[Tensor, "out in"],
+    keep: Bool[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+    cross: Float[Tensor, "in in"],
+    *,
+    iterations: int,
+) -> Float[Tensor, "out in"]:
+    """Return the kept weights that best give `W x` back from the inputs x̂ that the pruned model has.
+
+    Minimises `Σ ‖W x − Ŵ x̂‖²` over Ŵ that is zero outside `keep`, with `H = Σ x̂ x̂ᵀ` (damped, so that it
+    is positive definite) and `cross = Σ x x̂ᵀ` (damped as much, which draws Ŵ towards W), by conjugate
+    gradients on each row, preconditioned by the diagonal of H. Costs `iterations · out · in²`.
+    """
+    stays, diagonal = keep.float(), hessian.diagonal()
+    found = weight.float() * stays
+    residual = (weight.float() @ cross - found @ hessian) * stays
+    scaled = residual / diagonal
+    step, energy = scaled, (residual * scaled).sum(1, keepdim=True)
+    for _ in range(iterations):
+        image = (step @ hessian) * stays
+        length = energy / (step * image).sum(1, keepdim=True).clamp_min(TINY)
+        found, residual = found + length * step, residual - length * image
+        scaled = residual / diagonal
+        before, energy = energy, (residual * scaled).sum(1, keepdim=True)
+        step = scaled + energy / before.clamp_min(TINY) * step
+    return found
+
+
+TINY = 1e-30
+"""Below this a row is solved: no step is left."""
