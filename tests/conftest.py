@@ -14,6 +14,7 @@ CHECKED = [
     f"causalprune.{path.stem}" for path in PACKAGE.glob("*.py") if path.stem not in ("cli", "options")
 ]  # typer reads its types
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network; read when huggingface_hub is imported
 torch.set_num_threads(1)  # tiny matrices: threads cost more than they bring
 install_import_hook(CHECKED, "beartype.beartype")  # before the first import of the package
 

@@ -197,8 +197,7 @@ def test_models_that_are_not_decoders(run: Run, tmp_path: Path, kind: str) -> No
     )
 
 
-def test_unknown_models(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_unknown_models(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert_refused(run("prune", "nobody/nothing", "-o", out), "nobody/nothing", out)
     (tmp_path / "empty").mkdir()

@@ -16,7 +16,7 @@ from transformers import GptOssConfig
 from causalprune.anatomy import inspect_model
 from causalprune.calibration import batches
 from causalprune.errors import ModelError
-from causalprune.statistics import InputNorms, gathered
+from causalprune.statistics import InputNorms, observed
 from causalprune.types import Calibration, Decoder, Example, Layer
 
 Inputs = dict[str, list[Tensor]]
@@ -29,7 +29,7 @@ def gather(decoder: Decoder, examples: Calibration, room: int = 2048) -> InputNo
         real = torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
         with ExitStack() as stack, torch.inference_mode():
             for layer in decoder.layers:
-                stack.enter_context(gathered(layer, norms, real))
+                stack.enter_context(observed(layer, real, norms.see))
             decoder.model(input_ids=batch.tokens, use_cache=False)
     return norms
 
@@ -165,13 +165,16 @@ def test_experts_that_compute_in_unknown_ways_are_an_error() -> None:
     own, layer, norms = Own(), shared("mixtral").layers[0], InputNorms()
     routed = tuple(replace(p, module=own) for p in layer.projections if p.expert is not None)
     layer = replace(layer, projections=routed, experts=own)
-    with gathered(layer, norms, torch.ones(1, 4) > 0), pytest.raises(ModelError, match="of a Own"):
-        own(torch.ones(4, 32), torch.zeros(4, 2, dtype=torch.long))
+    seen = observed(layer, torch.ones(1, 4) > 0, norms.see)
+    with pytest.raises(ModelError, match="of a Own"), seen:
+        pass
     assert not norms.tokens
 
 
 def test_hooks_are_gone_after_an_exception() -> None:
     decoder = shared("mixtral")
-    with pytest.raises(KeyboardInterrupt), gathered(decoder.layers[0], InputNorms(), torch.ones(1, 4) > 0):
+    with pytest.raises(KeyboardInterrupt), observed(
+        decoder.layers[0], torch.ones(1, 4) > 0, InputNorms().see
+    ):
         raise KeyboardInterrupt
-    assert not any(module._forward_pre_hooks for module in decoder.model.modules())
+    assert not any(module._forward_hooks for module in decoder.model.modules())

@@ -113,6 +113,7 @@ def capture(decoder: Decoder, tokens: Int[Tensor, "batch time"], *, stop: int) -
         for layer in decoder.layers[: stop + 1]:
             handle = layer.module.register_forward_pre_hook(keep(layer.index), with_kwargs=True)
             stack.callback(handle.remove)
+        stack.enter_context(torch.inference_mode())
         output = _run_until(decoder, tokens, stop)
     return LayerInputs(hidden, as_tuple=isinstance(output, tuple))
 
@@ -135,17 +136,22 @@ def entered_at(decoder: Decoder, layer: int, inputs: LayerInputs) -> Iterator[No
 
     with ExitStack() as stack:
         for earlier in decoder.layers[:layer]:
-            stack.enter_context(_replaced_forward(earlier.module, skip))
+            stack.enter_context(replaced_forward(earlier.module, skip))
         handle = decoder.layers[layer].module.register_forward_pre_hook(enter, with_kwargs=True)
         stack.callback(handle.remove)
         yield
 
 
 def run_layer(
-    decoder: Decoder, tokens: Int[Tensor, "batch time"], layer: int, inputs: LayerInputs
+    decoder: Decoder,
+    tokens: Int[Tensor, "batch time"],
+    layer: int,
+    inputs: LayerInputs,
+    *,
+    differentiable: bool = False,
 ) -> Float[Tensor, "batch time model"]:
     """Run `layer` alone on `inputs.hidden[layer]` and return its output."""
-    with entered_at(decoder, layer, inputs):
+    with entered_at(decoder, layer, inputs), torch.inference_mode(not differentiable):
         output = _run_until(decoder, tokens, layer)
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
@@ -157,8 +163,7 @@ def _run_until(decoder: Decoder, tokens: Tensor, stop: int) -> Any:
 
     handle = decoder.layers[stop].module.register_forward_hook(leave)
     try:
-        with torch.inference_mode():
-            decoder.model(input_ids=tokens.to(decoder.device), use_cache=False)
+        decoder.model(input_ids=tokens.to(decoder.device), use_cache=False)
     except _LeftModelError as left:
         return left.output
     finally:
@@ -167,7 +172,8 @@ def _run_until(decoder: Decoder, tokens: Tensor, stop: int) -> Any:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Let a module compute something else for a while."""
     own = module.__dict__.get("forward")
     module.forward = forward
     try:

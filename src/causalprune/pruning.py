@@ -16,7 +16,7 @@ from causalprune.calibration import batches
 from causalprune.criteria import CRITERIA, SCOPES, Evidence, Scope
 from causalprune.errors import MismatchError, ModelError, OptionError, unknown
 from causalprune.importance import head_importance, weight_factor
-from causalprune.statistics import InputNorms, gathered
+from causalprune.statistics import InputNorms, observed
 from causalprune.types import Batch, Calibration, Decoder, Effects, Layer, Progress, Projection, silent
 from causalprune.uncertainty import scores
 
@@ -163,7 +163,7 @@ def _walk(
     for layer in decoder.layers:
         outputs = []
         for batch, own in zip(groups, inputs, strict=True):
-            with gathered(layer, norms, batch.real):
+            with observed(layer, batch.real, norms.see):
                 outputs.append(run_layer(decoder, batch.tokens, layer.index, own))
         yield layer
         if advance_pruned:

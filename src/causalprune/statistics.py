@@ -1,6 +1,6 @@
-"""Statistics of the inputs of projections, gathered while a layer runs."""
+"""What projections see and send while a layer runs: norms and second moments of inputs, gradients of outputs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +9,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from causalprune.ablation import replaced_forward
 from causalprune.errors import ModelError
 from causalprune.types import Layer, Projection
+
+See = Callable[[Projection, Float[Tensor, "token in"], Float[Tensor, "token out"], Bool[Tensor, "token"]], None]
+"""Gets a projection, its inputs and outputs in a forward pass, and False for every token that is padding."""
 
 
 @dataclass(eq=False)
@@ -26,6 +30,10 @@ class InputNorms:
         self.squares[projection.name] = self.squares.get(projection.name, 0) + squares
         self.tokens[projection.name] = self.tokens.get(projection.name, 0) + len(inputs)
 
+    def see(self, projection: Projection, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
+        """Count the inputs that are not padding (a `See`)."""
+        self.add(projection, where(inputs, real))
+
     def root_mean_square(self, projection: Projection) -> Float[Tensor, "in"] | None:
         """Return the norm per input feature, or None if no token ever reached this projection."""
         if not self.tokens.get(projection.name):
@@ -33,60 +41,81 @@ class InputNorms:
         return (self.squares[projection.name] / self.tokens[projection.name]).sqrt()
 
 
-@contextmanager
-def gathered(layer: Layer, norms: InputNorms, real: Bool[Tensor, "batch time"]) -> Iterator[None]:
-    """Add the inputs of every projection of `layer` to `norms` while the layer runs.
+def where(values: Float[Tensor, "token _"], real: Bool[Tensor, "token"]) -> Float[Tensor, "some _"]:
+    """Return the rows of tokens that are not padding, without a copy where all are real."""
+    return values if bool(real.all()) else values[real.to(values.device)]
 
-    `real` is False on padding, which is not counted. An expert counts the tokens routed to it; experts
-    that are modules of their own hide where their tokens stood, so they need batches without padding.
+
+@contextmanager
+def observed(layer: Layer, real: Bool[Tensor, "batch time"], see: See) -> Iterator[None]:
+    """Call `see` for every projection of `layer` whenever the layer runs.
+
+    `real` is False on padding. An expert sees the tokens routed to it; experts that are modules of their
+    own hide where their tokens stood, so they need batches without padding. Stacked experts run one after
+    the other here, which changes sums by rounding only.
     """
     by_module: dict[nn.Module, list[Projection]] = {}
     for projection in layer.projections:
         by_module.setdefault(projection.module, []).append(projection)
     with ExitStack() as stack:
         for module, projections in by_module.items():
-            hook = _expert_hook if module is layer.experts else _linear_hook
-            handle = module.register_forward_pre_hook(hook(projections, norms, real.flatten()))
-            stack.callback(handle.remove)
+            if module is layer.experts:
+                stack.enter_context(_one_by_one(module, projections, real.flatten(), see))
+            else:
+                handle = module.register_forward_hook(_linear_hook(projections, real.flatten(), see))
+                stack.callback(handle.remove)
         yield
 
 
-def _linear_hook(projections: list[Projection], norms: InputNorms, real: Tensor) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs = args[0].flatten(0, -2)
-        if not bool(real.all()):
-            inputs = inputs[real.to(inputs.device)]
+def _linear_hook(projections: list[Projection], real: Tensor, see: See) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        inputs, outputs = args[0].flatten(0, -2), output.flatten(0, -2)
+        own = torch.ones(len(inputs), dtype=torch.bool) if bool(real.all()) else real
         for projection in projections:
-            norms.add(projection, inputs)
+            rows = slice(None) if projection.rows is None else projection.rows
+            see(projection, inputs, outputs[:, rows], own)
 
     return hook
 
 
-def _expert_hook(projections: list[Projection], norms: InputNorms, real: Tensor) -> Any:
+@contextmanager
+def _one_by_one(module: Any, projections: list[Projection], real: Tensor, see: See) -> Iterator[None]:
+    """Let the experts of `module` run one after the other, by its own weights, biases and activation."""
     by_expert: dict[int, dict[str, Projection]] = {}
     for projection in projections:
         assert projection.expert is not None
         by_expert.setdefault(projection.expert, {})[projection.role] = projection
+    for own in by_expert.values():
+        fused = own.get("gate") and own["gate"].parameter is own["up"].parameter
+        if not fused or not hasattr(module, "_apply_gate"):
+            raise ModelError(f"what happens inside the experts of a {type(module).__name__} is not known")
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs, chosen = args[0].flatten(0, -2), args[1]
-        routed = real.to(inputs.device)[:, None] & torch.ones_like(chosen, dtype=torch.bool)
+    def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        hidden, chosen, weights = (*args, *kwargs.values())
+        flat = hidden.flatten(0, -2)
+        total = torch.zeros_like(flat)
         for expert, own in by_expert.items():
-            mine = inputs[((chosen == expert) & routed).any(-1)]
-            norms.add(own["down"], _gated(module, own, mine))
-            norms.add(own["gate"], mine)
-            norms.add(own["up"], mine)
+            token, rank = torch.where(chosen == expert)
+            inputs, at = flat[token], real.to(token.device)[token].cpu()
+            inner = inputs @ _stored(own["gate"]).T + _bias(module, "gate_up_proj_bias", expert)
+            gated: Tensor = module._apply_gate(inner)  # noqa: SLF001
+            outer = gated @ _stored(own["down"]).T + _bias(module, "down_proj_bias", expert)
+            see(own["gate"], inputs, inner[:, own["gate"].rows], at)
+            see(own["up"], inputs, inner[:, own["up"].rows], at)
+            see(own["down"], gated, outer, at)
+            total = total.index_add(0, token, (outer * weights[token, rank, None]).to(total.dtype))
+        return total.view_as(hidden)
 
-    return hook
+    with replaced_forward(module, forward):
+        yield
 
 
-def _gated(module: Any, own: dict[str, Projection], inputs: Tensor) -> Tensor:
-    """Return what the down projection of an expert sees, by the module's own biases and activation."""
-    gate = own.get("gate")
-    if gate is None or gate.parameter is not own["up"].parameter or not hasattr(module, "_apply_gate"):
-        raise ModelError(f"what happens inside the experts of a {type(module).__name__} is not known")
-    stored = gate.parameter.data[gate.expert]  # with the rows of up, in the order that `_apply_gate` wants
-    inner = inputs @ (stored if gate.transposed else stored.T)
-    bias = getattr(module, "gate_up_proj_bias", None)
-    gated: Tensor = module._apply_gate(inner if bias is None else inner + bias[gate.expert])  # noqa: SLF001
-    return gated
+def _stored(projection: Projection) -> Float[Tensor, "fused in"]:
+    """Return an expert's matrix with all roles that share it, in the order that `_apply_gate` wants."""
+    stored = projection.parameter.data[projection.expert]
+    return stored.T if projection.transposed else stored
+
+
+def _bias(module: Any, name: str, expert: int) -> Float[Tensor, "fused"] | float:
+    bias = getattr(module, name, None)
+    return 0.0 if bias is None else bias[expert]
