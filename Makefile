@@ -9,7 +9,7 @@ demo: $(INSTALLED)  ## prune a small model end to end on this machine
 	$(BIN)/causalprune demo
 
 test: $(INSTALLED)  ## the tests, but for those that take minutes
-	$(BIN)/pytest -q -n auto
+	$(BIN)/pytest -q -n auto --dist loadgroup
 
 slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/pytest -q -m slow

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from causalprune.ablation import LayerInputs, capture, entered_at, gated
+from causalprune.anatomy import summary
 from causalprune.calibration import batches, calibrate
 from causalprune.checkpoint import save
 from causalprune.evaluation import evaluate
@@ -19,6 +20,7 @@ from causalprune.types import Calibration, Decoder
 from causalprune.units import Site
 from causalprune.verification import verify
 
+pytestmark = pytest.mark.xdist_group("smollm2")  # one worker fetches the model, once
 HEADS = [(0, 0), (0, 8), (14, 3), (29, 5)]
 
 
@@ -33,14 +35,11 @@ def problems(decoder: Decoder, data_dir: Path) -> Calibration:
 
 
 def test_what_is_found(decoder: Decoder) -> None:
-    attention = decoder.layers[0].attention
-    assert (len(decoder.layers), attention.n_heads, attention.n_kv_heads, attention.head_dim) == (
-        30,
-        9,
-        3,
-        64,
-    )
-    assert sum(p.size for p in decoder.projections) == 106_168_320
+    found = summary(decoder)
+    assert (found["layers"], found["heads"], found["kv_heads"], found["head_width"]) == (30, 9, 3, 64)
+    assert found["tied_embeddings"]
+    assert found["prunable_weights"] == sum(p.size for p in decoder.projections) == 106_168_320
+    assert decoder.tokenizer("Hello")["input_ids"]
 
 
 def naive_nats(decoder: Decoder, layer: int, head: int, tokens: list[int], start: int) -> float:

@@ -173,8 +173,9 @@ def test_experts_that_compute_in_unknown_ways_are_an_error() -> None:
 
 def test_hooks_are_gone_after_an_exception() -> None:
     decoder = shared("mixtral")
-    with pytest.raises(KeyboardInterrupt), observed(
-        decoder.layers[0], torch.ones(1, 4) > 0, InputNorms().see
+    with (
+        pytest.raises(KeyboardInterrupt),
+        observed(decoder.layers[0], torch.ones(1, 4) > 0, InputNorms().see),
     ):
         raise KeyboardInterrupt
     assert not any(module._forward_hooks for module in decoder.model.modules())

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from causalprune.errors import OptionError
+
 HALF_BITS = 16
 
 
@@ -83,9 +85,28 @@ def keep_matrix(score: Float[Tensor, "out in"], count: int) -> Bool[Tensor, "out
 def keep_rows(score: Float[Tensor, "out in"], counts: Int[Tensor, "out"]) -> Bool[Tensor, "out in"]:
     """Return what stays when row i loses its `counts[i]` lowest scores (outputs are compared per row)."""
     _bits(score)
-    order = score.argsort(dim=1, stable=True)
-    rank_goes = torch.arange(score.shape[1], device=score.device) < counts.to(score.device)[:, None]
-    return torch.empty_like(rank_goes).scatter_(1, order, ~rank_goes)
+    counts, threshold = counts.to(score.device), torch.full_like(score[:, :1], -1.0)
+    for count in counts.unique().tolist():
+        if count:
+            rows = counts == count
+            threshold[rows, 0] = score[rows].kthvalue(count, dim=1).values
+    goes, tied = score < threshold, score == threshold
+    left = counts - goes.sum(1)
+    if bool((tied.sum(1) > left).any()):
+        tied &= tied.cumsum(1) <= left[:, None]
+    return ~(goes | tied)
+
+
+def keep_n_of_m(score: Float[Tensor, "out in"], n: int, m: int) -> Bool[Tensor, "out in"]:
+    """Return what stays when of every `m` neighbouring inputs of a row the `n` best stay.
+
+    Raises:
+        OptionError: the inputs cannot be cut into groups of `m`.
+    """
+    if score.shape[1] % m:
+        raise OptionError(f"{n}:{m} needs a multiple of {m} inputs, and a matrix has {score.shape[1]}")
+    groups = score.reshape(-1, m)
+    return keep_rows(groups, torch.full((len(groups),), m - n)).view(score.shape)
 
 
 def _bits(score: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ loss at its output (LeCun et al. 1989; empirical Fisher with the targets' own la
 model's predictions, which makes it the curvature of the KL divergence from the intact model).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from causalprune.ablation import LayerInputs, capture, entered_at, run_layer
 from causalprune.gradients import labels
 from causalprune.losses import Targets, cross_entropy, target_logits, targets
 from causalprune.statistics import observed, where
-from causalprune.types import Batch, Decoder, Progress, Projection, silent
+from causalprune.types import Batch, Decoder, Projection
 
 Receive = Callable[[Projection, Float[Tensor, "token in"], Float[Tensor, "token out"]], None]
 

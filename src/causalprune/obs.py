@@ -21,9 +21,7 @@ Choose = Callable[[Float[Tensor, "out group"], int], Bool[Tensor, "out group"]]
 """From the scores of neighbouring columns and the index of their first: what stays."""
 
 
-def inverse_factor(
-    hessian: Float[Tensor, "in in"], damping: float, name: str
-) -> Float[Tensor, "in in"]:
+def inverse_factor(hessian: Float[Tensor, "in in"], damping: float, name: str) -> Float[Tensor, "in in"]:
     """Return U, upper triangular, with `UᵀU = (H + damping · mean(diag H) · 1)⁻¹`.
 
     Features that never had an input get a one on the diagonal, so that they stay apart.
@@ -41,7 +39,7 @@ def inverse_factor(
         if not int(failed):
             break
         factor = max(10 * factor, 1e-4)
-        if not factor < 1e4:  # noqa: PLR2004 (not even nearly diagonal: not a number, or not symmetric)
+        if not factor < 1e4:
             raise ModelError(f"{name}: second moments of its inputs are not finite")
     if factor != damping:
         raise ModelError(

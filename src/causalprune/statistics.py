@@ -13,7 +13,9 @@ from causalprune.ablation import replaced_forward
 from causalprune.errors import ModelError
 from causalprune.types import Layer, Projection
 
-See = Callable[[Projection, Float[Tensor, "token in"], Float[Tensor, "token out"], Bool[Tensor, "token"]], None]
+See = Callable[
+    [Projection, Float[Tensor, "token in"], Float[Tensor, "token out"], Bool[Tensor, "token"]], None
+]
 """Gets a projection, its inputs and outputs in a forward pass, and False for every token that is padding."""
 
 
