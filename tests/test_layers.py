@@ -37,12 +37,11 @@ LAYERS: dict[str, set[str]] = {
     "tasks": {"data"},
     "calibration": {"data"},
     "gradients": {"ablation", "losses", "units"},
-    "curvature": {"ablation", "gradients", "losses", "statistics"},
     "measuring": {"ablation", "anatomy", "calibration", "gradients", "ledger", "losses", "units"},
     "sampling": {"uncertainty"},
     "attribution": {"measuring", "sampling"},
     "stability": {"attribution", "measuring", "uncertainty"},
-    "pruning": {"ablation", "allocation", "anatomy", "calibration", "criteria", "importance"}
+    "pruning": {"ablation", "allocation", "anatomy", "calibration", "criteria", "importance", "obs"}
     | {"statistics", "uncertainty"},
     "evaluation": {"calibration", "data", "losses", "results", "tasks"},
     "recipe": {"calibration", "measuring", "pruning"},

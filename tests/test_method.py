@@ -15,9 +15,10 @@ def test_a_sparsity_outside_0_and_1_is_refused(sparsity: float) -> None:
     ("field", "name", "message"),
     [
         ("criterion", "wandaa", "unknown method 'wandaa': did you mean 'wanda'"),
-        ("criterion", "CAP", "unknown method 'CAP': choices are cap, magnitude, random, wanda"),
+        ("criterion", "CAP", "unknown method 'CAP': choices are cap, magnitude, random, sparsegpt, wanda"),
+        ("scope", "4:2", "unknown scope '4:2': choices are 2:4, global, matrix, row"),
         ("scope", "rows", "unknown scope 'rows': did you mean 'row'"),
-        ("scope", "", "unknown scope '': choices are global, matrix, row"),
+        ("scope", "", "unknown scope '': choices are 2:4, global, matrix, row"),
     ],
 )
 def test_unknown_names_are_refused_with_a_suggestion(field: str, name: str, message: str) -> None:
@@ -32,3 +33,35 @@ def test_a_scope_is_the_criterions_own_unless_it_is_given(criterion: str) -> Non
     assert Method(criterion, 0.5).resolved_scope == CRITERIA[criterion].scope
     for scope in SCOPES:
         assert Method(criterion, 0.5, scope).resolved_scope == scope
+
+
+def test_a_pattern_is_a_sparsity() -> None:
+    assert Method("wanda", 0.5, "2:4").resolved_scope == "2:4"
+    assert Method("wanda", 0.75, "1:4").sparsity == 0.75
+    with pytest.raises(OptionError, match=r"2:4 is a sparsity of 0\.5, not 0\.6"):
+        Method("wanda", 0.6, "2:4")
+
+
+def test_updates_are_the_criterions_own_unless_they_are_given() -> None:
+    assert Method("sparsegpt", 0.5).resolved_update == "obs"
+    assert Method("sparsegpt", 0.5, update="none").resolved_update == "none"
+    assert Method("wanda", 0.5).resolved_update == "none"
+    with pytest.raises(OptionError, match="did you mean 'refit'"):
+        Method("wanda", 0.5, update="refti")
+
+
+@pytest.mark.parametrize(
+    ("criterion", "scope", "update", "walks"),
+    [
+        ("magnitude", None, None, 0),
+        ("cap", None, None, 0),
+        ("cap", None, "refit", 1),
+        ("wanda", None, None, 1),
+        ("wanda", "global", None, 1),
+        ("wanda", "global", "obs", 2),
+        ("sparsegpt", None, None, 1),
+        ("sparsegpt", "global", None, 2),
+    ],
+)
+def test_walks_through_the_layers(criterion: str, scope: str | None, update: str | None, walks: int) -> None:
+    assert Method(criterion, 0.5, scope, update=update).walks == walks

@@ -51,7 +51,8 @@ def assert_pruned(decoder: Decoder, before: dict[str, Tensor], pruned: Pruned) -
         keep, was, now = pruned.keep[projection.name], before[projection.name], projection.read()
         assert (was != 0).all(), "a weight was zero before: the test is blind"
         assert torch.equal(now != 0, keep)
-        assert torch.equal(now[keep], was[keep])
+        if pruned.method.resolved_update == "none":
+            assert torch.equal(now[keep], was[keep])
 
 
 @every_family

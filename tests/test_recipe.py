@@ -41,6 +41,8 @@ def test_without_limits_drops_only_limits(tmp_path: Path) -> None:
 
 def test_label_names_the_scope_that_is_used() -> None:
     assert label(parse_method("wanda", 0.5)) == "wanda-row-0.5"
+    assert label(parse_method("wanda:2:4+refit")) == "wanda+refit-2:4-0.5"
+    assert parse_method("cap").sparsity == 0.2
 
 
 @pytest.mark.parametrize(

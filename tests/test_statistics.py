@@ -16,7 +16,7 @@ from transformers import GptOssConfig
 from causalprune.anatomy import inspect_model
 from causalprune.calibration import batches
 from causalprune.errors import ModelError
-from causalprune.statistics import InputNorms, observed
+from causalprune.statistics import InputNorms, Moments, observed
 from causalprune.types import Calibration, Decoder, Example, Layer
 
 Inputs = dict[str, list[Tensor]]
@@ -99,6 +99,23 @@ def test_norms_are_those_of_all_real_tokens(family: str) -> None:
     first = batches(examples.examples, max_batch_tokens=2048)[0]
     assert (first.lengths < first.tokens.shape[1]).any(), "nothing is padded: the test is blind"
     assert_norms(shared(family), examples)
+
+
+@pytest.mark.parametrize("family", ["llama3", "phi3", "gpt2", "mixtral", "qwen2_moe"])
+def test_moments_are_those_of_all_real_tokens(family: str) -> None:
+    decoder, examples = shared(family), calibration(((14, 5), (13, 9), (9, 1)))
+    for layer in decoder.layers:
+        moments = Moments()
+        for batch in batches(examples.examples, max_batch_tokens=2048):
+            with observed(layer, batch.real, moments.see), torch.inference_mode():
+                decoder.model(input_ids=batch.tokens, use_cache=False)
+        for name, inputs in inputs_of(decoder, layer, examples, swiglu).items():
+            assert moments.tokens[name] == len(inputs)
+            if inputs:
+                stacked = torch.stack(inputs)
+                torch.testing.assert_close(moments.hessians[name], stacked.T @ stacked, rtol=1e-4, atol=1e-4)
+        shared_by = {id(moments.hessians[f"layers.{layer.index}.{role}"]) for role in "qkv"}
+        assert len(shared_by) == 1
 
 
 def test_norms_inside_experts_with_biases_and_a_layout_of_their_own() -> None:

@@ -147,11 +147,9 @@ def run_layer(
     tokens: Int[Tensor, "batch time"],
     layer: int,
     inputs: LayerInputs,
-    *,
-    differentiable: bool = False,
 ) -> Float[Tensor, "batch time model"]:
     """Run `layer` alone on `inputs.hidden[layer]` and return its output."""
-    with entered_at(decoder, layer, inputs), torch.inference_mode(not differentiable):
+    with entered_at(decoder, layer, inputs), torch.inference_mode():
         output = _run_until(decoder, tokens, layer)
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden

@@ -154,9 +154,16 @@ def prune(
     model: opt.Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pruned checkpoint.")],
     method: Annotated[
-        str, typer.Option(help="cap, wanda, magnitude or random; with a scope as in magnitude:global.")
+        str,
+        typer.Option(
+            help="sparsegpt, wanda, magnitude, cap or random; with a scope as in magnitude:global or a pattern "
+            "as in wanda:2:4; with an update of the kept weights as in sparsegpt+refit or cap+obs."
+        ),
     ] = "cap",
-    sparsity: Annotated[str, typer.Option(help="Share of the prunable weights set to zero, as 0.2.")] = "0.2",
+    sparsity: Annotated[
+        str | None,
+        typer.Option(help="Share of the prunable weights set to zero (default 0.2, or the pattern's own)."),
+    ] = None,
     effects: Annotated[
         Path | None, typer.Option(help="effects.json of `attribute` (cap; else measured first).")
     ] = None,
@@ -321,7 +328,9 @@ def _print_run(record: dict[str, Any], folder: Path) -> None:
     console.print(f"results: {folder / 'results.json'}")
 
 
-def _sparsity(text: str) -> float:
+def _sparsity(text: str | None) -> float | None:
+    if text is None:
+        return None
     try:
         return float(text)
     except ValueError:

@@ -13,17 +13,22 @@ from torch import Tensor
 
 Scope = Literal["row", "matrix", "global"]
 SCOPES: tuple[Scope, ...] = ("row", "matrix", "global")
+Update = Literal["none", "obs", "refit"]
+UPDATES: tuple[Update, ...] = ("none", "obs", "refit")
+"""What kept weights do for those that go: nothing, make up for them column by column, or be fitted anew."""
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
     """What a criterion may look at besides the weights.
 
-    `input_norm` is the root mean square of each input feature over calibration tokens, `factor` the
+    `input_norm` is the root mean square of each input feature over calibration tokens, `inverse` the
+    diagonal of the inverse of the inputs' second moments, `factor` the
     importance of each weight's head (broadcastable to `[out in]`), `seed` belongs to this matrix alone.
     """
 
     input_norm: Float[Tensor, "in"] | None = None
+    inverse: Float[Tensor, "in"] | None = None
     factor: Float[Tensor, "#out #in"] | None = None
     seed: int = 0
 
@@ -33,11 +38,12 @@ Score = Callable[[Float[Tensor, "out in"], Evidence], Float[Tensor, "out in"]]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A scoring function, the evidence it needs, and the scope in which its scores are compared."""
+    """A scoring function, the evidence it needs, the scope in which its scores are compared, and its update."""
 
     score: Score
     scope: Scope
-    needs: Literal["weights", "inputs", "effects"]
+    needs: Literal["weights", "inputs", "moments", "effects"]
+    update: Update = "none"
 
 
 def magnitude(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:
@@ -57,6 +63,15 @@ def cap(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "o
     return weight.float().abs() * evidence.factor.float()
 
 
+def sparsegpt(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:
+    """w_ij² / [H⁻¹]_jj, H the second moments of the inputs (Frantar & Alistarh 2023, arXiv 2301.00774).
+
+    The rise of the squared error of the matrix's output when w_ij goes and its row makes up for it.
+    """
+    assert evidence.inverse is not None
+    return weight.float().square() / evidence.inverse
+
+
 def random(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:
     """Uniform noise, the same for the same seed: the floor that every criterion has to beat."""
     generator = torch.Generator().manual_seed(evidence.seed)
@@ -66,6 +81,7 @@ def random(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor,
 CRITERIA: dict[str, Criterion] = {
     "magnitude": Criterion(magnitude, scope="matrix", needs="weights"),
     "wanda": Criterion(wanda, scope="row", needs="inputs"),
+    "sparsegpt": Criterion(sparsegpt, scope="matrix", needs="moments", update="obs"),
     "cap": Criterion(cap, scope="global", needs="effects"),
     "random": Criterion(random, scope="matrix", needs="weights"),
 }

@@ -43,7 +43,7 @@ def expansion(
         first = _by_unit(loss, gates, units, keep=len(uniforms) > 0)
         second = torch.zeros_like(first)
         for draw, values in enumerate(uniforms):
-            drawn = Targets(wanted.rows, wanted.positions, labels(logits, values), *batch.tokens.shape)
+            drawn = Targets(wanted.rows, wanted.positions, _labels(logits, values), *batch.tokens.shape)
             chance = by_row(cross_entropy(logits, drawn), drawn)
             slope = _by_unit(chance, gates, units, keep=draw + 1 < len(uniforms))
             second += slope.square() / (2 * len(uniforms))
@@ -62,7 +62,7 @@ def uniforms(
     return torch.cat(rows, 1)
 
 
-def labels(logits: Float[Tensor, "target vocab"], values: Float[Tensor, "target"]) -> Int[Tensor, "target"]:
+def _labels(logits: Float[Tensor, "target vocab"], values: Float[Tensor, "target"]) -> Int[Tensor, "target"]:
     """Return the label of each position where the cumulated probability passes its uniform number."""
     found = []
     for part, own in zip(logits.detach().split(CHUNK), values.split(CHUNK), strict=True):

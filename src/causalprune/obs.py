@@ -17,6 +17,12 @@ BLOCK = 128
 DAMPING = 0.01
 """Share of the mean diagonal of H that is added to its diagonal (Frantar & Alistarh 2023)."""
 
+REFIT_DAMPING = 1.0
+"""Share of the median diagonal of H that `refit` adds to its diagonal."""
+ITERATIONS = 30
+TINY = 1e-30
+"""Below this a row is solved: no step is left."""
+
 Choose = Callable[[Float[Tensor, "out group"], int], Bool[Tensor, "out group"]]
 """From the scores of neighbouring columns and the index of their first: what stays."""
 
@@ -75,7 +81,7 @@ def sparsegpt(
             column, stays = block[:, j], keep[:, start + j]
             errors[:, j] = torch.where(stays, 0.0, column / own[j, j])
             block[:, j + 1 :] -= errors[:, j, None] * own[j, j + 1 :]
-            column.mul_(stays)
+            block[:, j] = torch.where(stays, column, 0.0)
         weight[:, start + width :] -= errors @ upper[start : start + width, start + width :]
     return weight, keep
 
@@ -84,22 +90,22 @@ def refit(
     weight: Float[Tensor, "out in"],
     keep: Bool[Tensor, "out in"],
     hessian: Float[Tensor, "in in"],
-    cross: Float[Tensor, "in in"],
     *,
-    iterations: int,
+    damping: float = REFIT_DAMPING,
 ) -> Float[Tensor, "out in"]:
-    """Return the kept weights that best give `W x` back from the inputs x̂ that the pruned model has.
+    """Return the kept weights that best give the output of the whole matrix back.
 
-    Minimises `Σ ‖W x − Ŵ x̂‖²` over Ŵ that is zero outside `keep`, with `H = Σ x̂ x̂ᵀ` (damped, so that it
-    is positive definite) and `cross = Σ x x̂ᵀ` (damped as much, which draws Ŵ towards W), by conjugate
-    gradients on each row, preconditioned by the diagonal of H. Costs `iterations · out · in²`.
+    Minimises `tr (W − Ŵ) (H + damping · median(diag H) · 1) (W − Ŵ)ᵀ` over Ŵ that is zero outside `keep`, by
+    conjugate gradients on each row, preconditioned by the diagonal. The damping draws Ŵ towards W.
+    Costs `ITERATIONS · out · in²` multiplications.
     """
-    stays, diagonal = keep.float(), hessian.diagonal()
-    found = weight.float() * stays
-    residual = (weight.float() @ cross - found @ hessian) * stays
+    stays, hessian = keep.float(), hessian.float().clone()
+    hessian.diagonal().add_(damping * hessian.diagonal().median())
+    diagonal, found = hessian.diagonal().clamp_min(TINY), weight.float() * stays
+    residual = ((weight.float() - found) @ hessian) * stays
     scaled = residual / diagonal
     step, energy = scaled, (residual * scaled).sum(1, keepdim=True)
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         image = (step @ hessian) * stays
         length = energy / (step * image).sum(1, keepdim=True).clamp_min(TINY)
         found, residual = found + length * step, residual - length * image
@@ -107,7 +113,3 @@ def refit(
         before, energy = energy, (residual * scaled).sum(1, keepdim=True)
         step = scaled + energy / before.clamp_min(TINY) * step
     return found
-
-
-TINY = 1e-30
-"""Below this a row is solved: no step is left."""

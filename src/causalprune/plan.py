@@ -74,7 +74,7 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
         jobs.append(
             Job("attribution", passes, int(calibration * passes * (shape.layers + 1) / 2 / shape.layers))
         )
-    walks = sum(CRITERIA[m.criterion].needs == "inputs" for m in methods)
+    walks = sum(m.walks for m in methods)
     if walks:
         jobs.append(Job("pruning with input statistics", walks, 2 * calibration * walks))
     for task in recipe.tasks:

@@ -1,7 +1,8 @@
-"""Stage 3 of the method, and the baselines: score, budget, keep, write. The only writer of weights."""
+"""Stage 3 of the method, and the baselines: score, budget, keep, update. The only writer of weights."""
 
+import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,45 +11,90 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from causalprune.ablation import LayerInputs, capture, run_layer
-from causalprune.allocation import find_threshold, keep_above, keep_matrix, keep_rows, prune_counts, spread
+from causalprune.allocation import (
+    find_threshold,
+    keep_above,
+    keep_matrix,
+    keep_n_of_m,
+    keep_rows,
+    prune_counts,
+    spread,
+)
 from causalprune.anatomy import fingerprint
 from causalprune.calibration import batches
-from causalprune.criteria import CRITERIA, SCOPES, Evidence, Scope
+from causalprune.criteria import CRITERIA, SCOPES, UPDATES, Evidence, Update
 from causalprune.errors import MismatchError, ModelError, OptionError, unknown
 from causalprune.importance import head_importance, weight_factor
-from causalprune.statistics import InputNorms, observed
+from causalprune.obs import BLOCK, DAMPING, inverse_factor, refit, sparsegpt
+from causalprune.statistics import InputNorms, Moments, observed
 from causalprune.types import Batch, Calibration, Decoder, Effects, Layer, Progress, Projection, silent
 from causalprune.uncertainty import scores
 
 Factors = Mapping[str, Float[Tensor, "_ _"]]  # each broadcasts to its own [out in]
-ProjectionScore = Callable[[Projection], Float[Tensor, "out in"]]
+N_OF_M = re.compile(r"([1-9]\d*):([1-9]\d*)")
+
+
+def pattern_sparsity(scope: str) -> float | None:
+    """Return the sparsity of a pattern such as `2:4` (of 4 neighbouring inputs 2 stay), None for other scopes."""
+    found = N_OF_M.fullmatch(scope)
+    if found is None or not int(found[1]) < int(found[2]) <= BLOCK:
+        return None
+    return 1 - int(found[1]) / int(found[2])
 
 
 @dataclass(frozen=True)
 class Method:
-    """A criterion, a scope and a sparsity: everything that names a way to prune.
+    """A criterion, a scope, an update and a sparsity: everything that names a way to prune.
 
-    `sparsity` is the fraction of the pool's weights set to zero, between 0 and 1.
+    `sparsity` is the fraction of the pool's weights set to zero, between 0 and 1. `scope` says among which
+    weights scores are compared: `row`, `matrix` (sparsegpt: each block of 128 columns), `global`, or
+    a pattern such as `2:4`, where of 4 neighbouring inputs 2 stay (its sparsity must be 0.5). `update` is what kept
+    weights do for those that go: nothing (`none`), make up for them column by column (`obs`), or be
+    fitted anew to the outputs (`refit`). Where scope or update are None, the criterion's own hold.
     """
 
     criterion: str
     sparsity: float
     scope: str | None = None
     seed: int = 0
+    update: str | None = None
 
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
             raise unknown("method", self.criterion, CRITERIA)
-        if self.scope is not None and self.scope not in SCOPES:
-            raise unknown("scope", self.scope, SCOPES)
+        pattern = pattern_sparsity(self.scope or "")
+        if self.scope is not None and self.scope not in SCOPES and pattern is None:
+            raise unknown("scope", self.scope, [*SCOPES, "2:4"])
+        if self.update is not None and self.update not in UPDATES:
+            raise unknown("update", self.update, UPDATES)
         if not 0 < self.sparsity < 1:
             raise OptionError(f"sparsity must be between 0 and 1 (both excluded), not {self.sparsity}")
+        if pattern is not None and self.sparsity != pattern:
+            raise OptionError(f"{self.scope} is a sparsity of {pattern:g}, not {self.sparsity:g}")
 
     @property
-    def resolved_scope(self) -> Scope:
+    def resolved_scope(self) -> str:
         """The scope asked for, or the criterion's own."""
-        own = CRITERIA[self.criterion].scope
-        return next((scope for scope in SCOPES if scope == self.scope), own)
+        return self.scope or CRITERIA[self.criterion].scope
+
+    @property
+    def resolved_update(self) -> Update:
+        """The update asked for, or the criterion's own."""
+        return next((u for u in UPDATES if u == self.update), CRITERIA[self.criterion].update)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether inputs of matrices on calibration data are looked at."""
+        return self.walks > 0
+
+    @property
+    def walks(self) -> int:
+        """How often the calibration tokens go through all layers: twice where scores need one walk, and updates one."""
+        looks, updates = (
+            CRITERIA[self.criterion].needs in ("inputs", "moments"),
+            self.resolved_update != "none",
+        )
+        return looks + updates if self.resolved_scope == "global" else int(looks or updates)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +102,7 @@ class Pruned:
     """What a pruning run kept, and what it has to say.
 
     `keep[name]` is True where a weight stays. `unrouted` names experts' matrices that no calibration
-    token reached: their input norms are unknown, so they were scored by magnitude alone.
+    token reached: their inputs are unknown, so they were scored by magnitude alone and not updated.
     """
 
     method: Method
@@ -73,34 +119,29 @@ def prune(
     max_batch_tokens: int = 2048,
     on_progress: Progress = silent,
 ) -> Pruned:
-    """Set the least important weights of the decoder to exactly zero, in place.
+    """Set the least important weights of the decoder to exactly zero, in place, and update the others.
 
     Criteria that look at inputs go layer by layer, with inputs from already pruned layers; under scope
-    `global` all scores must exist before the first weight goes, so there the inputs are the intact model's.
-    Costs about two forward passes over the calibration tokens for such criteria, none for the others.
+    `global` all scores must exist before the first weight goes, so there the inputs are the intact model's,
+    and only updates see pruned ones. Costs about two forward passes over the calibration tokens for each walk
+    through the layers, and for updates `out · in²` multiplications for every matrix, some times over.
 
     Raises:
-        OptionError: calibration or effects are missing for a criterion that needs them.
+        OptionError: calibration or effects are missing for a method that needs them.
         MismatchError: the effects were measured on another model.
-        ModelError: a weight or an input is not finite; for a weight, the model is as it was.
+        ModelError: a weight or an input is not finite, or inputs say too little for an update.
     """
-    needs = CRITERIA[method.criterion].needs
-    if needs == "inputs" and calibration is None:
+    if method.needs_calibration and calibration is None:
         raise OptionError(f"method {method.criterion!r} needs calibration data")
-    factors = _factors(decoder, effects) if needs == "effects" else {}
+    factors = _factors(decoder, effects) if CRITERIA[method.criterion].needs == "effects" else {}
     _check_finite(decoder)
-    groups: list[Batch] = []
-    if needs == "inputs" and calibration is not None:
+    work = _Work(decoder, method, factors, on_progress)
+    if method.needs_calibration and calibration is not None:
         unpadded = any(isinstance(layer.experts, nn.ModuleList) for layer in decoder.layers)
-        groups = batches(calibration.examples, max_batch_tokens=1 if unpadded else max_batch_tokens)
-    norms = InputNorms()
-    walk = partial(_walk, decoder, groups, norms, on_progress=on_progress)
-    score = partial(_score, method=method, norms=norms, factors=factors)
-    if method.resolved_scope == "global":
-        keep = _keep_global(decoder, method.sparsity, walk, score)
-    else:
-        keep = _keep_layerwise(decoder, method, walk, score)
-    unrouted = [p.name for p in decoder.projections if groups and not norms.tokens.get(p.name)]
+        work.groups = batches(calibration.examples, max_batch_tokens=1 if unpadded else max_batch_tokens)
+    fixed = work.keep_globally() if method.resolved_scope == "global" else None
+    keep = work.prune_layers(fixed)
+    unrouted = [p.name for p in decoder.projections if work.groups and not work.norms.tokens.get(p.name)]
     return Pruned(method, keep, tuple(unrouted))
 
 
@@ -112,86 +153,147 @@ def _check_finite(decoder: Decoder) -> None:
             )
 
 
-def _keep_global(
-    decoder: Decoder, sparsity: float, walk: Callable[..., Iterator[Layer]], score: ProjectionScore
-) -> dict[str, Tensor]:
-    for _ in walk(advance_pruned=False):
-        pass
-    pool = decoder.projections
-    count = prune_counts([sum(p.size for p in pool)], sparsity)[0]
-    threshold = find_threshold(lambda: map(score, pool), count)
-    keep = {}
-    for projection in pool:
-        keep[projection.name], threshold = keep_above(score(projection), threshold)
-        _write(projection, keep[projection.name])
-    return keep
+class _Work:
+    """The loops of one pruning run, and what it has seen of the inputs."""
 
+    def __init__(self, decoder: Decoder, method: Method, factors: Factors, on_progress: Progress) -> None:
+        self.decoder, self.method, self.factors = decoder, method, factors
+        self.groups: list[Batch] = []
+        self.norms = InputNorms()
+        self.moments = Moments()  # of the layer at hand
+        self.needs = CRITERIA[method.criterion].needs
+        self._factor: tuple[Tensor, Tensor] | None = None
+        self._done, self._on_progress = 0, on_progress
 
-def _keep_layerwise(
-    decoder: Decoder, method: Method, walk: Callable[..., Iterator[Layer]], score: ProjectionScore
-) -> dict[str, Tensor]:
-    pool = decoder.projections
-    counts = dict(
-        zip([p.name for p in pool], prune_counts([p.size for p in pool], method.sparsity), strict=True)
-    )
-    keep = {}
-    for layer in walk(advance_pruned=True):
-        for projection in layer.projections:
-            count = counts[projection.name]
-            if method.resolved_scope == "matrix":
-                keep[projection.name] = keep_matrix(score(projection), count)
-            else:
-                keep[projection.name] = keep_rows(score(projection), spread(count, projection.shape[0]))
-            _write(projection, keep[projection.name])
-    return keep
+    def keep_globally(self) -> dict[str, Tensor]:
+        """Rank all weights by what the intact model's inputs say."""
+        kept: dict[str, Tensor] = {}
+        if self.needs in ("inputs", "moments"):
+            for layer in self.walk(advance_pruned=False, moments=self.needs == "moments"):
+                if self.needs == "moments":
+                    kept |= {p.name: self.score(p) for p in layer.projections}
+        pool = self.decoder.projections
 
+        def score(p: Projection) -> Tensor:
+            return kept[p.name] if kept else self.score(p)
 
-def _walk(
-    decoder: Decoder,
-    groups: Sequence[Batch],
-    norms: InputNorms,
-    *,
-    advance_pruned: bool,
-    on_progress: Progress,
-) -> Iterator[Layer]:
-    """Yield layer after layer, its input statistics gathered in `norms`.
+        count = prune_counts([sum(p.size for p in pool)], self.method.sparsity)[0]
+        threshold = find_threshold(lambda: map(score, pool), count)
+        keep = {}
+        for p in pool:
+            keep[p.name], threshold = keep_above(score(p), threshold)
+        return keep
 
-    With `advance_pruned` each layer runs once more after the caller has pruned it, so that the next layer
-    sees the inputs it will have; otherwise the outputs of the first run go on.
-    """
-    inputs = [capture(decoder, batch.tokens, stop=0) for batch in groups]
-    for layer in decoder.layers:
-        outputs = []
-        for batch, own in zip(groups, inputs, strict=True):
-            with observed(layer, batch.real, norms.see):
-                outputs.append(run_layer(decoder, batch.tokens, layer.index, own))
-        yield layer
-        if advance_pruned:
-            runs = zip(groups, inputs, strict=True)
-            outputs = [run_layer(decoder, batch.tokens, layer.index, own) for batch, own in runs]
-        inputs = [
-            LayerInputs({layer.index + 1: hidden}, own.as_tuple)
-            for hidden, own in zip(outputs, inputs, strict=True)
-        ]
-        on_progress(layer.index + 1, len(decoder.layers))
+    def prune_layers(self, fixed: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """Prune layer by layer; with `fixed` it is known what stays."""
+        pool, update = self.decoder.projections, self.method.resolved_update
+        counts = prune_counts([p.size for p in pool], self.method.sparsity)
+        by_name = {p.name: count for p, count in zip(pool, counts, strict=True)}
+        choosing = fixed is None and self.needs == "moments"
+        keep = {}
+        walked = update != "none" or (fixed is None and self.needs == "inputs") or choosing
+        layers = self.walk(advance_pruned=True, moments=choosing or update != "none") if walked else None
+        for layer in layers or self.decoder.layers:
+            for p in layer.projections:
+                own = None if fixed is None else fixed[p.name]
+                choose = partial(_chosen, self.method.resolved_scope, by_name[p.name], p.shape, own)
+                weight, keep[p.name] = self._solved(p, choose, choosing=choosing)
+                p.write(torch.where(keep[p.name], weight, torch.zeros_like(weight)))
+            if not self.method.walks:
+                self._report()
+        return keep
 
+    def _solved(
+        self, p: Projection, choose: Callable[[Tensor, int], Tensor], *, choosing: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return what stays of a matrix, and its weights after the update."""
+        weight, update = p.read(), self.method.resolved_update
+        upper: Tensor | None = None
+        if choosing or update == "obs":
+            upper = self._inverse(p)
+        pattern = N_OF_M.fullmatch(self.method.resolved_scope)
+        group = int(pattern[2]) if pattern else BLOCK
+        if choosing and upper is not None:
+            solved, keep = sparsegpt(weight, upper, choose, group=group)
+        else:
+            keep = choose(self.score(p), 0)
+            solved = weight
+            if upper is not None:
+                solved, _ = sparsegpt(weight, upper, lambda score, at: keep[:, at : at + score.shape[1]])
+        if update == "none" or not self.moments.tokens.get(p.name):
+            return weight, keep
+        return (refit(weight, keep, self.moments.hessians[p.name]) if update == "refit" else solved), keep
 
-def _score(
-    projection: Projection, *, method: Method, norms: InputNorms, factors: Factors
-) -> Float[Tensor, "out in"]:
-    weight = projection.read()
-    norm = norms.root_mean_square(projection)
-    evidence = Evidence(
-        input_norm=weight.new_ones(weight.shape[1]) if norm is None else norm,
-        factor=factors.get(projection.name),
-        seed=zlib.crc32(f"{method.seed}:{projection.name}".encode()),
-    )
-    score = CRITERIA[method.criterion].score(weight, evidence)
-    if not bool(torch.isfinite(score).all()):
-        raise ModelError(
-            f"{projection.parameter_name} ({projection.name}) has inputs or factors that are not finite"
+    def score(self, p: Projection) -> Float[Tensor, "out in"]:
+        """Return what the weights of a projection are worth, by the method's criterion."""
+        weight, norm, inverse = p.read(), self.norms.root_mean_square(p), None
+        if self.needs == "moments":
+            inverse = self._inverse(p).square().sum(0)
+        evidence = Evidence(
+            input_norm=weight.new_ones(weight.shape[1]) if norm is None else norm,
+            inverse=inverse,
+            factor=self.factors.get(p.name),
+            seed=zlib.crc32(f"{self.method.seed}:{p.name}".encode()),
         )
-    return score
+        score = CRITERIA[self.method.criterion].score(weight, evidence)
+        if not bool(torch.isfinite(score).all()):
+            raise ModelError(f"{p.parameter_name} ({p.name}) has inputs or factors that are not finite")
+        return score
+
+    def _inverse(self, p: Projection) -> Float[Tensor, "in in"]:
+        """Return the factor of the inverse second moments, made once for projections that share inputs."""
+        hessian = self.moments.hessians[p.name]
+        if self._factor is None or self._factor[0] is not hessian:
+            self._factor = hessian, inverse_factor(hessian, DAMPING, p.parameter_name)
+        return self._factor[1]
+
+    def walk(self, *, advance_pruned: bool, moments: bool) -> Iterator[Layer]:
+        """Yield layer after layer, what its projections see gathered in `norms` and `moments`.
+
+        With `advance_pruned` each layer runs once more after the caller has pruned it, so that the next layer
+        sees the inputs it will have; otherwise the outputs of the first run go on.
+        """
+        decoder, groups = self.decoder, self.groups
+        inputs = [capture(decoder, batch.tokens, stop=0) for batch in groups]
+        self.norms = InputNorms()
+        for layer in decoder.layers:
+            self.moments, outputs = Moments(), []
+            for batch, own in zip(groups, inputs, strict=True):
+                with observed(layer, batch.real, self._see if moments else self.norms.see):
+                    outputs.append(run_layer(decoder, batch.tokens, layer.index, own))
+            yield layer
+            if advance_pruned:
+                runs = zip(groups, inputs, strict=True)
+                outputs = [run_layer(decoder, batch.tokens, layer.index, own) for batch, own in runs]
+            inputs = [
+                LayerInputs({layer.index + 1: hidden}, own.as_tuple)
+                for hidden, own in zip(outputs, inputs, strict=True)
+            ]
+            self._report()
+
+    def _report(self) -> None:
+        self._done += 1
+        self._on_progress(self._done, max(self.method.walks, 1) * len(self.decoder.layers))
+
+    def _see(self, projection: Projection, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
+        self.norms.see(projection, inputs, outputs, real)
+        self.moments.see(projection, inputs, outputs, real)
+
+
+def _chosen(
+    scope: str, count: int, shape: tuple[int, int], fixed: Tensor | None, score: Tensor, start: int
+) -> Bool[Tensor, "out group"]:
+    """Return what stays of neighbouring columns from `start` on, their share of the `count` that goes removed."""
+    stop = start + score.shape[1]
+    if fixed is not None:
+        return fixed[:, start:stop]
+    if scope == "matrix":
+        return keep_matrix(score, count * stop // shape[1] - count * start // shape[1])
+    if scope == "row":
+        rows = spread(count, shape[0])
+        return keep_rows(score, rows * stop // shape[1] - rows * start // shape[1])
+    n, m = (int(number) for number in scope.split(":"))
+    return keep_n_of_m(score, n, m)
 
 
 def _factors(decoder: Decoder, effects: Effects | None) -> Factors:
@@ -214,8 +316,3 @@ def _factors(decoder: Decoder, effects: Effects | None) -> Factors:
             factors[p.name] = weight_factor(own, p.role, n_kv_heads=shape[0], head_dim=shape[1])
             factors[p.name] = factors[p.name].to(p.parameter.device)
     return factors
-
-
-def _write(projection: Projection, keep: Bool[Tensor, "out in"]) -> None:
-    weight = projection.read()
-    projection.write(torch.where(keep, weight, torch.zeros_like(weight)))

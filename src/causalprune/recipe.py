@@ -12,8 +12,9 @@ import yaml
 from causalprune.calibration import Chat
 from causalprune.errors import OptionError, unknown
 from causalprune.measuring import Estimator, Question
-from causalprune.pruning import Method
+from causalprune.pruning import N_OF_M, Method, pattern_sparsity
 
+DEFAULT_SPARSITY = 0.2
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -88,7 +89,7 @@ class Shape:
 class Recipe:
     """Dense and every method at every sparsity, on every task.
 
-    A method is written `criterion` or `criterion:scope`. `save` keeps the pruned checkpoints.
+    A method is written `criterion[:scope][+update]`; one with a pattern such as `wanda:2:4` has its own sparsity. `save` keeps the pruned checkpoints.
     `batch_tokens` bounds a forward pass, `tasks` may carry a limit as in `gsm8k_nll:200`.
     """
 
@@ -112,19 +113,30 @@ class Recipe:
 
     def cells(self) -> dict[str, Method | None]:
         """Return every row of the table by its label, dense (None) first."""
-        pruned = [parse_method(m, s, self.seed) for m in self.methods for s in self.sparsities]
+        pruned = [
+            parse_method(text, None if N_OF_M.search(text) else sparsity, self.seed)
+            for text in self.methods
+            for sparsity in self.sparsities
+        ]
         return {"dense": None, **{label(method): method for method in pruned}}
 
 
 def label(method: Method) -> str:
-    """Return the name of a pruned model in files and tables, as `wanda-row-0.5`."""
-    return f"{method.criterion}-{method.resolved_scope}-{method.sparsity:g}"
+    """Return the name of a pruned model in files and tables, as `wanda-row-0.5` or `wanda+refit-2:4-0.5`."""
+    update = f"+{method.update}" if method.update else ""
+    return f"{method.criterion}{update}-{method.resolved_scope}-{method.sparsity:g}"
 
 
-def parse_method(text: str, sparsity: float, seed: int = 0) -> Method:
-    """Return the method that `criterion` or `criterion:scope` names."""
-    criterion, _, scope = text.partition(":")
-    return Method(criterion, sparsity, scope or None, seed)
+def parse_method(text: str, sparsity: float | None = None, seed: int = 0) -> Method:
+    """Return the method that `criterion[:scope][+update]` names, as `wanda`, `wanda:2:4` or `cap:global+refit`.
+
+    Without `sparsity`, a pattern's own or `DEFAULT_SPARSITY` is taken.
+    """
+    name, _, update = text.partition("+")
+    criterion, _, scope = name.partition(":")
+    if sparsity is None:
+        sparsity = pattern_sparsity(scope) or DEFAULT_SPARSITY
+    return Method(criterion, sparsity, scope or None, seed, update or None)
 
 
 def find_recipe(name: str) -> Path:

@@ -159,7 +159,7 @@ def prune_checkpoint(
     check_destination(output, options.overwrite)
     needs = CRITERIA[method.criterion].needs
     calibration, effects = None, None
-    if needs == "inputs" or (needs == "effects" and effects_path is None):
+    if method.needs_calibration or (needs == "effects" and effects_path is None):
         decoder, calibration = _prepared(spec, wanted, options)
     else:
         with options.stage("loading model"):
@@ -214,7 +214,8 @@ def load(spec: ModelSpec) -> Decoder:
 
 def manifest(pruned: Pruned, calibration: Calibration | None, effects: Effects | None) -> dict[str, Any]:
     """Return what a checkpoint's manifest says of the way it was pruned."""
-    method = {**dataclasses.asdict(pruned.method), "scope": pruned.method.resolved_scope}
+    own = pruned.method
+    method = {**dataclasses.asdict(own), "scope": own.resolved_scope, "update": own.resolved_update}
     record: dict[str, Any] = {"method": method, "unrouted": list(pruned.unrouted)}
     if calibration is not None:
         record["calibration"] = {**calibration.description, "fingerprint": calibration.fingerprint}

@@ -43,6 +43,35 @@ class InputNorms:
         return (self.squares[projection.name] / self.tokens[projection.name]).sqrt()
 
 
+@dataclass(eq=False)
+class Moments:
+    """Second moments `Σ x xᵀ` `[in in]` of inputs and token counts per projection name, over all batches seen.
+
+    Projections that got the same inputs (q, k and v; gate and up) share one matrix.
+    """
+
+    hessians: dict[str, Float[Tensor, "in in"]] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    _last: tuple[str, Tensor] | None = None
+
+    def see(self, projection: Projection, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
+        """Count the inputs that are not padding (a `See`)."""
+        name = projection.name
+        self.tokens[name] = self.tokens.get(name, 0) + int(real.sum())
+        if self._last is not None and _same(self._last[1], inputs):
+            self.hessians[name] = self.hessians[self._last[0]]
+            return
+        self._last = name, inputs  # kept, so that no other input can take its place in memory
+        own = where(inputs, real).float()
+        if name not in self.hessians:
+            self.hessians[name] = own.new_zeros(own.shape[1], own.shape[1])
+        self.hessians[name].addmm_(own.T, own)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.numel() > 0
+
+
 def where(values: Float[Tensor, "token _"], real: Bool[Tensor, "token"]) -> Float[Tensor, "some _"]:
     """Return the rows of tokens that are not padding, without a copy where all are real."""
     return values if bool(real.all()) else values[real.to(values.device)]

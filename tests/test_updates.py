@@ -1,0 +1,69 @@
+"""What kept weights do for those that go, in whole models of every family."""
+
+import pytest
+import torch
+from families import FAMILIES
+from reference import calibration, fresh, restored, shared
+from torch import Tensor
+
+from causalprune.ablation import capture
+from causalprune.pruning import Method, prune
+from causalprune.types import Calibration, Decoder, Example
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+EXAMPLES = calibration(((14, 5), (13, 9)))
+
+
+def weights(decoder: Decoder) -> dict[str, Tensor]:
+    return {p.name: p.read().clone() for p in decoder.projections}
+
+
+@every_family
+@pytest.mark.parametrize(("scope", "update"), [("2:4", "obs"), ("global", "refit")])
+def test_updates_change_what_stays_and_leave_zeros(family: str, scope: str, update: str) -> None:
+    decoder = shared(family)
+    with restored(decoder):
+        before = weights(decoder)
+        pruned = prune(decoder, Method("wanda", 0.5, scope, update=update), calibration=EXAMPLES)
+        assert all(torch.equal(p.read() != 0, pruned.keep[p.name]) for p in decoder.projections)
+        zeros = sum(int((~keep).sum()) for keep in pruned.keep.values())
+        assert zeros == sum(w.numel() for w in before.values()) // 2
+        for p in decoder.projections:
+            keep = pruned.keep[p.name]
+            changed = not torch.equal(p.read()[keep], before[p.name][keep])
+            assert changed or p.name in pruned.unrouted, f"{p.name} was not updated"
+
+
+@every_family
+def test_a_refit_brings_outputs_back(family: str) -> None:
+    """With more tokens than features, the first layer's outputs get closer to the intact ones."""
+    decoder, errors = shared(family), []
+    seen = calibration(((14, 5), (13, 9), (12, 3), (14, 2), (13, 6), (12, 7)))
+    tokens = torch.tensor([seen.examples[0].tokens])
+    intact = capture(decoder, tokens, stop=1).hidden[1]
+    for update in ("none", "refit"):
+        with restored(decoder):
+            prune(decoder, Method("magnitude", 0.5, "row", update=update), calibration=seen)
+            errors.append(float((capture(decoder, tokens, stop=1).hidden[1] - intact).square().sum()))
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("family", ["llama3", "olmoe"])
+def test_sparsegpt_prunes_each_block_by_what_the_one_before_left(family: str) -> None:
+    one, two = fresh(family), fresh(family)
+    adaptive = prune(one, Method("sparsegpt", 0.5), calibration=EXAMPLES).keep
+    first = prune(two, Method("sparsegpt", 0.5, "global"), calibration=EXAMPLES).keep
+    assert any(not torch.equal(adaptive[name], first[name]) for name in adaptive)
+
+
+def test_experts_without_tokens_are_not_updated() -> None:
+    same = Calibration((Example((7,) * 6, 1, "equal", ""),), (0,))
+    for method in (Method("sparsegpt", 0.5), Method("wanda", 0.5, update="refit")):
+        decoder = fresh("olmoe")
+        before = weights(decoder)
+        pruned = prune(decoder, method, calibration=same)
+        assert pruned.unrouted
+        for p in decoder.projections:
+            if p.name in pruned.unrouted:
+                keep = pruned.keep[p.name]
+                assert torch.equal(p.read(), before[p.name] * keep)
