@@ -17,7 +17,7 @@ BLOCK = 128
 DAMPING = 0.01
 """Share of the mean diagonal of H that is added to its diagonal (Frantar & Alistarh 2023)."""
 
-REFIT_DAMPING = 1.0
+REFIT_DAMPING = 0.3
 """Share of the median diagonal of H that `refit` adds to its diagonal."""
 ITERATIONS = 30
 TINY = 1e-30
