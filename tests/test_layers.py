@@ -41,7 +41,17 @@ LAYERS: dict[str, set[str]] = {
     "sampling": {"uncertainty"},
     "attribution": {"measuring", "sampling"},
     "stability": {"attribution", "measuring", "uncertainty"},
-    "pruning": {"ablation", "allocation", "anatomy", "calibration", "criteria", "importance", "obs"}
+    "distillation": {"ablation", "losses"},
+    "pruning": {
+        "ablation",
+        "allocation",
+        "anatomy",
+        "calibration",
+        "criteria",
+        "distillation",
+        "importance",
+        "obs",
+    }
     | {"statistics", "uncertainty"},
     "evaluation": {"calibration", "data", "losses", "results", "tasks"},
     "recipe": {"calibration", "measuring", "pruning"},

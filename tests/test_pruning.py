@@ -296,14 +296,15 @@ class Experts(nn.ModuleList):
 
 
 @pytest.mark.parametrize("examples", [EXAMPLES, Calibration((Example((7,) * 6, 1, "equal", ""),), (0,))])
-def test_experts_that_are_modules_lose_what_stacked_ones_lose(examples: Calibration) -> None:
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_experts_that_are_modules_lose_what_stacked_ones_lose(examples: Calibration, criterion: str) -> None:
     stacked, listed = fresh("mixtral"), fresh("mixtral").model
     for layer in listed.model.layers:
         old = layer.mlp.experts
         layer.mlp.experts = Experts(map(Expert, old.gate_up_proj.data, old.down_proj.data))
     modules = inspect_model(listed, None, name="modules")
-    expected = prune(stacked, Method("wanda", 0.5), calibration=examples)
-    found = prune(modules, Method("wanda", 0.5), calibration=examples)
+    expected = prune(stacked, Method(criterion, 0.5), calibration=examples)
+    found = prune(modules, Method(criterion, 0.5), calibration=examples)
     assert list(found.keep) == list(expected.keep)
     for name, keep in found.keep.items():
         assert torch.equal(keep, expected.keep[name]), name

@@ -67,3 +67,14 @@ def test_experts_without_tokens_are_not_updated() -> None:
             if p.name in pruned.unrouted:
                 keep = pruned.keep[p.name]
                 assert torch.equal(p.read(), before[p.name] * keep)
+
+
+def test_a_ranking_can_do_without_an_update() -> None:
+    for scope in ("global", "matrix"):
+        one, two = fresh("mistral"), fresh("mistral")
+        before = weights(one)
+        bare = prune(one, Method("sparsegpt", 0.5, scope, update="none"), calibration=EXAMPLES)
+        assert all(torch.equal(p.read(), before[p.name] * bare.keep[p.name]) for p in one.projections)
+        if scope == "global":
+            updated = prune(two, Method("sparsegpt", 0.5, scope), calibration=EXAMPLES)
+            assert all(torch.equal(keep, updated.keep[name]) for name, keep in bare.keep.items())

@@ -122,7 +122,8 @@ def capture(decoder: Decoder, tokens: Int[Tensor, "batch time"], *, stop: int) -
 def entered_at(decoder: Decoder, layer: int, inputs: LayerInputs) -> Iterator[None]:
     """Let forward passes skip the layers before `layer`, which then sees `inputs.hidden[layer]`.
 
-    The token ids given to the model need the same batch and time axes as the cached input.
+    The token ids given to the model need the same batch and time axes as the cached input. With the number
+    of layers for `layer`, only the final norm and the output head run.
     """
     hidden = inputs.hidden[layer]
 
@@ -137,8 +138,9 @@ def entered_at(decoder: Decoder, layer: int, inputs: LayerInputs) -> Iterator[No
     with ExitStack() as stack:
         for earlier in decoder.layers[:layer]:
             stack.enter_context(replaced_forward(earlier.module, skip))
-        handle = decoder.layers[layer].module.register_forward_pre_hook(enter, with_kwargs=True)
-        stack.callback(handle.remove)
+        if layer < len(decoder.layers):
+            handle = decoder.layers[layer].module.register_forward_pre_hook(enter, with_kwargs=True)
+            stack.callback(handle.remove)
         yield
 
 

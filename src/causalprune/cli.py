@@ -157,7 +157,7 @@ def prune(
         str,
         typer.Option(
             help="sparsegpt, wanda, magnitude, cap or random; with a scope as in magnitude:global or a pattern "
-            "as in wanda:2:4; with an update of the kept weights as in sparsegpt+refit or cap+obs."
+            "as in wanda:2:4; with an update of the kept weights (obs, refit, distill) as in sparsegpt+distill."
         ),
     ] = "cap",
     sparsity: Annotated[

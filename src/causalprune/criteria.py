@@ -13,9 +13,10 @@ from torch import Tensor
 
 Scope = Literal["row", "matrix", "global"]
 SCOPES: tuple[Scope, ...] = ("row", "matrix", "global")
-Update = Literal["none", "obs", "refit"]
-UPDATES: tuple[Update, ...] = ("none", "obs", "refit")
-"""What kept weights do for those that go: nothing, make up for them column by column, or be fitted anew."""
+Update = Literal["none", "obs", "refit", "distill"]
+UPDATES: tuple[Update, ...] = ("none", "obs", "refit", "distill")
+"""What kept weights do for those that go: nothing, make up for them column by column, be fitted anew matrix by
+matrix, or after that be trained together on the intact model's predictions."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ from causalprune.allocation import (
 from causalprune.anatomy import fingerprint
 from causalprune.calibration import batches
 from causalprune.criteria import CRITERIA, SCOPES, UPDATES, Evidence, Update
+from causalprune.distillation import BATCH_TOKENS, EPOCHS, distill, last_hidden
 from causalprune.errors import MismatchError, ModelError, OptionError, unknown
 from causalprune.importance import head_importance, weight_factor
 from causalprune.obs import BLOCK, DAMPING, inverse_factor, refit, sparsegpt
@@ -49,8 +50,8 @@ class Method:
     `sparsity` is the fraction of the pool's weights set to zero, between 0 and 1. `scope` says among which
     weights scores are compared: `row`, `matrix` (sparsegpt: each block of 128 columns), `global`, or
     a pattern such as `2:4`, where of 4 neighbouring inputs 2 stay (its sparsity must be 0.5). `update` is what kept
-    weights do for those that go: nothing (`none`), make up for them column by column (`obs`), or be
-    fitted anew to the outputs (`refit`). Where scope or update are None, the criterion's own hold.
+    weights do for those that go: nothing (`none`), make up for them column by column (`obs`), be fitted anew to the
+    outputs matrix by matrix (`refit`), or after that be trained on the intact model's predictions (`distill`). Where scope or update are None, the criterion's own hold.
     """
 
     criterion: str
@@ -124,7 +125,8 @@ def prune(
     Criteria that look at inputs go layer by layer, with inputs from already pruned layers; under scope
     `global` all scores must exist before the first weight goes, so there the inputs are the intact model's,
     and only updates see pruned ones. Costs about two forward passes over the calibration tokens for each walk
-    through the layers, and for updates `out · in²` multiplications for every matrix, some times over.
+    through the layers, and for updates `out · in²` multiplications for every matrix, some times over; see
+    `distillation.distill` for what that costs.
 
     Raises:
         OptionError: calibration or effects are missing for a method that needs them.
@@ -139,8 +141,14 @@ def prune(
     if method.needs_calibration and calibration is not None:
         unpadded = any(isinstance(layer.experts, nn.ModuleList) for layer in decoder.layers)
         work.groups = batches(calibration.examples, max_batch_tokens=1 if unpadded else max_batch_tokens)
+    steps: list[Batch] = []
+    if method.resolved_update == "distill" and calibration is not None:
+        steps = batches(calibration.examples, max_batch_tokens=BATCH_TOKENS)
+    intact = [last_hidden(decoder, batch) for batch in steps]
     fixed = work.keep_globally() if method.resolved_scope == "global" else None
     keep = work.prune_layers(fixed)
+    if steps:
+        distill(decoder, keep, steps, intact, seed=method.seed, on_step=work.report_step)
     unrouted = [p.name for p in decoder.projections if work.groups and not work.norms.tokens.get(p.name)]
     return Pruned(method, keep, tuple(unrouted))
 
@@ -164,6 +172,8 @@ class _Work:
         self.needs = CRITERIA[method.criterion].needs
         self._factor: tuple[Tensor, Tensor] | None = None
         self._done, self._on_progress = 0, on_progress
+        passes = 3 * EPOCHS / 2 if method.resolved_update == "distill" else 0  # a walk is two forward passes
+        self._total = round((max(method.walks, 1) + passes) * len(decoder.layers))
 
     def keep_globally(self) -> dict[str, Tensor]:
         """Rank all weights by what the intact model's inputs say."""
@@ -189,40 +199,37 @@ class _Work:
         pool, update = self.decoder.projections, self.method.resolved_update
         counts = prune_counts([p.size for p in pool], self.method.sparsity)
         by_name = {p.name: count for p, count in zip(pool, counts, strict=True)}
-        choosing = fixed is None and self.needs == "moments"
+        looks = fixed is None and self.needs in ("inputs", "moments")
+        moments = update != "none" or (looks and self.needs == "moments")
+        layers = self.walk(advance_pruned=True, moments=moments) if looks or moments else None
         keep = {}
-        walked = update != "none" or (fixed is None and self.needs == "inputs") or choosing
-        layers = self.walk(advance_pruned=True, moments=choosing or update != "none") if walked else None
         for layer in layers or self.decoder.layers:
             for p in layer.projections:
-                own = None if fixed is None else fixed[p.name]
-                choose = partial(_chosen, self.method.resolved_scope, by_name[p.name], p.shape, own)
-                weight, keep[p.name] = self._solved(p, choose, choosing=choosing)
+                choose = partial(_chosen, self.method.resolved_scope, by_name[p.name], p.shape)
+                weight, keep[p.name] = self._solved(p, choose, None if fixed is None else fixed[p.name])
                 p.write(torch.where(keep[p.name], weight, torch.zeros_like(weight)))
             if not self.method.walks:
                 self._report()
         return keep
 
     def _solved(
-        self, p: Projection, choose: Callable[[Tensor, int], Tensor], *, choosing: bool
+        self, p: Projection, choose: Callable[[Tensor, int], Tensor], keep: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return what stays of a matrix, and its weights after the update."""
-        weight, update = p.read(), self.method.resolved_update
-        upper: Tensor | None = None
-        if choosing or update == "obs":
-            upper = self._inverse(p)
-        pattern = N_OF_M.fullmatch(self.method.resolved_scope)
-        group = int(pattern[2]) if pattern else BLOCK
-        if choosing and upper is not None:
-            solved, keep = sparsegpt(weight, upper, choose, group=group)
-        else:
-            keep = choose(self.score(p), 0)
-            solved = weight
-            if upper is not None:
-                solved, _ = sparsegpt(weight, upper, lambda score, at: keep[:, at : at + score.shape[1]])
+        """Return the weights of a matrix after the update, and what stays of them: `keep` where that is known."""
+        weight, update, solved = p.read(), self.method.resolved_update, None
+        if keep is None and self.needs == "moments":
+            pattern = N_OF_M.fullmatch(self.method.resolved_scope)
+            group = int(pattern[2]) if pattern else BLOCK
+            solved, keep = sparsegpt(weight, self._inverse(p), choose, group=group)
+        stays = choose(self.score(p), 0) if keep is None else keep
         if update == "none" or not self.moments.tokens.get(p.name):
-            return weight, keep
-        return (refit(weight, keep, self.moments.hessians[p.name]) if update == "refit" else solved), keep
+            return weight, stays
+        if update != "obs":
+            return refit(weight, stays, self.moments.hessians[p.name]), stays
+        if solved is None:
+            upper = self._inverse(p)
+            solved, _ = sparsegpt(weight, upper, lambda score, at: stays[:, at : at + score.shape[1]])
+        return solved, stays
 
     def score(self, p: Projection) -> Float[Tensor, "out in"]:
         """Return what the weights of a projection are worth, by the method's criterion."""
@@ -242,7 +249,9 @@ class _Work:
 
     def _inverse(self, p: Projection) -> Float[Tensor, "in in"]:
         """Return the factor of the inverse second moments, made once for projections that share inputs."""
-        hessian = self.moments.hessians[p.name]
+        hessian = self.moments.hessians.get(p.name)
+        if hessian is None:  # an expert that no token reached
+            hessian = p.parameter.new_zeros(p.shape[1], p.shape[1])
         if self._factor is None or self._factor[0] is not hessian:
             self._factor = hessian, inverse_factor(hessian, DAMPING, p.parameter_name)
         return self._factor[1]
@@ -273,7 +282,12 @@ class _Work:
 
     def _report(self) -> None:
         self._done += 1
-        self._on_progress(self._done, max(self.method.walks, 1) * len(self.decoder.layers))
+        self._on_progress(self._done, self._total)
+
+    def report_step(self, done: int, total: int) -> None:
+        """Report steps of distillation, which follow the walks."""
+        walked = max(self.method.walks, 1) * len(self.decoder.layers)
+        self._on_progress(walked + (self._total - walked) * done // total, self._total)
 
     def _see(self, projection: Projection, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
         self.norms.see(projection, inputs, outputs, real)
@@ -281,12 +295,10 @@ class _Work:
 
 
 def _chosen(
-    scope: str, count: int, shape: tuple[int, int], fixed: Tensor | None, score: Tensor, start: int
+    scope: str, count: int, shape: tuple[int, int], score: Tensor, start: int
 ) -> Bool[Tensor, "out group"]:
     """Return what stays of neighbouring columns from `start` on, their share of the `count` that goes removed."""
     stop = start + score.shape[1]
-    if fixed is not None:
-        return fixed[:, start:stop]
     if scope == "matrix":
         return keep_matrix(score, count * stop // shape[1] - count * start // shape[1])
     if scope == "row":
