@@ -44,6 +44,11 @@ def restored(decoder: Decoder) -> Iterator[dict[str, Tensor]]:
             p.data.copy_(before[name])
 
 
+def weights(decoder: Decoder) -> dict[str, Tensor]:
+    """Return a copy of every projection's weights `[out in]`, by name."""
+    return {projection.name: projection.read().clone() for projection in decoder.projections}
+
+
 def example(length: int, target_start: int, seed: int = 0) -> Example:
     """Return random tokens, none of them special."""
     tokens = torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()

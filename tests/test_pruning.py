@@ -9,7 +9,7 @@ import micro
 import pytest
 import torch
 from families import FAMILIES
-from reference import calibration, example, fresh, logits, lowest_go, restored, shared
+from reference import calibration, example, fresh, logits, lowest_go, restored, shared, weights
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -38,10 +38,6 @@ def effects_for(decoder: Decoder, seed: int = 0) -> Effects:
 
 def run(decoder: Decoder, method: Method, **options: Any) -> Pruned:
     return prune(decoder, method, calibration=ONE_BATCH, effects=effects_for(decoder), **options)
-
-
-def weights(decoder: Decoder) -> dict[str, Tensor]:
-    return {p.name: p.read().clone() for p in decoder.projections}
 
 
 def assert_pruned(decoder: Decoder, before: dict[str, Tensor], pruned: Pruned) -> None:

@@ -3,19 +3,14 @@
 import pytest
 import torch
 from families import FAMILIES
-from reference import calibration, fresh, restored, shared
-from torch import Tensor
+from reference import calibration, fresh, restored, shared, weights
 
 from causalprune.ablation import capture
 from causalprune.pruning import Method, prune
-from causalprune.types import Calibration, Decoder, Example
+from causalprune.types import Calibration, Example
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 EXAMPLES = calibration(((14, 5), (13, 9)))
-
-
-def weights(decoder: Decoder) -> dict[str, Tensor]:
-    return {p.name: p.read().clone() for p in decoder.projections}
 
 
 @every_family
