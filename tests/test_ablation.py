@@ -67,7 +67,7 @@ def test_each_row_and_layer_has_its_own_gates(family: str) -> None:
         masked = run(decoder)
     with without_head(decoder.layers[0], 2), without_head(decoder.layers[2], 0):
         expected = run(decoder)
-    torch.testing.assert_close(masked[0], run(decoder)[0], rtol=0, atol=0)
+    torch.testing.assert_close(masked[0], run(decoder)[0], rtol=1e-5, atol=1e-5)  # experts share a product
     torch.testing.assert_close(masked[1], expected[1], rtol=1e-5, atol=1e-5)
 
 

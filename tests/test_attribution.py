@@ -228,7 +228,8 @@ attribute(decoder, calibration(), ledger=Path(sys.argv[1]), estimator=Estimator(
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "ledger.jsonl"
     folders = [str(Path(__file__).parent), str(Path(str(measuring.__file__)).parents[1])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
+    same = {"OMP_NUM_THREADS": "1"}  # as here: other threads round differently
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)} | same
     died = subprocess.run(
         [sys.executable, "-c", KILLED, str(path)], env=environment, timeout=120, check=False
     )
