@@ -64,7 +64,9 @@ def test_a_bfloat16_model_has_its_losses_summed_in_higher_precision(family: str)
 
     def summed(dtype: torch.dtype) -> torch.Tensor:
         chosen = logits.to(dtype).log_softmax(-1).gather(-1, wanted.tokens[:, None])[:, 0]
-        return -torch.stack([part.sum() for part in chosen.split([e.target_tokens for e in examples.examples])])
+        return -torch.stack(
+            [part.sum() for part in chosen.split([e.target_tokens for e in examples.examples])]
+        )
 
     found, expected = target_nats(decoder, batch), summed(torch.float64)
     assert found.dtype == torch.float64
