@@ -167,6 +167,7 @@ def main() -> None:
 
 
 def _raw() -> dict[str, Any]:
+    """Return the rows of the table, which its step (or a run of it that has nothing left to do) writes."""
     path = RUNS / "core" / "results.json"
     return {"table": read_json(path)} if path.exists() else {}
 

@@ -366,3 +366,15 @@ def test_json_of_inspect_is_json(run: Run, model: Path) -> None:
     code, out, _ = run("inspect", model, "--json")
     assert code == 0
     assert json.loads(out)["heads"] == 4
+
+
+def test_a_checkpoint_is_pruned_from_file_to_file(run: Run, model: Path, tmp_path: Path) -> None:
+    arguments = ("--method", "magnitude:global", "--sparsity", "0.5")
+    code, out, err = run("prune", model, "-o", tmp_path / "out", *arguments, "--stream")
+    assert code == 0, err
+    assert "(50.0000%)" in out
+    assert run("verify", tmp_path / "out")[0] == 0
+    code, _, err = run("prune", model, "-o", tmp_path / "two", *arguments, "--stream", "--dtype", "float16")
+    assert code == 2
+    assert "keeps the dtype" in err
+    assert not (tmp_path / "two").exists()

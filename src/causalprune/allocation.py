@@ -66,15 +66,28 @@ def find_threshold(scores: Callable[[], Iterable[Float[Tensor, "out in"]]], coun
     return Threshold(bits=(high << HALF_BITS) | low, ties=count - below - below_in_bin)
 
 
+def threshold_of(values: Float[Tensor, "value"], times: Int[Tensor, "value"], count: int) -> Threshold:
+    """Return the threshold that prunes exactly `count` of the scores, of which `values[i]` occurs `times[i]` times."""
+    if count == 0:
+        return Threshold(bits=0, ties=0)
+    bits = _bits(values)
+    order = bits.argsort()
+    last = order[torch.searchsorted(times[order].cumsum(0), count)]
+    below = int(times[bits < bits[last]].sum())
+    return Threshold(int(bits[last]), count - below)
+
+
 def keep_above(
     score: Float[Tensor, "out in"], threshold: Threshold
 ) -> tuple[Bool[Tensor, "out in"], Threshold]:
     """Return what stays of one matrix, and the threshold with the ties left for the next one."""
     bits = _bits(score)
     tied = bits == threshold.bits
-    goes = (bits < threshold.bits) | (tied & (tied.cumsum(0) <= threshold.ties))
-    used = min(int(tied.sum()), threshold.ties)
-    return ~goes.view(score.shape), Threshold(threshold.bits, threshold.ties - used)
+    there = int(tied.sum())
+    if there > threshold.ties:
+        tied &= tied.cumsum(0) <= threshold.ties
+    goes = (bits < threshold.bits) | tied
+    return ~goes.view(score.shape), Threshold(threshold.bits, threshold.ties - min(there, threshold.ties))
 
 
 def keep_matrix(score: Float[Tensor, "out in"], count: int) -> Bool[Tensor, "out in"]:

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -73,10 +73,17 @@ def inspect_model(
     model: PreTrainedModel, tokenizer: Any, *, name: str, revision: str | None = None
 ) -> Decoder:
     """Find the layers and prunable weights of a model in memory; reads every weight once (hash)."""
-    check_config(model.config, name)
     for weight, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ModelError(f"{weight} of {name!r} is offloaded: use devices that hold the whole model")
+    decoder = outline(model, tokenizer, name=name, revision=revision)
+    return replace(decoder, fingerprint=fingerprint(model))
+
+
+def outline(model: PreTrainedModel, tokenizer: Any, *, name: str, revision: str | None = None) -> Decoder:
+    """Find layers and prunable weights by names and shapes alone: the weights may be absent, and are not hashed."""
+    check_config(model.config, name)
+    for weight, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             raise ModelError(
                 f"{weight} of {name!r} is quantised ({parameter.dtype}): pass the original model"
@@ -87,18 +94,40 @@ def inspect_model(
     left_out = _left_out(model, layers, path)
     for layer in layers:
         _check_layer(layer)
-    return Decoder(model, tokenizer, name, revision, layers, left_out, fingerprint(model))
+    return Decoder(model, tokenizer, name, revision, layers, left_out, fingerprint="")
 
 
 def fingerprint(model: PreTrainedModel) -> str:
     """Return the SHA-256 of the shape-defining configuration and of every weight, tied ones once."""
+
+    def parts() -> Iterator[tuple[str, torch.dtype, Any]]:
+        for name, parameter in sorted(model.named_parameters()):
+            yield name, parameter.dtype, [raw_bytes(parameter)]
+
+    return fingerprint_of(model, parts())
+
+
+def fingerprint_of(model: PreTrainedModel, parts: Iterable[tuple[str, torch.dtype, Iterable[Any]]]) -> str:
+    """Return the fingerprint of weights that are given by name, in sorted order, with dtype and bytes in pieces."""
     config = model.config.get_text_config(decoder=True)
     digest = hashlib.sha256(repr([(f, getattr(config, f, None)) for f in _SHAPE_FIELDS]).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        weights: Any = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest.update(weights)
+    for name, dtype, pieces in parts:
+        digest.update(f"{name} {dtype} {tuple(model.get_parameter(name).shape)}\n".encode())
+        for piece in pieces:
+            digest.update(piece)
     return digest.hexdigest()
+
+
+def raw_bytes(weight: Tensor) -> Any:
+    """Return the bytes of a tensor as an array, in row-major order."""
+    return weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def expert_weight(path: str) -> tuple[int, Role] | None:
+    """Tell which expert's matrix in which role a path in a layer such as `mlp.experts.3.w1.weight` is, if any."""
+    if (hit := _match(path)) is None or len(hit[0].roles) > 1 or not hit[1].groupdict().get("expert"):
+        return None
+    return int(hit[1]["expert"]), hit[0].roles[0]
 
 
 def summary(decoder: Decoder) -> dict[str, Any]:

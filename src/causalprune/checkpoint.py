@@ -17,6 +17,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from causalprune.errors import CheckpointError, MismatchError
+from causalprune.errors import CausalPruneError, CheckpointError, MismatchError
 from causalprune.provenance import git_commit, versions
 from causalprune.types import Decoder, Effects, Projection, Unit
 
@@ -78,30 +79,40 @@ def save(
     maps names of projections to masks. On any failure nothing new is left under the final name,
     and the error is a `CheckpointError`.
     """
-    check_destination(folder, overwrite)
     _check_keep(keep or {}, decoder)
-    place = folder.absolute()
-    temporary = place.with_name(f"{place.name}.partial-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
+    with complete(folder, overwrite) as temporary:
         _write_model(decoder, temporary)
         if keep is not None:
             write_keep(keep, temporary / KEEP)
         if effects is not None:
             save_effects(effects, temporary / EFFECTS)
-        _write_json(temporary / MANIFEST, _describe(decoder, temporary, manifest), indent=1)
+        write_manifest(temporary, decoder, manifest, count_zeros(decoder)["projections"])
+    return folder
+
+
+@contextmanager
+def complete(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give out a temporary folder that gets the name `folder` when all in it is on disk, or vanishes.
+
+    On any failure nothing new is left under the final name, and the error is a `CheckpointError`.
+    """
+    check_destination(folder, overwrite)
+    place = folder.absolute()
+    temporary = place.with_name(f"{place.name}.partial-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
         for path in (*temporary.rglob("*"), temporary):
             _sync(path)
         _replace(temporary, place)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, CausalPruneError):
             free = shutil.disk_usage(_existing(folder)).free
             raise CheckpointError(
                 f"cannot save to {folder}: {error} ({free / 1e9:.2f} GB free there); nothing was left behind"
             ) from error
         raise
-    return folder
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -194,7 +205,11 @@ def load_effects(path: Path, decoder: Decoder | None = None) -> Effects:
 
 def count_zeros(decoder: Decoder) -> dict[str, Any]:
     """Count the zeros of every projection: `{weights, zeros, sparsity, projections: […]}`."""
-    projections = [_count(p) for p in decoder.projections]
+    return summed([count(p) for p in decoder.projections])
+
+
+def summed(projections: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the counts of all projections with their sums."""
     weights, zeros = (sum(row[key] for row in projections) for key in ("weights", "zeros"))
     return {
         "weights": weights,
@@ -202,6 +217,42 @@ def count_zeros(decoder: Decoder) -> dict[str, Any]:
         "sparsity": zeros / max(weights, 1),
         "projections": projections,
     }
+
+
+def count(projection: Projection) -> dict[str, Any]:
+    """Count the zeros of one projection, as the manifest has them."""
+    weight = projection.read()
+    return {
+        "name": projection.name,
+        "parameter": projection.parameter_name,
+        "expert": projection.expert,
+        "shape": list(weight.shape),
+        "weights": weight.numel(),
+        "zeros": weight.numel() - int(torch.count_nonzero(weight)),
+    }
+
+
+def write_manifest(
+    folder: Path,
+    decoder: Decoder,
+    run: dict[str, Any],
+    projections: list[dict[str, Any]],
+    hashes: Mapping[str, str] | None = None,
+) -> None:
+    """Write the manifest of the files that are in `folder`, whose `hashes` may be known already."""
+    hashed = sorted([*folder.glob("*.safetensors"), *folder.glob(EFFECTS)])
+    known = hashes or {}
+    record = {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "base": {"name": decoder.name, "revision": decoder.revision, "fingerprint": decoder.fingerprint},
+        "run": run,
+        "sparsity": summed(projections),
+        "files": {path.name: known.get(path.name) or hash_file(path) for path in hashed},
+    }
+    _write_json(folder / MANIFEST, record, indent=1)
 
 
 def hash_file(path: Path) -> str:
@@ -238,33 +289,6 @@ def _check_keep(keep: Keep, decoder: Decoder) -> None:
             raise CheckpointError(
                 f"keep mask of {name!r} has shape {list(mask.shape)}, its projection {shapes.get(name)}"
             )
-
-
-def _describe(decoder: Decoder, folder: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest of the files that are in `folder`."""
-    hashed = sorted([*folder.glob("*.safetensors"), *folder.glob(EFFECTS)])
-    return {
-        "format": FORMAT,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "base": {"name": decoder.name, "revision": decoder.revision, "fingerprint": decoder.fingerprint},
-        "run": run,
-        "sparsity": count_zeros(decoder),
-        "files": {path.name: hash_file(path) for path in hashed},
-    }
-
-
-def _count(projection: Projection) -> dict[str, Any]:
-    weight = projection.read()
-    return {
-        "name": projection.name,
-        "parameter": projection.parameter_name,
-        "expert": projection.expert,
-        "shape": list(weight.shape),
-        "weights": weight.numel(),
-        "zeros": weight.numel() - int(torch.count_nonzero(weight)),
-    }
 
 
 def _tensor(record: dict[str, Any]) -> Tensor:

@@ -181,6 +181,7 @@ def prune(
     device_map: opt.DeviceMap = None,
     trust_remote_code: opt.Trust = False,
     overwrite: opt.Overwrite = False,
+    stream: opt.Stream = False,
 ) -> None:
     """Prune a model and save it as a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -189,16 +190,21 @@ def prune(
     from causalprune import tables
     from causalprune.progress import shown
     from causalprune.recipe import CalibrationSpec, ModelSpec, parse_method
-    from causalprune.run import Options, prune_checkpoint
+    from causalprune.run import Options, prune_checkpoint, prune_streamed
 
     spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code)
     calibration = CalibrationSpec(tuple(task), n, subsets, seed, max_tokens, chat)
     wanted = parse_method(method, _sparsity(sparsity), seed)
     options = Options(data_dir, batch_tokens, overwrite, shown)
-    pruned = prune_checkpoint(spec, wanted, output, calibration, effects, options)
-    zeros = sum(int((~keep).sum()) for keep in pruned.keep.values())
-    weights = sum(keep.numel() for keep in pruned.keep.values())
-    console.print(tables.sparsity(weights, zeros, pruned.unrouted), highlight=False)
+    if stream:
+        done = prune_streamed(spec, wanted, output, effects, options)
+        achieved = tables.sparsity(done.weights, done.zeros, ())
+    else:
+        pruned = prune_checkpoint(spec, wanted, output, calibration, effects, options)
+        zeros = sum(int((~keep).sum()) for keep in pruned.keep.values())
+        weights = sum(keep.numel() for keep in pruned.keep.values())
+        achieved = tables.sparsity(weights, zeros, pruned.unrouted)
+    console.print(achieved, highlight=False)
     console.print(f"saved: {output}")
 
 

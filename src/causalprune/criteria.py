@@ -39,11 +39,14 @@ Score = Callable[[Float[Tensor, "out in"], Evidence], Float[Tensor, "out in"]]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A scoring function, the evidence it needs, the scope in which its scores are compared, and its update."""
+    """A scoring function, the evidence it needs, the scope in which its scores are compared, and its update.
+
+    `needs` "weights" and "effects" promise that the score of a weight depends on |w| and its factor alone.
+    """
 
     score: Score
     scope: Scope
-    needs: Literal["weights", "inputs", "moments", "effects"]
+    needs: Literal["nothing", "weights", "inputs", "moments", "effects"]
     update: Update = "none"
 
 
@@ -84,5 +87,5 @@ CRITERIA: dict[str, Criterion] = {
     "wanda": Criterion(wanda, scope="row", needs="inputs"),
     "sparsegpt": Criterion(sparsegpt, scope="matrix", needs="moments", update="obs"),
     "cap": Criterion(cap, scope="global", needs="effects"),
-    "random": Criterion(random, scope="matrix", needs="weights"),
+    "random": Criterion(random, scope="matrix", needs="nothing"),
 }

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from causalprune.anatomy import check_config, inspect_model
+from causalprune.anatomy import check_config, inspect_model, outline
 from causalprune.errors import ModelError, OptionError, unknown
 from causalprune.types import Decoder
 
@@ -83,16 +83,34 @@ def read_shape(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if gguf is not None:
         options["gguf_file"] = gguf
+    model = _empty(name, folder, options)
+    text = model.config.get_text_config(decoder=True)
+    return text.num_hidden_layers, text.num_attention_heads, sum(p.numel() for p in model.parameters())
+
+
+def skeleton(folder: Path, *, trust_remote_code: bool = False) -> Decoder:
+    """Return the layers of the model in a local folder without its weights, which stay on the device `meta`."""
+    options = {"trust_remote_code": trust_remote_code}
+    return outline(_empty(str(folder), str(folder), options), None, name=str(folder))
+
+
+def auto_dtype(folder: Path, stored: torch.dtype) -> torch.dtype:
+    """Return the dtype in which `load` has the weights of a local folder if none is asked for."""
+    configured = AutoConfig.from_pretrained(folder).dtype
+    return configured if isinstance(configured, torch.dtype) else stored
+
+
+def _empty(name: str, folder: str, options: dict[str, Any]) -> Any:
+    """Build a model from its configuration, without weights."""
     local = Path(folder).is_dir()
     try:
         with _quiet(hide_bars=local), torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, **options)
             check_config(config, name)
-            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            trusted = options["trust_remote_code"]
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     except _LOAD_ERRORS as error:
         raise _load_error(name, error, local=local) from error
-    text = config.get_text_config(decoder=True)
-    return text.num_hidden_layers, text.num_attention_heads, sum(p.numel() for p in model.parameters())
 
 
 def _source(name: str) -> tuple[str, str | None]:

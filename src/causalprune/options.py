@@ -38,6 +38,13 @@ DataDir = Annotated[
 ]
 BatchTokens = Annotated[int, typer.Option(help="Tokens in one forward pass.", min=1)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="From file to file, matrix by matrix, without loading the model (local folder; magnitude, cap, random).",
+    ),
+]
 
 
 Units = Annotated[

@@ -3,8 +3,9 @@
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from causalprune.ablation import LayerInputs, capture, run_layer
 from causalprune.allocation import (
+    Threshold,
     find_threshold,
     keep_above,
     keep_matrix,
@@ -135,7 +137,9 @@ def prune(
     """
     if method.needs_calibration and calibration is None:
         raise OptionError(f"method {method.criterion!r} needs calibration data")
-    factors = _factors(decoder, effects) if CRITERIA[method.criterion].needs == "effects" else {}
+    factors: Factors = {}
+    if CRITERIA[method.criterion].needs == "effects":
+        factors = head_factors(decoder, effects, fingerprint(decoder.model))
     _check_finite(decoder)
     work = _Work(decoder, method, factors, on_progress)
     if method.needs_calibration and calibration is not None:
@@ -145,12 +149,43 @@ def prune(
     if method.resolved_update == "distill" and calibration is not None:
         steps = batches(calibration.examples, max_batch_tokens=BATCH_TOKENS)
     intact = [last_hidden(decoder, batch) for batch in steps]
-    fixed = work.keep_globally() if method.resolved_scope == "global" else None
-    keep = work.prune_layers(fixed)
+    keep = {p.name: kept for p, kept in work.prune_layers()}
     if steps:
         distill(decoder, keep, steps, intact, seed=method.seed, on_step=work.report_step)
     unrouted = [p.name for p in decoder.projections if work.groups and not work.norms.tokens.get(p.name)]
     return Pruned(method, keep, tuple(unrouted))
+
+
+def manifest(pruned: Pruned, calibration: Calibration | None, effects: Effects | None) -> dict[str, Any]:
+    """Return what a checkpoint's manifest says of the way it was pruned."""
+    own = pruned.method
+    method = {**asdict(own), "scope": own.resolved_scope, "update": own.resolved_update}
+    record: dict[str, Any] = {"method": method, "unrouted": list(pruned.unrouted)}
+    if calibration is not None:
+        record["calibration"] = {**calibration.description, "fingerprint": calibration.fingerprint}
+    if effects is not None:
+        record["effects"] = {**effects.description, "fingerprint": effects.calibration_fingerprint}
+    return record
+
+
+def prune_by_value(
+    decoder: Decoder,
+    method: Method,
+    factors: Factors,
+    *,
+    threshold: Threshold | None = None,
+    on_progress: Progress = silent,
+) -> Iterator[tuple[Projection, Bool[Tensor, "out in"]]]:
+    """Prune matrix by matrix by the stored values alone, yielding each with what stays of it.
+
+    For weights that are somewhere else than in memory. A global `threshold` may be known already.
+
+    Raises:
+        OptionError: the method looks at inputs, or updates weights.
+    """
+    if method.walks:
+        raise OptionError(f"{method.criterion!r} with its update needs a model that runs: leave out --stream")
+    return _Work(decoder, method, factors, on_progress, threshold).prune_layers()
 
 
 def _check_finite(decoder: Decoder) -> None:
@@ -164,8 +199,15 @@ def _check_finite(decoder: Decoder) -> None:
 class _Work:
     """The loops of one pruning run, and what it has seen of the inputs."""
 
-    def __init__(self, decoder: Decoder, method: Method, factors: Factors, on_progress: Progress) -> None:
-        self.decoder, self.method, self.factors = decoder, method, factors
+    def __init__(
+        self,
+        decoder: Decoder,
+        method: Method,
+        factors: Factors,
+        on_progress: Progress,
+        threshold: Threshold | None = None,
+    ) -> None:
+        self.decoder, self.method, self.factors, self.threshold = decoder, method, factors, threshold
         self.groups: list[Batch] = []
         self.norms = InputNorms()
         self.moments = Moments()  # of the layer at hand
@@ -175,8 +217,8 @@ class _Work:
         passes = 3 * EPOCHS / 2 if method.resolved_update == "distill" else 0  # a walk is two forward passes
         self._total = round((max(method.walks, 1) + passes) * len(decoder.layers))
 
-    def keep_globally(self) -> dict[str, Tensor]:
-        """Rank all weights by what the intact model's inputs say."""
+    def keep_globally(self) -> Iterator[Tensor]:
+        """Rank all weights by what the intact model's inputs say, and yield what stays of matrix after matrix."""
         kept: dict[str, Tensor] = {}
         if self.needs in ("inputs", "moments"):
             for layer in self.walk(advance_pruned=False, moments=self.needs == "moments"):
@@ -188,29 +230,30 @@ class _Work:
             return kept[p.name] if kept else self.score(p)
 
         count = prune_counts([sum(p.size for p in pool)], self.method.sparsity)[0]
-        threshold = find_threshold(lambda: map(score, pool), count)
-        keep = {}
+        threshold = self.threshold or find_threshold(lambda: map(score, pool), count)
         for p in pool:
-            keep[p.name], threshold = keep_above(score(p), threshold)
-        return keep
+            keep, threshold = keep_above(score(p), threshold)
+            yield keep
 
-    def prune_layers(self, fixed: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """Prune layer by layer; with `fixed` it is known what stays."""
+    def prune_layers(self) -> Iterator[tuple[Projection, Tensor]]:
+        """Prune layer by layer, and yield each matrix with what stays of it."""
+        fixed = self.keep_globally() if self.method.resolved_scope == "global" else None
+        if fixed is not None and self.method.walks:
+            fixed = iter(list(fixed))  # scores are about the intact model: none may wait for pruned inputs
         pool, update = self.decoder.projections, self.method.resolved_update
         counts = prune_counts([p.size for p in pool], self.method.sparsity)
         by_name = {p.name: count for p, count in zip(pool, counts, strict=True)}
         looks = fixed is None and self.needs in ("inputs", "moments")
         moments = update != "none" or (looks and self.needs == "moments")
         layers = self.walk(advance_pruned=True, moments=moments) if looks or moments else None
-        keep = {}
         for layer in layers or self.decoder.layers:
             for p in layer.projections:
                 choose = partial(_chosen, self.method.resolved_scope, by_name[p.name], p.shape)
-                weight, keep[p.name] = self._solved(p, choose, None if fixed is None else fixed[p.name])
-                p.write(torch.where(keep[p.name], weight, torch.zeros_like(weight)))
+                weight, keep = self._solved(p, choose, None if fixed is None else next(fixed))
+                p.write(torch.where(keep, weight, torch.zeros_like(weight)))
+                yield p, keep
             if not self.method.walks:
                 self._report()
-        return keep
 
     def _solved(
         self, p: Projection, choose: Callable[[Tensor, int], Tensor], keep: Tensor | None
@@ -308,10 +351,14 @@ def _chosen(
     return keep_n_of_m(score, n, m)
 
 
-def _factors(decoder: Decoder, effects: Effects | None) -> Factors:
+def head_factors(decoder: Decoder, effects: Effects | None, found: str | None) -> Factors:
+    """Return the factor on the weights of every matrix (method §2).
+
+    `found` is the fingerprint of the weights now, None where the caller compares it with that of the effects later.
+    """
     if effects is None:
         raise OptionError("method 'cap' needs effects: measure them first (`causalprune attribute`)")
-    if effects.model_fingerprint != fingerprint(decoder.model):
+    if found is not None and effects.model_fingerprint != found:
         raise MismatchError(f"the effects were measured on another model or revision than {decoder.name}")
     heads = effects.of("head")
     if len(heads.units) != sum(layer.attention.n_heads for layer in decoder.layers):
@@ -326,5 +373,5 @@ def _factors(decoder: Decoder, effects: Effects | None) -> Factors:
         for p in layer.projections:
             shape = layer.attention.n_kv_heads, layer.attention.head_dim
             factors[p.name] = weight_factor(own, p.role, n_kv_heads=shape[0], head_dim=shape[1])
-            factors[p.name] = factors[p.name].to(p.parameter.device)
+            factors[p.name] = factors[p.name].to(p.device)
     return factors

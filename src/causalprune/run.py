@@ -20,14 +20,15 @@ from causalprune.attribution import attribute as measure
 from causalprune.calibration import calibrate
 from causalprune.checkpoint import EFFECTS, check_destination, count_zeros, load_effects, save, save_effects
 from causalprune.criteria import CRITERIA
-from causalprune.errors import CheckpointError, MismatchError
+from causalprune.errors import CheckpointError, MismatchError, OptionError
 from causalprune.evaluation import Settings, check_tasks, evaluate, evaluation_contents
 from causalprune.ledger import Ledger
 from causalprune.provenance import git_commit, versions
-from causalprune.pruning import Method, Pruned, prune
+from causalprune.pruning import Method, Pruned, manifest, prune
 from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec, Recipe
 from causalprune.results import RESULTS, write_json, write_results
 from causalprune.stability import DRAWS, Pairs, stability
+from causalprune.streaming import Streamed, prune_stream
 from causalprune.types import Calibration, Decoder, Effects, EvalResult, Progress, Stage, silent
 from causalprune.uncertainty import described
 
@@ -183,6 +184,32 @@ def prune_checkpoint(
     return pruned
 
 
+def prune_streamed(
+    spec: ModelSpec,
+    method: Method,
+    output: Path,
+    effects_path: Path | None = None,
+    options: Options = Options(),
+) -> Streamed:
+    """Prune a checkpoint on disk without loading the model; `cap` needs effects that were measured before."""
+    if spec != ModelSpec(spec.name):
+        raise OptionError(
+            "--stream keeps the dtype of the files, uses no device and runs no code: leave those options out"
+        )
+    effects = None
+    if CRITERIA[method.criterion].needs == "effects" and effects_path is not None:
+        effects = load_effects(effects_path)
+    with options.stage("pruning") as progress:
+        return prune_stream(
+            Path(spec.name).expanduser(),
+            output,
+            method,
+            effects=effects,
+            overwrite=options.overwrite,
+            on_progress=progress,
+        )
+
+
 def evaluate_model(
     spec: ModelSpec,
     tasks: Sequence[str],
@@ -210,18 +237,6 @@ def load(spec: ModelSpec) -> Decoder:
     """Load the model that a recipe or the command line names."""
     arguments = dataclasses.asdict(spec)
     return embedded.load(arguments.pop("name"), **arguments)
-
-
-def manifest(pruned: Pruned, calibration: Calibration | None, effects: Effects | None) -> dict[str, Any]:
-    """Return what a checkpoint's manifest says of the way it was pruned."""
-    own = pruned.method
-    method = {**dataclasses.asdict(own), "scope": own.resolved_scope, "update": own.resolved_update}
-    record: dict[str, Any] = {"method": method, "unrouted": list(pruned.unrouted)}
-    if calibration is not None:
-        record["calibration"] = {**calibration.description, "fingerprint": calibration.fingerprint}
-    if effects is not None:
-        record["effects"] = {**effects.description, "fingerprint": effects.calibration_fingerprint}
-    return record
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,22 +57,24 @@ class Projection:
     rows: slice | Int[Tensor, "out"] | None = None
     expert: int | None = None
 
-    def _stored(self) -> Float[Tensor, "fused in"]:
-        stored = self.parameter.data if self.expert is None else self.parameter.data[self.expert]
-        return stored.T if self.transposed else stored
+    def stored(self) -> Float[Tensor, "_ _"]:
+        """Return the stored matrix that this one is in, as it is stored: shared, not copied."""
+        return self.parameter.data if self.expert is None else self.parameter.data[self.expert]
 
     def read(self) -> Float[Tensor, "out in"]:
         """Return the matrix: a view of the stored weights, or a copy where `rows` is an index."""
-        return self._stored() if self.rows is None else self._stored()[self.rows]
+        stored = self.stored().T if self.transposed else self.stored()
+        return stored if self.rows is None else stored[self.rows]
 
     def write(self, weight: Float[Tensor, "out in"]) -> None:
         """Store `weight` in the model, in place, cast to the stored dtype."""
-        self._stored()[slice(None) if self.rows is None else self.rows] = weight.to(self.parameter)
+        stored = self.stored().T if self.transposed else self.stored()
+        stored[slice(None) if self.rows is None else self.rows] = weight.to(stored)
 
     @property
     def shape(self) -> tuple[int, int]:
         """`(out, in)`."""
-        out, into = self._stored().shape
+        out, into = self.parameter.shape[-2:][::-1] if self.transposed else self.parameter.shape[-2:]
         if isinstance(self.rows, slice):
             out = len(range(*self.rows.indices(out)))
         elif self.rows is not None:
@@ -83,6 +85,11 @@ class Projection:
     def size(self) -> int:
         """Number of weights."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where `read` gives the matrix."""
+        return self.parameter.device
 
 
 @dataclass(frozen=True, eq=False)
