@@ -50,7 +50,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-COMMANDS = ("inspect", "attribute", "stability", "prune", "evaluate", "compare", "verify", "run", "demo")
+COMMANDS = (
+    "inspect",
+    "attribute",
+    "stability",
+    "prune",
+    "evaluate",
+    "compare",
+    "verify",
+    "reapply",
+    "run",
+    "demo",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -53,6 +53,7 @@ LAYERS: dict[str, set[str]] = {
         "obs",
     }
     | {"statistics", "uncertainty"},
+    "kept": {"anatomy", "checkpoint", "model"},
     "shards": set(),
     "streaming": {"allocation", "anatomy", "checkpoint", "criteria", "model", "pruning", "shards"},
     "evaluation": {"calibration", "data", "losses", "results", "tasks"},
@@ -64,7 +65,7 @@ TOP = ("run", "cli", "__init__", "__main__")  # may import LAYERS and what prece
 
 ANYWHERE = {"torch", "jaxtyping"}
 THIRD_PARTIES: dict[str, set[str]] = {
-    "transformers": {"anatomy", "model", "checkpoint", "tasks"},
+    "transformers": {"anatomy", "model", "checkpoint", "kept", "tasks"},
     "safetensors": {"model", "checkpoint"},
     "datasets": {"calibration", "data", "tasks"},
     "reasoning_gym": {"calibration", "data"},

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from causalprune.embedded import load
     from causalprune.errors import CausalPruneError
     from causalprune.evaluation import evaluate
+    from causalprune.kept import keep_sparsity
     from causalprune.measuring import Estimator, Question
     from causalprune.pruning import Method, prune
     from causalprune.results import paired_difference
@@ -34,6 +35,7 @@ __all__ = [
     "attribute",
     "calibrate",
     "evaluate",
+    "keep_sparsity",
     "load",
     "load_effects",
     "paired_difference",
@@ -50,6 +52,7 @@ _HOMES = {
     "attribute": "attribution:attribute",
     "calibrate": "calibration:calibrate",
     "evaluate": "evaluation:evaluate",
+    "keep_sparsity": "kept:keep_sparsity",
     "load": "embedded:load",
     "load_effects": "checkpoint:load_effects",
     "paired_difference": "results:paired_difference",

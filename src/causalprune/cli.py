@@ -287,6 +287,21 @@ def verify(folder: Annotated[Path, typer.Argument(help="A checkpoint written by 
         raise typer.Exit(1)
 
 
+@app.command()
+def reapply(
+    pruned: Annotated[Path, typer.Argument(help="A checkpoint written by causalprune: where the zeros are.")],
+    model: Annotated[Path, typer.Argument(help="The same model after fine-tuning or merging, as a folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint with its zeros.")],
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Set what is zero in PRUNED to zero in MODEL again, after adapters were merged or zeros were lost in training."""
+    from causalprune.kept import reapply as restore
+
+    restored = restore(pruned, model, output, overwrite=overwrite)
+    console.print(f"{restored:,} weights set back to zero", highlight=False)
+    console.print(f"saved: {output}")
+
+
 @app.command(name="run")
 def run_recipe(
     recipe: Annotated[

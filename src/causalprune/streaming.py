@@ -121,15 +121,13 @@ def prune_stream(
     """
     checkpoint.check_destination(output, overwrite)
     files, entries = open_checkpoint(source)
-    bare = skeleton(source)
     store = Store(sum(e.stop - e.start for e in entries.values()) * 2, on_progress)
-    sources = _sources(bare, entries)
-    decoder = _with_stored(bare, sources, store)
+    decoder, sources = _opened(source, entries, store)
     factors: Factors = {}
     if CRITERIA[method.criterion].needs == "effects":
         factors = head_factors(decoder, effects, found=None)
     spectra = Spectra(method, factors)
-    found = _survey(decoder, sources, auto_dtype(source, _first_dtype(entries)), spectra)
+    found = _survey(decoder, sources, _dtype(source, entries), spectra)
     if factors and effects is not None and effects.model_fingerprint != found:
         raise MismatchError(f"the effects were measured on another model or revision than {source}")
     decoder = replace(decoder, fingerprint=found)
@@ -157,6 +155,20 @@ def prune_stream(
         record = {**manifest(Pruned(method, {}, ()), None, effects), "streamed": True}
         checkpoint.write_manifest(folder, decoder, record, rows)
     return Streamed(sum(row["weights"] for row in rows), sum(row["zeros"] for row in rows))
+
+
+def stored_fingerprint(source: Path, on_progress: Progress = silent) -> str:
+    """Return the fingerprint that the model in a local folder has when it is loaded, reading its files once."""
+    _, entries = open_checkpoint(source)
+    store = Store(sum(e.stop - e.start for e in entries.values()), on_progress)
+    decoder, sources = _opened(source, entries, store)
+    return _survey(decoder, sources, _dtype(source, entries), Spectra(Method("magnitude", 0.5), {}))
+
+
+def _opened(source: Path, entries: Mapping[str, Entry], store: Store) -> tuple[Decoder, Sources]:
+    bare = skeleton(source)
+    sources = _sources(bare, entries)
+    return _with_stored(bare, sources, store), sources
 
 
 class Spectra:
@@ -340,8 +352,10 @@ def _with_stored(bare: Decoder, sources: Sources, store: Store) -> Decoder:
     return replace(bare, layers=tuple(layers))
 
 
-def _first_dtype(entries: Mapping[str, Entry]) -> torch.dtype:
-    return next((entry.dtype for entry in entries.values() if entry.dtype.is_floating_point), torch.float32)
+def _dtype(source: Path, entries: Mapping[str, Entry]) -> torch.dtype:
+    """Return the dtype in which the model is loaded."""
+    floating = (entry.dtype for entry in entries.values() if entry.dtype.is_floating_point)
+    return auto_dtype(source, next(floating, torch.float32))
 
 
 def _check_room(folder: Path, files: Sequence[Path], decoder: Decoder) -> None:

@@ -1,0 +1,218 @@
+"""What pruning costs for checkpoints far larger than comfort; each step is kept, so a stopped bench goes on.
+
+    python bench/large.py             # all steps that are not there yet
+    python bench/large.py eight       # an 8-billion-parameter checkpoint, written, copied, pruned, deleted (40 GB)
+    python bench/large.py equal       # streaming against pruning in memory, three families, three dtypes
+
+The 8-billion-parameter checkpoint has the shape and the files of Llama 3 8B and random weights. Where the kernel
+lets it, the page cache is emptied before copying and before pruning.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RUNS, write_figures
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from causalprune.anatomy import outline
+from causalprune.checkpoint import load_effects, load_keep, read_manifest, save, save_effects
+from causalprune.model import load
+from causalprune.progress import shown
+from causalprune.pruning import Method, prune
+from causalprune.results import read_json, write_json
+from causalprune.streaming import prune_stream, stored_fingerprint
+from causalprune.types import Effects
+from causalprune.units import list_units
+
+EIGHT = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+EIGHT |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
+SHARD_BYTES = 5e9
+SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def eight() -> dict[str, Any]:
+    """Write, copy and prune the large checkpoint; report seconds, memory and the zeros that were counted."""
+    place = Path(os.environ.get("CAUSALPRUNE_SCRATCH", tempfile.gettempdir())) / "causalprune-large"
+    shutil.rmtree(place, ignore_errors=True)
+    source = place / "source"
+    try:
+        size = _write_checkpoint(source)
+        effects = _random_effects(source, place / "effects.json")
+        cold = _forget_pages()
+        start = time.perf_counter()
+        shutil.copytree(source, place / "copy")
+        os.sync()
+        copied = time.perf_counter() - start
+        shutil.rmtree(place / "copy")
+        _forget_pages()
+        command = [str(Path(sys.executable).parent / "causalprune"), "prune", str(source), "--stream"]
+        command += [
+            "-o",
+            str(place / "pruned"),
+            "--method",
+            "cap",
+            "--sparsity",
+            "0.5",
+            "--effects",
+            str(effects),
+        ]
+        start = time.perf_counter()
+        subprocess.run(command, check=True)
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        own = read_manifest(place / "pruned")["sparsity"]
+        return {
+            "bytes": size,
+            "cold_cache": cold,
+            "copy_seconds": copied,
+            "prune_seconds": seconds,
+            "peak_rss_bytes": peak,
+            "weights": own["weights"],
+            "zeros": own["zeros"],
+            "wanted": round(0.5 * own["weights"]),
+            "largest_matrix_bytes": max(row["weights"] for row in own["projections"]) * 2,
+        }
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _write_checkpoint(folder: Path) -> int:
+    """Write a checkpoint with random weights, shard by shard, as `save_pretrained` would; return its bytes."""
+    folder.mkdir(parents=True)
+    config = LlamaConfig(**EIGHT, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    held = 0
+    for name, parameter in model.named_parameters():
+        if held + parameter.numel() * 2 > SHARD_BYTES:
+            shards.append({})
+            held = 0
+        shards[-1][name] = tuple(parameter.shape)
+        held += parameter.numel() * 2
+    where, total = {}, 0
+    generator = torch.Generator().manual_seed(0)
+    with shown("writing 8 billion weights") as progress:
+        for number, shard in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            values = {
+                n: torch.empty(s, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+                for n, s in shard.items()
+            }
+            save_file(values, folder / file, metadata={"format": "pt"})
+            where |= dict.fromkeys(shard, file)
+            total += sum(value.numel() * 2 for value in values.values())
+            progress(number, len(shards))
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def _random_effects(source: Path, path: Path) -> Path:
+    """Write effects of all heads that belong to the checkpoint and are made up."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    units = tuple(list_units(outline(model, None, name=str(source)), ["heads"]))
+    with shown("fingerprint") as progress:
+        found = stored_fingerprint(source, progress)
+    nats = torch.rand(len(units), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ones = torch.ones(3, dtype=torch.long)
+    save_effects(
+        Effects(units, nats, torch.zeros(3).double(), ones, ones.cumsum(0) - 1, found, "made up"), path
+    )
+    return path
+
+
+def _forget_pages() -> bool:
+    """Empty the page cache; return whether this machine lets us."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError:
+        return False
+    return True
+
+
+def equal() -> dict[str, Any]:
+    """Prune small models of three families in three dtypes both ways, and compare every byte."""
+    found = {}
+    for family in ("llama", "qwen2", "gpt_neox"):
+        for dtype in DTYPES:
+            with tempfile.TemporaryDirectory() as scratch:
+                place = Path(scratch)
+                config: Any = AutoConfig.for_model(family, **SMALL, dtype=dtype)
+                model: Any = AutoModelForCausalLM.from_config(config).to(dtype)
+                model.save_pretrained(place / "source", max_shard_size="100KB")
+                found[f"{family}, {dtype}"] = _same(place)
+    return {"compared": found}
+
+
+def _same(place: Path) -> bool:
+    effects_file = _random_effects(place / "source", place / "effects.json")
+    decoder = load(str(place / "source"))
+    effects = load_effects(effects_file, decoder)
+    method = Method("cap", 0.5)
+    save(decoder, place / "memory", manifest={}, keep=prune(decoder, method, effects=effects).keep)
+    prune_stream(place / "source", place / "stream", method, effects=effects)
+    both = [_bytes(place / name) for name in ("memory", "stream")]
+    keeps = [load_keep(place / name) for name in ("memory", "stream")]
+    same = keeps[0].keys() == keeps[1].keys()
+    return both[0] == both[1] and same and all(torch.equal(keeps[0][n], keeps[1][n]) for n in keeps[0])
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    files = [file for file in folder.glob("*.safetensors") if file.name != "keep_masks.safetensors"]
+    found = {name: value for file in files for name, value in load_file(file).items()}
+    return {
+        name: value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        for name, value in found.items()
+    }
+
+
+def figures(done: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers that the claims rest on, from the steps that are done."""
+    found: dict[str, float] = {}
+    if (one := done.get("eight")) is not None:
+        found["peak_rss_gib"] = one["peak_rss_bytes"] / 2**30
+        found["time_over_copy"] = one["prune_seconds"] / one["copy_seconds"]
+        found["sparsity_error_weights"] = abs(one["zeros"] - one["wanted"])
+    if (one := done.get("equal")) is not None:
+        found["stream_equals_memory"] = float(all(one["compared"].values()))
+    return found
+
+
+STEPS: dict[str, Callable[[], dict[str, Any]]] = {"equal": equal, "eight": eight}
+
+
+def main() -> None:
+    """Carry out the steps asked for, or those not done yet, and write `results/large.json`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=", ".join(STEPS))
+    done_file = RUNS / "large_steps.json"
+    done: dict[str, Any] = read_json(done_file)["steps"] if done_file.exists() else {}
+    for name in parser.parse_args().steps or [name for name in STEPS if name not in done]:
+        print(f"== {name}", flush=True)
+        done[name] = STEPS[name]()
+        write_json(done_file, {"steps": done})
+        print(write_figures("large", figures(done), done, seeds=[0]))
+
+
+if __name__ == "__main__":
+    main()

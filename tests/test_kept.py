@@ -1,0 +1,109 @@
+"""Zeros that fine-tuning and merging would lose stay, or come back."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import fresh
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from causalprune.anatomy import outline
+from causalprune.checkpoint import KEEP, read_manifest, save
+from causalprune.errors import CheckpointError, MismatchError
+from causalprune.kept import keep_sparsity, reapply
+from causalprune.pruning import Method, prune
+from causalprune.verification import verify
+
+STEPS = 20
+
+
+@pytest.fixture(params=["llama3", "gpt_neox", "mixtral"])
+def pruned(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    decoder = fresh(request.param)
+    keep = prune(decoder, Method("magnitude", 0.5, "global")).keep
+    return save(decoder, tmp_path / "pruned", manifest={}, keep=keep)
+
+
+def zeros(model: Any) -> int:
+    return sum(int((p.read() == 0).sum()) for p in outline(model, None, name="trained").projections)
+
+
+def train(model: Any, folder: Path, callbacks: list[Any]) -> None:
+    rows = torch.randint(0, 64, (STEPS * 2, 12), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
+    )
+    Trainer(model, arguments, train_dataset=data, callbacks=callbacks).train()
+
+
+@pytest.mark.filterwarnings("ignore")  # the trainer has warnings of its own
+def test_the_trainer_keeps_zeros_with_the_callback_and_loses_them_without(
+    pruned: Path, tmp_path: Path
+) -> None:
+    models = [AutoModelForCausalLM.from_pretrained(pruned) for _ in range(2)]
+    before = zeros(models[0])
+    first = models[0].state_dict()[
+        "lm_head.weight" if "lm_head.weight" in models[0].state_dict() else "embed_out.weight"
+    ]
+    first = first.clone()
+    callback = keep_sparsity(models[0], pruned)
+    assert callback.restored == 0
+    train(models[0], tmp_path / "with", [callback])
+    train(models[1], tmp_path / "without", [])
+    assert zeros(models[0]) == before
+    assert zeros(models[1]) < before / 100
+    assert not torch.equal(first, models[0].get_output_embeddings().weight), "nothing was trained"
+
+
+def test_in_a_loop_of_ones_own(pruned: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pruned)
+    before, keep_zeros = zeros(model), keep_sparsity(model, str(pruned))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        model(input_ids=torch.arange(12)[None], labels=torch.arange(12)[None]).loss.backward()
+        optimizer.step()
+        assert keep_zeros() > before / 2
+        assert keep_zeros() == 0
+    assert zeros(model) == before
+
+
+def test_what_a_merge_lost_comes_back(pruned: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pruned)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.01
+            )
+    model.save_pretrained(tmp_path / "merged")
+    assert zeros(model) == 0
+    restored = reapply(pruned, tmp_path / "merged", tmp_path / "out")
+    report = verify(tmp_path / "out")
+    assert report.ok
+    assert report.zeros == restored == verify(pruned).zeros
+    own = read_manifest(tmp_path / "out")
+    assert own["run"]["reapplied"]["to"].endswith("merged")
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    changed = [torch.equal(a, b) for a, b in zip(kept.parameters(), model.parameters(), strict=True)]
+    assert True in changed, "what is not prunable was touched"
+    assert False in changed
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
+    decoder = fresh("llama3")
+    keep = prune(decoder, Method("magnitude", 0.5)).keep
+    save(decoder, tmp_path / "pruned", manifest={}, keep=keep)
+    with pytest.raises(MismatchError, match=r"layers\.0\.\w+ is .* in the model"):
+        keep_sparsity(fresh("gpt2").model, tmp_path / "pruned")
+    (tmp_path / "pruned" / KEEP).unlink()
+    with pytest.raises(CheckpointError, match="has no keep_masks"):
+        keep_sparsity(decoder.model, tmp_path / "pruned")
