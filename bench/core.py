@@ -26,8 +26,9 @@ from tables import LEFT_OUT
 from causalprune.calibration import calibrate
 from causalprune.checkpoint import load_effects
 from causalprune.embedded import load
+from causalprune.methods import Method
 from causalprune.progress import shown
-from causalprune.pruning import Method, prune
+from causalprune.pruning import prune
 from causalprune.recipe import read_recipe, without_limits
 from causalprune.results import headline, read_json, rows_of, write_json
 from causalprune.run import run

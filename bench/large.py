@@ -11,7 +11,6 @@ lets it, the page cache is emptied before copying and before pruning.
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -28,9 +27,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from causalprune.anatomy import outline
 from causalprune.checkpoint import load_effects, load_keep, read_manifest, save, save_effects
+from causalprune.methods import Method
 from causalprune.model import load
 from causalprune.progress import shown
-from causalprune.pruning import Method, prune
+from causalprune.pruning import prune
 from causalprune.results import read_json, write_json
 from causalprune.streaming import prune_stream, stored_fingerprint
 from causalprune.types import Effects
@@ -71,9 +71,8 @@ def eight() -> dict[str, Any]:
             str(effects),
         ]
         start = time.perf_counter()
-        subprocess.run(command, check=True)
+        peak = _peak_memory(subprocess.Popen(command))
         seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         own = read_manifest(place / "pruned")["sparsity"]
         return {
             "bytes": size,
@@ -138,6 +137,22 @@ def _random_effects(source: Path, path: Path) -> Path:
     return path
 
 
+def _peak_memory(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a process and return its largest resident set in bytes: of its own, not what a fork began with."""
+    peak = 0
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            break
+        lines = [line.split() for line in status.splitlines() if line.startswith("VmHWM")]
+        peak = max([peak, *(int(line[1]) * 1024 for line in lines)])
+        time.sleep(0.2)
+    if process.wait():
+        raise SystemExit(f"pruning ended with exit code {process.returncode}")
+    return peak
+
+
 def _forget_pages() -> bool:
     """Empty the page cache; return whether this machine lets us."""
     os.sync()
@@ -155,7 +170,8 @@ def equal() -> dict[str, Any]:
         for dtype in DTYPES:
             with tempfile.TemporaryDirectory() as scratch:
                 place = Path(scratch)
-                config: Any = AutoConfig.for_model(family, **SMALL, dtype=dtype)
+                shape = {k: v for k, v in SMALL.items() if k != "num_key_value_heads" or family != "gpt_neox"}
+                config: Any = AutoConfig.for_model(family, **shape, dtype=dtype)
                 model: Any = AutoModelForCausalLM.from_config(config).to(dtype)
                 model.save_pretrained(place / "source", max_shard_size="100KB")
                 found[f"{family}, {dtype}"] = _same(place)

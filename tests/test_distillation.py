@@ -11,7 +11,8 @@ from causalprune.ablation import entered_at
 from causalprune.calibration import batches
 from causalprune.distillation import last_hidden
 from causalprune.losses import divergence, target_logits, targets
-from causalprune.pruning import Method, prune
+from causalprune.methods import Method
+from causalprune.pruning import prune
 from causalprune.types import Decoder
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

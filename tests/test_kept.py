@@ -12,7 +12,8 @@ from causalprune.anatomy import outline
 from causalprune.checkpoint import KEEP, read_manifest, save
 from causalprune.errors import CheckpointError, MismatchError
 from causalprune.kept import keep_sparsity, reapply
-from causalprune.pruning import Method, prune
+from causalprune.methods import Method
+from causalprune.pruning import prune
 from causalprune.verification import verify
 
 STEPS = 20
@@ -102,7 +103,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     decoder = fresh("llama3")
     keep = prune(decoder, Method("magnitude", 0.5)).keep
     save(decoder, tmp_path / "pruned", manifest={}, keep=keep)
-    with pytest.raises(MismatchError, match=r"layers\.0\.\w+ is .* in the model"):
+    with pytest.raises(MismatchError, match=r"layers\.\d\.\w+ is .* in the model"):
         keep_sparsity(fresh("gpt2").model, tmp_path / "pruned")
     (tmp_path / "pruned" / KEEP).unlink()
     with pytest.raises(CheckpointError, match="has no keep_masks"):

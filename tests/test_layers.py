@@ -42,6 +42,7 @@ LAYERS: dict[str, set[str]] = {
     "attribution": {"measuring", "sampling"},
     "stability": {"attribution", "measuring", "uncertainty"},
     "distillation": {"ablation", "losses"},
+    "methods": {"criteria", "obs"},
     "pruning": {
         "ablation",
         "allocation",
@@ -50,14 +51,16 @@ LAYERS: dict[str, set[str]] = {
         "criteria",
         "distillation",
         "importance",
+        "methods",
         "obs",
     }
     | {"statistics", "uncertainty"},
     "kept": {"anatomy", "checkpoint", "model"},
     "shards": set(),
-    "streaming": {"allocation", "anatomy", "checkpoint", "criteria", "model", "pruning", "shards"},
+    "spectra": {"allocation", "criteria", "methods", "pruning"},
+    "streaming": {"anatomy", "checkpoint", "criteria", "methods", "model", "pruning", "shards", "spectra"},
     "evaluation": {"calibration", "data", "losses", "results", "tasks"},
-    "recipe": {"calibration", "measuring", "pruning"},
+    "recipe": {"calibration", "measuring", "methods"},
     "plan": {"calibration", "checkpoint", "criteria", "data", "embedded", "evaluation", "model", "recipe"},
     "tables": {"plan", "results", "uncertainty", "verification"},
 }

@@ -2,7 +2,7 @@ import pytest
 
 from causalprune.criteria import CRITERIA, SCOPES
 from causalprune.errors import OptionError
-from causalprune.pruning import Method
+from causalprune.methods import Method
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.1, 1.5, float("nan"), float("inf")])

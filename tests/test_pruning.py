@@ -18,7 +18,8 @@ from causalprune.anatomy import fingerprint, inspect_model
 from causalprune.attribution import attribute
 from causalprune.criteria import CRITERIA, SCOPES, Evidence, wanda
 from causalprune.errors import MismatchError, ModelError, OptionError
-from causalprune.pruning import Method, Pruned, prune
+from causalprune.methods import Method
+from causalprune.pruning import Pruned, prune
 from causalprune.statistics import InputNorms
 from causalprune.types import Calibration, Decoder, Effects, Example, Unit
 

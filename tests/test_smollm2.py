@@ -14,8 +14,9 @@ from causalprune.calibration import batches, calibrate
 from causalprune.checkpoint import save
 from causalprune.evaluation import evaluate
 from causalprune.losses import target_nats
+from causalprune.methods import Method
 from causalprune.model import load
-from causalprune.pruning import Method, prune
+from causalprune.pruning import prune
 from causalprune.types import Calibration, Decoder
 from causalprune.units import Site
 from causalprune.verification import verify

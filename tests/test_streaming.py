@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from causalprune import checkpoint, shards, streaming
 from causalprune.errors import CausalPruneError, CheckpointError, MismatchError, ModelError, OptionError
+from causalprune.methods import Method
 from causalprune.model import load
-from causalprune.pruning import Method, prune
+from causalprune.pruning import prune
 from causalprune.streaming import prune_stream
 from causalprune.types import Effects
 from causalprune.units import list_units

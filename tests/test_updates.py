@@ -6,7 +6,8 @@ from families import FAMILIES
 from reference import calibration, fresh, restored, shared, weights
 
 from causalprune.ablation import capture
-from causalprune.pruning import Method, prune
+from causalprune.methods import Method
+from causalprune.pruning import prune
 from causalprune.types import Calibration, Example
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

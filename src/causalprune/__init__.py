@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from causalprune.evaluation import evaluate
     from causalprune.kept import keep_sparsity
     from causalprune.measuring import Estimator, Question
-    from causalprune.pruning import Method, prune
+    from causalprune.methods import Method
+    from causalprune.pruning import prune
     from causalprune.results import paired_difference
     from causalprune.verification import verify
 
@@ -47,7 +48,7 @@ __all__ = [
 _HOMES = {
     "CausalPruneError": "errors:CausalPruneError",
     "Estimator": "measuring:Estimator",
-    "Method": "pruning:Method",
+    "Method": "methods:Method",
     "Question": "measuring:Question",
     "attribute": "attribution:attribute",
     "calibrate": "calibration:calibrate",

@@ -81,13 +81,16 @@ def keep_above(
     score: Float[Tensor, "out in"], threshold: Threshold
 ) -> tuple[Bool[Tensor, "out in"], Threshold]:
     """Return what stays of one matrix, and the threshold with the ties left for the next one."""
-    bits = _bits(score)
-    tied = bits == threshold.bits
-    there = int(tied.sum())
+    _check(score)
+    if not threshold.bits and not threshold.ties:
+        return torch.ones_like(score, dtype=torch.bool), threshold
+    score, limit = score.float(), torch.tensor(threshold.bits, dtype=torch.int32).view(torch.float32)
+    keep = score > limit.to(score.device)
+    tied = score == limit.to(score.device)
+    there = int(torch.count_nonzero(tied)) if bool(tied.any()) else 0
     if there > threshold.ties:
-        tied &= tied.cumsum(0) <= threshold.ties
-    goes = (bits < threshold.bits) | tied
-    return ~goes.view(score.shape), Threshold(threshold.bits, threshold.ties - min(there, threshold.ties))
+        keep |= tied & (tied.flatten().cumsum(0) > threshold.ties).view(tied.shape)
+    return keep, Threshold(threshold.bits, threshold.ties - min(there, threshold.ties))
 
 
 def keep_matrix(score: Float[Tensor, "out in"], count: int) -> Bool[Tensor, "out in"]:
@@ -97,7 +100,7 @@ def keep_matrix(score: Float[Tensor, "out in"], count: int) -> Bool[Tensor, "out
 
 def keep_rows(score: Float[Tensor, "out in"], counts: Int[Tensor, "out"]) -> Bool[Tensor, "out in"]:
     """Return what stays when row i loses its `counts[i]` lowest scores (outputs are compared per row)."""
-    _bits(score)
+    _check(score)
     counts, threshold = counts.to(score.device), torch.full_like(score[:, :1], -1.0)
     for count in counts.unique().tolist():
         if count:
@@ -122,11 +125,14 @@ def keep_n_of_m(score: Float[Tensor, "out in"], n: int, m: int) -> Bool[Tensor, 
     return keep_rows(groups, torch.full((len(groups),), m - n)).view(score.shape)
 
 
-def _bits(score: Tensor) -> Tensor:
-    flat = score.float().flatten()
-    if not bool((flat >= 0).all()):
+def _check(score: Tensor) -> None:
+    if score.numel() and not bool(score.amin() >= 0):  # false for NaN too
         raise ValueError("scores must be numbers ≥ 0")
-    return flat.abs().view(torch.int32)
+
+
+def _bits(score: Tensor) -> Tensor:
+    _check(score)
+    return score.float().flatten().abs().view(torch.int32)
 
 
 def _bin_of(histogram: Tensor, count: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -228,7 +229,7 @@ def count(projection: Projection) -> dict[str, Any]:
         "expert": projection.expert,
         "shape": list(weight.shape),
         "weights": weight.numel(),
-        "zeros": weight.numel() - int(torch.count_nonzero(weight)),
+        "zeros": int(np.count_nonzero((weight == 0).cpu().numpy())),  # faster than torch's
     }
 
 
@@ -237,11 +238,11 @@ def write_manifest(
     decoder: Decoder,
     run: dict[str, Any],
     projections: list[dict[str, Any]],
-    hashes: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the manifest of the files that are in `folder`, whose `hashes` may be known already."""
+    """Write the manifest of the files that are in `folder`."""
     hashed = sorted([*folder.glob("*.safetensors"), *folder.glob(EFFECTS)])
-    known = hashes or {}
+    with ThreadPoolExecutor() as pool:
+        hashes = list(pool.map(hash_file, hashed))
     record = {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -250,7 +251,7 @@ def write_manifest(
         "base": {"name": decoder.name, "revision": decoder.revision, "fingerprint": decoder.fingerprint},
         "run": run,
         "sparsity": summed(projections),
-        "files": {path.name: known.get(path.name) or hash_file(path) for path in hashed},
+        "files": {path.name: digest for path, digest in zip(hashed, hashes, strict=True)},
     }
     _write_json(folder / MANIFEST, record, indent=1)
 

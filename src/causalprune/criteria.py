@@ -52,19 +52,19 @@ class Criterion:
 
 def magnitude(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:
     """|W| (Han et al. 2015, arXiv 1506.02626)."""
-    return weight.float().abs()
+    return weight.abs().float()
 
 
 def wanda(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:
     """|W_ij| · ‖x_j‖, x the inputs of the matrix on calibration data (Sun et al. 2023, arXiv 2306.11695)."""
     assert evidence.input_norm is not None
-    return weight.float().abs() * evidence.input_norm.float()
+    return weight.abs().float() * evidence.input_norm.float()
 
 
 def cap(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:
     """|W_ij| · I(region of i, j), I from the causal effect of heads (method §3, arXiv 2606.19350)."""
     assert evidence.factor is not None
-    return weight.float().abs() * evidence.factor.float()
+    return weight.abs().float() * evidence.factor.float()
 
 
 def sparsegpt(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:

@@ -1,10 +1,10 @@
 """Stage 3 of the method, and the baselines: score, budget, keep, update. The only writer of weights."""
 
-import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,80 +24,19 @@ from causalprune.allocation import (
 )
 from causalprune.anatomy import fingerprint
 from causalprune.calibration import batches
-from causalprune.criteria import CRITERIA, SCOPES, UPDATES, Evidence, Update
+from causalprune.criteria import CRITERIA, Evidence
 from causalprune.distillation import BATCH_TOKENS, EPOCHS, distill, last_hidden
-from causalprune.errors import MismatchError, ModelError, OptionError, unknown
+from causalprune.errors import MismatchError, ModelError, OptionError
 from causalprune.importance import head_importance, weight_factor
+from causalprune.methods import N_OF_M, Method
 from causalprune.obs import BLOCK, DAMPING, inverse_factor, refit, sparsegpt
 from causalprune.statistics import InputNorms, Moments, observed
 from causalprune.types import Batch, Calibration, Decoder, Effects, Layer, Progress, Projection, silent
 from causalprune.uncertainty import scores
 
 Factors = Mapping[str, Float[Tensor, "_ _"]]  # each broadcasts to its own [out in]
-N_OF_M = re.compile(r"([1-9]\d*):([1-9]\d*)")
-
-
-def pattern_sparsity(scope: str) -> float | None:
-    """Return the sparsity of a pattern such as `2:4` (of 4 neighbouring inputs 2 stay), None for other scopes."""
-    found = N_OF_M.fullmatch(scope)
-    if found is None or not int(found[1]) < int(found[2]) <= BLOCK:
-        return None
-    return 1 - int(found[1]) / int(found[2])
-
-
-@dataclass(frozen=True)
-class Method:
-    """A criterion, a scope, an update and a sparsity: everything that names a way to prune.
-
-    `sparsity` is the fraction of the pool's weights set to zero, between 0 and 1. `scope` says among which
-    weights scores are compared: `row`, `matrix` (sparsegpt: each block of 128 columns), `global`, or
-    a pattern such as `2:4`, where of 4 neighbouring inputs 2 stay (its sparsity must be 0.5). `update` is what kept
-    weights do for those that go: nothing (`none`), make up for them column by column (`obs`), be fitted anew to the
-    outputs matrix by matrix (`refit`), or after that be trained on the intact model's predictions (`distill`). Where scope or update are None, the criterion's own hold.
-    """
-
-    criterion: str
-    sparsity: float
-    scope: str | None = None
-    seed: int = 0
-    update: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.criterion not in CRITERIA:
-            raise unknown("method", self.criterion, CRITERIA)
-        pattern = pattern_sparsity(self.scope or "")
-        if self.scope is not None and self.scope not in SCOPES and pattern is None:
-            raise unknown("scope", self.scope, [*SCOPES, "2:4"])
-        if self.update is not None and self.update not in UPDATES:
-            raise unknown("update", self.update, UPDATES)
-        if not 0 < self.sparsity < 1:
-            raise OptionError(f"sparsity must be between 0 and 1 (both excluded), not {self.sparsity}")
-        if pattern is not None and self.sparsity != pattern:
-            raise OptionError(f"{self.scope} is a sparsity of {pattern:g}, not {self.sparsity:g}")
-
-    @property
-    def resolved_scope(self) -> str:
-        """The scope asked for, or the criterion's own."""
-        return self.scope or CRITERIA[self.criterion].scope
-
-    @property
-    def resolved_update(self) -> Update:
-        """The update asked for, or the criterion's own."""
-        return next((u for u in UPDATES if u == self.update), CRITERIA[self.criterion].update)
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether inputs of matrices on calibration data are looked at."""
-        return self.walks > 0
-
-    @property
-    def walks(self) -> int:
-        """How often the calibration tokens go through all layers: twice where scores need one walk, and updates one."""
-        looks, updates = (
-            CRITERIA[self.criterion].needs in ("inputs", "moments"),
-            self.resolved_update != "none",
-        )
-        return looks + updates if self.resolved_scope == "global" else int(looks or updates)
+BLOCK_WEIGHTS = 2**21
+"""Weights scored at once where a score depends on nothing but the weight: temporary memory stays in the cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,14 +165,18 @@ class _Work:
                     kept |= {p.name: self.score(p) for p in layer.projections}
         pool = self.decoder.projections
 
-        def score(p: Projection) -> Tensor:
-            return kept[p.name] if kept else self.score(p)
+        def scores(p: Projection) -> Iterator[Tensor]:
+            return iter([kept[p.name]]) if kept else self.score_blocks(p)
 
         count = prune_counts([sum(p.size for p in pool)], self.method.sparsity)[0]
-        threshold = self.threshold or find_threshold(lambda: map(score, pool), count)
+        every = partial(map, scores, pool)
+        threshold = self.threshold or find_threshold(lambda: chain.from_iterable(every()), count)
         for p in pool:
-            keep, threshold = keep_above(score(p), threshold)
-            yield keep
+            parts = []
+            for score in scores(p):
+                keep, threshold = keep_above(score, threshold)
+                parts.append(keep)
+            yield torch.cat(parts)
 
     def prune_layers(self) -> Iterator[tuple[Projection, Tensor]]:
         """Prune layer by layer, and yield each matrix with what stays of it."""
@@ -250,15 +193,18 @@ class _Work:
             for p in layer.projections:
                 choose = partial(_chosen, self.method.resolved_scope, by_name[p.name], p.shape)
                 weight, keep = self._solved(p, choose, None if fixed is None else next(fixed))
-                p.write(torch.where(keep, weight, torch.zeros_like(weight)))
+                if weight is None:
+                    p.erase(~keep)
+                else:
+                    p.write(torch.where(keep, weight, weight.new_zeros(())))
                 yield p, keep
             if not self.method.walks:
                 self._report()
 
     def _solved(
         self, p: Projection, choose: Callable[[Tensor, int], Tensor], keep: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the weights of a matrix after the update, and what stays of them: `keep` where that is known."""
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return the weights of a matrix after the update, if it had any, and what stays: `keep` where it is known."""
         weight, update, solved = p.read(), self.method.resolved_update, None
         if keep is None and self.needs == "moments":
             pattern = N_OF_M.fullmatch(self.method.resolved_scope)
@@ -266,13 +212,25 @@ class _Work:
             solved, keep = sparsegpt(weight, self._inverse(p), choose, group=group)
         stays = choose(self.score(p), 0) if keep is None else keep
         if update == "none" or not self.moments.tokens.get(p.name):
-            return weight, stays
+            return None, stays
         if update != "obs":
             return refit(weight, stays, self.moments.hessians[p.name]), stays
         if solved is None:
             upper = self._inverse(p)
             solved, _ = sparsegpt(weight, upper, lambda score, at: stays[:, at : at + score.shape[1]])
         return solved, stays
+
+    def score_blocks(self, p: Projection) -> Iterator[Float[Tensor, "rows in"]]:
+        """Yield what the weights of a projection are worth: some rows at a time where they can be scored by value."""
+        if self.needs not in ("weights", "effects"):
+            yield self.score(p)
+            return
+        weight, factor = p.read(), self.factors.get(p.name)
+        rows = max(BLOCK_WEIGHTS // weight.shape[1], 1)
+        for at in range(0, len(weight), rows):
+            own = factor if factor is None or len(factor) == 1 else factor[at : at + rows]
+            score = CRITERIA[self.method.criterion].score(weight[at : at + rows], Evidence(factor=own))
+            yield self._finite(p, score)
 
     def score(self, p: Projection) -> Float[Tensor, "out in"]:
         """Return what the weights of a projection are worth, by the method's criterion."""
@@ -285,8 +243,10 @@ class _Work:
             factor=self.factors.get(p.name),
             seed=zlib.crc32(f"{self.method.seed}:{p.name}".encode()),
         )
-        score = CRITERIA[self.method.criterion].score(weight, evidence)
-        if not bool(torch.isfinite(score).all()):
+        return self._finite(p, CRITERIA[self.method.criterion].score(weight, evidence))
+
+    def _finite(self, p: Projection, score: Tensor) -> Tensor:
+        if not bool(torch.isfinite(score.amax())):  # which is NaN if any is
             raise ModelError(f"{p.parameter_name} ({p.name}) has inputs or factors that are not finite")
         return score
 

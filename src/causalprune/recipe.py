@@ -12,7 +12,7 @@ import yaml
 from causalprune.calibration import Chat
 from causalprune.errors import OptionError, unknown
 from causalprune.measuring import Estimator, Question
-from causalprune.pruning import N_OF_M, Method, pattern_sparsity
+from causalprune.methods import N_OF_M, Method, pattern_sparsity
 
 DEFAULT_SPARSITY = 0.2
 RECIPES = Path(__file__).parent / "recipes"

@@ -23,8 +23,9 @@ from causalprune.criteria import CRITERIA
 from causalprune.errors import CheckpointError, MismatchError, OptionError
 from causalprune.evaluation import Settings, check_tasks, evaluate, evaluation_contents
 from causalprune.ledger import Ledger
+from causalprune.methods import Method
 from causalprune.provenance import git_commit, versions
-from causalprune.pruning import Method, Pruned, manifest, prune
+from causalprune.pruning import Pruned, manifest, prune
 from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec, Recipe
 from causalprune.results import RESULTS, write_json, write_results
 from causalprune.stability import DRAWS, Pairs, stability

@@ -59,13 +59,12 @@ class Entry:
 
     def read(self) -> Tensor:
         """Return the tensor, read from the file."""
-        data = bytearray(self.stop - self.start)
+        data = torch.empty(self.stop - self.start, dtype=torch.uint8)
+        room: Any = data.numpy()
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
-            _fill(file, memoryview(data), self)
-        if not data:
-            return torch.empty(self.shape, dtype=self.dtype)
-        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+            _fill(file, memoryview(room), self)
+        return data.view(self.dtype).view(self.shape)
 
     def chunks(self) -> Iterator[tuple[int, memoryview]]:
         """Yield pieces of the tensor's bytes with their places in the file; each is overwritten by the next."""

@@ -5,31 +5,30 @@ is copied bit for bit. Scores, thresholds and masks are made by `pruning`, so th
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from causalprune import checkpoint
-from causalprune.allocation import Threshold, prune_counts, threshold_of
 from causalprune.anatomy import expert_weight, fingerprint_of, raw_bytes
-from causalprune.criteria import CRITERIA, Evidence
-from causalprune.errors import CheckpointError, MismatchError, ModelError
+from causalprune.criteria import CRITERIA
+from causalprune.errors import CheckpointError, MismatchError
+from causalprune.methods import Method
 from causalprune.model import auto_dtype, skeleton
-from causalprune.pruning import Factors, Method, Pruned, head_factors, manifest, prune_by_value
+from causalprune.pruning import Factors, Pruned, head_factors, manifest, prune_by_value
 from causalprune.shards import INDEX, Entry, ShardWriter, inside, layout, open_checkpoint
+from causalprune.spectra import Spectra
 from causalprune.types import Decoder, Effects, Layer, Progress, Projection, silent
 
-HALF = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
-"""Dtypes of 16 bits, and the bits of their infinity."""
-SIGN = 0x7FFF
 LEFT_BEHIND = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx"}
 Sources = Mapping[str, Sequence[Entry]]  # where the values of each parameter of the model are, in their order
 
@@ -43,28 +42,66 @@ class Streamed:
 
 
 class Store:
-    """The stored matrix at hand: read from the source, written to its place in the copy when the next is wanted."""
+    """The stored matrix at hand: read from the source, written to its place in the copy when the next is wanted.
+
+    While one is at work the next in `order` is being read, and the one before it written.
+    """
 
     def __init__(self, total: int, on_progress: Progress) -> None:
         self.writers: dict[Path, ShardWriter] = {}
         self.changed = False
+        self.order: Mapping[Entry, Entry] = {}
+        """The entry that will be wanted after each."""
         self._at: Entry | None = None
         self._matrix = torch.empty(0)
+        self._reader, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._coming: tuple[Entry, Future[Tensor]] | None = None
+        self._going: Future[None] | None = None
         self._done, self._total, self._on_progress = 0, total, on_progress
 
     def get(self, entry: Entry) -> Tensor:
         """Return the matrix at `entry`, the same tensor as long as no other is asked for."""
         if self._at != entry:
-            self.flush()
-            self._matrix, self._at = entry.read(), entry
+            self._put()
+            ready = self._coming is not None and self._coming[0] == entry
+            self._matrix = self._coming[1].result() if ready and self._coming else entry.read()
+            self._at, after = entry, self.order.get(entry)
+            self._coming = None if after is None else (after, self._reader.submit(after.read))
             self.report(entry)
         return self._matrix
 
+    def _put(self) -> None:
+        if self._at is not None and self.changed:
+            self.wait()
+            write = self.writers[self._at.file].write
+            self._going = self._writer.submit(write, self._at.start, raw_bytes(self._matrix))
+        self.changed, self._at = False, None
+
+    def wait(self) -> None:
+        """Return when what was written before is written."""
+        if self._going is not None:
+            self._going.result()
+            self._going = None
+
     def flush(self) -> None:
         """Write the matrix at hand if it was changed."""
-        if self._at is not None and self.changed:
-            self.writers[self._at.file].write(self._at.start, raw_bytes(self._matrix))
-        self.changed, self._at = False, None
+        self._put()
+        self.wait()
+
+    def follow(self, entries: Iterable[Entry]) -> None:
+        """Take note of the order in which matrices will be wanted."""
+        order = list(dict.fromkeys(entries))
+        self.order = dict(pairwise(order))
+
+    def settle(self) -> None:
+        """Let what is being written end, well or badly: its file is about to be closed."""
+        if self._going is not None:
+            wait([self._going])
+
+    def close(self) -> None:
+        """End reading ahead and writing behind."""
+        for pool in (self._reader, self._writer):
+            pool.shutdown(cancel_futures=True)
 
     def copy(self, entry: Entry) -> None:
         """Copy a tensor bit for bit."""
@@ -94,6 +131,11 @@ class StoredProjection(Projection):
         super().write(weight)
         self.store.changed = True
 
+    def erase(self, goes: Bool[Tensor, "out in"]) -> None:
+        """Set weights of the matrix at hand to zero, which the store writes to the copy."""
+        super().erase(goes)
+        self.store.changed = True
+
     @property
     def device(self) -> torch.device:
         """Where `read` gives the matrix."""
@@ -121,107 +163,71 @@ def prune_stream(
     """
     checkpoint.check_destination(output, overwrite)
     files, entries = open_checkpoint(source)
-    store = Store(sum(e.stop - e.start for e in entries.values()) * 2, on_progress)
-    decoder, sources = _opened(source, entries, store)
-    factors: Factors = {}
-    if CRITERIA[method.criterion].needs == "effects":
-        factors = head_factors(decoder, effects, found=None)
-    spectra = Spectra(method, factors)
-    found = _survey(decoder, sources, _dtype(source, entries), spectra)
-    if factors and effects is not None and effects.model_fingerprint != found:
-        raise MismatchError(f"the effects were measured on another model or revision than {source}")
-    decoder = replace(decoder, fingerprint=found)
-    pruned = prune_by_value(decoder, method, factors, threshold=spectra.threshold(decoder))
-    with checkpoint.complete(output, overwrite) as folder:
-        _check_room(folder, files, decoder)
-        with ExitStack() as stack:
-            for file in files:
-                store.writers[file] = ShardWriter.like(file, folder / file.name)
-                stack.callback(store.writers[file].close)
-            rows = []
-            with KeepWriter(folder / checkpoint.KEEP, decoder.projections) as keeps:
-                for p, keep in pruned:
-                    rows.append(checkpoint.count(p))
-                    keeps.write(p.name, keep)
-            store.flush()
-            pool = {p.parameter_name for p in decoder.projections}
-            done = {e.name for name, parts in sources.items() if name in pool for e in parts}
-            for entry in entries.values():
-                if entry.name not in done:
-                    store.copy(entry)
-        if factors and effects is not None:
-            checkpoint.save_effects(effects, folder / checkpoint.EFFECTS)
-        _copy_rest(source, folder)
-        record = {**manifest(Pruned(method, {}, ()), None, effects), "streamed": True}
-        checkpoint.write_manifest(folder, decoder, record, rows)
+    size = sum(e.stop - e.start for e in entries.values())
+    with closing(Store(2 * size, on_progress)) as store:
+        decoder, sources = _opened(source, entries, store)
+        factors: Factors = {}
+        if CRITERIA[method.criterion].needs == "effects":
+            factors = head_factors(decoder, effects, found=None)
+        spectra = Spectra(method, factors)
+        found = _survey(decoder, sources, _dtype(source, entries), spectra)
+        if factors and effects is not None and effects.model_fingerprint != found:
+            raise MismatchError(f"the effects were measured on another model or revision than {source}")
+        decoder = replace(decoder, fingerprint=found)
+        pruned = prune_by_value(decoder, method, factors, threshold=spectra.threshold(decoder))
+        with checkpoint.complete(output, overwrite) as folder:
+            _check_room(folder, files, decoder)
+            rows = _write(
+                pruned, _pool(decoder), store, entries, {file: folder / file.name for file in files}
+            )
+            if factors and effects is not None:
+                checkpoint.save_effects(effects, folder / checkpoint.EFFECTS)
+            _copy_rest(source, folder)
+            record = {**manifest(Pruned(method, {}, ()), None, effects), "streamed": True}
+            checkpoint.write_manifest(folder, decoder, record, rows)
     return Streamed(sum(row["weights"] for row in rows), sum(row["zeros"] for row in rows))
+
+
+def _write(
+    pruned: Iterator[tuple[Projection, Tensor]],
+    pool: Sequence["StoredProjection"],
+    store: Store,
+    entries: Mapping[str, Entry],
+    targets: Mapping[Path, Path],
+) -> list[dict[str, Any]]:
+    """Write all tensors to their places in new files, and the masks; return the counts of zeros."""
+    rows = []
+    store.follow(p.entry for p in pool)
+    with ExitStack() as stack:
+        for source, target in targets.items():
+            store.writers[source] = ShardWriter.like(source, target)
+            stack.callback(store.writers[source].close)
+        stack.callback(store.settle)
+        keep_file = next(iter(targets.values())).with_name(checkpoint.KEEP)
+        keeps = stack.enter_context(KeepWriter(keep_file, pool))
+        for p, keep in pruned:
+            rows.append(checkpoint.count(p))
+            keeps.write(p.name, keep)
+        store.flush()
+        touched = {p.entry.name for p in pool}
+        for entry in entries.values():
+            if entry.name not in touched:
+                store.copy(entry)
+    return rows
 
 
 def stored_fingerprint(source: Path, on_progress: Progress = silent) -> str:
     """Return the fingerprint that the model in a local folder has when it is loaded, reading its files once."""
     _, entries = open_checkpoint(source)
-    store = Store(sum(e.stop - e.start for e in entries.values()), on_progress)
-    decoder, sources = _opened(source, entries, store)
-    return _survey(decoder, sources, _dtype(source, entries), Spectra(Method("magnitude", 0.5), {}))
+    with closing(Store(sum(e.stop - e.start for e in entries.values()), on_progress)) as store:
+        decoder, sources = _opened(source, entries, store)
+        return _survey(decoder, sources, _dtype(source, entries), Spectra(Method("magnitude", 0.5), {}))
 
 
 def _opened(source: Path, entries: Mapping[str, Entry], store: Store) -> tuple[Decoder, Sources]:
     bare = skeleton(source)
     sources = _sources(bare, entries)
     return _with_stored(bare, sources, store), sources
-
-
-class Spectra:
-    """How often each value occurs: enough to find a global threshold among 16-bit weights without scoring them twice.
-
-    The score of such a weight has 2^15 possible values for each factor, whatever the size of the model.
-    """
-
-    def __init__(self, method: Method, factors: Factors) -> None:
-        criterion = CRITERIA[method.criterion]
-        self._wanted = method.resolved_scope == "global" and criterion.needs in ("weights", "effects")
-        self._method, self._factors, self._score = method, factors, criterion.score
-        self._values: list[Tensor] = []
-        self._times: list[Tensor] = []
-        self._complete = True
-
-    def add(self, p: Projection) -> None:
-        """Check that the weights of a projection are finite, and count them."""
-        weight = p.read()
-        half = weight.dtype in HALF
-        patterns = weight.view(torch.int16) & SIGN if half else None
-        finite = torch.isfinite(weight).all() if patterns is None else patterns.amax() < HALF[weight.dtype]
-        if not bool(finite):
-            raise ModelError(
-                f"{p.parameter_name} ({p.name}) has weights that are not finite: use an intact copy"
-            )
-        if patterns is None:
-            self._complete = False
-        elif self._wanted:
-            for factor, part in _by_factor(patterns, self._factors.get(p.name)):
-                times = torch.bincount(part.flatten(), minlength=SIGN + 1)
-                there = times.nonzero()[:, 0]
-                values = there.to(torch.int16).view(weight.dtype)[:, None]
-                self._values.append(self._score(values, Evidence(factor=factor))[:, 0])
-                self._times.append(times[there])
-
-    def threshold(self, decoder: Decoder) -> Threshold | None:
-        """Return the threshold of scope `global`, or None where it has to be found from the scores themselves."""
-        if not self._wanted or not self._complete:
-            return None
-        count = prune_counts([sum(p.size for p in decoder.projections)], self._method.sparsity)[0]
-        return threshold_of(torch.cat(self._values), torch.cat(self._times), count)
-
-
-def _by_factor(patterns: Tensor, factor: Tensor | None) -> Iterator[tuple[Tensor | None, Tensor]]:
-    """Yield the parts of a matrix whose weights share a factor, with that factor as `[1 1]`."""
-    if factor is None or factor.numel() == 1:
-        yield factor, patterns
-        return
-    along = 0 if factor.shape[1] == 1 else 1
-    for value in factor.unique():
-        index = (factor.flatten() == value).nonzero()[:, 0]
-        yield value.view(1, 1), patterns.index_select(along, index)
 
 
 class KeepWriter:
@@ -247,8 +253,7 @@ class KeepWriter:
 def _survey(decoder: Decoder, sources: Sources, dtype: torch.dtype, spectra: Spectra) -> str:
     """Read everything once: check it, count it, and return the fingerprint that the loaded model would have."""
     pool: dict[Entry, list[StoredProjection]] = {}
-    for p in decoder.projections:
-        assert isinstance(p, StoredProjection)
+    for p in _pool(decoder):
         pool.setdefault(p.entry, []).append(p)
 
     def count(own: Sequence[Projection]) -> None:
@@ -268,8 +273,14 @@ def _survey(decoder: Decoder, sources: Sources, dtype: torch.dtype, spectra: Spe
             else:
                 yield raw_bytes(entry.read().to(dtype))
 
+    names = sorted(sources)
+    _pool(decoder)[0].store.follow(e for name in names for e in _regions(sources[name], pool) if e in pool)
     with ThreadPoolExecutor(1) as workers:
-        return fingerprint_of(decoder.model, ((name, dtype, pieces(name)) for name in sorted(sources)))
+        return fingerprint_of(decoder.model, ((name, dtype, pieces(name)) for name in names))
+
+
+def _pool(decoder: Decoder) -> list[StoredProjection]:
+    return [p for p in decoder.projections if isinstance(p, StoredProjection)]
 
 
 def _regions(entries: Sequence[Entry], pool: Mapping[Entry, Any]) -> Iterator[Entry]:

@@ -71,6 +71,12 @@ class Projection:
         stored = self.stored().T if self.transposed else self.stored()
         stored[slice(None) if self.rows is None else self.rows] = weight.to(stored)
 
+    def erase(self, goes: Bool[Tensor, "out in"]) -> None:
+        """Set weights to zero, in place."""
+        weight = self.read().masked_fill_(goes, 0)
+        if isinstance(self.rows, Tensor):  # what was read is a copy
+            self.write(weight)
+
     @property
     def shape(self) -> tuple[int, int]:
         """`(out, in)`."""

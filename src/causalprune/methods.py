@@ -1,0 +1,73 @@
+"""What names a way to prune: criterion, scope, update and sparsity."""
+
+import re
+from dataclasses import dataclass
+
+from causalprune.criteria import CRITERIA, SCOPES, UPDATES, Update
+from causalprune.errors import OptionError, unknown
+from causalprune.obs import BLOCK
+
+N_OF_M = re.compile(r"([1-9]\d*):([1-9]\d*)")
+
+
+def pattern_sparsity(scope: str) -> float | None:
+    """Return the sparsity of a pattern such as `2:4` (of 4 neighbouring inputs 2 stay), None for other scopes."""
+    found = N_OF_M.fullmatch(scope)
+    if found is None or not int(found[1]) < int(found[2]) <= BLOCK:
+        return None
+    return 1 - int(found[1]) / int(found[2])
+
+
+@dataclass(frozen=True)
+class Method:
+    """A criterion, a scope, an update and a sparsity: everything that names a way to prune.
+
+    `sparsity` is the fraction of the pool's weights set to zero, between 0 and 1. `scope` says among which
+    weights scores are compared: `row`, `matrix` (sparsegpt: each block of 128 columns), `global`, or
+    a pattern such as `2:4`, where of 4 neighbouring inputs 2 stay (its sparsity must be 0.5). `update` is what kept
+    weights do for those that go: nothing (`none`), make up for them column by column (`obs`), be fitted anew to the
+    outputs matrix by matrix (`refit`), or after that be trained on the intact model's predictions (`distill`). Where scope or update are None, the criterion's own hold.
+    """
+
+    criterion: str
+    sparsity: float
+    scope: str | None = None
+    seed: int = 0
+    update: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.criterion not in CRITERIA:
+            raise unknown("method", self.criterion, CRITERIA)
+        pattern = pattern_sparsity(self.scope or "")
+        if self.scope is not None and self.scope not in SCOPES and pattern is None:
+            raise unknown("scope", self.scope, [*SCOPES, "2:4"])
+        if self.update is not None and self.update not in UPDATES:
+            raise unknown("update", self.update, UPDATES)
+        if not 0 < self.sparsity < 1:
+            raise OptionError(f"sparsity must be between 0 and 1 (both excluded), not {self.sparsity}")
+        if pattern is not None and self.sparsity != pattern:
+            raise OptionError(f"{self.scope} is a sparsity of {pattern:g}, not {self.sparsity:g}")
+
+    @property
+    def resolved_scope(self) -> str:
+        """The scope asked for, or the criterion's own."""
+        return self.scope or CRITERIA[self.criterion].scope
+
+    @property
+    def resolved_update(self) -> Update:
+        """The update asked for, or the criterion's own."""
+        return next((u for u in UPDATES if u == self.update), CRITERIA[self.criterion].update)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether inputs of matrices on calibration data are looked at."""
+        return self.walks > 0
+
+    @property
+    def walks(self) -> int:
+        """How often the calibration tokens go through all layers: twice where scores need one walk, and updates one."""
+        looks, updates = (
+            CRITERIA[self.criterion].needs in ("inputs", "moments"),
+            self.resolved_update != "none",
+        )
+        return looks + updates if self.resolved_scope == "global" else int(looks or updates)
