@@ -74,6 +74,24 @@ def reliability() -> str:
     return "\n".join(lines) + f"\n\nReference: {drawn['sequences']} problems, exact.\n"
 
 
+def large() -> str:
+    """What streaming an 8-billion-parameter checkpoint costs."""
+    path = RESULTS / "large.json"
+    record = read_json(path) if path.exists() else {"raw": {}}
+    if "eight" not in record["raw"]:
+        return "Not measured yet.\n"
+    own, machine = record["raw"]["eight"], record["machine"]
+    rows = [
+        ("checkpoint", f"{own['bytes'] / 1e9:.1f} GB in bfloat16, the shape of Llama 3 8B"),
+        ("copying its files", f"{own['copy_seconds']:.0f} s"),
+        ("`prune --stream --method cap --sparsity 0.5`", f"{own['prune_seconds']:.0f} s"),
+        ("largest resident set", f"{own['peak_rss_bytes'] / 2**30:.2f} GiB"),
+        ("weights that are zero, and wanted", f"{own['zeros']:,} and {own['wanted']:,}"),
+    ]
+    lines = [f"| {machine['cores']} cores, {machine['cpu']} | |", "|---|---:|"]
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows)]) + "\n"
+
+
 def _attribution(step: str) -> Any:
     path = RESULTS / "attribution.json"
     return read_json(path)["raw"].get(step) if path.exists() else None
@@ -84,6 +102,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "cost": cost,
     "reliability": reliability,
+    "large": large,
 }
 
 

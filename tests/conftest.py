@@ -1,6 +1,7 @@
 """Shapes in signatures are checked in every test; models and data that may be absent are fixtures."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,7 +12,9 @@ from jaxtyping import install_import_hook
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "src" / "causalprune"
 CHECKED = [
-    f"causalprune.{path.stem}" for path in PACKAGE.glob("*.py") if path.stem not in ("cli", "options")
+    f"causalprune.{path.stem}"
+    for path in PACKAGE.glob("*.py")
+    if not path.stem.startswith(("cli", "options"))
 ]  # typer reads its types
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network; read when huggingface_hub is imported
@@ -49,3 +52,23 @@ def data_dir() -> Path:
     """Return the folder of the data sets, from CAUSALPRUNE_DATA or beside the repository."""
     path = Path(os.environ.get("CAUSALPRUNE_DATA", REPOSITORY.parent / "shared" / "data"))
     return path if path.is_dir() else unavailable(f"no data sets in {path}: set CAUSALPRUNE_DATA")
+
+
+Run = Callable[..., tuple[int, str, str]]
+"""Runs the command line in this process: exit code, output, errors."""
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.delenv("CAUSALPRUNE_DATA", raising=False)
+
+    from causalprune.cli import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    return call

@@ -1,10 +1,10 @@
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from conftest import Run
 from families import FAMILIES
 from tinydata import tiny_decoder, write_data, write_jsonl
 from transformers import (
@@ -18,22 +18,6 @@ from transformers import (
 
 from causalprune.cli import main
 from causalprune.results import read_json
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.delenv("CAUSALPRUNE_DATA", raising=False)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -379,13 +363,20 @@ def test_json_of_inspect_is_json(run: Run, model: Path) -> None:
     assert json.loads(out)["heads"] == 4
 
 
-def test_a_checkpoint_is_pruned_from_file_to_file(run: Run, model: Path, tmp_path: Path) -> None:
-    arguments = ("--method", "magnitude:global", "--sparsity", "0.5")
-    code, out, err = run("prune", model, "-o", tmp_path / "out", *arguments, "--stream")
+def test_shares_are_measured_apart_and_merged(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
+    common = ("-t", "gsm8k", "-n", 3, "--data-dir", data)
+    for shard in ("1/2", "2/2"):
+        code, out, err = run("attribute", model, "-o", tmp_path / "out", *common, "--shard", shard)
+        assert code == 0, err
+        assert f"share {shard}" in out
+    shares = [tmp_path / "out" / f"effects.{i}-of-2.json" for i in (1, 2)]
+    code, out, err = run("merge", *shares, "-o", tmp_path / "merged.json")
     assert code == 0, err
-    assert "(50.0000%)" in out
-    assert run("verify", tmp_path / "out")[0] == 0
-    code, _, err = run("prune", model, "-o", tmp_path / "two", *arguments, "--stream", "--dtype", "float16")
-    assert code == 2
-    assert "keeps the dtype" in err
-    assert not (tmp_path / "two").exists()
+    assert run("attribute", model, "-o", tmp_path / "whole", *common)[0] == 0
+    values = [
+        json.loads(p.read_text())["masked_nats"]
+        for p in (tmp_path / "merged.json", tmp_path / "whole/effects.json")
+    ]
+    assert values[0] == values[1]
+    assert run("merge", shares[0], "-o", tmp_path / "half.json")[0] == 2
+    assert run("attribute", model, "-o", tmp_path / "bad", *common, "--shard", "half")[0] == 2

@@ -55,6 +55,7 @@ LAYERS: dict[str, set[str]] = {
         "obs",
     }
     | {"statistics", "uncertainty"},
+    "merging": set(),
     "kept": {"anatomy", "checkpoint", "model"},
     "shards": set(),
     "spectra": {"allocation", "criteria", "methods", "pruning"},
@@ -64,7 +65,14 @@ LAYERS: dict[str, set[str]] = {
     "plan": {"calibration", "checkpoint", "criteria", "data", "embedded", "evaluation", "model", "recipe"},
     "tables": {"plan", "results", "uncertainty", "verification"},
 }
-TOP = ("run", "cli", "__init__", "__main__")  # may import LAYERS and what precedes
+TOP = (
+    "run",
+    "cli_measuring",
+    "cli_pruning",
+    "cli",
+    "__init__",
+    "__main__",
+)  # may import LAYERS and what precedes
 
 ANYWHERE = {"torch", "jaxtyping"}
 THIRD_PARTIES: dict[str, set[str]] = {
@@ -87,9 +95,9 @@ THIRD_PARTIES: dict[str, set[str]] = {
         "uncertainty",
     },
     "scipy": {"results", "uncertainty"},
-    "typer": {"cli", "options"},
+    "typer": {"cli", "cli_measuring", "cli_pruning", "options"},
     "click": {"cli"},
-    "rich": {"cli", "progress", "tables"},
+    "rich": {"options", "progress", "tables"},
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Run
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
 
@@ -268,3 +269,16 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(CheckpointError, match="are needed"):
         prune_stream(source, tmp_path / "out", Method("magnitude", 0.5))
+
+
+def test_a_checkpoint_is_pruned_from_file_to_file(run: Run, tmp_path: Path) -> None:
+    model = saved("llama3", tmp_path / "source")
+    arguments = ("--method", "magnitude:global", "--sparsity", "0.5")
+    code, out, err = run("prune", model, "-o", tmp_path / "out", *arguments, "--stream")
+    assert code == 0, err
+    assert "(50.0000%)" in out
+    assert run("verify", tmp_path / "out")[0] == 0
+    code, _, err = run("prune", model, "-o", tmp_path / "two", *arguments, "--stream", "--dtype", "float16")
+    assert code == 2
+    assert "keeps the dtype" in err
+    assert not (tmp_path / "two").exists()

@@ -6,8 +6,9 @@ Three estimators with one signature and one return type: `exact` measures every 
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -15,6 +16,7 @@ from causalprune.measuring import Estimator, Question, Workbench
 from causalprune.sampling import Allocation, next_cells, settled
 from causalprune.types import Calibration, Decoder, Effects, Progress, silent
 
+Job: TypeAlias = tuple[int, int]  # a batch and a layer
 ROUNDS = 4
 """Times that `adaptive` looks at what it has learnt and decides anew where to measure, in a budget."""
 DEFAULT_BUDGET = 20.0
@@ -45,21 +47,36 @@ def exact(work: Workbench, on_progress: Progress = silent) -> Effects:
     """Measure every cell, layer by layer, from the cached input of the layer.
 
     Costs about half of one forward pass per unit and sequence: a masked pass skips the layers before.
+    With a share of the jobs, the cells of the others stay unmeasured (NaN).
     """
     cells = {
         (number, layer): [(u, row) for u in work.units_of(layer) for row in range(len(batch.indices))]
         for number, batch in enumerate(work.groups)
         for layer in range(work.depth)
     }
-    total = sum(work.cost(*job, len(cells[job])) for job in cells)
-    done = 0.0
+    costs = {job: work.cost(*job, len(own)) for job, own in cells.items()}
+    mine = share_of(costs, *work.estimator.share)
+    total, done = sum(costs[job] for job in mine), 0.0
     for (number, layer), own in cells.items():
         if layer == 0:
             work.measure_intact(number)
+        if (number, layer) not in mine:
+            continue
         work.measure(f"{number}:{layer}", number, layer, own)
         done += work.cost(number, layer, len(own))
         on_progress(round(done), round(total))
     return work.effects()
+
+
+def share_of(costs: Mapping[Job, float], index: int, parts: int) -> Set[Job]:
+    """Return the jobs of one of several parts: the longest first, each to the part with least to do."""
+    loads, mine = [0.0] * parts, set()
+    for job in sorted(costs, key=lambda job: -costs[job]):
+        least = loads.index(min(loads))
+        loads[least] += costs[job]
+        if least == index - 1:
+            mine.add(job)
+    return mine
 
 
 def gradient(work: Workbench, on_progress: Progress = silent) -> Effects:

@@ -55,6 +55,7 @@ class Estimator:
     has to be; with `until_certain` it stops as soon as the top fifth of the units is settled at 95 %. `draws`
     is how often labels are drawn for the second-order term of predictions, `gates` where derivatives are taken.
     A forward pass holds `max_batch_tokens`; inputs of layers are kept up to `cache_gib`, else computed again.
+    `share` (i, n) measures the i-th of n parts of the jobs alone: for runs side by side, joined by `merging.merge`.
     """
 
     name: Literal["exact", "gradient", "adaptive"] = "exact"
@@ -65,8 +66,15 @@ class Estimator:
     seed: int = 0
     max_batch_tokens: int = 2048
     cache_gib: float = 1.0
+    share: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
+        if not 1 <= self.share[0] <= self.share[1]:
+            raise OptionError(
+                f"share {self.share[0]}/{self.share[1]}: the first number counts from 1 to the second"
+            )
+        if self.share[1] > 1 and self.name != "exact":
+            raise OptionError(f"only the estimator 'exact' can be shared out, not {self.name!r}")
         if self.name not in ("exact", "gradient", "adaptive"):
             raise unknown("estimator", self.name, ("exact", "gradient", "adaptive"))
         if self.budget is not None and not self.budget > 1:
@@ -75,6 +83,10 @@ class Estimator:
             raise OptionError(f"a budget belongs to the estimator 'adaptive', not to {self.name!r}")
         if not self.gates or not all(0 <= gate <= 1 for gate in self.gates) or self.draws < 0:
             raise OptionError("gates must lie between 0 and 1, and draws must not be negative")
+
+
+ELSEWHERE = ("cache_gib", "share")
+"""Fields of an estimator that change where and when values are computed, and not the values."""
 
 
 class Workbench:
@@ -143,7 +155,7 @@ class Workbench:
                 "calibration": self.calibration.fingerprint,
                 "batches": hashlib.sha256(composition.encode()).hexdigest(),
                 **asdict(self.question),
-                "estimator": {k: v for k, v in asdict(self.estimator).items() if k != "cache_gib"},
+                "estimator": {k: v for k, v in asdict(self.estimator).items() if k not in ELSEWHERE},
             },
         )
         return self._book

@@ -1,9 +1,19 @@
-"""Options that several commands share: type, name and help, written once."""
+"""The app, its console, and options that several commands share: type, name and help, written once."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Prune language models by what their attention heads are measured to do, and see what it costs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+console = Console()
 
 Model = Annotated[
     str, typer.Argument(help="Hub name, local folder, GGUF file, or `embedded` (SmolLM2-135M-Instruct).")
@@ -67,6 +77,12 @@ EstimatorName = Annotated[
 ]
 Budget = Annotated[
     str | None, typer.Option(help="Cost: `20x` is a twentieth of a whole pass per unit and example.")
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        help="`2/4` does the second quarter of the jobs: for machines side by side, joined by `merge`."
+    ),
 ]
 UntilCertain = Annotated[
     bool, typer.Option("--until-certain", help="Stop when the top fifth of the units is settled at 95 %.")

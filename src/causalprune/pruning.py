@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from causalprune.ablation import LayerInputs, capture, run_layer
 from causalprune.allocation import (
-    Threshold,
     find_threshold,
     keep_above,
     keep_matrix,
@@ -112,19 +111,19 @@ def prune_by_value(
     method: Method,
     factors: Factors,
     *,
-    threshold: Threshold | None = None,
+    fixed: Iterator[Bool[Tensor, "out in"]] | None = None,
     on_progress: Progress = silent,
 ) -> Iterator[tuple[Projection, Bool[Tensor, "out in"]]]:
     """Prune matrix by matrix by the stored values alone, yielding each with what stays of it.
 
-    For weights that are somewhere else than in memory. A global `threshold` may be known already.
+    For weights that are somewhere else than in memory. What stays under scope `global` may be known already (`fixed`).
 
     Raises:
         OptionError: the method looks at inputs, or updates weights.
     """
     if method.walks:
         raise OptionError(f"{method.criterion!r} with its update needs a model that runs: leave out --stream")
-    return _Work(decoder, method, factors, on_progress, threshold).prune_layers()
+    return _Work(decoder, method, factors, on_progress).prune_layers(fixed)
 
 
 def _check_finite(decoder: Decoder) -> None:
@@ -138,15 +137,8 @@ def _check_finite(decoder: Decoder) -> None:
 class _Work:
     """The loops of one pruning run, and what it has seen of the inputs."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        method: Method,
-        factors: Factors,
-        on_progress: Progress,
-        threshold: Threshold | None = None,
-    ) -> None:
-        self.decoder, self.method, self.factors, self.threshold = decoder, method, factors, threshold
+    def __init__(self, decoder: Decoder, method: Method, factors: Factors, on_progress: Progress) -> None:
+        self.decoder, self.method, self.factors = decoder, method, factors
         self.groups: list[Batch] = []
         self.norms = InputNorms()
         self.moments = Moments()  # of the layer at hand
@@ -170,7 +162,7 @@ class _Work:
 
         count = prune_counts([sum(p.size for p in pool)], self.method.sparsity)[0]
         every = partial(map, scores, pool)
-        threshold = self.threshold or find_threshold(lambda: chain.from_iterable(every()), count)
+        threshold = find_threshold(lambda: chain.from_iterable(every()), count)
         for p in pool:
             parts = []
             for score in scores(p):
@@ -178,9 +170,10 @@ class _Work:
                 parts.append(keep)
             yield torch.cat(parts)
 
-    def prune_layers(self) -> Iterator[tuple[Projection, Tensor]]:
-        """Prune layer by layer, and yield each matrix with what stays of it."""
-        fixed = self.keep_globally() if self.method.resolved_scope == "global" else None
+    def prune_layers(self, fixed: Iterator[Tensor] | None = None) -> Iterator[tuple[Projection, Tensor]]:
+        """Prune layer by layer, and yield each matrix with what stays of it, which may be `fixed` already."""
+        if fixed is None and self.method.resolved_scope == "global":
+            fixed = self.keep_globally()
         if fixed is not None and self.method.walks:
             fixed = iter(list(fixed))  # scores are about the intact model: none may wait for pruned inputs
         pool, update = self.decoder.projections, self.method.resolved_update
@@ -194,7 +187,7 @@ class _Work:
                 choose = partial(_chosen, self.method.resolved_scope, by_name[p.name], p.shape)
                 weight, keep = self._solved(p, choose, None if fixed is None else next(fixed))
                 if weight is None:
-                    p.erase(~keep)
+                    p.erase(keep)
                 else:
                     p.write(torch.where(keep, weight, weight.new_zeros(())))
                 yield p, keep

@@ -42,12 +42,21 @@ def quiet(name: str) -> Iterator[Progress]:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How work is done: where data lies, tokens per forward pass, whether outputs are replaced, how to report."""
+    """How work is done: where data lies, tokens per forward pass, whether outputs are replaced, how to report.
+
+    `share` (i, n) does the i-th of n parts of an attribution, in files of its own.
+    """
 
     data_dir: Path | None = None
     batch_tokens: int = 2048
     overwrite: bool = False
     stage: Stage = quiet
+    share: tuple[int, int] = (1, 1)
+
+    def named(self, file: str) -> str:
+        """Return the name of a file of this share: `effects.2-of-4.json`."""
+        stem, dot, suffix = file.partition(".")
+        return file if self.share[1] == 1 else f"{stem}.{self.share[0]}-of-{self.share[1]}{dot}{suffix}"
 
 
 def run(
@@ -339,11 +348,11 @@ def _measured(
             decoder,
             calibration,
             wanted.question(),
-            wanted.method(options.batch_tokens),
-            ledger=folder / "attribution.ledger",
+            dataclasses.replace(wanted.method(options.batch_tokens), share=options.share),
+            ledger=folder / options.named("attribution.ledger"),
             on_progress=progress,
         )
-    save_effects(effects, folder / EFFECTS)
+    save_effects(effects, folder / options.named(EFFECTS))
     return effects
 
 

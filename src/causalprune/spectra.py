@@ -1,15 +1,16 @@
 """How often each value occurs among the weights: what a global threshold takes to be found in one reading."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from causalprune.allocation import Threshold, prune_counts, threshold_of
 from causalprune.criteria import CRITERIA, Evidence
 from causalprune.errors import ModelError
 from causalprune.methods import Method
-from causalprune.pruning import Factors
+from causalprune.pruning import BLOCK_WEIGHTS, Factors
 from causalprune.types import Decoder, Projection
 
 HALF = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
@@ -34,37 +35,86 @@ class Spectra:
     def add(self, p: Projection) -> None:
         """Check that the weights of a projection are finite, and count them."""
         weight = p.read()
-        half = weight.dtype in HALF
-        patterns = weight.view(torch.int16) & SIGN if half else None
-        finite = torch.isfinite(weight).all() if patterns is None else patterns.amax() < HALF[weight.dtype]
-        if not bool(finite):
+        finite = True
+        if weight.dtype not in HALF:
+            self._complete, finite = False, bool(torch.isfinite(weight).all())
+        else:
+            for factor, part in _by_factor(weight, self._factors.get(p.name)):
+                times = _histogram(part)
+                finite &= not bool(times[HALF[weight.dtype] :].any())
+                there = times[: HALF[weight.dtype]].nonzero()[:, 0]
+                if self._wanted:
+                    values = there.to(torch.int16).view(weight.dtype)[:, None]
+                    self._values.append(self._score(values, Evidence(factor=factor))[:, 0])
+                    self._times.append(times[there])
+        if not finite:
             raise ModelError(
                 f"{p.parameter_name} ({p.name}) has weights that are not finite: use an intact copy"
             )
-        if patterns is None:
-            self._complete = False
-        elif self._wanted:
-            for factor, part in _by_factor(patterns, self._factors.get(p.name)):
-                times = torch.bincount(part.flatten(), minlength=SIGN + 1)
-                there = times.nonzero()[:, 0]
-                values = there.to(torch.int16).view(weight.dtype)[:, None]
-                self._values.append(self._score(values, Evidence(factor=factor))[:, 0])
-                self._times.append(times[there])
 
-    def threshold(self, decoder: Decoder) -> Threshold | None:
-        """Return the threshold of scope `global`, or None where it has to be found from the scores themselves."""
+    def keeps(self, decoder: Decoder) -> Iterator[Bool[Tensor, "out in"]] | None:
+        """Yield what stays of matrix after matrix under scope `global`, or return None where scores have to be ranked."""
         if not self._wanted or not self._complete:
             return None
         count = prune_counts([sum(p.size for p in decoder.projections)], self._method.sparsity)[0]
-        return threshold_of(torch.cat(self._values), torch.cat(self._times), count)
+        threshold = threshold_of(torch.cat(self._values), torch.cat(self._times), count)
+        return self._keeps(decoder.projections, threshold)
+
+    def _keeps(self, pool: Sequence[Projection], threshold: Threshold) -> Iterator[Tensor]:
+        left = threshold.ties
+        for p in pool:
+            weight = p.read()
+            first, cut = self._cuts(p, weight.dtype, threshold)
+            keep, tied = torch.empty(weight.shape, dtype=torch.bool), None
+            rows = max(BLOCK_WEIGHTS // weight.shape[1], 1)
+            blocks = [slice(at, at + rows) for at in range(0, len(weight), rows)]
+            for block in blocks:
+                patterns = weight[block].view(torch.int16) & SIGN
+                torch.ge(patterns, cut if len(cut) == 1 else cut[block], out=keep[block])
+            if bool((first < cut).any()):
+                tied = ((weight.view(torch.int16) & SIGN) >= first) & ~keep
+                there = int(torch.count_nonzero(tied))
+                if there > left:
+                    keep |= tied & (tied.flatten().cumsum(0) > left).view(tied.shape)
+                left -= min(there, left)
+            yield keep
+
+    def _cuts(self, p: Projection, dtype: torch.dtype, threshold: Threshold) -> tuple[Tensor, Tensor]:
+        """Return the first bits that score as much as the threshold, and the first that score more, by factor.
+
+        Scores rise with |w|, whose bits are in its order, so what stays is a matter of comparing bits.
+        """
+        limit = torch.tensor(threshold.bits, dtype=torch.int32).view(torch.float32)
+        every = torch.arange(HALF[dtype]).to(torch.int16).view(dtype)[:, None]
+        factor = self._factors.get(p.name)
+        found = []
+        for value in [None] if factor is None else factor.flatten().unique_consecutive():
+            own = None if value is None else value.view(1, 1)
+            scores = self._score(every, Evidence(factor=own))
+            found.append(torch.stack([(scores < limit).sum(), (scores <= limit).sum()]))
+        bounds = torch.stack(found, 1).to(torch.int16)
+        if factor is None:
+            return bounds[0].view(1, 1), bounds[1].view(1, 1)
+        place = factor.flatten().unique_consecutive(return_inverse=True)[1]
+        return bounds[0][place].view(factor.shape), bounds[1][place].view(factor.shape)
 
 
-def _by_factor(patterns: Tensor, factor: Tensor | None) -> Iterator[tuple[Tensor | None, Tensor]]:
-    """Yield the parts of a matrix whose weights share a factor, with that factor as `[1 1]`."""
-    if factor is None or factor.numel() == 1:
-        yield factor, patterns
+def _histogram(weight: Tensor) -> Tensor:
+    """Return how often each pattern of bits occurs, but for the sign."""
+    times = torch.zeros(SIGN + 1, dtype=torch.long)
+    rows = max(BLOCK_WEIGHTS // weight.shape[1], 1)
+    for block in weight.view(torch.int16).split(rows):
+        times += torch.bincount((block & SIGN).flatten(), minlength=SIGN + 1)
+    return times
+
+
+def _by_factor(weight: Tensor, factor: Tensor | None) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """Yield neighbouring rows or columns that share a factor, with that factor as `[1 1]`."""
+    if factor is None:
+        yield None, weight
         return
     along = 0 if factor.shape[1] == 1 else 1
-    for value in factor.unique():
-        index = (factor.flatten() == value).nonzero()[:, 0]
-        yield value.view(1, 1), patterns.index_select(along, index)
+    values, lengths = factor.flatten().unique_consecutive(return_counts=True)
+    parts = weight.split(lengths.tolist(), dim=along) if factor.numel() > 1 else [weight]
+    for value, part in zip(values, parts, strict=True):
+        yield value.view(1, 1), part

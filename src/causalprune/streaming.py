@@ -131,9 +131,9 @@ class StoredProjection(Projection):
         super().write(weight)
         self.store.changed = True
 
-    def erase(self, goes: Bool[Tensor, "out in"]) -> None:
+    def erase(self, keep: Bool[Tensor, "out in"]) -> None:
         """Set weights of the matrix at hand to zero, which the store writes to the copy."""
-        super().erase(goes)
+        super().erase(keep)
         self.store.changed = True
 
     @property
@@ -174,7 +174,7 @@ def prune_stream(
         if factors and effects is not None and effects.model_fingerprint != found:
             raise MismatchError(f"the effects were measured on another model or revision than {source}")
         decoder = replace(decoder, fingerprint=found)
-        pruned = prune_by_value(decoder, method, factors, threshold=spectra.threshold(decoder))
+        pruned = prune_by_value(decoder, method, factors, fixed=spectra.keeps(decoder))
         with checkpoint.complete(output, overwrite) as folder:
             _check_room(folder, files, decoder)
             rows = _write(

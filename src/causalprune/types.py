@@ -38,6 +38,9 @@ def silent(done: int, total: int) -> None:
     """Report nothing: the default `Progress`."""
 
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 @dataclass(frozen=True, eq=False)
 class Projection:
     """One prunable weight matrix, seen as `[out in]` however the model stores it.
@@ -71,9 +74,16 @@ class Projection:
         stored = self.stored().T if self.transposed else self.stored()
         stored[slice(None) if self.rows is None else self.rows] = weight.to(stored)
 
-    def erase(self, goes: Bool[Tensor, "out in"]) -> None:
-        """Set weights to zero, in place."""
-        weight = self.read().masked_fill_(goes, 0)
+    def erase(self, keep: Bool[Tensor, "out in"]) -> None:
+        """Set weights to zero but where `keep` is True, in place.
+
+        By multiplying the bits with 0 or 1, some rows at a time: ten times faster than a masked assignment.
+        """
+        weight = self.read()
+        bits = weight.view(_INTEGERS[weight.element_size()])
+        rows = max(2**21 // weight.shape[1], 1)
+        for at in range(0, len(bits), rows):
+            bits[at : at + rows].mul_(keep[at : at + rows])
         if isinstance(self.rows, Tensor):  # what was read is a copy
             self.write(weight)
 

@@ -1,0 +1,105 @@
+"""Commands that make and check pruned checkpoints."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from causalprune import options as opt
+from causalprune.errors import OptionError
+from causalprune.options import app, console
+
+
+@app.command()
+def prune(
+    model: opt.Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pruned checkpoint.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="sparsegpt, wanda, magnitude, cap or random; with a scope as in magnitude:global or a pattern "
+            "as in wanda:2:4; with an update of the kept weights (obs, refit, distill) as in sparsegpt+distill."
+        ),
+    ] = "cap",
+    sparsity: Annotated[
+        str | None,
+        typer.Option(help="Share of the prunable weights set to zero (default 0.2, or the pattern's own)."),
+    ] = None,
+    effects: Annotated[
+        Path | None, typer.Option(help="effects.json of `attribute` (cap; else measured first).")
+    ] = None,
+    task: opt.Task = ["gsm8k"],  # noqa: B006
+    n: opt.N = 128,
+    subsets: opt.Subsets = 3,
+    seed: opt.Seed = 0,
+    max_tokens: opt.MaxTokens = 512,
+    chat: opt.Chat = "auto",
+    data_dir: opt.DataDir = None,
+    batch_tokens: opt.BatchTokens = 2048,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "cpu",
+    device_map: opt.DeviceMap = None,
+    trust_remote_code: opt.Trust = False,
+    overwrite: opt.Overwrite = False,
+    stream: opt.Stream = False,
+) -> None:
+    """Prune a model and save it as a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    With `cap` and no `--effects`, the heads are measured first; that part survives a kill.
+    """
+    from causalprune import tables
+    from causalprune.progress import shown
+    from causalprune.recipe import CalibrationSpec, ModelSpec, parse_method
+    from causalprune.run import Options, prune_checkpoint, prune_streamed
+
+    spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code)
+    calibration = CalibrationSpec(tuple(task), n, subsets, seed, max_tokens, chat)
+    wanted = parse_method(method, _sparsity(sparsity), seed)
+    options = Options(data_dir, batch_tokens, overwrite, shown)
+    if stream:
+        done = prune_streamed(spec, wanted, output, effects, options)
+        achieved = tables.sparsity(done.weights, done.zeros, ())
+    else:
+        pruned = prune_checkpoint(spec, wanted, output, calibration, effects, options)
+        zeros = sum(int((~keep).sum()) for keep in pruned.keep.values())
+        weights = sum(keep.numel() for keep in pruned.keep.values())
+        achieved = tables.sparsity(weights, zeros, pruned.unrouted)
+    console.print(achieved, highlight=False)
+    console.print(f"saved: {output}")
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="A checkpoint written by causalprune.")]) -> None:
+    """Recount the zeros of a checkpoint against its manifest; exit code 1 if any were lost."""
+    from causalprune import tables
+    from causalprune.verification import verify as check
+
+    report = check(folder)
+    print(tables.verification(report))
+    if not report.sparsity_holds:
+        raise typer.Exit(1)
+
+
+@app.command()
+def reapply(
+    pruned: Annotated[Path, typer.Argument(help="A checkpoint written by causalprune: where the zeros are.")],
+    model: Annotated[Path, typer.Argument(help="The same model after fine-tuning or merging, as a folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint with its zeros.")],
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Set what is zero in PRUNED to zero in MODEL again, after adapters were merged or zeros were lost in training."""
+    from causalprune.kept import reapply as restore
+
+    restored = restore(pruned, model, output, overwrite=overwrite)
+    console.print(f"{restored:,} weights set back to zero", highlight=False)
+    console.print(f"saved: {output}")
+
+
+def _sparsity(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise OptionError(f"sparsity must be a number between 0 and 1 such as 0.2, not {text!r}") from None
