@@ -25,10 +25,11 @@ from causalprune.calibration import calibrate
 from causalprune.checkpoint import load_effects, save_effects
 from causalprune.embedded import load
 from causalprune.evaluation import Settings, evaluate, evaluation_contents
-from causalprune.measuring import Estimator, Question, Workbench
+from causalprune.measuring import Workbench
 from causalprune.methods import Method
 from causalprune.progress import shown
 from causalprune.pruning import prune
+from causalprune.questions import Estimator, Question
 from causalprune.results import headline, paired_difference, read_json, write_json
 from causalprune.types import Calibration, Decoder, Effects, Example, Progress, Unit, silent
 from causalprune.uncertainty import estimate, reliability, spearman

@@ -21,7 +21,7 @@ from causalprune.anatomy import inspect_model
 from causalprune.attribution import attribute
 from causalprune.calibration import batches
 from causalprune.errors import CheckpointError, MismatchError, ModelError
-from causalprune.measuring import Estimator
+from causalprune.questions import Estimator
 from causalprune.types import Calibration, Effects, Unit
 
 FIELDS = ("masked_nats", "intact_nats", "tokens", "subset")
@@ -210,7 +210,7 @@ from pathlib import Path
 
 from reference import calibration, fresh
 from causalprune.attribution import attribute
-from causalprune.measuring import Estimator
+from causalprune.questions import Estimator
 
 decoder, calls = fresh("llama3"), 0
 
@@ -311,3 +311,21 @@ def test_a_head_that_does_nothing_has_no_paired_effect() -> None:
     effects = Effects((Unit(0, 0), Unit(0, 1)), masked, intact, tokens, subset, "model", "calibration")
     assert effects.paired_delta_nats().tolist() == [0.0, 6.0 / 60]
     assert float(effects.delta_nats()[0]) == pytest.approx(1.5 - (1.0 + 3.0 + 1.5) / 3)  # the method's offset
+
+
+def test_without_memory_batches_are_halved_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = attribute(shared("llama3"), calibration())
+    own, most = measuring.Workbench._losses, 3
+
+    def losses(work: measuring.Workbench, number: int, layer: int, cells: Any, *rest: Any) -> torch.Tensor:
+        if len(cells) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(work, number, layer, cells, *rest)
+
+    monkeypatch.setattr(measuring.Workbench, "_losses", losses)
+    with pytest.warns(UserWarning, match="out of memory with 4 sequences at once: going on with 2"):
+        found = attribute(shared("llama3"), calibration())
+    torch.testing.assert_close(found.masked_nats, whole.masked_nats, rtol=1e-5, atol=1e-5)
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="going on with 1"):
+        attribute(shared("llama3"), calibration())

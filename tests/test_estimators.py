@@ -13,7 +13,7 @@ from causalprune.calibration import batches
 from causalprune.errors import OptionError
 from causalprune.gradients import expansion, uniforms
 from causalprune.losses import by_row, cross_entropy, divergence, target_logits, targets
-from causalprune.measuring import Estimator, Question
+from causalprune.questions import Estimator, Question
 from causalprune.sampling import Allocation, next_cells, settled
 from causalprune.types import Effects, Unit
 from causalprune.uncertainty import estimate, posterior, reliability, scores, spearman, top_overlap

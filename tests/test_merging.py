@@ -10,8 +10,8 @@ from reference import calibration, shared
 from causalprune.attribution import attribute, share_of
 from causalprune.checkpoint import load_effects, save_effects
 from causalprune.errors import MismatchError, OptionError
-from causalprune.measuring import Estimator, Question
 from causalprune.merging import merge
+from causalprune.questions import Estimator, Question
 from causalprune.types import Effects
 
 EXAMPLES = calibration()

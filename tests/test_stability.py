@@ -9,7 +9,8 @@ from test_units import removed
 from torch import Tensor
 
 from causalprune.attribution import attribute
-from causalprune.measuring import Question, Workbench
+from causalprune.measuring import Workbench
+from causalprune.questions import Question
 from causalprune.run import quiet
 from causalprune.stability import Pairs, compared, draws, interactions, stability, swapped
 from causalprune.types import Calibration, Effects, Unit

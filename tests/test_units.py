@@ -13,7 +13,7 @@ from causalprune.ablation import InputCache, capture
 from causalprune.attribution import attribute
 from causalprune.calibration import batches
 from causalprune.errors import OptionError
-from causalprune.measuring import Estimator, Question
+from causalprune.questions import Estimator, Question
 from causalprune.types import Calibration, Decoder, Effects, Example, Projection, Unit
 from causalprune.units import list_units
 

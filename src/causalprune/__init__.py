@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from causalprune.errors import CausalPruneError
     from causalprune.evaluation import evaluate
     from causalprune.kept import keep_sparsity
-    from causalprune.measuring import Estimator, Question
     from causalprune.methods import Method
     from causalprune.pruning import prune
+    from causalprune.questions import Estimator, Question
     from causalprune.results import paired_difference
     from causalprune.verification import verify
 
@@ -47,9 +47,9 @@ __all__ = [
 
 _HOMES = {
     "CausalPruneError": "errors:CausalPruneError",
-    "Estimator": "measuring:Estimator",
+    "Estimator": "questions:Estimator",
     "Method": "methods:Method",
-    "Question": "measuring:Question",
+    "Question": "questions:Question",
     "attribute": "attribution:attribute",
     "calibrate": "calibration:calibrate",
     "evaluate": "evaluation:evaluate",

@@ -12,7 +12,8 @@ from typing import TypeAlias
 
 import torch
 
-from causalprune.measuring import Estimator, Question, Workbench
+from causalprune.measuring import Workbench
+from causalprune.questions import Estimator, Question
 from causalprune.sampling import Allocation, next_cells, settled
 from causalprune.types import Calibration, Decoder, Effects, Progress, silent
 

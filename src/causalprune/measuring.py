@@ -2,91 +2,28 @@
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from causalprune.ablation import InputCache, LayerInputs, capture, entered_at, gated, run_layer, site_inputs
 from causalprune.anatomy import fingerprint
 from causalprune.calibration import batch_of, batches
-from causalprune.errors import ModelError, OptionError, unknown
+from causalprune.errors import ModelError, OptionError
 from causalprune.gradients import expansion, uniforms
 from causalprune.ledger import Ledger
 from causalprune.losses import by_row, cross_entropy, divergence, selected, target_logits, targets
-from causalprune.types import Batch, Calibration, Decoder, Effect, Effects, Progress, Unit
+from causalprune.questions import ELSEWHERE, Estimator, Question
+from causalprune.types import Batch, Calibration, Decoder, Effects, Progress, Unit
 from causalprune.units import Parts, Site, closing, list_units, sites
-
-Ablation = Literal["zero", "mean", "resample"]
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is measured: which units, by which effect, and what takes the place of what is removed.
-
-    `effect` is the rise of the cross-entropy (`ce`, the paper) or the KL divergence from the intact
-    model's predictions (`kl`: never negative, less noisy). `ablation` puts there zeros (the paper), the
-    mean over the calibration's positions, or what another example of the batch has at that position.
-    """
-
-    units: tuple[str, ...] = ("heads",)
-    effect: Effect = "ce"
-    ablation: Ablation = "zero"
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("effect", self.effect, ("ce", "kl")),
-            ("ablation", self.ablation, ("zero", "mean", "resample")),
-        ):
-            if value not in known:
-                raise unknown(name, value, known)
-
-
-@dataclass(frozen=True)
-class Estimator:
-    """How effects are estimated, and how much that may cost.
-
-    `budget` is how many times cheaper than naive (one whole forward pass per unit and sequence) `adaptive`
-    has to be; with `until_certain` it stops as soon as the top fifth of the units is settled at 95 %. `draws`
-    is how often labels are drawn for the second-order term of predictions, `gates` where derivatives are taken.
-    A forward pass holds `max_batch_tokens`; inputs of layers are kept up to `cache_gib`, else computed again.
-    `share` (i, n) measures the i-th of n parts of the jobs alone: for runs side by side, joined by `merging.merge`.
-    """
-
-    name: Literal["exact", "gradient", "adaptive"] = "exact"
-    budget: float | None = None
-    until_certain: bool = False
-    draws: int = 1
-    gates: tuple[float, ...] = (1.0,)
-    seed: int = 0
-    max_batch_tokens: int = 2048
-    cache_gib: float = 1.0
-    share: tuple[int, int] = (1, 1)
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.share[0] <= self.share[1]:
-            raise OptionError(
-                f"share {self.share[0]}/{self.share[1]}: the first number counts from 1 to the second"
-            )
-        if self.share[1] > 1 and self.name != "exact":
-            raise OptionError(f"only the estimator 'exact' can be shared out, not {self.name!r}")
-        if self.name not in ("exact", "gradient", "adaptive"):
-            raise unknown("estimator", self.name, ("exact", "gradient", "adaptive"))
-        if self.budget is not None and not self.budget > 1:
-            raise OptionError(f"budget must be how many times cheaper than naive, above 1, not {self.budget}")
-        if (self.budget is not None or self.until_certain) and self.name != "adaptive":
-            raise OptionError(f"a budget belongs to the estimator 'adaptive', not to {self.name!r}")
-        if not self.gates or not all(0 <= gate <= 1 for gate in self.gates) or self.draws < 0:
-            raise OptionError("gates must lie between 0 and 1, and draws must not be negative")
-
-
-ELSEWHERE = ("cache_gib", "share")
-"""Fields of an estimator that change where and when values are computed, and not the values."""
 
 
 class Workbench:
@@ -119,6 +56,7 @@ class Workbench:
         self.masked = torch.full(shape, math.nan, dtype=torch.float64)
         self.kl = torch.full(shape, math.nan, dtype=torch.float64)
         self.intact = torch.zeros(shape[1], dtype=torch.float64)
+        self._room = estimator.max_batch_tokens
         self._cell_tokens = 0.0
         self._intact_done: set[int] = set()
         self._walked: set[int] = set()
@@ -234,30 +172,52 @@ class Workbench:
 
     def joint(self, number: int, layer: int, cells: Sequence[tuple[Parts, int]]) -> dict[str, list[float]]:
         """Return the losses with these parts removed (from `layer` on), in these rows of a batch."""
-        batch, inputs = self.groups[number], self._cache.get(number, layer)
-        hidden, with_kl = inputs.hidden[layer], self.question.effect == "kl"
+        inputs = self._cache.get(number, layer)
         donated = self._instead(number, layer, inputs)
         found: list[Tensor] = []
-        at_once = max(1, self.estimator.max_batch_tokens // batch.tokens.shape[1])
-        for start in range(0, len(cells), at_once):
-            parts, rows = zip(*cells[start : start + at_once], strict=True)
-            stacked = LayerInputs({layer: hidden[list(rows)]}, inputs.as_tuple)
-            part = selected(batch, list(rows))
-            wanted, gates = targets(part), closing(parts, self.sites)
-            instead = {s: x if len(x) == 1 else x[list(rows)] for s, x in donated.items() if s in gates}
-            with (
-                torch.inference_mode(),
-                entered_at(self.decoder, layer, stacked),
-                gated(self.decoder, gates, instead),
-            ):
-                logits = target_logits(self.decoder, part, wanted)
-                losses = [by_row(cross_entropy(logits, wanted), wanted)]
-                if with_kl:
-                    intact, at = self._compared(number, rows)
-                    losses.append(by_row(divergence(intact, at, logits), wanted))
-            found.append(torch.stack(losses))
+        start = 0
+        while start < len(cells):
+            at_once = max(1, self._room // self.groups[number].tokens.shape[1])
+            some = cells[start : start + at_once]
+            try:
+                found.append(self._losses(number, layer, some, inputs, donated))
+            except RuntimeError as error:
+                if not out_of_memory(error) or len(some) == 1:
+                    raise
+                self._room = len(some) // 2 * self.groups[number].tokens.shape[1]
+                message = f"out of memory with {len(some)} sequences at once: going on with {len(some) // 2}"
+                warnings.warn(message, stacklevel=2)
+                continue
+            start += len(some)
         both = torch.cat(found, 1).cpu()  # the only wait for the device in a job
         return {name: values.tolist() for name, values in zip(("ce", "kl"), both, strict=False)}
+
+    def _losses(
+        self,
+        number: int,
+        layer: int,
+        cells: Sequence[tuple[Parts, int]],
+        inputs: LayerInputs,
+        donated: dict[Site, Tensor],
+    ) -> Float[Tensor, "effect cell"]:
+        """Return the losses of cells in one forward pass."""
+        batch, hidden = self.groups[number], inputs.hidden[layer]
+        parts, rows = zip(*cells, strict=True)
+        stacked = LayerInputs({layer: hidden[list(rows)]}, inputs.as_tuple)
+        part = selected(batch, list(rows))
+        wanted, gates = targets(part), closing(parts, self.sites)
+        instead = {s: x if len(x) == 1 else x[list(rows)] for s, x in donated.items() if s in gates}
+        with (
+            torch.inference_mode(),
+            entered_at(self.decoder, layer, stacked),
+            gated(self.decoder, gates, instead),
+        ):
+            logits = target_logits(self.decoder, part, wanted)
+            losses = [by_row(cross_entropy(logits, wanted), wanted)]
+            if self.question.effect == "kl":
+                intact, at = self._compared(number, rows)
+                losses.append(by_row(divergence(intact, at, logits), wanted))
+        return torch.stack(losses)
 
     @property
     def naive_tokens(self) -> int:
@@ -376,6 +336,11 @@ class Workbench:
         positions = sum(len(example.tokens) for example in self.calibration.examples)
         self._means = {site: (total / positions).view(1, 1, -1) for site, total in sums.items()}
         return self._means
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether a device, or this machine, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _in_company(groups: Sequence[Batch], calibration: Calibration) -> list[Batch]:

@@ -11,8 +11,8 @@ import yaml
 
 from causalprune.calibration import Chat
 from causalprune.errors import OptionError, unknown
-from causalprune.measuring import Estimator, Question
 from causalprune.methods import N_OF_M, Method, pattern_sparsity
+from causalprune.questions import Estimator, Question
 
 DEFAULT_SPARSITY = 0.2
 RECIPES = Path(__file__).parent / "recipes"

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from causalprune.attribution import attribute
-from causalprune.measuring import Question, Workbench
+from causalprune.measuring import Workbench
+from causalprune.questions import Question
 from causalprune.types import Calibration, Decoder, Effects, Progress, Stage, silent
 from causalprune.uncertainty import agreement, reliability, spearman, top_overlap
 
