@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import micro
 import pytest
@@ -207,6 +209,7 @@ def test_a_ledger_of_something_else_is_refused(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 
 from reference import calibration, fresh
 from causalprune.attribution import attribute
@@ -323,9 +326,15 @@ def test_without_memory_batches_are_halved_and_it_is_said(monkeypatch: pytest.Mo
         return own(work, number, layer, cells, *rest)
 
     monkeypatch.setattr(measuring.Workbench, "_losses", losses)
-    with pytest.warns(UserWarning, match="out of memory with 4 sequences at once: going on with 2"):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         found = attribute(shared("llama3"), calibration())
+        messages = [str(warning.message) for warning in said]
+        most = 0
+        with pytest.raises(torch.OutOfMemoryError):
+            attribute(shared("llama3"), calibration())
+    assert messages[:2] == [
+        "out of memory with 8 sequences at once: going on with 4",
+        "out of memory with 4 sequences at once: going on with 2",
+    ]
     torch.testing.assert_close(found.masked_nats, whole.masked_nats, rtol=1e-5, atol=1e-5)
-    most = 0
-    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="going on with 1"):
-        attribute(shared("llama3"), calibration())
