@@ -23,7 +23,7 @@ from causalprune.anatomy import inspect_model
 from causalprune.attribution import attribute
 from causalprune.calibration import batches
 from causalprune.errors import CheckpointError, MismatchError, ModelError
-from causalprune.questions import Estimator
+from causalprune.questions import Estimator, Question
 from causalprune.types import Calibration, Effects, Unit
 
 FIELDS = ("masked_nats", "intact_nats", "tokens", "subset")
@@ -213,7 +213,7 @@ from typing import Any
 
 from reference import calibration, fresh
 from causalprune.attribution import attribute
-from causalprune.questions import Estimator
+from causalprune.questions import Estimator, Question
 
 decoder, calls = fresh("llama3"), 0
 
@@ -338,3 +338,26 @@ def test_without_memory_batches_are_halved_and_it_is_said(monkeypatch: pytest.Mo
         "out of memory with 4 sequences at once: going on with 2",
     ]
     torch.testing.assert_close(found.masked_nats, whole.masked_nats, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "adaptive"])
+def test_divergences_of_resumed_and_revisited_batches_are_from_the_intact_model(
+    estimator: str, tmp_path: Path
+) -> None:
+    question, path = Question(effect="kl"), tmp_path / "ledger"
+    how = Estimator("exact", max_batch_tokens=ROOM)
+    truth = attribute(shared("llama3"), calibration(), question, how)
+    if estimator == "adaptive":  # comes back to the same batches in every round
+        how = Estimator("adaptive", budget=1.2, max_batch_tokens=ROOM)
+        found = attribute(shared("llama3"), calibration(), question, how)
+        assert found.kl_nats is not None
+        assert bool(found.kl_nats.isfinite().double().mean() > 0.3), "hardly anything was measured"
+    else:
+        attribute(shared("llama3"), calibration(), question, how, ledger=path)
+        rows = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(rows[:4]))  # stopped in the middle of a batch
+        found = attribute(shared("llama3"), calibration(), question, how, ledger=path)
+    assert found.kl_nats is not None
+    assert truth.kl_nats is not None
+    there = ~found.kl_nats.isnan()
+    torch.testing.assert_close(found.kl_nats[there], truth.kl_nats[there], **ROUNDING)

@@ -66,6 +66,7 @@ LAYERS: dict[str, set[str]] = {
     }
     | {"statistics", "uncertainty"},
     "merging": set(),
+    "cluster": {"attribution", "ledger", "measuring"},
     "kept": {"anatomy", "checkpoint", "model"},
     "shards": set(),
     "spectra": {"allocation", "criteria", "methods", "pruning"},
@@ -105,6 +106,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
         "uncertainty",
     },
     "scipy": {"results", "uncertainty"},
+    "ray": {"cluster"},
     "typer": {"cli", "cli_measuring", "cli_pruning", "options"},
     "click": {"cli"},
     "rich": {"options", "progress", "tables"},

@@ -15,7 +15,7 @@ import torch
 from causalprune.measuring import Workbench
 from causalprune.questions import Estimator, Question
 from causalprune.sampling import Allocation, next_cells, settled
-from causalprune.types import Calibration, Decoder, Effects, Progress, silent
+from causalprune.types import Calibration, Decoder, Effects, Progress, Unit, silent
 
 Job: TypeAlias = tuple[int, int]  # a batch and a layer
 ROUNDS = 4
@@ -50,23 +50,32 @@ def exact(work: Workbench, on_progress: Progress = silent) -> Effects:
     Costs about half of one forward pass per unit and sequence: a masked pass skips the layers before.
     With a share of the jobs, the cells of the others stay unmeasured (NaN).
     """
-    cells = {
-        (number, layer): [(u, row) for u in work.units_of(layer) for row in range(len(batch.indices))]
-        for number, batch in enumerate(work.groups)
-        for layer in range(work.depth)
-    }
-    costs = {job: work.cost(*job, len(own)) for job, own in cells.items()}
+    costs = exact_jobs(work)
     mine = share_of(costs, *work.estimator.share)
     total, done = sum(costs[job] for job in mine), 0.0
-    for (number, layer), own in cells.items():
+    for number, layer in costs:
         if layer == 0:
             work.measure_intact(number)
         if (number, layer) not in mine:
             continue
+        own = cells_of(work, (number, layer))
         work.measure(f"{number}:{layer}", number, layer, own)
         done += work.cost(number, layer, len(own))
         on_progress(round(done), round(total))
     return work.effects()
+
+
+def exact_jobs(work: Workbench) -> dict[Job, float]:
+    """Return the jobs of `exact`, every batch at every layer, with their cost in tokens."""
+    jobs = itertools.product(range(len(work.groups)), range(work.depth))
+    return {job: work.cost(*job, len(cells_of(work, job))) for job in jobs}
+
+
+def cells_of(work: Workbench, job: Job) -> list[tuple[Unit, int]]:
+    """Return the cells of a job: every unit of its layer, in every row of its batch."""
+    number, layer = job
+    rows = range(len(work.groups[number].indices))
+    return [(unit, row) for unit in work.units_of(layer) for row in rows]
 
 
 def share_of(costs: Mapping[Job, float], index: int, parts: int) -> Set[Job]:

@@ -61,7 +61,8 @@ class Workbench:
         self._intact_done: set[int] = set()
         self._walked: set[int] = set()
         self._cache = InputCache(decoder, self.groups, estimator.cache_gib * 2**30)
-        self._intact_logits: tuple[int, Tensor] | None = None
+        self._intact_logits: Tensor | None = None
+        self._intact_logits_of: int | None = None
         self._means: dict[Site, Tensor] = {}
         self._reached: dict[int, dict[Site, Tensor]] = {}
         self._book: Ledger | None = None
@@ -116,7 +117,7 @@ class Workbench:
         if number in self._intact_done:
             return
         self._intact_done.add(number)
-        found = self.recalled(f"{number}:intact", partial(self._intact, number))
+        found = self.recalled(f"{number}:intact", partial(self.intact_row, number))
         columns = list(self.groups[number].indices)
         self.intact[columns] = torch.tensor(found["ce"], dtype=torch.float64)
         for layer, counts in found.get("reached", {}).items():
@@ -174,6 +175,8 @@ class Workbench:
         """Return the losses with these parts removed (from `layer` on), in these rows of a batch."""
         inputs = self._cache.get(number, layer)
         donated = self._instead(number, layer, inputs)
+        if self.question.effect == "kl" and self._intact_logits_of != number:
+            self.intact_row(number)  # now: inside a masked pass it would be masked too
         found: list[Tensor] = []
         start = 0
         while start < len(cells):
@@ -282,14 +285,15 @@ class Workbench:
     def _own_sites(self) -> set[Site]:
         return {site for parts in self.units.values() for site in parts}
 
-    def _intact(self, number: int) -> dict[str, Any]:
+    def intact_row(self, number: int) -> dict[str, Any]:
+        """Return the losses of the intact model on a batch, and how many tokens reach each expert."""
         batch, experts = self.groups[number], [s for s in self.sites if s.place == "experts"]
         experts = experts if any(unit.kind == "expert" for unit in self.units) else []
         wanted = targets(batch)
         with torch.inference_mode(), site_inputs(self.decoder, experts) as chosen:
             logits = target_logits(self.decoder, batch, wanted)
             found = {"ce": by_row(cross_entropy(logits, wanted), wanted).tolist()}
-        self._intact_logits = number, logits
+        self._intact_logits, self._intact_logits_of = logits, number
         real = batch.real.flatten()
         counts = {
             str(s.layer): x.cpu()[real].flatten().bincount(minlength=self.sites[s]).tolist()
@@ -299,12 +303,11 @@ class Workbench:
 
     def _compared(self, number: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the intact logits of a batch, and for the targets of `rows` their place in them."""
-        if self._intact_logits is None or self._intact_logits[0] != number:
-            self._intact(number)
         assert self._intact_logits is not None
+        assert self._intact_logits_of == number
         places = targets(self.groups[number]).rows
         spans = [(places == row).nonzero()[:, 0] for row in range(len(self.groups[number].tokens))]
-        return self._intact_logits[1], torch.cat([spans[row] for row in rows])
+        return self._intact_logits, torch.cat([spans[row] for row in rows])
 
     def _instead(self, number: int, layer: int, inputs: LayerInputs) -> dict[Site, Tensor]:
         """Return what takes the place of removed activations: `[1 1 width]` or `[row time width]`."""
