@@ -39,6 +39,10 @@ def bench(kind: type[Workbench], scar: Path | None = None) -> Workbench:
     return work
 
 
+def nobody() -> Workbench:
+    raise AssertionError("no worker is wanted")
+
+
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers import this module
@@ -47,10 +51,9 @@ def local(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 def filled(cluster: Cluster, make: Any, ledger: Path, done: list[int] | None = None) -> Any:
     work = bench(Workbench)
+    fill(work, ledger, make, cluster, lambda now, _total: (done if done is not None else []).append(now))
     with work.ledger(ledger) as book:
-        fill(work, book, make, cluster, lambda now, _total: (done if done is not None else []).append(now))
-        rows = dict(book.rows)
-        return exact(work), rows
+        return exact(work), dict(book.rows)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -65,7 +68,7 @@ def test_a_cluster_measures_what_a_serial_run_does(local: Cluster, tmp_path: Pat
     found, rows = filled(local, partial(bench, Workbench), tmp_path / "ledger", done)
     assert same(found, serial)
     assert done == list(range(1, len(rows) + 1))
-    again, _ = filled(local, None, tmp_path / "ledger")  # nothing is left to do: no cluster is started
+    again, _ = filled(local, nobody, tmp_path / "ledger")  # nothing is left to do: no cluster is started
     assert same(again, serial)
 
 
@@ -82,8 +85,6 @@ def test_a_job_that_kills_every_worker_ends_the_run(local: Cluster, tmp_path: Pa
         filled(local, partial(bench, Fatal, tmp_path / "nowhere" / "scar"), tmp_path / "ledger")
 
 
-def test_a_cluster_that_is_not_there() -> None:
+def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"no Ray cluster at '127\.0\.0\.1:1'"):
-        fill(
-            bench(Workbench), bench(Workbench).ledger(None), None, Cluster(1, "127.0.0.1:1"), lambda *_: None
-        )  # type: ignore[arg-type]
+        filled(Cluster(1, "127.0.0.1:1"), nobody, tmp_path / "ledger")

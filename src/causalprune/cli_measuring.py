@@ -54,6 +54,9 @@ def attribute(
     until_certain: opt.UntilCertain = False,
     cache_gib: opt.CacheGib = 1.0,
     shard: opt.Shard = None,
+    executor: opt.Executor = "serial",
+    workers: opt.Workers = 2,
+    address: opt.Address = None,
     revision: opt.Revision = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "cpu",
@@ -65,6 +68,7 @@ def attribute(
     Every finished job is on disk at once: a run that was stopped goes on where it was.
     """
     from causalprune import tables
+    from causalprune.cluster import Cluster
     from causalprune.progress import shown
     from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec
     from causalprune.run import Options
@@ -76,7 +80,8 @@ def attribute(
     wanted = AttributionSpec(
         tuple(units), effect, ablation, name, _times(budget), until_certain, seed=seed, cache_gib=cache_gib
     )
-    options = Options(data_dir, batch_tokens, stage=shown, share=_share(shard))
+    cluster = Cluster(workers, address) if executor == "ray" else None
+    options = Options(data_dir, batch_tokens, stage=shown, share=_share(shard), cluster=cluster)
     effects = measure(spec, calibration, output, options, wanted)
     file = output / options.named("effects.json")
     if shard:

@@ -5,9 +5,11 @@ counted twice. Values are those of a serial run bit for bit on equal machines wi
 """
 
 import logging
+import socket
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,9 +51,9 @@ class _Worker:
 
 
 def fill(
-    work: Workbench, book: Ledger, make: Callable[[], Workbench], cluster: Cluster, on_progress: Progress
+    work: Workbench, path: Path, make: Callable[[], Workbench], cluster: Cluster, on_progress: Progress
 ) -> None:
-    """Do every job of `exact` that the ledger lacks, so that `exact` finds them all there.
+    """Do every job of `exact` that the ledger at `path` lacks, so that `exact` finds them all there.
 
     `make` builds a worker's own workbench. A worker that dies is replaced, and its job done again.
 
@@ -59,18 +61,20 @@ def fill(
         OptionError: Ray is not installed, or the cluster cannot be reached.
         CausalPruneError: a job failed, or took its worker down again and again.
     """
+    if work.estimator.name != "exact":
+        raise OptionError(f"only the estimator 'exact' runs on a cluster, not {work.estimator.name!r}")
     costs = exact_jobs(work)
     wanted: dict[str, Job | int] = {f"{number}:intact": number for number in range(len(work.groups))}
     longest = sorted((job for job in costs if costs[job]), key=lambda job: -costs[job])
     wanted |= {f"{number}:{layer}": (number, layer) for number, layer in longest}
-    missing = {key: job for key, job in wanted.items() if key not in book.rows}
-    if not missing:
-        return
-    ray = _ray(cluster)
-    try:
-        _hand_out(ray, missing, book, make, cluster, on_progress)
-    finally:
-        if cluster.address is None:
+    with work.ledger(path) as book:
+        missing = {key: job for key, job in wanted.items() if key not in book.rows}
+        if not missing:
+            return
+        ray = _ray(cluster)
+        try:
+            _hand_out(ray, missing, book, make, cluster, on_progress)
+        finally:
             ray.shutdown()
 
 
@@ -79,7 +83,10 @@ def _ray(cluster: Cluster) -> Any:
         import ray  # noqa: PLC0415
     except ImportError as cause:
         raise OptionError("the executor 'ray' needs Ray: install causalprune[ray]") from cause
+    host, _, port = (cluster.address or "").rpartition(":")
     try:
+        if host and port.isdigit():  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=5).close()
         cpus = None if cluster.address else cluster.workers * cluster.threads
         ray.init(
             address=cluster.address,
@@ -88,7 +95,7 @@ def _ray(cluster: Cluster) -> Any:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (ConnectionError, RuntimeError, ValueError) as cause:
+    except (OSError, RuntimeError, ValueError) as cause:
         raise OptionError(f"no Ray cluster at {cluster.address!r}: {cause}") from cause
     return ray
 

@@ -84,6 +84,14 @@ Shard = Annotated[
         help="`2/4` does the second quarter of the jobs: for machines side by side, joined by `merge`."
     ),
 ]
+Executor = Annotated[
+    Literal["serial", "ray"],
+    typer.Option(help="ray: spread the jobs over processes or machines (needs causalprune[ray])."),
+]
+Workers = Annotated[int, typer.Option(help="Processes of the executor `ray`, each with a model.", min=1)]
+Address = Annotated[
+    str | None, typer.Option(help="A running Ray cluster, as auto; else one on this machine.")
+]
 UntilCertain = Annotated[
     bool, typer.Option("--until-certain", help="Stop when the top fifth of the units is settled at 95 %.")
 ]

@@ -9,6 +9,7 @@
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
@@ -19,13 +20,16 @@ from causalprune import embedded
 from causalprune.attribution import attribute as measure
 from causalprune.calibration import calibrate
 from causalprune.checkpoint import EFFECTS, check_destination, count_zeros, load_effects, save, save_effects
+from causalprune.cluster import Cluster, fill
 from causalprune.criteria import CRITERIA
 from causalprune.errors import CheckpointError, MismatchError, OptionError
 from causalprune.evaluation import Settings, check_tasks, evaluate, evaluation_contents
 from causalprune.ledger import Ledger
+from causalprune.measuring import Workbench
 from causalprune.methods import Method
 from causalprune.provenance import git_commit, versions
 from causalprune.pruning import Pruned, manifest, prune
+from causalprune.questions import Estimator, Question
 from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec, Recipe
 from causalprune.results import RESULTS, write_json, write_results
 from causalprune.stability import DRAWS, Pairs, stability
@@ -44,7 +48,7 @@ def quiet(name: str) -> Iterator[Progress]:
 class Options:
     """How work is done: where data lies, tokens per forward pass, whether outputs are replaced, how to report.
 
-    `share` (i, n) does the i-th of n parts of an attribution, in files of its own.
+    `share` (i, n) does the i-th of n parts of an attribution, in files of its own; a `cluster` does its jobs.
     """
 
     data_dir: Path | None = None
@@ -52,6 +56,7 @@ class Options:
     overwrite: bool = False
     stage: Stage = quiet
     share: tuple[int, int] = (1, 1)
+    cluster: Cluster | None = None
 
     def named(self, file: str) -> str:
         """Return the name of a file of this share: `effects.2-of-4.json`."""
@@ -120,7 +125,19 @@ def attribute(
 ) -> Effects:
     """Measure the units of a model and leave `effects.json` and the ledger in `folder`."""
     decoder, calibration = _prepared(spec, wanted, options)
+    if options.cluster is not None:
+        how = attribution.method(options.batch_tokens)
+        question = attribution.question()
+        make = functools.partial(_workbench, spec, calibration, question, how)
+        with options.stage("attribution on the cluster") as progress:
+            work = Workbench(decoder, calibration, question, how)
+            fill(work, folder / "attribution.ledger", make, options.cluster, progress)
     return _measured(decoder, calibration, folder, options, attribution)
+
+
+def _workbench(spec: ModelSpec, calibration: Calibration, question: Question, how: Estimator) -> Workbench:
+    """Build what a worker of a cluster measures with."""
+    return Workbench(load(spec), calibration, question, how)
 
 
 def check_stability(
