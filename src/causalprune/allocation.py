@@ -86,11 +86,16 @@ def keep_above(
         return torch.ones_like(score, dtype=torch.bool), threshold
     score, limit = score.float(), torch.tensor(threshold.bits, dtype=torch.int32).view(torch.float32)
     keep = score > limit.to(score.device)
-    tied = score == limit.to(score.device)
+    left = break_ties(keep, score == limit.to(score.device), threshold.ties)
+    return keep, Threshold(threshold.bits, left)
+
+
+def break_ties(keep: Bool[Tensor, "out in"], tied: Bool[Tensor, "out in"], ties: int) -> int:
+    """Keep, in place, all of the tied weights but the first `ties`; return how many are left to go elsewhere."""
     there = int(torch.count_nonzero(tied)) if bool(tied.any()) else 0
-    if there > threshold.ties:
-        keep |= tied & (tied.flatten().cumsum(0) > threshold.ties).view(tied.shape)
-    return keep, Threshold(threshold.bits, threshold.ties - min(there, threshold.ties))
+    if there > ties:
+        keep |= tied & (tied.flatten().cumsum(0) > ties).view(tied.shape)
+    return ties - min(there, ties)
 
 
 def keep_matrix(score: Float[Tensor, "out in"], count: int) -> Bool[Tensor, "out in"]:

@@ -58,9 +58,8 @@ def exact(work: Workbench, on_progress: Progress = silent) -> Effects:
             work.measure_intact(number)
         if (number, layer) not in mine:
             continue
-        own = cells_of(work, (number, layer))
-        work.measure(f"{number}:{layer}", number, layer, own)
-        done += work.cost(number, layer, len(own))
+        work.measure(f"{number}:{layer}", number, layer, cells_of(work, (number, layer)))
+        done += costs[number, layer]
         on_progress(round(done), round(total))
     return work.effects()
 

@@ -39,15 +39,17 @@ Score = Callable[[Float[Tensor, "out in"], Evidence], Float[Tensor, "out in"]]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A scoring function, the evidence it needs, the scope in which its scores are compared, and its update.
-
-    `needs` "weights" and "effects" promise that the score of a weight depends on |w| and its factor alone.
-    """
+    """A scoring function, the evidence it needs, the scope in which its scores are compared, and its update."""
 
     score: Score
     scope: Scope
     needs: Literal["nothing", "weights", "inputs", "moments", "effects"]
     update: Update = "none"
+
+    @property
+    def by_value(self) -> bool:
+        """Whether the score of a weight depends on |w| and its factor alone, and rises with |w|."""
+        return self.needs in ("weights", "effects")
 
 
 def magnitude(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:

@@ -215,7 +215,7 @@ class _Work:
 
     def score_blocks(self, p: Projection) -> Iterator[Float[Tensor, "rows in"]]:
         """Yield what the weights of a projection are worth: some rows at a time where they can be scored by value."""
-        if self.needs not in ("weights", "effects"):
+        if not CRITERIA[self.method.criterion].by_value:
             yield self.score(p)
             return
         weight, factor = p.read(), self.factors.get(p.name)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from causalprune.allocation import Threshold, prune_counts, threshold_of
+from causalprune.allocation import Threshold, break_ties, prune_counts, threshold_of
 from causalprune.criteria import CRITERIA, Evidence
 from causalprune.errors import ModelError
 from causalprune.methods import Method
@@ -26,7 +26,7 @@ class Spectra:
 
     def __init__(self, method: Method, factors: Factors) -> None:
         criterion = CRITERIA[method.criterion]
-        self._wanted = method.resolved_scope == "global" and criterion.needs in ("weights", "effects")
+        self._wanted = method.resolved_scope == "global" and criterion.by_value
         self._method, self._factors, self._score = method, factors, criterion.score
         self._values: list[Tensor] = []
         self._times: list[Tensor] = []
@@ -65,7 +65,7 @@ class Spectra:
         for p in pool:
             weight = p.read()
             first, cut = self._cuts(p, weight.dtype, threshold)
-            keep, tied = torch.empty(weight.shape, dtype=torch.bool), None
+            keep = torch.empty(weight.shape, dtype=torch.bool)
             rows = max(BLOCK_WEIGHTS // weight.shape[1], 1)
             blocks = [slice(at, at + rows) for at in range(0, len(weight), rows)]
             for block in blocks:
@@ -73,10 +73,7 @@ class Spectra:
                 torch.ge(patterns, cut if len(cut) == 1 else cut[block], out=keep[block])
             if bool((first < cut).any()):
                 tied = ((weight.view(torch.int16) & SIGN) >= first) & ~keep
-                there = int(torch.count_nonzero(tied))
-                if there > left:
-                    keep |= tied & (tied.flatten().cumsum(0) > left).view(tied.shape)
-                left -= min(there, left)
+                left = break_ties(keep, tied, left)
             yield keep
 
     def _cuts(self, p: Projection, dtype: torch.dtype, threshold: Threshold) -> tuple[Tensor, Tensor]:
