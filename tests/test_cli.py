@@ -39,6 +39,7 @@ COMMANDS = (
     "attribute",
     "stability",
     "prune",
+    "shrink",
     "evaluate",
     "compare",
     "verify",

@@ -65,6 +65,17 @@ LAYERS: dict[str, set[str]] = {
         "obs",
     }
     | {"statistics", "uncertainty"},
+    "structure": {"anatomy"},
+    "shrinking": {
+        "attribution",
+        "calibration",
+        "checkpoint",
+        "criteria",
+        "pruning",
+        "questions",
+        "structure",
+        "units",
+    },
     "merging": set(),
     "cluster": {"attribution", "ledger", "measuring"},
     "kept": {"anatomy", "checkpoint", "model"},

@@ -70,6 +70,65 @@ def prune(
 
 
 @app.command()
+def shrink(
+    model: opt.Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the smaller checkpoint.")],
+    parameters: opt.FewerParameters = None,
+    neurons: opt.FewerNeurons = 0.0,
+    kv_groups: opt.FewerGroups = 0.0,
+    experts: opt.FewerExperts = 0.0,
+    layers: opt.FewerLayers = 0.0,
+    by: opt.By = "effect",
+    update: opt.Update = "refit",
+    task: opt.Task = ["gsm8k"],  # noqa: B006
+    n: opt.N = 48,
+    seed: opt.Seed = 0,
+    max_tokens: opt.MaxTokens = 512,
+    chat: opt.Chat = "auto",
+    data_dir: opt.DataDir = None,
+    batch_tokens: opt.BatchTokens = 2048,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "cpu",
+    device_map: opt.DeviceMap = None,
+    trust_remote_code: opt.Trust = False,
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Remove units for good: a smaller and faster model that every runtime loads, chosen by effect on the task."""
+    from dataclasses import asdict
+
+    from causalprune.checkpoint import check_destination
+    from causalprune.progress import shown
+    from causalprune.recipe import CalibrationSpec, ModelSpec
+    from causalprune.run import Options, prepared
+    from causalprune.shrinking import Shares, save_shrunk, shares_for
+    from causalprune.shrinking import shrink as smaller
+
+    if parameters is not None and any((neurons, kv_groups, experts, layers)):
+        raise OptionError("--parameters chooses the share of neurons itself: leave the other shares out")
+    shares = None if parameters is not None else Shares(neurons, kv_groups, experts, layers)
+    check_destination(output, overwrite)
+    spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code)
+    wanted = CalibrationSpec(tuple(task), n, subsets=1, seed=seed, max_tokens=max_tokens, chat=chat)
+    decoder, calibration = prepared(spec, wanted, Options(data_dir, batch_tokens, stage=shown))
+    shares = shares or shares_for(decoder, parameters or 0.0)
+    shrunk = smaller(
+        decoder,
+        shares,
+        calibration,
+        by=by,
+        update=update,
+        seed=seed,
+        max_batch_tokens=batch_tokens,
+        stage=shown,
+    )
+    how = {"by": by, "update": update, "seed": seed, "shares": asdict(shares)}
+    save_shrunk(shrunk, output, calibration, how, overwrite=overwrite)
+    before, after = shrunk.parameters_before, shrunk.parameters_after
+    console.print(f"{before:,} parameters before, {after:,} after ({1 - after / before:.1%} fewer): {output}")
+
+
+@app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="A checkpoint written by causalprune.")]) -> None:
     """Recount the zeros of a checkpoint against its manifest; exit code 1 if any were lost."""
     from causalprune import tables

@@ -98,3 +98,27 @@ UntilCertain = Annotated[
 CacheGib = Annotated[
     float, typer.Option(help="Memory for inputs of layers; what does not fit is computed again.", min=0)
 ]
+
+FewerParameters = Annotated[
+    float | None,
+    typer.Option("--parameters", help="Share of all parameters that goes, taken from MLP neurons."),
+]
+FewerNeurons = Annotated[
+    float, typer.Option("--neurons", help="Share of the MLP neurons of every layer that goes.")
+]
+FewerGroups = Annotated[
+    float,
+    typer.Option(
+        "--kv-groups", help="Share of the KV heads of every layer that goes, with their query heads."
+    ),
+]
+FewerExperts = Annotated[
+    float, typer.Option("--experts", help="Share of the experts of every layer that goes.")
+]
+FewerLayers = Annotated[float, typer.Option("--layers", help="Share of the layers that goes.")]
+By = Annotated[
+    str, typer.Option(help="What units are worth: effect (on the task), activation, magnitude or random.")
+]
+Update = Annotated[
+    str, typer.Option(help="What stays makes up for what goes: refit, distill after that, obs, or none.")
+]

@@ -23,7 +23,7 @@ from causalprune.allocation import (
 )
 from causalprune.anatomy import fingerprint
 from causalprune.calibration import batches
-from causalprune.criteria import CRITERIA, Evidence
+from causalprune.criteria import CRITERIA, Evidence, Update
 from causalprune.distillation import BATCH_TOKENS, EPOCHS, distill, last_hidden
 from causalprune.errors import MismatchError, ModelError, OptionError
 from causalprune.importance import head_importance, weight_factor
@@ -80,6 +80,42 @@ def prune(
         factors = head_factors(decoder, effects, fingerprint(decoder.model))
     _check_finite(decoder)
     work = _Work(decoder, method, factors, on_progress)
+    keep = _carried_out(work, calibration, max_batch_tokens, None)
+    unrouted = [p.name for p in decoder.projections if work.groups and not work.norms.tokens.get(p.name)]
+    return Pruned(method, keep, tuple(unrouted))
+
+
+def remove(  # noqa: PLR0913 (what `prune` takes)
+    decoder: Decoder,
+    keep: Mapping[str, Bool[Tensor, "_ _"]],
+    calibration: Calibration,
+    *,
+    update: Update = "refit",
+    seed: int = 0,
+    max_batch_tokens: int = 2048,
+    on_progress: Progress = silent,
+) -> None:
+    """Set all weights to zero but those that `keep` names, in place, and update the others on calibration data.
+
+    Matrices that lose nothing are updated by `distill` alone. Costs as in `prune`.
+
+    Raises:
+        ModelError: a weight or an input is not finite, or inputs say too little for an update.
+    """
+    pool = decoder.projections
+    share = sum(int((~keep[p.name]).sum()) for p in pool) / sum(p.size for p in pool)
+    if not share:
+        return
+    _check_finite(decoder)
+    work = _Work(decoder, Method("magnitude", share, seed=seed, update=update), {}, on_progress)
+    _carried_out(work, calibration, max_batch_tokens, iter([keep[p.name] for p in pool]))
+
+
+def _carried_out(
+    work: "_Work", calibration: Calibration | None, max_batch_tokens: int, fixed: Iterator[Tensor] | None
+) -> dict[str, Tensor]:
+    """Prune all layers, train on the intact model's predictions if that is the update, and return what stayed."""
+    decoder, method = work.decoder, work.method
     if method.needs_calibration and calibration is not None:
         unpadded = any(isinstance(layer.experts, nn.ModuleList) for layer in decoder.layers)
         work.groups = batches(calibration.examples, max_batch_tokens=1 if unpadded else max_batch_tokens)
@@ -87,11 +123,10 @@ def prune(
     if method.resolved_update == "distill" and calibration is not None:
         steps = batches(calibration.examples, max_batch_tokens=BATCH_TOKENS)
     intact = [last_hidden(decoder, batch) for batch in steps]
-    keep = {p.name: kept for p, kept in work.prune_layers()}
+    keep = {p.name: kept for p, kept in work.prune_layers(fixed)}
     if steps:
         distill(decoder, keep, steps, intact, seed=method.seed, on_step=work.report_step)
-    unrouted = [p.name for p in decoder.projections if work.groups and not work.norms.tokens.get(p.name)]
-    return Pruned(method, keep, tuple(unrouted))
+    return keep
 
 
 def manifest(pruned: Pruned, calibration: Calibration | None, effects: Effects | None) -> dict[str, Any]:
@@ -204,7 +239,7 @@ class _Work:
             group = int(pattern[2]) if pattern else BLOCK
             solved, keep = sparsegpt(weight, self._inverse(p), choose, group=group)
         stays = choose(self.score(p), 0) if keep is None else keep
-        if update == "none" or not self.moments.tokens.get(p.name):
+        if update == "none" or not self.moments.tokens.get(p.name) or bool(stays.all()):
             return None, stays
         if update != "obs":
             return refit(weight, stays, self.moments.hessians[p.name]), stays

@@ -124,7 +124,7 @@ def attribute(
     attribution: AttributionSpec = AttributionSpec(),
 ) -> Effects:
     """Measure the units of a model and leave `effects.json` and the ledger in `folder`."""
-    decoder, calibration = _prepared(spec, wanted, options)
+    decoder, calibration = prepared(spec, wanted, options)
     if options.cluster is not None:
         how = attribution.method(options.batch_tokens)
         question = attribution.question()
@@ -188,7 +188,7 @@ def prune_checkpoint(
     needs = CRITERIA[method.criterion].needs
     calibration, effects = None, None
     if method.needs_calibration or (needs == "effects" and effects_path is None):
-        decoder, calibration = _prepared(spec, wanted, options)
+        decoder, calibration = prepared(spec, wanted, options)
     else:
         with options.stage("loading model"):
             decoder = load(spec)
@@ -338,7 +338,8 @@ def _effects(
     return _measured(decoder, calibration, folder, options, recipe.attribution)
 
 
-def _prepared(spec: ModelSpec, wanted: CalibrationSpec, options: Options) -> tuple[Decoder, Calibration]:
+def prepared(spec: ModelSpec, wanted: CalibrationSpec, options: Options) -> tuple[Decoder, Calibration]:
+    """Load a model and draw its calibration examples."""
     with options.stage("loading model"):
         decoder = load(spec)
     with options.stage("calibration data"):

@@ -1,0 +1,141 @@
+"""Attribution on two other families with real weights; each part is kept, so a stopped bench goes on.
+
+python bench/families.py         # both (about half an hour on two cores)
+python bench/families.py qwen    # Qwen2.5-Coder-0.5B-Instruct: 336 heads within a budget, on two draws
+python bench/families.py gemma   # Gemma 3 270M: one KV head for four heads, sliding windows: exact and cheaper
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from common import RUNS, data_folder, write_figures
+from models import fetched
+
+from causalprune.attribution import attribute
+from causalprune.calibration import calibrate
+from causalprune.checkpoint import load_effects, save_effects
+from causalprune.model import load
+from causalprune.progress import shown
+from causalprune.questions import Estimator, Question
+from causalprune.results import read_json, write_json
+from causalprune.types import Calibration, Decoder, Effects
+from causalprune.uncertainty import estimate, reliability, spearman, top_overlap
+
+FOLDER = RUNS / "families"
+EXAMPLES = 8
+QWEN = {"ce": 20.0, "kl": 50.0}
+"""Budget of each effect on Qwen: the share of a whole pass per head and problem is one over it."""
+GEMMA = {"exact": Estimator(), "gradient": Estimator("gradient"), "10x": Estimator("adaptive", budget=10.0)}
+
+
+def draws(decoder: Decoder, n: int) -> list[Calibration]:
+    """Return n calibrations of `EXAMPLES` GSM8K problems each that share no problem."""
+    whole = calibrate(decoder.tokenizer, ["gsm8k"], n=n * EXAMPLES, subsets=1, data_dir=data_folder())
+    cuts = [slice(i * EXAMPLES, (i + 1) * EXAMPLES) for i in range(n)]
+    return [Calibration(whole.examples[c], (0,) * EXAMPLES, whole.description) for c in cuts]
+
+
+def measured(
+    decoder: Decoder, calibration: Calibration, question: Question, how: Estimator, path: Path
+) -> tuple[Effects, float]:
+    """Measure, or read what was measured; with the seconds it took."""
+    seconds = path.with_suffix(".seconds.json")
+    if not seconds.exists():
+        start = time.perf_counter()
+        with shown(path.stem) as progress:
+            found = attribute(decoder, calibration, question, how, on_progress=progress)
+        save_effects(found, path)
+        write_json(seconds, {"seconds": time.perf_counter() - start})
+    return load_effects(path), float(read_json(seconds)["seconds"])
+
+
+def _cost(effects: Effects, seconds: float, calibration: Calibration) -> dict[str, Any]:
+    naive = (len(effects.units) + 1) * sum(len(e.tokens) for e in calibration.examples)
+    tokens = float(effects.description["tokens_forwarded"])
+    found = estimate(effects)
+    return {
+        "units": len(effects.units),
+        "seconds": seconds,
+        "tokens_forwarded": tokens,
+        "share_of_naive_tokens": tokens / naive,
+        "value_nats": found.value.tolist(),
+        "low_nats": found.low.tolist(),
+        "high_nats": found.high.tolist(),
+        **reliability(effects),
+    }
+
+
+def qwen() -> dict[str, Any]:
+    """Rank the heads of Qwen within a budget on two draws of problems, by either effect."""
+    decoder = load(str(fetched("qwen")))
+    pair, found = draws(decoder, 2), {}
+    for effect, budget in QWEN.items():
+        ranked, rows = [], []
+        for number, calibration in enumerate(pair):
+            question, how = Question(effect=effect), Estimator("adaptive", budget=budget)  # type: ignore[arg-type]
+            effects, seconds = measured(
+                decoder, calibration, question, how, FOLDER / f"qwen-{effect}-{number}.json"
+            )
+            ranked.append(estimate(effects).value)
+            rows.append(_cost(effects, seconds, calibration))
+        agreement = {
+            "spearman_between_draws": spearman(*ranked),
+            "top_fifth_between_draws": top_overlap(*ranked),
+        }
+        found[effect] = {"budget": budget, "problems_per_draw": EXAMPLES, **agreement, "draws": rows}
+    return found
+
+
+def gemma() -> dict[str, Any]:
+    """Compare cheaper estimators with the exact effects of all heads of Gemma, on the same problems."""
+    decoder = load(str(fetched("gemma")))
+    (calibration,) = draws(decoder, 1)
+    rows: dict[str, Any] = {}
+    exact: Effects | None = None
+    for name, how in GEMMA.items():
+        effects, seconds = measured(decoder, calibration, Question(), how, FOLDER / f"gemma-{name}.json")
+        exact = exact or effects
+        value = estimate(effects).value
+        agreement = {
+            "spearman_with_exact": spearman(value, exact.paired_delta_nats()),
+            "top_fifth_of_exact": top_overlap(value, exact.paired_delta_nats()),
+        }
+        rows[name] = {**_cost(effects, seconds, calibration), **agreement}
+    return {"problems": EXAMPLES, "estimators": rows}
+
+
+STEPS = {"qwen": qwen, "gemma": gemma}
+
+
+def figures(done: dict[str, Any]) -> dict[str, float | None]:
+    """Return what each family's ranking costs and how it agrees with another draw, or with exact effects."""
+    found: dict[str, float | None] = {}
+    for effect, own in done.get("qwen", {}).items():
+        found[f"qwen_{effect}_spearman_between_draws"] = own["spearman_between_draws"]
+        found[f"qwen_{effect}_share_of_naive_tokens"] = own["draws"][0]["share_of_naive_tokens"]
+        found[f"qwen_{effect}_seconds"] = own["draws"][0]["seconds"]
+    for name, own in done.get("gemma", {}).get("estimators", {}).items():
+        found[f"gemma_{name}_spearman_with_exact"] = own["spearman_with_exact"]
+        found[f"gemma_{name}_share_of_naive_tokens"] = own["share_of_naive_tokens"]
+    return found
+
+
+def main() -> None:
+    """Carry out the parts asked for, or those not done yet, and write `results/families.json`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("steps", nargs="*", metavar="PART", help=", ".join(STEPS))
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    kept = FOLDER / "parts.json"
+    done = read_json(kept) if kept.exists() else {}
+    for name in parser.parse_args().steps or [name for name in STEPS if name not in done]:
+        done[name] = STEPS[name]()
+        write_json(kept, done)
+        print(write_figures("families", figures(done), done, seeds=[0]))
+
+
+if __name__ == "__main__":
+    main()

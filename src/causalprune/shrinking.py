@@ -1,0 +1,249 @@
+"""Which units go for good, and what the others do to make up for them: a smaller and faster standard model."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from causalprune.attribution import attribute
+from causalprune.calibration import batches
+from causalprune.checkpoint import save
+from causalprune.criteria import UPDATES
+from causalprune.errors import OptionError, unknown
+from causalprune.pruning import remove
+from causalprune.questions import Estimator, Question
+from causalprune.structure import Kept, column_keep, smaller
+from causalprune.types import Calibration, Decoder, Layer, Progress, Stage
+from causalprune.units import Site, gated_module
+
+Kind: TypeAlias = Literal["neurons", "kv_groups", "experts", "layers"]
+Scores: TypeAlias = Mapping[int, Float[Tensor, "_"]]
+"""What every unit of a kind is worth, by layer; for whole layers one number each."""
+
+KINDS: tuple[Kind, ...] = ("neurons", "kv_groups", "experts", "layers")
+BY = ("effect", "activation", "magnitude", "random")
+MULTIPLE = 32
+"""Widths of MLPs stay multiples of this where they are, as kernels like them."""
+SEQUENCES = 8
+"""Calibration sequences on which groups, experts and layers are removed one by one: divergences need few."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The share of units of every kind that goes, 0 … 1."""
+
+    neurons: float = 0.0
+    kv_groups: float = 0.0
+    experts: float = 0.0
+    layers: float = 0.0
+
+    def __post_init__(self) -> None:
+        for kind, share in asdict(self).items():
+            if not 0 <= share < 1:
+                raise OptionError(
+                    f"the share of {kind} that goes must be at least 0 and below 1, not {share}"
+                )
+        if not any(asdict(self).values()):
+            raise OptionError(
+                "nothing to remove: name a share of parameters, neurons, KV groups, experts or layers"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Shrunk:
+    """A smaller model, what it kept, and its number of parameters before and after."""
+
+    decoder: Decoder
+    kept: Kept
+    parameters_before: int
+    parameters_after: int
+
+
+def shares_for(decoder: Decoder, parameters: float) -> Shares:
+    """Return the share of MLP neurons that makes up this share of all parameters."""
+    total = sum(p.numel() for p in decoder.model.parameters())
+    pool = sum(
+        p.size for p in decoder.projections if p.role in ("gate", "up", "down") and p.name.count(".") == 2
+    )
+    if not 0 < parameters * total < pool:
+        most = pool / total
+        raise OptionError(
+            f"neurons of dense MLPs are {most:.0%} of {decoder.name}: a share of {parameters:g} of all parameters "
+            "cannot come from them; name shares of KV groups, experts or layers"
+        )
+    return Shares(neurons=parameters * total / pool)
+
+
+def shrink(  # noqa: PLR0913 (the command's options)
+    decoder: Decoder,
+    shares: Shares,
+    calibration: Calibration,
+    *,
+    by: str = "effect",
+    update: str = "refit",
+    seed: int = 0,
+    max_batch_tokens: int = 2048,
+    stage: Stage,
+) -> Shrunk:
+    """Return a smaller model without the units that matter least, the others updated to make up for them.
+
+    All layers lose equally many units of a kind. `by` says what they are worth: `effect` (the divergence from the
+    intact model's predictions on the calibration targets without the unit: measured for KV groups, experts and
+    layers, predicted to second order for neurons), `activation` (root mean square of what a neuron or the heads of a
+    group send), `magnitude` (of their weights) or `random`. The decoder that is given is changed on the way.
+
+    Raises:
+        OptionError: a kind the model does not have, a share too small to remove one unit, an unknown `by`.
+        ModelError: the architecture cannot lose units of a kind.
+    """
+    if by not in BY:
+        raise unknown("choice of units (by)", by, BY)
+    own = next((u for u in UPDATES if u == update), None)
+    if own is None:
+        raise unknown("update", update, UPDATES)
+    before = sum(p.numel() for p in decoder.model.parameters())
+    chosen: dict[Kind, Any] = {}
+    for kind in KINDS:
+        if share := asdict(shares)[kind]:
+            with stage(f"what {kind.replace('_', ' ')} are worth") as progress:
+                worth = _worth(decoder, kind, by, calibration, seed, progress)
+            chosen[kind] = _kept(kind, worth, share)
+    if "experts" in chosen:  # others take their tokens: what stays is updated for that
+        decoder = smaller(decoder, Kept(experts=chosen["experts"]))
+    kept = Kept(**{**chosen, "experts": {}})
+    with stage("updating what stays") as progress:
+        masks = column_keep(decoder, kept)
+        remove(
+            decoder,
+            masks,
+            calibration,
+            update=own,
+            seed=seed,
+            max_batch_tokens=max_batch_tokens,
+            on_progress=progress,
+        )
+    found = smaller(decoder, kept)
+    after = sum(p.numel() for p in found.model.parameters())
+    return Shrunk(found, replace(kept, experts=chosen.get("experts", {})), before, after)
+
+
+def save_shrunk(
+    shrunk: Shrunk,
+    folder: Path,
+    calibration: Calibration,
+    options: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a smaller model to `folder`; its manifest says what stayed, and by which `options` of `shrink`."""
+    own = {kind: getattr(shrunk.kept, kind) for kind in KINDS}
+    kept = {
+        k: [*v] if isinstance(v, tuple) else {str(i): x.tolist() for i, x in v.items()}
+        for k, v in own.items()
+        if v
+    }
+    sizes = {"parameters_before": shrunk.parameters_before, "parameters_after": shrunk.parameters_after}
+    data = {**calibration.description, "fingerprint": calibration.fingerprint}
+    record = {"shrink": {**options, **sizes, "kept": kept}, "calibration": data}
+    save(shrunk.decoder, folder, manifest=record, overwrite=overwrite)
+
+
+def _kept(kind: Kind, worth: Scores, share: float) -> Any:
+    """Return the indices that stay: in every layer, or of the layers."""
+    if kind == "layers":
+        return tuple(_best(torch.cat([worth[i] for i in sorted(worth)]), kind, share).tolist())
+    return {layer: _best(own, kind, share) for layer, own in worth.items()}
+
+
+def _best(worth: Float[Tensor, "unit"], kind: Kind, share: float) -> Tensor:
+    n = len(worth)
+    step = MULTIPLE if kind == "neurons" and n % MULTIPLE == 0 and n > MULTIPLE else 1
+    left = max(round(n * (1 - share) / step) * step, step)
+    if left == n:
+        raise OptionError(
+            f"a share of {share:g} of {n} {kind.replace('_', ' ')} is less than one step of {step}: "
+            f"ask for {step / n:.2g} or more, or leave it out"
+        )
+    return worth.nan_to_num(nan=torch.inf).argsort(descending=True, stable=True)[:left].sort().values
+
+
+def _worth(
+    decoder: Decoder, kind: Kind, by: str, calibration: Calibration, seed: int, on_progress: Progress
+) -> Scores:
+    sizes = {layer.index: n for layer in decoder.layers if (n := _count(layer, kind))}
+    if not sizes:
+        raise OptionError(f"{decoder.name} has no {kind.replace('_', ' ')} that could go")
+    if by == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return {layer: torch.rand(n, generator=generator) for layer, n in sizes.items()}
+    if by == "magnitude":
+        return {i: _magnitude(decoder.layers[i], kind, n) for i, n in sizes.items()}
+    if by == "activation":
+        return _activation(decoder, kind, calibration, on_progress)
+    if kind == "neurons":
+        question, how = Question(units=("neurons:1",), effect="kl"), Estimator("gradient")
+    else:
+        question, how = Question(units=(kind,), effect="kl"), Estimator()
+        few = calibration.examples[:SEQUENCES]
+        calibration = Calibration(few, (0,) * len(few))
+    effects = attribute(decoder, calibration, question, how, on_progress=on_progress)
+    values = effects.change_nats() if effects.predicted_nats is None else effects.predicted_nats
+    by_layer = torch.tensor([unit.layer for unit in effects.units])
+    return {layer: values.sum(1)[by_layer == layer] for layer in sizes}
+
+
+def _count(layer: Layer, kind: Kind) -> int:
+    dense = [p.shape[1] for p in layer.projections if p.name == f"layers.{layer.index}.down"]
+    counts: Mapping[Kind, int] = {
+        "neurons": dense[0] if dense else 0,
+        "kv_groups": layer.attention.n_kv_heads,
+        "experts": layer.n_experts,
+        "layers": 1,
+    }
+    return counts[kind]
+
+
+def _magnitude(layer: Layer, kind: Kind, n: int) -> Float[Tensor, "unit"]:
+    """Return the sum of squares of the weights of every unit of a layer."""
+    roles: Mapping[Kind, str] = {"neurons": "gate up down", "kv_groups": "q k v o"}
+    found = torch.zeros(n)
+    for p in layer.projections:
+        squares, dense = p.read().float().square(), p.name.count(".") == 2
+        if kind == "layers":
+            found += squares.sum().cpu()
+        elif kind == "experts" and ".experts." in p.name:
+            found[int(p.name.split(".")[3])] += squares.sum().cpu()
+        elif kind in roles and p.role in roles[kind].split() and dense:
+            found += squares.sum(0 if p.role in ("o", "down") else 1).view(n, -1).sum(1).cpu()
+    return found
+
+
+def _activation(decoder: Decoder, kind: Kind, calibration: Calibration, on_progress: Progress) -> Scores:
+    """Return the sum of squares of what every unit sends to its output projection, over real tokens."""
+    if kind not in ("neurons", "kv_groups"):
+        raise OptionError(f"{kind} cannot be chosen by activation: by effect, magnitude or random")
+    place: Literal["mlp", "heads"] = "mlp" if kind == "neurons" else "heads"
+    sums: dict[int, Tensor] = {}
+    groups = batches(calibration.examples, max_batch_tokens=1)  # one by one: no padding
+    with ExitStack() as stack, torch.inference_mode():
+        for layer in decoder.layers:
+            if n := _count(layer, kind):
+                module = gated_module(decoder, Site(layer.index, place))
+                stack.callback(module.register_forward_pre_hook(_adding(sums, layer.index, n)).remove)
+        for done, batch in enumerate(groups, start=1):
+            decoder.model(input_ids=batch.tokens.to(decoder.device), use_cache=False)
+            on_progress(done, len(groups))
+    return {layer: own.cpu() for layer, own in sums.items()}
+
+
+def _adding(sums: dict[int, Tensor], layer: int, n: int) -> Callable[..., None]:
+    def hook(module: Any, args: tuple[Tensor, ...]) -> None:
+        own = args[0].flatten(0, -2).float().square().sum(0).view(n, -1).sum(1)
+        sums[layer] = sums.get(layer, 0) + own
+
+    return hook

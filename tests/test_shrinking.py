@@ -1,0 +1,168 @@
+"""Choosing what goes for good: exact counts, honest choices, and what stays makes up for the rest."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run
+from families import FAMILIES, VOCAB
+from tinydata import tiny_decoder, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from causalprune.anatomy import inspect_model
+from causalprune.checkpoint import read_manifest
+from causalprune.errors import OptionError
+from causalprune.measuring import Workbench
+from causalprune.run import quiet
+from causalprune.shrinking import BY, Shares, Shrunk, shares_for, shrink
+from causalprune.types import Calibration, Decoder, Example
+
+
+def decoder_of(name: str) -> Decoder:
+    return inspect_model(FAMILIES[name](), None, name=name)
+
+
+def problems(n: int = 6, seed: int = 0) -> Calibration:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(3, VOCAB, (14 + i % 3,), generator=generator).tolist() for i in range(n)]
+    return Calibration(
+        tuple(Example(tuple(row), 5, "random", str(i)) for i, row in enumerate(rows)), (0,) * n
+    )
+
+
+def shrunk(name: str, shares: Shares, **options: object) -> Shrunk:
+    return shrink(decoder_of(name), shares, problems(), stage=quiet, **options)  # type: ignore[arg-type]
+
+
+def loss(decoder: Decoder, calibration: Calibration) -> float:
+    work = Workbench(decoder, calibration)
+    for number in range(len(work.groups)):
+        work.measure_intact(number)
+    return float(work.intact.sum())
+
+
+@pytest.mark.parametrize("by", BY)
+def test_every_choice_removes_what_was_asked(by: str) -> None:
+    found = shrunk("qwen2", Shares(neurons=0.3, kv_groups=0.5), by=by)
+    mlp, attention = (
+        12 * 32 * 3,
+        2 * 32 * 16 + 2 * 32 * 8 + 16 + 2 * 8,
+    )  # weights and biases of a layer that go
+    assert found.parameters_before - found.parameters_after == 3 * (mlp + attention)
+    assert all(len(index) == 28 for index in found.kept.neurons.values())
+
+
+def test_layers_go_by_effect() -> None:
+    decoder = decoder_of("llama3")
+    for p in decoder.layers[1].projections:
+        if p.role in ("o", "down"):
+            p.write(torch.zeros(p.shape))
+    before = loss(decoder, problems())
+    found = shrink(decoder, Shares(layers=0.34), problems(), update="none", stage=quiet)
+    assert found.kept.layers == (0, 2)
+    assert loss(found.decoder, problems()) == pytest.approx(before, rel=1e-6)
+
+
+def test_neurons_without_effect_go_first() -> None:
+    decoder = decoder_of("mistral")
+    for layer in decoder.layers:
+        down = layer.projections[-1]
+        weight = down.read().clone()
+        weight[:, layer.index : layer.index + 10] = 0
+        down.write(weight)
+    before = loss(decoder, problems())
+    found = shrink(decoder, Shares(neurons=0.25), problems(), update="none", stage=quiet)
+    for i, index in found.kept.neurons.items():
+        assert set(index.tolist()) == set(range(40)) - set(range(i, i + 10))
+    assert loss(found.decoder, problems()) == pytest.approx(before, rel=1e-6)
+
+
+def test_what_stays_makes_up_for_what_goes() -> None:
+    tokens, error = torch.tensor([problems().examples[0].tokens]), {}
+    for update in ("none", "refit"):
+        decoder = decoder_of("llama2")
+        for layer in decoder.layers:  # twins: what half of the neurons do, the other half can do
+            for p in layer.projections:
+                if p.role in ("gate", "up"):
+                    p.write(torch.cat([p.read()[:20], p.read()[:20]]))
+        before = decoder.model(tokens).logits
+        worth = Shares(neurons=0.5)
+        found = shrink(decoder, worth, problems(40), by="random", seed=3, update=update, stage=quiet)
+        error[update] = float((found.decoder.model(tokens).logits - before).norm())
+    assert error["refit"] < 0.7 * error["none"]
+
+
+def test_experts_go_and_unreached_ones_are_not_free() -> None:
+    decoder = decoder_of("qwen3_moe")
+    few = Calibration(problems().examples[:1], (0,))
+    found = shrink(decoder, Shares(experts=0.3), few, stage=quiet, update="none")
+    assert {layer.n_experts for layer in found.decoder.layers} == {0, 2}
+    assert set(found.kept.experts) == {0, 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "shares", "message"),
+    [
+        ("llama3", {"kv_groups": 0.1}, "less than one step of 1: ask for 0.5"),
+        ("llama3", {"experts": 0.5}, "has no experts"),
+        ("mixtral", {"neurons": 0.5}, "has no neurons"),
+    ],
+)
+def test_what_cannot_go_is_refused(name: str, shares: dict[str, float], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        shrunk(name, Shares(**shares))
+
+
+@pytest.mark.parametrize("shares", [{}, {"neurons": 1.0}, {"layers": -0.1}])
+def test_senseless_shares_are_refused(shares: dict[str, float]) -> None:
+    with pytest.raises(OptionError):
+        Shares(**shares)
+
+
+def test_unknown_choices_are_refused() -> None:
+    with pytest.raises(OptionError, match="effect"):
+        shrunk("llama3", Shares(neurons=0.5), by="taste")
+    with pytest.raises(OptionError, match="refit"):
+        shrunk("llama3", Shares(neurons=0.5), update="hope")
+    with pytest.raises(OptionError, match="cannot be chosen by activation"):
+        shrunk("llama3", Shares(layers=0.5), by="activation")
+
+
+def test_a_share_of_all_parameters_comes_from_the_neurons() -> None:
+    decoder = decoder_of("llama3")
+    found = shrink(decoder, shares_for(decoder, 0.1), problems(), stage=quiet)
+    assert 1 - found.parameters_after / found.parameters_before == pytest.approx(0.1, abs=0.01)
+    with pytest.raises(OptionError, match="cannot come from them"):
+        shares_for(decoder, 0.9)
+
+
+def test_activations_are_those_of_the_calibration() -> None:
+    decoder, sent = decoder_of("llama2"), torch.zeros(40)
+    for example in problems().examples:
+        handle = decoder.layers[0].module.mlp.down_proj.register_forward_pre_hook(
+            lambda _, args: sent.add_(args[0][0].square().sum(0))
+        )
+        decoder.model(torch.tensor([example.tokens]))
+        handle.remove()
+    found = shrunk("llama2", Shares(neurons=0.5), by="activation")
+    assert set(found.kept.neurons[0].tolist()) == set(sent.topk(20).indices.tolist())
+
+
+def test_the_command_leaves_a_model_that_loads(run: Run, tmp_path: Path) -> None:
+    decoder, model = tiny_decoder(), tmp_path / "model"
+    decoder.model.save_pretrained(model)
+    decoder.tokenizer.save_pretrained(model)
+    lines = [{"prompt": f"{i} plus {i}?", "target": f"It is {2 * i}."} for i in range(8)]
+    task = write_jsonl(tmp_path / "own.jsonl", lines)
+    common = ("-t", task, "-n", 6, "--kv-groups", "0.5", "--layers", "0.5")
+    code, out, err = run("shrink", model, "-o", tmp_path / "small", *common)
+    assert code == 0, err
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert small.num_parameters() < decoder.model.num_parameters()
+    assert f"{small.num_parameters():,} after" in out
+    assert run("verify", tmp_path / "small")[0] == 0
+    said = read_manifest(tmp_path / "small")["run"]["shrink"]
+    assert len(said["kept"]["layers"]) == small.config.num_hidden_layers
+    assert said["parameters_after"] == small.num_parameters()
+    code, _, err = run("shrink", model, "-o", tmp_path / "other", *common, "--parameters", "0.1")
+    assert (code, "leave the other shares out" in err) == (2, True)
