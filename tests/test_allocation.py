@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from reference import lowest_go
 from torch import Tensor
 
-from causalprune.allocation import find_threshold, keep_above, keep_matrix, keep_rows, prune_counts, spread
+from causalprune.allocation import (
+    find_threshold,
+    graded_shares,
+    keep_above,
+    keep_matrix,
+    keep_rows,
+    prune_counts,
+    spread,
+)
 
 TINY, NORMAL, HUGE = 1e-45, 1.1754944e-38, 3.4028235e38  # smallest subnormal and normal, largest float32
 AWKWARD = [0.0, -0.0, TINY, 2 * TINY, NORMAL - TINY, NORMAL, 1.0, 1.0000001, 2.0, 65504.0, HUGE, float("inf")]
@@ -126,3 +134,39 @@ def test_what_is_no_score_is_refused(bad: float, count: int) -> None:
     if count:
         with pytest.raises(ValueError, match="≥ 0"):
             find_threshold(lambda: [score], count)
+
+
+DOSES = (0.3, 0.5, 0.7)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.tuples(st.floats(1e-6, 2), st.floats(1.1, 30), st.integers(1, 1000)), min_size=1, max_size=12)
+)
+def test_graded_shares_meet_the_sparsity_within_the_doses(groups: list[tuple[float, float, int]]) -> None:
+    nats = torch.tensor([[first, first * rate, first * rate**2] for first, rate, _ in groups])
+    sizes = [size for *_, size in groups]
+    shares = graded_shares(nats, DOSES, sizes, 0.5)
+    assert float(shares.min()) >= 0.3 - 1e-9
+    assert float(shares.max()) <= 0.7 + 1e-9
+    assert float(shares @ torch.tensor(sizes, dtype=torch.float64)) == pytest.approx(0.5 * sum(sizes))
+
+
+def test_graded_shares_are_the_best_of_all() -> None:
+    """Two groups of one size: all ways to share are tried, on curves that are worked out here."""
+    nats = torch.tensor([[0.01, 0.02, 0.04], [0.01, 0.08, 0.64]])
+    steps = torch.linspace(0.3, 0.7, 401, dtype=torch.float64)
+    curves = [0.01 * torch.tensor(rate) ** ((steps - 0.3) / 0.2) for rate in (2.0, 8.0)]
+    best = steps[(curves[0] + curves[1].flip(0)).argmin()]
+    shares = graded_shares(nats, DOSES, [10, 10], 0.5)
+    assert shares.tolist() == pytest.approx([float(best), 1 - float(best)], abs=0.01)
+
+
+def test_groups_that_answer_alike_share_alike() -> None:
+    nats = torch.tensor([[0.01, 0.03, 0.2]]).expand(4, 3)
+    assert graded_shares(nats, DOSES, [50] * 4, 0.5).tolist() == pytest.approx([0.5] * 4, abs=0.003)
+
+
+def test_a_count_for_each_share() -> None:
+    assert prune_counts([10, 10, 10], [0.2, 0.55, 0.75]) == [2, 6, 7]
+    assert sum(prune_counts([7] * 9, [0.31] * 9)) == 20

@@ -52,6 +52,7 @@ LAYERS: dict[str, set[str]] = {
     "attribution": {"measuring", "questions", "sampling"},
     "stability": {"attribution", "measuring", "questions", "uncertainty"},
     "distillation": {"ablation", "losses"},
+    "grading": {"ablation", "losses"},
     "methods": {"criteria", "obs"},
     "pruning": {
         "ablation",
@@ -60,6 +61,7 @@ LAYERS: dict[str, set[str]] = {
         "calibration",
         "criteria",
         "distillation",
+        "grading",
         "importance",
         "methods",
         "obs",
@@ -83,7 +85,7 @@ LAYERS: dict[str, set[str]] = {
     "spectra": {"allocation", "criteria", "methods", "pruning"},
     "streaming": {"anatomy", "checkpoint", "criteria", "methods", "model", "pruning", "shards", "spectra"},
     "evaluation": {"calibration", "data", "losses", "results", "tasks"},
-    "recipe": {"calibration", "methods", "questions"},
+    "recipe": {"calibration", "criteria", "methods", "questions"},
     "plan": {"calibration", "checkpoint", "criteria", "data", "embedded", "evaluation", "model", "recipe"},
     "tables": {"plan", "results", "uncertainty", "verification"},
 }

@@ -15,7 +15,11 @@ def test_a_sparsity_outside_0_and_1_is_refused(sparsity: float) -> None:
     ("field", "name", "message"),
     [
         ("criterion", "wandaa", "unknown method 'wandaa': did you mean 'wanda'"),
-        ("criterion", "CAP", "unknown method 'CAP': choices are cap, magnitude, random, sparsegpt, wanda"),
+        (
+            "criterion",
+            "CAP",
+            "unknown method 'CAP': choices are cap, causal, magnitude, random, sparsegpt, wanda",
+        ),
         ("scope", "4:2", "unknown scope '4:2': choices are 2:4, global, matrix, row"),
         ("scope", "rows", "unknown scope 'rows': did you mean 'row'"),
         ("scope", "", "unknown scope '': choices are 2:4, global, matrix, row"),

@@ -92,7 +92,7 @@ def test_each_scope_has_its_own_budget_everywhere(family: str, criterion: str, s
     decoder = shared(family)
     with restored(decoder):
         before = weights(decoder)
-        pruned = run(decoder, Method(criterion, 0.61, scope))
+        pruned = run(decoder, Method(criterion, 0.61, scope, budgets="uniform"))
         assert_pruned(decoder, before, pruned)
     sizes = [w.numel() for w in before.values()]
     gone = [int((~keep).sum()) for keep in pruned.keep.values()]

@@ -5,6 +5,7 @@ their bit patterns, so the exact k-th smallest comes from two histograms over 16
 memory and without ever joining the matrices: the same path serves one matrix, a model, or a stream.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,10 @@ from torch import Tensor
 from causalprune.errors import OptionError
 
 HALF_BITS = 16
+STEPS = 161
+"""Sparsities among which a group chooses."""
+TINY = 1e-12
+"""Divergences below this many nats are rounding."""
 
 
 @dataclass(frozen=True)
@@ -25,18 +30,52 @@ class Threshold:
     ties: int
 
 
-def prune_counts(sizes: Sequence[int], sparsity: float) -> list[int]:
-    """Return how many weights each block loses, so that every prefix is at `sparsity` to the single weight.
+def prune_counts(sizes: Sequence[int], sparsity: float | Sequence[float]) -> list[int]:
+    """Return how many weights each block loses, so that every prefix is at its sparsity to the single weight.
 
-    Rounding is carried over from block to block: the total is `round(sparsity · Σ sizes)`.
+    `sparsity` is one for all blocks or one for each. Rounding is carried over from block to block: with one for all,
+    the total is `round(sparsity · Σ sizes)`.
     """
-    counts, weights, pruned = [], 0, 0
-    for size in sizes:
+    counts, weights, pruned, wanted = [], 0, 0, 0.0
+    for i, size in enumerate(sizes):
         weights += size
-        target = int(sparsity * weights + 0.5)
+        wanted = sparsity * weights if isinstance(sparsity, float) else wanted + sparsity[i] * size
+        target = int(round(wanted, 6) + 0.5)  # sums of shares carry rounding errors
         counts.append(target - pruned)
         pruned = target
     return counts
+
+
+def graded_shares(
+    nats: Float[Tensor, "group dose"],
+    sparsities: Sequence[float],
+    sizes: Sequence[int],
+    sparsity: float,
+) -> Float[Tensor, "group"]:
+    """Return the sparsity of every group that loses the task least, at `sparsity` over all groups.
+
+    Minimises `Σ f_g(s_g)` with `Σ size_g · s_g = sparsity · Σ size_g`, each s_g within the sparsities that were
+    tried. `f_g` goes through the measured losses (nats) of group g, its logarithm straight in between. Solved by
+    one price for a pruned weight, at which every group chooses for itself (Lagrange; exact where f is convex).
+    """
+    grid = torch.linspace(sparsities[0], sparsities[-1], STEPS, dtype=torch.float64)
+    known, weights = torch.tensor(sparsities, dtype=torch.float64), torch.tensor(sizes, dtype=torch.float64)
+    logs = nats.double().clamp_min(TINY).log().cummax(1).values
+    right = torch.searchsorted(known, grid).clamp(1, len(known) - 1)
+    part = (grid - known[right - 1]) / (known[right] - known[right - 1])
+    curves = (logs[:, right - 1] * (1 - part) + logs[:, right] * part).exp()
+
+    def chosen(log_price: float) -> Tensor:
+        return grid[(curves - math.exp(log_price) * weights[:, None] * grid).argmin(1)]
+
+    low, high = -100.0, 100.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if chosen(middle) @ weights < sparsity * weights.sum() else (low, middle)
+    cheap, dear = chosen(low), chosen(high)
+    reach = float((dear - cheap) @ weights)
+    left = float(sparsity * weights.sum() - cheap @ weights)
+    return cheap + (dear - cheap) * (left / reach if reach > 0 else 0.0)
 
 
 def spread(count: int, n_rows: int) -> Int[Tensor, "out"]:

@@ -19,6 +19,11 @@ UPDATES: tuple[Update, ...] = ("none", "obs", "refit", "distill")
 matrix, or after that be trained together on the intact model's predictions."""
 
 
+Budgets = Literal["uniform", "graded"]
+BUDGETS: tuple[Budgets, ...] = ("uniform", "graded")
+"""How many weights groups of matrices lose: all the same share, or by what the task was measured to lose."""
+
+
 @dataclass(frozen=True, eq=False)
 class Evidence:
     """What a criterion may look at besides the weights.
@@ -39,12 +44,13 @@ Score = Callable[[Float[Tensor, "out in"], Evidence], Float[Tensor, "out in"]]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A scoring function, the evidence it needs, the scope in which its scores are compared, and its update."""
+    """A scoring function, the evidence it needs, and its own scope of comparison, update and budgets."""
 
     score: Score
     scope: Scope
     needs: Literal["nothing", "weights", "inputs", "moments", "effects"]
     update: Update = "none"
+    budgets: Budgets = "uniform"
 
     @property
     def by_value(self) -> bool:
@@ -88,6 +94,7 @@ CRITERIA: dict[str, Criterion] = {
     "magnitude": Criterion(magnitude, scope="matrix", needs="weights"),
     "wanda": Criterion(wanda, scope="row", needs="inputs"),
     "sparsegpt": Criterion(sparsegpt, scope="matrix", needs="moments", update="obs"),
+    "causal": Criterion(sparsegpt, scope="matrix", needs="moments", update="distill", budgets="graded"),
     "cap": Criterion(cap, scope="global", needs="effects"),
     "random": Criterion(random, scope="matrix", needs="nothing"),
 }

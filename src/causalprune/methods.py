@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from causalprune.criteria import CRITERIA, SCOPES, UPDATES, Update
+from causalprune.criteria import BUDGETS, CRITERIA, SCOPES, UPDATES, Budgets, Update
 from causalprune.errors import OptionError, unknown
 from causalprune.obs import BLOCK
 
@@ -26,7 +26,9 @@ class Method:
     weights scores are compared: `row`, `matrix` (sparsegpt: each block of 128 columns), `global`, or
     a pattern such as `2:4`, where of 4 neighbouring inputs 2 stay (its sparsity must be 0.5). `update` is what kept
     weights do for those that go: nothing (`none`), make up for them column by column (`obs`), be fitted anew to the
-    outputs matrix by matrix (`refit`), or after that be trained on the intact model's predictions (`distill`). Where scope or update are None, the criterion's own hold.
+    outputs matrix by matrix (`refit`), or after that be trained on the intact model's predictions (`distill`).
+    `budgets` are the same share for all matrices (`uniform`), or more where graded interventions show that the task
+    can spare more (`graded`; within rows and matrices only). Where one of the three is None, the criterion's own holds.
     """
 
     criterion: str
@@ -34,6 +36,7 @@ class Method:
     scope: str | None = None
     seed: int = 0
     update: str | None = None
+    budgets: str | None = None
 
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
@@ -43,6 +46,12 @@ class Method:
             raise unknown("scope", self.scope, [*SCOPES, "2:4"])
         if self.update is not None and self.update not in UPDATES:
             raise unknown("update", self.update, UPDATES)
+        if self.budgets is not None and self.budgets not in BUDGETS:
+            raise unknown("budgets", self.budgets, BUDGETS)
+        if self.budgets == "graded" and not self._can_grade:
+            raise OptionError(
+                f"graded budgets need scores compared within rows or matrices, not {self.scope}"
+            )
         if not 0 < self.sparsity < 1:
             raise OptionError(f"sparsity must be between 0 and 1 (both excluded), not {self.sparsity}")
         if pattern is not None and self.sparsity != pattern:
@@ -59,15 +68,29 @@ class Method:
         return next((u for u in UPDATES if u == self.update), CRITERIA[self.criterion].update)
 
     @property
+    def resolved_budgets(self) -> Budgets:
+        """The budgets asked for, or the criterion's own where the scope leaves a choice."""
+        own = CRITERIA[self.criterion].budgets if self._can_grade else "uniform"
+        return next((b for b in BUDGETS if b == self.budgets), own)
+
+    @property
+    def _can_grade(self) -> bool:
+        return self.resolved_scope in ("row", "matrix")
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether inputs of matrices on calibration data are looked at."""
         return self.walks > 0
 
     @property
     def walks(self) -> int:
-        """How often the calibration tokens go through all layers: twice where scores need one walk, and updates one."""
-        looks, updates = (
-            CRITERIA[self.criterion].needs in ("inputs", "moments"),
-            self.resolved_update != "none",
-        )
-        return looks + updates if self.resolved_scope == "global" else int(looks or updates)
+        """How often the calibration tokens go through all layers.
+
+        Once each for scores that must all be there before the first weight goes, for graded budgets, and for pruning
+        where it looks at inputs or updates.
+        """
+        looks = CRITERIA[self.criterion].needs in ("inputs", "moments")
+        updates, graded = self.resolved_update != "none", self.resolved_budgets == "graded"
+        if self.resolved_scope == "global":
+            return looks + updates
+        return graded + int(looks or updates)

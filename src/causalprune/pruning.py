@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from causalprune.ablation import LayerInputs, capture, run_layer
 from causalprune.allocation import (
     find_threshold,
+    graded_shares,
     keep_above,
     keep_matrix,
     keep_n_of_m,
@@ -26,6 +27,7 @@ from causalprune.calibration import batches
 from causalprune.criteria import CRITERIA, Evidence, Update
 from causalprune.distillation import BATCH_TOKENS, EPOCHS, distill, last_hidden
 from causalprune.errors import MismatchError, ModelError, OptionError
+from causalprune.grading import SEQUENCES, DoseResponse, dose_response, doses
 from causalprune.importance import head_importance, weight_factor
 from causalprune.methods import N_OF_M, Method
 from causalprune.obs import BLOCK, DAMPING, inverse_factor, refit, sparsegpt
@@ -44,11 +46,13 @@ class Pruned:
 
     `keep[name]` is True where a weight stays. `unrouted` names experts' matrices that no calibration
     token reached: their inputs are unknown, so they were scored by magnitude alone and not updated.
+    `response` is what graded budgets were made from.
     """
 
     method: Method
     keep: dict[str, Bool[Tensor, "out in"]]
     unrouted: tuple[str, ...]
+    response: DoseResponse | None = None
 
 
 def prune(
@@ -82,7 +86,7 @@ def prune(
     work = _Work(decoder, method, factors, on_progress)
     keep = _carried_out(work, calibration, max_batch_tokens, None)
     unrouted = [p.name for p in decoder.projections if work.groups and not work.norms.tokens.get(p.name)]
-    return Pruned(method, keep, tuple(unrouted))
+    return Pruned(method, keep, tuple(unrouted), work.response)
 
 
 def remove(  # noqa: PLR0913 (what `prune` takes)
@@ -118,7 +122,9 @@ def _carried_out(
     decoder, method = work.decoder, work.method
     if method.needs_calibration and calibration is not None:
         unpadded = any(isinstance(layer.experts, nn.ModuleList) for layer in decoder.layers)
-        work.groups = batches(calibration.examples, max_batch_tokens=1 if unpadded else max_batch_tokens)
+        size = 1 if unpadded else max_batch_tokens
+        work.groups = batches(calibration.examples, max_batch_tokens=size)
+        work.few = batches(calibration.examples[:SEQUENCES], max_batch_tokens=size)
     steps: list[Batch] = []
     if method.resolved_update == "distill" and calibration is not None:
         steps = batches(calibration.examples, max_batch_tokens=BATCH_TOKENS)
@@ -133,7 +139,10 @@ def manifest(pruned: Pruned, calibration: Calibration | None, effects: Effects |
     """Return what a checkpoint's manifest says of the way it was pruned."""
     own = pruned.method
     method = {**asdict(own), "scope": own.resolved_scope, "update": own.resolved_update}
+    method["budgets"] = own.resolved_budgets
     record: dict[str, Any] = {"method": method, "unrouted": list(pruned.unrouted)}
+    if pruned.response is not None:
+        record["dose_response"] = {**asdict(pruned.response), "nats": pruned.response.nats.tolist()}
     if calibration is not None:
         record["calibration"] = {**calibration.description, "fingerprint": calibration.fingerprint}
     if effects is not None:
@@ -175,6 +184,8 @@ class _Work:
     def __init__(self, decoder: Decoder, method: Method, factors: Factors, on_progress: Progress) -> None:
         self.decoder, self.method, self.factors = decoder, method, factors
         self.groups: list[Batch] = []
+        self.few: list[Batch] = []  # for graded interventions
+        self.response: DoseResponse | None = None
         self.norms = InputNorms()
         self.moments = Moments()  # of the layer at hand
         self.needs = CRITERIA[method.criterion].needs
@@ -212,7 +223,8 @@ class _Work:
         if fixed is not None and self.method.walks:
             fixed = iter(list(fixed))  # scores are about the intact model: none may wait for pruned inputs
         pool, update = self.decoder.projections, self.method.resolved_update
-        counts = prune_counts([p.size for p in pool], self.method.sparsity)
+        shares = self._shares() if fixed is None else None
+        counts = prune_counts([p.size for p in pool], shares or self.method.sparsity)
         by_name = {p.name: count for p, count in zip(pool, counts, strict=True)}
         looks = fixed is None and self.needs in ("inputs", "moments")
         moments = update != "none" or (looks and self.needs == "moments")
@@ -228,6 +240,24 @@ class _Work:
                 yield p, keep
             if not self.method.walks:
                 self._report()
+
+    def _shares(self) -> list[float] | None:
+        """Return the sparsity of every matrix by graded interventions, None where all have the same."""
+        if self.method.resolved_budgets == "uniform":
+            return None
+        layers = self.walk(advance_pruned=False, moments=self.needs == "moments")
+        found = dose_response(self.decoder, layers, self.few, doses(self.method.sparsity), self._tried)
+        self.response = found
+        shares = graded_shares(found.nats, found.sparsities, found.sizes, self.method.sparsity).tolist()
+        by_name = {name: share for group, share in zip(found.members, shares, strict=True) for name in group}
+        return [by_name[p.name] for p in self.decoder.projections]
+
+    def _tried(self, p: Projection, sparsity: float) -> Float[Tensor, "out in"]:
+        """Return a matrix of the intact model pruned alone, with no update but the criterion's own."""
+        choose = partial(_chosen, self.method.resolved_scope, round(sparsity * p.size), p.shape)
+        if self.needs == "moments":
+            return sparsegpt(p.read(), self._inverse(p), choose)[0]
+        return torch.where(choose(self.score(p), 0), p.read(), 0.0)
 
     def _solved(
         self, p: Projection, choose: Callable[[Tensor, int], Tensor], keep: Tensor | None

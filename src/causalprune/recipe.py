@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from causalprune.calibration import Chat
+from causalprune.criteria import BUDGETS
 from causalprune.errors import OptionError, unknown
 from causalprune.methods import N_OF_M, Method, pattern_sparsity
 from causalprune.questions import Estimator, Question
@@ -123,20 +124,28 @@ class Recipe:
 
 def label(method: Method) -> str:
     """Return the name of a pruned model in files and tables, as `wanda-row-0.5` or `wanda+refit-2:4-0.5`."""
-    update = f"+{method.update}" if method.update else ""
-    return f"{method.criterion}{update}-{method.resolved_scope}-{method.sparsity:g}"
+    words = "".join(f"+{word}" for word in (method.budgets, method.update) if word)
+    return f"{method.criterion}{words}-{method.resolved_scope}-{method.sparsity:g}"
 
 
 def parse_method(text: str, sparsity: float | None = None, seed: int = 0) -> Method:
-    """Return the method that `criterion[:scope][+update]` names, as `wanda`, `wanda:2:4` or `cap:global+refit`.
+    """Return the method that `criterion[:scope][+budgets][+update]` names.
 
-    Without `sparsity`, a pattern's own or `DEFAULT_SPARSITY` is taken.
+    As `wanda`, `wanda:2:4`, `cap:global+refit` or `wanda+graded+refit`. Without `sparsity`, a pattern's own or
+    `DEFAULT_SPARSITY` is taken.
     """
-    name, _, update = text.partition("+")
+    name, *words = text.split("+")
     criterion, _, scope = name.partition(":")
     if sparsity is None:
         sparsity = pattern_sparsity(scope) or DEFAULT_SPARSITY
-    return Method(criterion, sparsity, scope or None, seed, update or None)
+    budgets = [word for word in words if word in BUDGETS]
+    updates = [word for word in words if word not in BUDGETS]
+    if len(budgets) > 1 or len(updates) > 1:
+        raise OptionError(
+            f"the method {text!r} has two words for the same: one of {BUDGETS} and one update are allowed"
+        )
+    update, own = (words[0] if words else None for words in (updates, budgets))
+    return Method(criterion, sparsity, scope or None, seed, update, own)
 
 
 def find_recipe(name: str) -> Path:

@@ -1,0 +1,102 @@
+"""Graded interventions: measured as they are meant, and nothing left behind."""
+
+import pytest
+import torch
+from families import FAMILIES, VOCAB
+
+from causalprune.anatomy import fingerprint, inspect_model
+from causalprune.calibration import batches
+from causalprune.checkpoint import count_zeros
+from causalprune.errors import OptionError
+from causalprune.grading import dose_response, groups_of
+from causalprune.methods import Method
+from causalprune.pruning import manifest, prune
+from causalprune.recipe import label, parse_method
+from causalprune.types import Calibration, Decoder, Example
+
+
+def decoder_of(name: str) -> Decoder:
+    return inspect_model(FAMILIES[name](), None, name=name)
+
+
+def problems(n: int = 6) -> Calibration:
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, VOCAB, (14 + i % 3,), generator=generator).tolist() for i in range(n)]
+    return Calibration(
+        tuple(Example(tuple(row), 5, "random", str(i)) for i, row in enumerate(rows)), (0,) * n
+    )
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "gpt2", "olmoe"])
+def test_a_dose_is_measured_as_a_pruned_model_is(name: str) -> None:
+    decoder, calibration = decoder_of(name), problems(3)
+    before = fingerprint(decoder.model)
+    found = dose_response(
+        decoder,
+        decoder.layers,
+        batches(calibration.examples, max_batch_tokens=40),
+        (0.5, 1.0),
+        lambda p, s: p.read() * (1 - s),
+    )
+    assert fingerprint(decoder.model) == before
+    intact = [
+        decoder.model(torch.tensor([e.tokens])).logits[0, 4:-1].log_softmax(-1) for e in calibration.examples
+    ]
+    for number in (1, 4):  # the MLP of layer 0 and the attention of layer 2
+        own = {p.name: p for p in decoder.projections}
+        saved = {name: own[name].read().clone() for name in found.members[number]}
+        for key, weight in saved.items():
+            own[key].write(weight * 0)
+        total, n = 0.0, 0
+        for example, p in zip(calibration.examples, intact, strict=True):
+            q = decoder.model(torch.tensor([example.tokens])).logits[0, 4:-1].log_softmax(-1)
+            total, n = total + float((p.exp() * (p - q)).sum()), n + len(p)
+        for key, weight in saved.items():
+            own[key].write(weight)
+        assert float(found.nats[number, 1]) == pytest.approx(total / n, rel=1e-4, abs=1e-6)
+
+
+def test_groups_are_all_matrices_once() -> None:
+    decoder = decoder_of("qwen2_moe")
+    names = [p.name for layer in decoder.layers for group in groups_of(layer) for p in group]
+    assert sorted(names) == sorted(p.name for p in decoder.projections)
+
+
+@pytest.mark.parametrize("text", ["causal", "wanda+graded", "magnitude+graded+refit", "wanda:matrix+graded"])
+def test_graded_budgets_keep_the_count(text: str) -> None:
+    decoder = decoder_of("llama3")
+    pruned = prune(decoder, parse_method(text, 0.5), calibration=problems())
+    found, total = count_zeros(decoder), sum(p.size for p in decoder.projections)
+    assert found["zeros"] == sum(int((~k).sum()) for k in pruned.keep.values())
+    assert found["zeros"] == int(0.5 * total + 0.5)
+    shares = {name: 1 - float(k.float().mean()) for name, k in pruned.keep.items()}
+    assert max(shares.values()) > 0.52
+    assert min(shares.values()) < 0.48
+
+
+def test_what_the_task_can_spare_loses_more() -> None:
+    decoder = decoder_of("llama3")
+    down = decoder.layers[1].projections[-1]
+    down.write(down.read() * 1e-3)  # its MLP hardly matters
+    pruned = prune(decoder, parse_method("wanda+graded", 0.5), calibration=problems())
+    assert float(pruned.keep["layers.1.up"].float().mean()) == pytest.approx(0.3, abs=0.01)
+    record = manifest(pruned, None, None)
+    assert len(record["dose_response"]["nats"]) == 6
+    assert record["method"]["budgets"] == "graded"
+
+
+def test_uniform_budgets_are_as_ever() -> None:
+    one, other = decoder_of("llama3"), decoder_of("llama3")
+    prune(one, parse_method("causal+uniform+obs", 0.5), calibration=problems())
+    prune(other, parse_method("sparsegpt", 0.5), calibration=problems())
+    assert fingerprint(one.model) == fingerprint(other.model)
+
+
+def test_names_of_budgets() -> None:
+    assert parse_method("causal", 0.5) == Method("causal", 0.5)
+    assert Method("causal", 0.5).resolved_budgets == "graded"
+    assert Method("causal", 0.5, "2:4").resolved_budgets == "uniform"
+    assert label(parse_method("wanda+graded+refit", 0.5)) == "wanda+graded+refit-row-0.5"
+    for text in ("wanda:2:4+graded", "wanda:global+graded", "wanda+graded+uniform", "wanda+refit+obs"):
+        with pytest.raises(OptionError):
+            parse_method(text)
