@@ -15,6 +15,7 @@ from common import RESULTS, ROOT
 
 from causalprune.results import read_json, rows_of
 from causalprune.tables import comparison, to_markdown
+from causalprune.tables import stability as stability_tables
 
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LEFT_OUT = ("arc_challenge", "accuracy")
@@ -74,6 +75,37 @@ def reliability() -> str:
     return "\n".join(lines) + f"\n\nReference: {drawn['sequences']} problems, exact.\n"
 
 
+def families() -> str:
+    """What a ranking costs on other families, and how it agrees with another draw or with exact effects."""
+    path = RESULTS / "families.json"
+    raw = read_json(path)["raw"] if path.exists() else {}
+    lines = ["| model | effect, estimator | seconds | share of naive tokens | Spearman | top fifth shared |"]
+    lines.append("|---|---|---:|---:|---:|---:|")
+    for effect, own in raw.get("qwen", {}).items():
+        one = own["draws"][0]
+        cost = f"{one['seconds']:.0f} | {one['share_of_naive_tokens']:.1%}"
+        found = f"{own['spearman_between_draws']:.2f} | {own['top_fifth_between_draws']:.2f}"
+        lines.append(f"| Qwen2.5-Coder-0.5B ¹ | {effect}, adaptive {own['budget']:.0f}x | {cost} | {found} |")
+    for name, own in raw.get("gemma", {}).get("estimators", {}).items():
+        cost = f"{own['seconds']:.0f} | {own['share_of_naive_tokens']:.1%}"
+        found = f"{own['spearman_with_exact']:.2f} | {own['top_fifth_of_exact']:.2f}"
+        lines.append(f"| Gemma 3 270M ² | ce, {name} | {cost} | {found} |")
+    notes = "¹ between two draws of 8 problems each, measured apart. ² with the exact effects on the same 8 problems."
+    return "\n".join(lines) + f"\n\n{notes}\n" if raw else "Not measured yet.\n"
+
+
+def stability() -> str:
+    """What `causalprune stability` shows, for both effects."""
+    path = RESULTS / "stability.json"
+    if not path.exists():
+        return "Not measured yet.\n"
+    raw, parts = read_json(path)["raw"], []
+    for effect in ("ce", "kl"):
+        shown = [to_markdown(table) for table in stability_tables({"interactions": {}, **raw[effect]})]
+        parts += [f"**Effect `{effect}`**\n", *(text.removesuffix("\nNone\n") for text in shown)]
+    return "\n".join(parts)
+
+
 def large() -> str:
     """What streaming an 8-billion-parameter checkpoint costs."""
     path = RESULTS / "large.json"
@@ -102,6 +134,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "cost": cost,
     "reliability": reliability,
+    "families": families,
+    "stability": stability,
     "large": large,
 }
 

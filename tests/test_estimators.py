@@ -1,5 +1,6 @@
 """Estimators agree with exact effects as far as they promise, and their intervals say how far."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from causalprune.ablation import gated
 from causalprune.attribution import attribute
 from causalprune.calibration import batches
 from causalprune.errors import OptionError
-from causalprune.gradients import expansion, uniforms
+from causalprune.gradients import expansion, neuron_effects, uniforms
 from causalprune.losses import by_row, cross_entropy, divergence, target_logits, targets
 from causalprune.questions import Estimator, Question
 from causalprune.sampling import Allocation, next_cells, settled
@@ -240,3 +241,21 @@ def test_a_budget_below_the_prediction_is_refused() -> None:
         attribute(shared("llama2"), EXAMPLES, Question(), Estimator("adaptive", budget=50.0))
     with pytest.raises(OptionError, match="needs the estimator 'exact'"):
         attribute(shared("llama2"), EXAMPLES, Question(ablation="resample"), Estimator("gradient"))
+
+
+def test_neurons_of_similar_effect_share_a_group() -> None:
+    decoder = shared("llama3")
+    groups = batches(EXAMPLES.examples, max_batch_tokens=64)
+    slopes, every = neuron_effects(decoder, groups), list_units(decoder, ["neurons:1"])
+    alone = torch.zeros(len(every), dtype=torch.float64)
+    for batch in groups:
+        alone += expansion(decoder, batch, list(every.values()), torch.zeros(0, 0))[1].sum(1)
+    torch.testing.assert_close(torch.cat([slopes[i] for i in sorted(slopes)]), alone)
+
+    found = attribute(decoder, EXAMPLES, Question(units=("neurons:16:effect",)))
+    held = found.description["neurons"]
+    assert len(held) == len(found.units)
+    for layer, own in slopes.items():
+        ranked = [own[held[f"{layer}.{i}"]] for i in range(3)]
+        assert all(float(a.max()) <= float(b.min()) for a, b in itertools.pairwise(ranked))
+        assert sorted(itertools.chain(*(held[f"{layer}.{i}"] for i in range(3)))) == list(range(len(own)))

@@ -101,7 +101,7 @@ def test_neurons_are_grouped_by_index_or_by_effect() -> None:
     sizes = [sum(map(len, parts.values())) for parts in by_index.values()]
     assert sizes == [16, 16, 8] * N_LAYERS
     effect = {layer: torch.arange(40.0).roll(7 * layer) for layer in range(N_LAYERS)}
-    for unit, parts in list_units(decoder, ["neurons:16"], effect).items():
+    for unit, parts in list_units(decoder, ["neurons:16:effect"], effect).items():
         (neurons,) = parts.values()
         ranks = effect[unit.layer][neurons]
         assert sorted(ranks.tolist()) == list(range(unit.index * 16, min(40, unit.index * 16 + 16)))
@@ -113,6 +113,8 @@ def test_neurons_are_grouped_by_index_or_by_effect() -> None:
         (["haeds"], "heads"),
         (["heads:3"], "a size belongs to neurons"),
         (["neurons:0"], "neurons"),
+        (["heads:effect"], "a size belongs to neurons"),
+        (["neurons:8", "neurons:8:effect"], "each once"),
         (["heads", "heads"], "each once"),
         ([], "at least one"),
         (["experts"], "no units of kind 'expert'"),

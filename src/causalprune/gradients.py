@@ -50,6 +50,24 @@ def expansion(
     return loss.detach().cpu(), -first, second
 
 
+def neuron_effects(decoder: Decoder, batches: Sequence[Batch]) -> dict[int, Float[Tensor, "neuron"]]:
+    """Return `−∂L/∂g` of every neuron of the dense MLPs by layer, in nats summed over the batches' targets.
+
+    What removing the neuron does to the loss, to first order. One forward and one backward pass.
+    """
+    own = {site: size for site, size in sites(decoder).items() if site.place == "mlp"}
+    found = {site.layer: torch.zeros(size, dtype=torch.float64) for site, size in own.items()}
+    for batch in batches:
+        gates = {site: torch.ones(len(batch.tokens), size, requires_grad=True) for site, size in own.items()}
+        wanted = targets(batch)
+        with torch.enable_grad(), gated(decoder, gates):
+            loss = cross_entropy(target_logits(decoder, batch, wanted), wanted).sum()
+            slopes = torch.autograd.grad(loss, list(gates.values()))
+        for site, slope in zip(gates, slopes, strict=True):
+            found[site.layer] -= slope.double().sum(0).cpu()
+    return found
+
+
 def uniforms(
     examples: Sequence[Example], batch: Batch, draws: int, seed: int
 ) -> Float[Tensor, "draw target"]:

@@ -18,12 +18,12 @@ from causalprune.ablation import InputCache, LayerInputs, capture, entered_at, g
 from causalprune.anatomy import fingerprint
 from causalprune.calibration import batch_of, batches
 from causalprune.errors import ModelError, OptionError
-from causalprune.gradients import expansion, uniforms
+from causalprune.gradients import expansion, neuron_effects, uniforms
 from causalprune.ledger import Ledger
 from causalprune.losses import by_row, cross_entropy, divergence, selected, target_logits, targets
 from causalprune.questions import ELSEWHERE, Estimator, Question
 from causalprune.types import Batch, Calibration, Decoder, Effects, Progress, Unit
-from causalprune.units import Parts, Site, closing, list_units, sites
+from causalprune.units import Parts, Site, closing, grouped_by_effect, list_units, sites
 
 
 class Workbench:
@@ -48,7 +48,9 @@ class Workbench:
             estimator.name == "adaptive"
         ):  # its cells are few per sequence: no others are walked through with them
             self.groups = batches(calibration.examples, max_batch_tokens=1)
-        self.units = list_units(decoder, question.units)
+        self._grouped = grouped_by_effect(question.units)
+        slopes = neuron_effects(decoder, self.groups) if self._grouped else None
+        self.units = list_units(decoder, question.units, slopes)
         self.sites = sites(decoder)
         self.depth = len(decoder.layers)
         self.number = {unit: i for i, unit in enumerate(self.units)}
@@ -95,9 +97,19 @@ class Workbench:
                 "batches": hashlib.sha256(composition.encode()).hexdigest(),
                 **asdict(self.question),
                 "estimator": {k: v for k, v in asdict(self.estimator).items() if k not in ELSEWHERE},
+                **({"neurons": self.neurons()} if self._grouped else {}),
             },
         )
         return self._book
+
+    def neurons(self) -> dict[str, list[int]]:
+        """Return which neurons each group of them holds, by `layer.index`."""
+        return {
+            f"{unit.layer}.{unit.index}": index.tolist()
+            for unit, parts in self.units.items()
+            if unit.kind == "neurons"
+            for index in parts.values()
+        }
 
     @cached_property
     def model_fingerprint(self) -> str:
@@ -241,7 +253,9 @@ class Workbench:
                 for values in (self.masked, self.kl, predicted.get("predicted_nats", self.kl)):
                     values[i] = math.nan
                 unmeasured.append([unit.layer, unit.index])
-        reported = {"unreached_experts": unmeasured} if unmeasured else {}
+        reported: dict[str, Any] = {"unreached_experts": unmeasured} if unmeasured else {}
+        if self._grouped:
+            reported["neurons"] = self.neurons()
         return Effects(
             units=tuple(self.units),
             masked_nats=self.masked,

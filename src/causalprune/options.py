@@ -60,7 +60,8 @@ Stream = Annotated[
 Units = Annotated[
     list[str],
     typer.Option(
-        help="heads, kv_groups, attention, mlp, neurons:64 (groups of 64), experts or layers; repeatable."
+        help="heads, kv_groups, attention, mlp, neurons:64 (groups of 64; neurons:64:effect: of similar effect), "
+        "experts or layers; repeatable."
     ),
 ]
 EffectName = Annotated[

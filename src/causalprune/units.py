@@ -89,38 +89,45 @@ def list_units(
 ) -> dict[Unit, Parts]:
     """Return the units of the kinds named, layer by layer, with the parts that removing each closes.
 
-    `neurons:64` cuts each dense MLP into groups of 64 by index, or of similar `neuron_effects` (by layer)
-    where those are given.
+    `neurons:64` cuts each dense MLP into groups of 64 by index, `neurons:64:effect` into groups of similar
+    `neuron_effects` (by layer), which it needs.
 
     Raises:
         OptionError: an unknown name, a kind named twice, or a kind that this model does not have.
     """
     wanted = [_parsed(name) for name in names]
-    kinds = [kind for kind, _ in wanted]
+    kinds = [kind for kind, *_ in wanted]
     if not kinds or len(set(kinds)) < len(kinds):
         raise OptionError(f"units must name at least one kind, each once, not {list(names)}")
     every = sites(decoder)
     found: dict[Unit, Parts] = {}
     for layer in decoder.layers:
         own = {site: torch.arange(n) for site, n in every.items() if site.layer == layer.index}
-        for kind, size in wanted:
-            order = None if neuron_effects is None else neuron_effects[layer.index].argsort()
+        for kind, size, similar in wanted:
+            order = neuron_effects[layer.index].argsort() if similar and neuron_effects else None
             for i, parts in enumerate(_parts(layer, kind, size, own, order)):
                 found[Unit(layer.index, i, kind)] = parts
-    for kind, _ in wanted:
+    for kind in kinds:
         if not any(unit.kind == kind for unit in found):
             raise OptionError(f"{decoder.name} has no units of kind {kind!r}: leave them out")
     return found
 
 
-def _parsed(name: str) -> tuple[UnitKind, int]:
-    match = re.fullmatch(r"(\w+?)(?::([1-9]\d*))?", name)
+def grouped_by_effect(names: Sequence[str]) -> bool:
+    """Tell whether neurons are to be grouped by their effects."""
+    return any(_parsed(name)[2] for name in names)
+
+
+def _parsed(name: str) -> tuple[UnitKind, int, bool]:
+    match = re.fullmatch(r"(\w+?)(?::([1-9]\d*))?(:effect)?", name)
     head = match[1] if match else name
     if head not in NAMES:
         raise unknown("kind of units", name, NAMES)
-    if match is None or (match[2] and head != "neurons"):
-        raise OptionError(f"units {name!r}: a size belongs to neurons only, as in neurons:{GROUP_SIZE}")
-    return NAMES[head], int(match[2] or GROUP_SIZE)
+    if match is None or ((match[2] or match[3]) and head != "neurons"):
+        raise OptionError(
+            f"units {name!r}: a size belongs to neurons only, as in neurons:{GROUP_SIZE} or neurons:{GROUP_SIZE}:effect"
+        )
+    return NAMES[head], int(match[2] or GROUP_SIZE), bool(match[3])
 
 
 def _parts(
