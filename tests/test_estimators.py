@@ -1,6 +1,7 @@
 """Estimators agree with exact effects as far as they promise, and their intervals say how far."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,19 @@ def test_the_posterior_covers_the_truth(measured: float) -> None:
     assert float(torch.stack(errors).mean()) < 0.75 * float(torch.stack(raw).mean())
     if measured == 1.0:
         assert max(map(float, errors)) < 1e-20, "all measured: nothing is left to predict"
+
+
+def test_predictions_that_no_cell_checked_own_up_to_their_error() -> None:
+    effects, truth = made_up(40, 0, 0.0)
+    assert effects.predicted_nats is not None
+    flat = effects.predicted_nats.mean(1, keepdim=True).expand(-1, 40)  # as the divergence is predicted
+    bounds = [
+        estimate(replace(effects, predicted_nats=flat, curvature_nats=known))
+        for known in (effects.curvature_nats, None)
+    ]
+    inside = [float(((b.low <= truth) & (truth <= b.high)).double().mean()) for b in bounds]
+    assert inside[0] > 0.85
+    assert inside[1] < 0.05, "without a second-order part there is nothing to go by"
 
 
 def test_intervals_of_exact_effects_cover_the_mean_of_all_sequences() -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from causalprune.measuring import Workbench
 from causalprune.questions import Estimator, Question
@@ -97,7 +99,14 @@ def gradient(work: Workbench, on_progress: Progress = silent) -> Effects:
     spent = work.expansion_tokens
     first, second = work.expanded(lambda done, all_: on_progress(round(spent * done / all_), round(spent)))
     predicted = second if work.question.effect == "kl" else first + second
-    return work.effects(spent, predicted_nats=predicted)
+    if not work.estimator.draws:
+        return work.effects(spent, predicted_nats=predicted)
+    return work.effects(spent, predicted_nats=predicted, curvature_nats=_curvature(work, second))
+
+
+def _curvature(work: Workbench, second: Float[Tensor, "unit sequence"]) -> Float[Tensor, "unit"]:
+    """Return the second-order part per token: the scale of a prediction's error."""
+    return second.sum(1) / sum(example.target_tokens for example in work.calibration.examples)
 
 
 def adaptive(work: Workbench, on_progress: Progress = silent) -> Effects:
@@ -113,7 +122,7 @@ def adaptive(work: Workbench, on_progress: Progress = silent) -> Effects:
     total = round(min(budget, work.naive_tokens))
     first, second = work.expanded(lambda done, all_: on_progress(round(spent * done / all_), total))
     tokens = torch.tensor([example.target_tokens for example in work.calibration.examples])
-    curvature = second.sum(1) / tokens.sum()
+    curvature = _curvature(work, second)
     even = curvature[:, None] * tokens
     predicted = {
         "predicted_nats": even if work.question.effect == "kl" else first + even,

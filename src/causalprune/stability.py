@@ -96,12 +96,14 @@ def compared(one: Effects, other: Effects) -> dict[str, float]:
 def swapped(one: Effects, other: Effects, seed: int = 0) -> dict[str, float]:
     """Return how rankings of equally many problems agree with all of `one` when a share comes from `other`.
 
-    The problems kept are half of `one`, drawn anew each time, so that at share 0 it is the draw alone.
+    A ranking uses half of `one`'s problems, or as many as `other` has, drawn anew each time, so that at share 0 it
+    is the draw alone. As in every mixed calibration all target tokens count the same, so worked solutions outweigh
+    problems whose target is a short answer.
     """
     random, whole, found = np.random.default_rng(seed), one.paired_delta_nats(), {}
-    size = len(one.tokens) // 2
+    size = min(len(one.tokens) // 2, len(other.tokens))
     for share in SWAPPED:
-        out, values = min(round(share * size), len(other.tokens)), []
+        out, values = round(share * size), []
         for _ in range(RESAMPLES):
             kept, taken = (
                 random.permutation(len(one.tokens))[: size - out],

@@ -70,7 +70,7 @@ def to_markdown(table: Table) -> str:
     ]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     lines.insert(1, "|---|" + "---:|" * (len(table.columns) - 1))
-    return "\n".join(lines) + f"\n\n{table.caption}\n"
+    return "\n".join(lines) + (f"\n\n{table.caption}\n" if table.caption else "\n")
 
 
 def _plain(cell: Any) -> str:
@@ -116,8 +116,9 @@ def stability(found: Mapping[str, Any]) -> list[Table]:
     shares = list(next(iter(found["swaps"].values()), {}))
     _fill(swaps, ("swapped for", *shares), found["swaps"])
     pairs = Table(title="strong units removed in pairs: joint effect − sum")
-    own = {key: value for key, value in found["interactions"].items() if key != "strongest"}
-    _fill(pairs, ("", *own), {"": own})
+    if "interactions" in found:
+        own = {key: value for key, value in found["interactions"].items() if key != "strongest"}
+        _fill(pairs, ("source", *own), {first: own})
     return [table for table in (draws, between, swaps, pairs) if table.row_count]
 
 

@@ -34,7 +34,8 @@ class Estimate:
     """Effect per unit in nats per target token with its 95 % interval; NaN where nothing was measured.
 
     The interval is about other problems drawn like those of the calibration set, and about the cells that
-    were not measured; not about the bias of an estimate from gradients alone.
+    were not measured: without any, about the error that predictions had where they were checked. Predictions
+    without a second-order part have no such error to go by; their interval is about the problems alone.
     """
 
     value: Float[Tensor, "unit"]
@@ -57,7 +58,7 @@ def estimate(effects: Effects) -> Estimate:
     if effects.predicted_nats is None:
         return _with_interval(*_mean_and_variance(effects.change_nats(), tokens), n - 1)
     value, variance = _mean_and_variance(effects.predicted_nats, tokens)
-    if not bool(effects.masked_nats.isfinite().any()):
+    if effects.curvature_nats is None:
         return _with_interval(value, variance, n - 1)
     known = posterior(effects)
     left = known.cell_variance / n  # errors differ between sequences too, which the prediction does not show
@@ -119,8 +120,11 @@ def _posterior(effects: Effects) -> Posterior:
     shift = float((weight * mean * curvature).sum() / ((weight * curvature.square()).sum() + TAU**-2))
     excess = ((mean - shift * curvature).square() - sampling) / curvature.square()
     trust = torch.where(there, 1 / (sampling / curvature.square() + TAU**2).square(), 0.0)
-    voices = float(trust.sum().square() / trust.square().sum())  # units that speak, by their weights
-    moment = float((trust * excess).sum() / trust.sum())
+    least = torch.finfo(trust.dtype).tiny
+    voices = float(
+        trust.sum().square() / trust.square().sum().clamp_min(least)
+    )  # units that speak, by their weights
+    moment = float((trust * excess).sum() / trust.sum().clamp_min(least))
     tau = math.sqrt(max((voices * moment + PRIOR * TAU**2) / (voices + PRIOR), LEAST_TAU**2))
     scale = tau * curvature
     share = torch.where(there, scale.square() / (scale.square() + sampling), 0.0)
