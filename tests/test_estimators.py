@@ -4,6 +4,7 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from reference import ROUNDING, calibration, shared
@@ -198,6 +199,30 @@ def test_intervals_of_exact_effects_cover_the_mean_of_all_sequences() -> None:
         found = estimate(part)
         inside.append(((found.low <= whole) & (whole <= found.high)).double().mean())
     assert 0.92 <= float(torch.stack(inside).mean()) <= 0.98
+
+
+def test_intervals_of_divergences_are_positive_and_cover() -> None:
+    random, inside, plain = np.random.default_rng(0), [], []
+    for _ in range(300):
+        tokens = torch.tensor(random.integers(50, 150, 8))
+        cells = torch.tensor(random.gamma(1.0, 0.02, (40, 8))) * tokens  # true mean: 0.02
+        part = Effects(
+            units=tuple(Unit(0, i) for i in range(40)),
+            masked_nats=cells,
+            intact_nats=torch.zeros(8, dtype=torch.float64),
+            tokens=tokens,
+            subset=torch.arange(8) % 3,
+            model_fingerprint="m",
+            calibration_fingerprint="c",
+            effect="kl",
+            kl_nats=cells,
+        )
+        found, other = estimate(part), estimate(replace(part, effect="ce", kl_nats=None))
+        assert bool((found.low > 0).all())
+        inside.append(((found.low <= 0.02) & (found.high >= 0.02)).double().mean())
+        plain.append(((other.low <= 0.02) & (other.high >= 0.02)).double().mean())
+    assert 0.92 <= float(torch.stack(inside).mean()) <= 0.98
+    assert float(torch.stack(plain).mean()) < 0.92, "skewed data that defeat the symmetric interval"
 
 
 def test_cells_go_where_the_ranking_is_open_and_within_the_room() -> None:

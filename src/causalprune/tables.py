@@ -82,8 +82,10 @@ def strongest(effects: Effects) -> Table:
     """Return the units whose removal raises the loss most, and how certain the effects are."""
     found, own = estimate(effects), reliability(effects)
     known = ~found.value.isnan()
-    lines = [f"{int((found.value < 0).sum())} of {int(known.sum())} units lower the loss when removed"]
-    lines += [f"certain of their sign: {own['certain_signs']:.0%} of the units"]
+    lines = []
+    if "certain_signs" in own:
+        lines += [f"{int((found.value < 0).sum())} of {int(known.sum())} units lower the loss when removed"]
+        lines += [f"certain of their sign: {own['certain_signs']:.0%} of the units"]
     if "split_half" in own:
         lines.append(f"two halves of the examples rank units alike: {own['split_half']:.2f} (Spearman)")
     if unreached := effects.description.get("unreached_experts"):

@@ -56,13 +56,14 @@ def estimate(effects: Effects) -> Estimate:
     """
     tokens, n = effects.tokens.double(), len(effects.tokens)
     if effects.predicted_nats is None:
-        return _with_interval(*_mean_and_variance(effects.change_nats(), tokens), n - 1)
+        value, variance = _mean_and_variance(effects.change_nats(), tokens)
+        return _with_interval(effects, value, variance)
     value, variance = _mean_and_variance(effects.predicted_nats, tokens)
     if effects.curvature_nats is None:
-        return _with_interval(value, variance, n - 1)
+        return _with_interval(effects, value, variance)
     known = posterior(effects)
     left = known.cell_variance / n  # errors differ between sequences too, which the prediction does not show
-    return _with_interval(value + known.correction, variance + left + known.variance, n - 1)
+    return _with_interval(effects, value + known.correction, variance + left + known.variance)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,18 +154,19 @@ def reliability(effects: Effects, seed: int = 0) -> dict[str, float]:
 
     | key | meaning |
     |---|---|
-    | `certain_signs` | share of units whose 95 % interval excludes zero |
+    | `certain_signs` | share of units whose 95 % interval excludes zero (not for `kl`: divergences have no sign) |
     | `split_half` | Spearman correlation of the effects on two random halves of the sequences, mean of 50 splits |
     | `split_half_top_fifth` | share of the top fifth of units that two halves have in common |
     | `between_subsets` | mean Spearman correlation between the K subsets |
     """
     bounds = estimate(effects)
-    certain = float(bounds.certain_sign()[~bounds.value.isnan()].double().mean())
+    found: dict[str, float] = {}
+    if effects.effect == "ce":
+        found["certain_signs"] = float(bounds.certain_sign()[~bounds.value.isnan()].double().mean())
     change = effects.change_nats() if effects.predicted_nats is None else effects.predicted_nats
     known = ~change.isnan().any(1)
     change, tokens = change[known], effects.tokens.double()
     n, random = change.shape[1], np.random.default_rng(seed)
-    found: dict[str, float] = {"certain_signs": certain}
     if n >= 2 and len(change) >= 2:
         halves = [random.permutation(n) for _ in range(SPLITS)]
         pairs = [[_mean(change, tokens, half) for half in (p[: n // 2], p[n // 2 :])] for p in halves]
@@ -216,6 +218,13 @@ def _mean_and_variance(change: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance if n > 1 else torch.full_like(mean, math.inf)
 
 
-def _with_interval(value: Tensor, variance: Tensor, freedom: int) -> Estimate:
-    reach = variance.sqrt() * float(stats.t.ppf((1 + CONFIDENCE) / 2, max(freedom, 1)))
-    return Estimate(value, value - reach, value + reach)
+def _with_interval(effects: Effects, value: Tensor, variance: Tensor) -> Estimate:
+    """Return the interval by Student's t: of the logarithm for divergences, which are positive and skewed."""
+    freedom = max(len(effects.tokens) - 1, 1)
+    reach = variance.sqrt() * float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
+    low, high = value - reach, value + reach
+    if effects.effect == "kl":
+        factor = (reach / value).exp()
+        low = torch.where(value > 0, value / factor, low)
+        high = torch.where(value > 0, value * factor, high)
+    return Estimate(value, low, high)
