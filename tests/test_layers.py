@@ -90,6 +90,7 @@ LAYERS: dict[str, set[str]] = {
     "tables": {"plan", "results", "uncertainty", "verification"},
 }
 TOP = (
+    "traces",
     "run",
     "cli_measuring",
     "cli_pruning",

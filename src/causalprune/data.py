@@ -162,6 +162,8 @@ SOURCES: dict[str, Source] = {
     ),
 }
 TEXT_SOURCES = ("wikitext2", "c4")
+OWN = "own:"
+"""Before the name of a source: its problems, with answers that the model itself writes (`causalprune.traces`)."""
 
 
 def load_problems(name: str, split: Split, *, data_dir: Path | None = None) -> list[Problem]:

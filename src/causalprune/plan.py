@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from causalprune.calibration import split_counts, with_limit
+from causalprune.calibration import with_limit
 from causalprune.checkpoint import check_destination
 from causalprune.criteria import CRITERIA
-from causalprune.data import TEXT_SOURCES, Split, load_problems, load_texts
+from causalprune.data import OWN, TEXT_SOURCES, Split, load_problems, load_texts
 from causalprune.embedded import resolve
 from causalprune.errors import DataError, OptionError
 from causalprune.evaluation import check_tasks, output_type, source_of
@@ -103,11 +103,11 @@ def _read_shape(spec: ModelSpec) -> Shape:
 def _calibration_tokens(recipe: Recipe, data_dir: Path | None) -> int:
     wanted = recipe.calibration
     tokens = 0
-    for source, count in split_counts(wanted.sources, wanted.n).items():
+    for source, count in wanted.counts().items():
         if source in TEXT_SOURCES:
             tokens += count * wanted.max_tokens
             continue
-        lengths = _lengths(source, "calibration", data_dir)
+        lengths = _lengths(source.removeprefix(OWN), "calibration", data_dir)
         if len(lengths) < count:
             raise DataError(f"{source}: {count} examples wanted, but it has {len(lengths)}")
         tokens += int(sum(lengths) / len(lengths) * count)

@@ -9,13 +9,15 @@ from typing import Any, Literal
 
 import yaml
 
-from causalprune.calibration import Chat
+from causalprune.calibration import Chat, split_counts
 from causalprune.criteria import BUDGETS
 from causalprune.errors import OptionError, unknown
 from causalprune.methods import N_OF_M, Method, pattern_sparsity
 from causalprune.questions import Estimator, Question
 
 DEFAULT_SPARSITY = 0.2
+GENERAL = "wikitext2"
+"""Where general text comes from."""
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -33,7 +35,11 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class CalibrationSpec:
-    """Which examples the methods see: the arguments of `causalprune.calibration.calibrate`."""
+    """Which examples the methods see: the arguments of `causalprune.calibration.calibrate`, and more.
+
+    A source `own:NAME` is problems of NAME with the model's own answers; `general` is the share of the examples that
+    are general text instead, to protect what the task does not need.
+    """
 
     sources: tuple[str, ...]
     n: int = 128
@@ -41,6 +47,18 @@ class CalibrationSpec:
     seed: int = 0
     max_tokens: int = 512
     chat: Chat = "auto"
+    general: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.general < 1:
+            raise OptionError(
+                f"the share of general text must be at least 0 and below 1, not {self.general:g}"
+            )
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of examples of every source, that of general text among them."""
+        text = round(self.general * self.n)
+        return split_counts((*self.sources, f"{GENERAL}:{text}") if text else self.sources, self.n)
 
 
 @dataclass(frozen=True)

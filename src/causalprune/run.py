@@ -11,14 +11,13 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from causalprune import embedded
 from causalprune.attribution import attribute as measure
-from causalprune.calibration import calibrate
 from causalprune.checkpoint import EFFECTS, check_destination, count_zeros, load_effects, save, save_effects
 from causalprune.cluster import Cluster, fill
 from causalprune.criteria import CRITERIA
@@ -34,6 +33,7 @@ from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec, Reci
 from causalprune.results import RESULTS, write_json, write_results
 from causalprune.stability import DRAWS, Pairs, stability
 from causalprune.streaming import Streamed, prune_stream
+from causalprune.traces import calibrated
 from causalprune.types import Calibration, Decoder, Effects, EvalResult, Progress, Stage, silent
 from causalprune.uncertainty import described
 
@@ -85,9 +85,9 @@ def run(
     with stage("loading model"):
         decoder = load(recipe.model)
     _check_shape(recipe, decoder)
-    with stage("calibration data"):
+    with stage("calibration data") as progress:
         exclude = evaluation_contents(recipe.tasks, settings, decoder.tokenizer)
-    calibration = _calibrated(decoder, recipe.calibration, data_dir, exclude)
+        calibration = calibrated(decoder, recipe.calibration, data_dir, exclude, progress)
     identity = {
         "model": decoder.fingerprint,
         "calibration": calibration.fingerprint,
@@ -154,11 +154,11 @@ def check_stability(
     """
     with options.stage("loading model"):
         decoder = load(spec)
-    with options.stage("calibration data"):
+    with options.stage("calibration data") as progress:
         calibrations = {}
         for source in wanted.sources:
             own = dataclasses.replace(wanted, sources=(source,), n=wanted.n * DRAWS, subsets=DRAWS)
-            calibrations[source] = _calibrated(decoder, own, options.data_dir)
+            calibrations[source] = calibrated(decoder, own, options.data_dir, on_progress=progress)
     found = stability(
         decoder,
         calibrations,
@@ -342,16 +342,8 @@ def prepared(spec: ModelSpec, wanted: CalibrationSpec, options: Options) -> tupl
     """Load a model and draw its calibration examples."""
     with options.stage("loading model"):
         decoder = load(spec)
-    with options.stage("calibration data"):
-        return decoder, _calibrated(decoder, wanted, options.data_dir)
-
-
-def _calibrated(
-    decoder: Decoder, wanted: CalibrationSpec, data_dir: Path | None, exclude: Set[str] | None = None
-) -> Calibration:
-    options = dataclasses.asdict(wanted)
-    sources = options.pop("sources")
-    return calibrate(decoder.tokenizer, sources, **options, data_dir=data_dir, exclude=exclude)
+    with options.stage("calibration data") as progress:
+        return decoder, calibrated(decoder, wanted, options.data_dir, on_progress=progress)
 
 
 def _measured(

@@ -1,0 +1,157 @@
+"""Calibration examples of a recipe, among them the intact model's own chains of thought (RAC, arXiv 2509.12464)."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from causalprune.calibration import Reader, calibrate, draw, encode, uses_chat
+from causalprune.data import OWN, Problem, contents, load_problems
+from causalprune.embedded import cache_folder
+from causalprune.errors import DataError
+from causalprune.ledger import Ledger
+from causalprune.recipe import CalibrationSpec
+from causalprune.types import Calibration, Decoder, Example, Progress, silent
+
+BATCH = 16
+"""Answers that are written at once."""
+TRIES = 4
+"""Problems that are tried for each answer that is wanted: those without an end are left out."""
+
+
+def calibrated(
+    decoder: Decoder,
+    wanted: CalibrationSpec,
+    data_dir: Path | None = None,
+    exclude: Set[str] | None = None,
+    on_progress: Progress = silent,
+) -> Calibration:
+    """Return the examples that a recipe or the command line asks for.
+
+    `own:NAME` stands for problems of NAME with the answers that the model itself writes to them; they are written
+    once for a model, and kept in the cache folder. `general` is the share of examples that are general text instead.
+    """
+    counts = wanted.counts()
+    reader = Reader(
+        decoder.tokenizer,
+        uses_chat(decoder.tokenizer, wanted.chat),
+        wanted.max_tokens,
+        wanted.seed,
+        data_dir,
+    )
+    files = {
+        name: own_answers(decoder, reader, name.removeprefix(OWN), count, exclude, on_progress)
+        for name, count in counts.items()
+        if name.startswith(OWN)
+    }
+    found = calibrate(
+        decoder.tokenizer,
+        [f"{files.get(name, name)}:{count}" for name, count in counts.items()],
+        n=None,
+        subsets=wanted.subsets,
+        seed=wanted.seed,
+        max_tokens=wanted.max_tokens,
+        chat=wanted.chat,
+        data_dir=data_dir,
+        exclude=exclude,
+    )
+    description: dict[str, Any] = {**found.description, "sources": counts}
+    if files:
+        hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+        description["own_answers_sha256"] = hashes
+    return replace(found, description=description)
+
+
+def own_answers(
+    decoder: Decoder,
+    reader: Reader,
+    source: str,
+    count: int,
+    exclude: Set[str] | None = None,
+    on_progress: Progress = silent,
+) -> Path:
+    """Return a JSONL file of `count` problems with the model's own greedy answers, written where they are missing.
+
+    Answers that do not end within the reader's `max_tokens` are left out, and so are problems in `exclude` (None:
+    those of the source's evaluation split). What is written survives a kill.
+
+    Raises:
+        DataError: too few answers come to an end.
+    """
+    identity = {
+        "model": decoder.fingerprint,
+        "source": source,
+        "seed": reader.seed,
+        "chat": reader.chat,
+        "max_tokens": reader.max_tokens,
+    }
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_folder() / "answers"
+    exclude = contents(source, "evaluation", data_dir=reader.data_dir) if exclude is None else exclude
+    problems = {p.content: p for p in load_problems(source, "calibration", data_dir=reader.data_dir)}
+    drawn = draw(reader, source, "calibration", exclude=exclude)
+    kept: list[dict[str, str]] = []
+    with Ledger(folder / f"{name}.ledger", identity) as book:
+        for examples in _batched(islice(drawn, TRIES * count)):
+            missing = [e for e in examples if e.content not in book.rows]
+            for example, answer in zip(missing, _answers(decoder, missing, reader.max_tokens), strict=True):
+                own = Problem(source, problems[example.content].prompt, answer)
+                fits = bool(answer.strip()) and len(encode(reader, own).tokens) <= reader.max_tokens
+                book.append(example.content, answer if fits else None)
+            for example in examples:
+                answer = book.rows[example.content]
+                if answer is not None:
+                    kept.append({"prompt": problems[example.content].prompt, "target": answer})
+            on_progress(min(len(kept), count), count)
+            if len(kept) >= count:
+                break
+    if len(kept) < count:
+        raise DataError(
+            f"own:{source}: of {TRIES * count} answers {len(kept)} end within {reader.max_tokens} tokens, and {count} are "
+            "wanted: raise --max-tokens, ask for fewer, or take the worked solutions (without own:)"
+        )
+    path = folder / f"{name}-{count}.jsonl"
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept[:count])
+    draft = path.with_suffix(".tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+    return path
+
+
+def _answers(decoder: Decoder, examples: Sequence[Example], max_tokens: int) -> list[str]:
+    """Return the greedy answers to the prompts of some examples; empty where one does not end."""
+    if not examples:
+        return []
+    from causalprune.tasks.harness import plain_generation  # noqa: PLC0415 (takes seconds)
+
+    prompts = [list(e.tokens[: e.target_start]) for e in examples]
+    longest = max(map(len, prompts))
+    padding = decoder.tokenizer.pad_token_id or decoder.tokenizer.eos_token_id or 0
+    tokens = torch.tensor([[padding] * (longest - len(p)) + p for p in prompts])
+    real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    with plain_generation(decoder.model), torch.inference_mode():
+        found = decoder.model.generate(
+            tokens.to(decoder.device),
+            attention_mask=real.to(decoder.device),
+            max_new_tokens=max(max_tokens - longest, 1),
+            pad_token_id=padding,
+        )
+    ends = decoder.model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), decoder.tokenizer.eos_token_id}
+    return [_ended(decoder.tokenizer, row[longest:].tolist(), ends) for row in found]
+
+
+def _ended(tokenizer: Any, tokens: Sequence[int], ends: Set[int | None]) -> str:
+    """Return the text before the first token that ends an answer; empty if there is none."""
+    at = next((i for i, token in enumerate(tokens) if token in ends), None)
+    return "" if at is None else str(tokenizer.decode(tokens[:at], skip_special_tokens=True))
+
+
+def _batched(examples: Iterator[Example]) -> Iterator[list[Example]]:
+    while batch := list(islice(examples, BATCH)):
+        yield batch
