@@ -108,11 +108,7 @@ def _attribute(folder: Path) -> list[str]:
 
 def oracle(full: bool) -> dict[str, float]:
     """Keep decisions equal to llm-compressor's, which runs in an environment of its own."""
-    python = BENCH / "oracle" / ".venv" / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
-        requirements = BENCH / "oracle" / "requirements.txt"
-        subprocess.run([python, "-m", "pip", "install", "-q", "-r", requirements], check=True)
+    python = oracle_python()
     decoder = load("embedded")
     calibration = calibrate(decoder.tokenizer, ["gsm8k"], n=ORACLE_PROBLEMS, data_dir=data_folder())
     figures = {}
@@ -128,6 +124,16 @@ def oracle(full: bool) -> dict[str, float]:
         equal = sum(int(((p.read() != 0) == theirs[p.parameter_name]).sum()) for p in own.projections)
         figures[f"oracle_{method}_agreement"] = equal / sum(p.size for p in own.projections)
     return figures
+
+
+def oracle_python() -> Path:
+    """Return the interpreter of llm-compressor's own environment, which is made where it is missing."""
+    python = BENCH / "oracle" / ".venv" / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
+        requirements = BENCH / "oracle" / "requirements.txt"
+        subprocess.run([python, "-m", "pip", "install", "-q", "-r", requirements], check=True)
+    return python
 
 
 def demo(full: bool) -> dict[str, float]:

@@ -1,5 +1,8 @@
 """Training on the intact model's predictions: the same logits, fewer nats between them, and zeros that stay."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from families import FAMILIES
@@ -10,10 +13,11 @@ from causalprune import distillation
 from causalprune.ablation import entered_at
 from causalprune.calibration import batches
 from causalprune.distillation import last_hidden
+from causalprune.errors import OptionError
 from causalprune.losses import divergence, target_logits, targets
 from causalprune.methods import Method
 from causalprune.pruning import prune
-from causalprune.types import Decoder
+from causalprune.types import Batch, Decoder
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 EXAMPLES = calibration(((14, 5), (13, 9), (12, 3)))
@@ -22,7 +26,11 @@ BATCHES = batches(EXAMPLES.examples, max_batch_tokens=1024)
 
 def predictions(decoder: Decoder) -> list[Tensor]:
     with torch.inference_mode():
-        return [target_logits(decoder, batch, targets(batch)) for batch in BATCHES]
+        return [target_logits(decoder, batch, targets(everywhere(batch))) for batch in BATCHES]
+
+
+def everywhere(batch: Batch) -> Batch:
+    return replace(batch, target_starts=torch.ones_like(batch.lengths))
 
 
 def distance(decoder: Decoder, intact: list[Tensor]) -> float:
@@ -35,7 +43,7 @@ def test_logits_are_made_again_from_what_the_last_layer_sent(family: str) -> Non
     decoder = shared(family)
     for batch, expected in zip(BATCHES, predictions(decoder), strict=True):
         with torch.inference_mode(), entered_at(decoder, len(decoder.layers), last_hidden(decoder, batch)):
-            found = target_logits(decoder, batch, targets(batch))
+            found = target_logits(decoder, batch, targets(everywhere(batch)))
         torch.testing.assert_close(found, expected)
 
 
@@ -55,6 +63,44 @@ def test_predictions_come_closer_and_zeros_stay(family: str) -> None:
                 assert name in pool or torch.equal(parameter, before[name]), name
     assert distances[1] < distances[0]
     assert [p.requires_grad for p in decoder.model.parameters()] == flags
+
+
+@every_family
+def test_gradients_in_pieces_are_those_of_the_whole_loss(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, batch = fresh(family), batches(EXAMPLES.examples[:1], max_batch_tokens=1024)[0]
+    intact, wanted = last_hidden(decoder, batch), targets(everywhere(batch))
+    with torch.inference_mode():
+        teacher = target_logits(decoder, batch, wanted)
+    parameters = list(dict.fromkeys(p.parameter for p in decoder.projections))
+    for parameter in parameters:
+        parameter.data.mul_(0.8)
+        parameter.requires_grad_()
+    with torch.enable_grad():
+        logits = target_logits(decoder, batch, wanted)
+        loss = divergence(teacher, torch.arange(len(teacher)), logits).mean()
+    expected = torch.autograd.grad(loss, parameters, allow_unused=True)
+    monkeypatch.setattr(distillation, "CHUNK", 5)
+    for one, other in zip(distillation._gradients(decoder, batch, intact, parameters), expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_training_that_does_not_fit_is_refused_before_anything_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = fresh("llama3")
+    before = [parameter.clone() for parameter in decoder.model.parameters()]
+    pool = sum(p.size for p in decoder.projections)
+    assert distillation.memory_bytes(decoder) == {torch.device("cpu"): 20 * pool}
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=20 * pool - 1))
+    with pytest.raises(
+        OptionError, match=r"beside the model, .* free: choose another update, as in causal\+refit"
+    ):
+        prune(decoder, Method("wanda", 0.5, update="distill"), calibration=EXAMPLES)
+    assert all(torch.equal(a, b) for a, b in zip(before, decoder.model.parameters(), strict=True))
 
 
 def test_two_runs_are_identical() -> None:

@@ -92,6 +92,7 @@ LAYERS: dict[str, set[str]] = {
 TOP = (
     "traces",
     "run",
+    "sweeping",
     "cli_measuring",
     "cli_pruning",
     "cli",
@@ -120,6 +121,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
         "uncertainty",
     },
     "scipy": {"results", "uncertainty"},
+    "psutil": {"distillation"},
     "ray": {"cluster"},
     "typer": {"cli", "cli_measuring", "cli_pruning", "options"},
     "click": {"cli"},

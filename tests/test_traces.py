@@ -73,9 +73,9 @@ def test_answers_without_an_end_are_left_out(
     assert len(shown) == 4
     assert not set(first) & set(shown)
     silent, _ = speaking(monkeypatch, endless=10**6)
+    other = Reader(silent.tokenizer, chat=False, max_tokens=399, data_dir=data)
+    monkeypatch.setattr("causalprune.traces._answers", lambda _decoder, some, _most: [""] * len(some))
     with pytest.raises(DataError, match=r"own:gsm8k: of 20 answers 0 end within 399 tokens"):
-        other = Reader(silent.tokenizer, chat=False, max_tokens=399, data_dir=data)
-        monkeypatch.setattr("causalprune.traces._answers", lambda _decoder, some, _most: [""] * len(some))
         own_answers(silent, other, "gsm8k", 5)
 
 

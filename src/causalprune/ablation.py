@@ -114,7 +114,7 @@ def capture(decoder: Decoder, tokens: Int[Tensor, "batch time"], *, stop: int) -
             handle = layer.module.register_forward_pre_hook(keep(layer.index), with_kwargs=True)
             stack.callback(handle.remove)
         stack.enter_context(torch.inference_mode())
-        output = _run_until(decoder, tokens, stop)
+        output = run_until(decoder, tokens, stop)
     return LayerInputs(hidden, as_tuple=isinstance(output, tuple))
 
 
@@ -152,12 +152,14 @@ def run_layer(
 ) -> Float[Tensor, "batch time model"]:
     """Run `layer` alone on `inputs.hidden[layer]` and return its output."""
     with entered_at(decoder, layer, inputs), torch.inference_mode():
-        output = _run_until(decoder, tokens, layer)
+        output = run_until(decoder, tokens, layer)
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
 
-def _run_until(decoder: Decoder, tokens: Tensor, stop: int) -> Any:
+def run_until(decoder: Decoder, tokens: Int[Tensor, "batch time"], stop: int) -> Any:
+    """Run the model up to layer `stop` and return what that layer does; differentiable."""
+
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         raise _LeftModelError(output)
 

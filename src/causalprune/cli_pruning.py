@@ -14,13 +14,7 @@ from causalprune.options import app, console
 def prune(
     model: opt.Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pruned checkpoint.")],
-    method: Annotated[
-        str,
-        typer.Option(
-            help="sparsegpt, wanda, magnitude, cap or random; with a scope as in magnitude:global or a pattern "
-            "as in wanda:2:4; with an update of the kept weights (obs, refit, distill) as in sparsegpt+distill."
-        ),
-    ] = "cap",
+    method: opt.MethodName = "causal",
     sparsity: Annotated[
         str | None,
         typer.Option(help="Share of the prunable weights set to zero (default 0.2, or the pattern's own)."),
@@ -34,6 +28,8 @@ def prune(
     seed: opt.Seed = 0,
     max_tokens: opt.MaxTokens = 512,
     chat: opt.Chat = "auto",
+    objective: opt.Objective = "task",
+    general: opt.General = None,
     data_dir: opt.DataDir = None,
     batch_tokens: opt.BatchTokens = 2048,
     revision: opt.Revision = None,
@@ -54,7 +50,8 @@ def prune(
     from causalprune.run import Options, prune_checkpoint, prune_streamed
 
     spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code)
-    calibration = CalibrationSpec(tuple(task), n, subsets, seed, max_tokens, chat)
+    share = opt.general_share(objective, general)
+    calibration = CalibrationSpec(tuple(task), n, subsets, seed, max_tokens, chat, share)
     wanted = parse_method(method, _sparsity(sparsity), seed)
     options = Options(data_dir, batch_tokens, overwrite, shown)
     if stream:
@@ -67,6 +64,63 @@ def prune(
         achieved = tables.sparsity(weights, zeros, pruned.unrouted)
     console.print(achieved, highlight=False)
     console.print(f"saved: {output}")
+
+
+@app.command()
+def sweep(
+    model: opt.Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Run folder; a stopped sweep goes on there.")
+    ],
+    on: Annotated[
+        list[str], typer.Option(help="Tasks that must hold, as gsm8k_nll:100 or strategyqa; repeatable.")
+    ],
+    keep: Annotated[
+        float, typer.Option(help="Share of dense's accuracy or likelihood per token to keep.")
+    ] = 0.95,
+    certain: Annotated[
+        bool, typer.Option("--certain", help="The far end of the 95 % interval must keep it too.")
+    ] = False,
+    method: opt.MethodName = "causal",
+    task: opt.Task = ["gsm8k"],  # noqa: B006
+    n: opt.N = 48,
+    seed: opt.Seed = 0,
+    max_tokens: opt.MaxTokens = 512,
+    chat: opt.Chat = "auto",
+    objective: opt.Objective = "task",
+    general: opt.General = None,
+    data_dir: opt.DataDir = None,
+    batch_tokens: opt.BatchTokens = 2048,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "cpu",
+    device_map: opt.DeviceMap = None,
+    trust_remote_code: opt.Trust = False,
+) -> None:
+    """Find the highest sparsity, in steps of 5 %, that keeps a share of the task: at most five prunings.
+
+    Supposes that more sparsity is never better. The table shows every sparsity that was tried, with intervals.
+    """
+    from causalprune import tables
+    from causalprune.progress import shown
+    from causalprune.recipe import CalibrationSpec, ModelSpec, Recipe
+    from causalprune.sweeping import sweep as swept
+
+    share = opt.general_share(objective, general)
+    recipe = Recipe(
+        ModelSpec(model, revision, dtype, device, device_map, trust_remote_code),
+        CalibrationSpec(tuple(task), n, seed=seed, max_tokens=max_tokens, chat=chat, general=share),
+        methods=(method,),
+        sparsities=tuple(round(0.05 * step, 2) for step in range(1, 20)),
+        tasks=tuple(on),
+        seed=seed,
+        batch_tokens=batch_tokens,
+    )
+    tried = swept(recipe, keep, output, certain=certain, data_dir=data_dir, stage=shown)
+    console.print(tables.swept(tried))
+    best = max((one.sparsity for one in tried if one.holds), default=None)
+    found = "no sparsity keeps it" if best is None else f"--method {method} --sparsity {best:g} keeps it"
+    console.print(f"{found}; all results: {output / 'results.json'}")
 
 
 @app.command()

@@ -1,21 +1,28 @@
 """The last update: kept weights of all layers together follow the intact model's predictions."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import psutil
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from causalprune.ablation import LayerInputs, capture, entered_at, run_layer
+from causalprune.ablation import LayerInputs, capture, entered_at, run_layer, run_until
+from causalprune.errors import OptionError
 from causalprune.losses import divergence, target_logits, targets
 from causalprune.types import Batch, Decoder
 
-EPOCHS = 2
-LEARNING_RATE = 2e-5
+EPOCHS = 4
+LEARNING_RATE = 4e-5
+WARM_UP = 0.1
+"""Share of the steps in which the rate rises; then it falls along half a cosine to zero."""
 BETAS = (0.9, 0.95)
 BATCH_TOKENS = 1024
 """Tokens of one step: small batches, as a few dozen problems have to give some dozens of steps."""
+CHUNK = 256
+"""Positions whose logits exist at once: bounds the memory that large vocabularies take."""
 
 
 def last_hidden(decoder: Decoder, batch: Batch) -> LayerInputs:
@@ -35,42 +42,96 @@ def distill(
     seed: int,
     on_step: Callable[[int, int], None],
 ) -> None:
-    """Train the kept weights of all projections, in place, to predict the targets as the intact model did.
+    """Train the kept weights of all projections, in place, to predict every token as the intact model did.
 
-    Minimises the mean divergence KL(intact ‖ pruned) at the target positions by Adam, `EPOCHS` times over the
-    batches; `intact[i]` is the `last_hidden` of batch i. What is zero stays zero. Holds a float32 copy of the
-    prunable weights, their gradients and two moments; each epoch costs three forward passes.
+    Minimises the mean divergence KL(intact ‖ pruned) over all positions, prompts included, by Adam, `EPOCHS` times over
+    the batches; `intact[i]` is the `last_hidden` of batch i. What is zero stays zero. Holds `memory_bytes` beside the
+    model; each epoch costs about three forward passes.
     """
     masks = _masks(decoder, keep)
     parameters = list(masks)
-    masters = [parameter.detach().float().clone() for parameter in parameters]
+    masters = [parameter.detach().float() for parameter in parameters]  # float32 parameters are their own
     optimizer = torch.optim.Adam(masters, lr=LEARNING_RATE, betas=BETAS)
-    generator, after, done = torch.Generator().manual_seed(seed), len(decoder.layers), 0
+    generator, done, total = torch.Generator().manual_seed(seed), 0, EPOCHS * len(groups)
     frozen = {p: p.requires_grad for p in decoder.model.parameters()}
     try:
         for parameter in frozen:
             parameter.requires_grad_(parameter in masks)
         for _ in range(EPOCHS):
             for number in torch.randperm(len(groups), generator=generator).tolist():
-                batch, wanted = groups[number], targets(groups[number])
-                with torch.no_grad(), entered_at(decoder, after, intact[number]):
-                    teacher = target_logits(decoder, batch, wanted)
-                with torch.enable_grad():
-                    logits = target_logits(decoder, batch, wanted)
-                    loss = divergence(teacher, torch.arange(len(teacher)), logits).mean()
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                gradients = _gradients(decoder, groups[number], intact[number], parameters)
                 for parameter, master, gradient in zip(parameters, masters, gradients, strict=True):
                     if gradient is not None:  # None: an expert stack that no token reached
                         master.grad = gradient.float() * masks[parameter]
+                optimizer.param_groups[0]["lr"] = LEARNING_RATE * _rate(done / total, total)
                 optimizer.step()
                 with torch.no_grad():
                     for parameter, master in zip(parameters, masters, strict=True):
                         parameter.copy_(master)
                 done += 1
-                on_step(done, EPOCHS * len(groups))
+                on_step(done, total)
     finally:
         for parameter, before in frozen.items():
             parameter.requires_grad_(before)
+
+
+def memory_bytes(decoder: Decoder) -> dict[torch.device, int]:
+    """Return what `distill` holds beside the model and its activations, by device.
+
+    Gradients, masks and two moments, and float32 copies of weights of another dtype.
+    """
+    found: dict[torch.device, int] = {}
+    for parameter in {p.parameter for p in decoder.projections}:
+        each = 12 + 2 * parameter.element_size() + (0 if parameter.dtype == torch.float32 else 4)
+        found[parameter.device] = found.get(parameter.device, 0) + each * parameter.numel()
+    return found
+
+
+def check_memory(decoder: Decoder) -> None:
+    """Raise `OptionError` where a device has not the memory that `distill` will hold, before anything is changed."""
+    for device, needed in memory_bytes(decoder).items():
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
+        elif device.type == "cpu":
+            free = psutil.virtual_memory().available
+        else:
+            continue
+        if needed > free:
+            raise OptionError(
+                f"training the kept weights of {decoder.name} takes {needed / 2**30:.1f} GiB on {device} beside the model, "
+                f"and {free / 2**30:.1f} GiB are free: choose another update, as in causal+refit"
+            )
+
+
+def _rate(part: float, total: int) -> float:
+    """Return the share of the largest learning rate when a part of the steps is done."""
+    return min(1.0, (part + 1 / total) / WARM_UP) * (1 + math.cos(math.pi * part)) / 2
+
+
+def _gradients(
+    decoder: Decoder, batch: Batch, intact: LayerInputs, parameters: Sequence[nn.Parameter]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the mean divergence over all positions of a batch.
+
+    Back to the last layer's output some positions at a time, from there through all layers at once.
+    """
+    after, wanted = len(decoder.layers), targets(replace(batch, target_starts=torch.ones_like(batch.lengths)))
+    with torch.enable_grad():
+        output = run_until(decoder, batch.tokens, after - 1)
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    leaf = hidden.detach().requires_grad_()
+    for at in range(0, len(wanted.tokens), CHUNK):
+        own = slice(at, at + CHUNK)
+        part = replace(
+            wanted, rows=wanted.rows[own], positions=wanted.positions[own], tokens=wanted.tokens[own]
+        )
+        with torch.no_grad(), entered_at(decoder, after, intact):
+            teacher = target_logits(decoder, batch, part)
+        with torch.enable_grad(), entered_at(decoder, after, LayerInputs({after: leaf}, intact.as_tuple)):
+            logits = target_logits(decoder, batch, part)
+            loss = divergence(teacher, torch.arange(len(teacher)), logits).sum() / len(wanted.tokens)
+        loss.backward(inputs=[leaf])
+    return torch.autograd.grad(hidden, parameters, leaf.grad, allow_unused=True)
 
 
 def _masks(decoder: Decoder, keep: Mapping[str, Tensor]) -> dict[nn.Parameter, Float[Tensor, "..."]]:

@@ -31,7 +31,25 @@ Task = Annotated[
         "--task",
         "-t",
         help="Calibration data: gsm8k, strategyqa, arc_challenge, wikitext2, c4, gsm_symbolic, "
-        "or a JSONL file of {prompt, target}; repeat for a mix; `gsm8k:32` fixes a count.",
+        "or a JSONL file of {prompt, target}; repeat for a mix; `gsm8k:32` fixes a count; "
+        "`own:gsm8k` takes the model's own answers instead of worked solutions.",
+    ),
+]
+Objective = Annotated[
+    Literal["task", "balanced"],
+    typer.Option(
+        help="task: calibrate on the task alone; balanced: a quarter of the examples is general text."
+    ),
+]
+General = Annotated[
+    float | None, typer.Option(help="Share of the examples that is general text, in place of --objective.")
+]
+MethodName = Annotated[
+    str,
+    typer.Option(
+        help="causal, sparsegpt, wanda, magnitude, cap or random; with a scope as in magnitude:global or a pattern "
+        "as in wanda:2:4; with graded budgets, an update of the kept weights (obs, refit, distill), or both, as in "
+        "wanda+graded+refit."
     ),
 ]
 N = Annotated[int, typer.Option("-n", help="Number of calibration examples.", min=1)]
@@ -99,6 +117,14 @@ UntilCertain = Annotated[
 CacheGib = Annotated[
     float, typer.Option(help="Memory for inputs of layers; what does not fit is computed again.", min=0)
 ]
+
+SHARES = {"task": 0.0, "balanced": 0.25}
+
+
+def general_share(objective: str, general: float | None) -> float:
+    """Return the share of general text that the two options ask for."""
+    return SHARES[objective] if general is None else general
+
 
 FewerParameters = Annotated[
     float | None,

@@ -25,7 +25,7 @@ from causalprune.allocation import (
 from causalprune.anatomy import fingerprint
 from causalprune.calibration import batches
 from causalprune.criteria import CRITERIA, Evidence, Update
-from causalprune.distillation import BATCH_TOKENS, EPOCHS, distill, last_hidden
+from causalprune.distillation import BATCH_TOKENS, EPOCHS, check_memory, distill, last_hidden
 from causalprune.errors import MismatchError, ModelError, OptionError
 from causalprune.grading import SEQUENCES, DoseResponse, dose_response, doses
 from causalprune.importance import head_importance, weight_factor
@@ -127,6 +127,7 @@ def _carried_out(
         work.few = batches(calibration.examples[:SEQUENCES], max_batch_tokens=size)
     steps: list[Batch] = []
     if method.resolved_update == "distill" and calibration is not None:
+        check_memory(decoder)
         steps = batches(calibration.examples, max_batch_tokens=BATCH_TOKENS)
     intact = [last_hidden(decoder, batch) for batch in steps]
     keep = {p.name: kept for p, kept in work.prune_layers(fixed)}

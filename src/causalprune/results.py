@@ -58,6 +58,15 @@ class Comparison:
     verdict: Verdict
 
 
+@dataclass(frozen=True)
+class Tried:
+    """One sparsity of a sweep: the difference to dense of every task, and whether all keep the share asked for."""
+
+    sparsity: float
+    differences: tuple[tuple[str, Comparison], ...]
+    holds: bool
+
+
 def headline(result: EvalResult) -> float:
     """Return the value of a result: `Σ values / Σ weights`, through exp for a perplexity."""
     values, weights = _arrays(result)

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from causalprune.errors import unknown
 from causalprune.plan import Plan
-from causalprune.results import Row, headline, interval, paired_difference
+from causalprune.results import Row, Tried, headline, interval, paired_difference
 from causalprune.types import Effects, EvalResult
 from causalprune.uncertainty import estimate, reliability
 from causalprune.verification import Verification
@@ -129,6 +129,18 @@ def _fill(table: Table, columns: Sequence[str], rows: Mapping[str, Mapping[str, 
         table.add_column(column.replace("_", " "), justify="right" if i else "left")
     for name, values in rows.items():
         table.add_row(name, *(f"{values[key]:.3g}" if key in values else "–" for key in columns[1:]))
+
+
+def swept(tried: Sequence[Tried]) -> Table:
+    """Return what a sweep tried, and which sparsities keep what was asked for."""
+    table = Table(title="differences to dense [95 % interval]")
+    columns = ("sparsity", *(task for task, _ in tried[0].differences), "keeps it")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for one in tried:
+        cells = [f"{d.difference:+.3g} [{d.low:+.3g}, {d.high:+.3g}]" for _, d in one.differences]
+        table.add_row(f"{one.sparsity:g}", *cells, "yes" if one.holds else "no")
+    return table
 
 
 def inspection(name: str, found: Mapping[str, Any]) -> Table:
