@@ -75,6 +75,7 @@ LAYERS: dict[str, set[str]] = {
         "criteria",
         "pruning",
         "questions",
+        "statistics",
         "structure",
         "units",
     },

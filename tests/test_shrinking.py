@@ -14,8 +14,8 @@ from causalprune.checkpoint import read_manifest
 from causalprune.errors import OptionError
 from causalprune.measuring import Workbench
 from causalprune.run import quiet
-from causalprune.shrinking import BY, Shares, Shrunk, shares_for, shrink
-from causalprune.types import Calibration, Decoder, Example
+from causalprune.shrinking import BY, Shares, Shrunk, _worth, shares_for, shrink
+from causalprune.types import Calibration, Decoder, Example, silent
 
 
 def decoder_of(name: str) -> Decoder:
@@ -98,6 +98,30 @@ def test_experts_go_and_unreached_ones_are_not_free() -> None:
     found = shrink(decoder, Shares(experts=0.3), few, stage=quiet, update="none")
     assert {layer.n_experts for layer in found.decoder.layers} == {0, 2}
     assert set(found.kept.experts) == {0, 2}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+def test_experts_by_activation_are_ranked_as_reap_does(name: str) -> None:
+    decoder, calibration = decoder_of(name), problems()
+    found = _worth(decoder, "experts", "activation", calibration, 0, silent)
+    layer, calls = decoder.layers[1], []
+    assert layer.experts is not None
+    handle = layer.experts.register_forward_pre_hook(lambda _module, args: calls.append(args))
+    with torch.inference_mode():
+        for example in calibration.examples:
+            decoder.model(torch.tensor([example.tokens]), use_cache=False)
+    handle.remove()
+    for expert in range(layer.n_experts):
+        gate, up, down = (p.read() for p in layer.projections if f"experts.{expert}." in p.name)
+        values = []
+        for hidden, chosen, weights in calls:
+            for token in range(len(hidden)):
+                for slot in (chosen[token] == expert).nonzero().flatten().tolist():
+                    inner = torch.nn.functional.silu(gate @ hidden[token]) * (up @ hidden[token])
+                    values.append(float(weights[token, slot] * (down @ inner).norm()))
+        expected = sum(values) / len(values) if values else float("nan")
+        assert float(found[1][expert]) == pytest.approx(expected, rel=1e-4, nan_ok=True)
+    assert sum(bool(own.isfinite().any()) for own in found.values()) == len(found)
 
 
 @pytest.mark.parametrize(

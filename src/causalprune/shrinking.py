@@ -17,8 +17,9 @@ from causalprune.criteria import UPDATES
 from causalprune.errors import OptionError, unknown
 from causalprune.pruning import remove
 from causalprune.questions import Estimator, Question
+from causalprune.statistics import observed
 from causalprune.structure import Kept, column_keep, smaller
-from causalprune.types import Calibration, Decoder, Layer, Progress, Stage
+from causalprune.types import Calibration, Decoder, Layer, Progress, Projection, Stage
 from causalprune.units import Site, gated_module
 
 Kind: TypeAlias = Literal["neurons", "kv_groups", "experts", "layers"]
@@ -95,7 +96,7 @@ def shrink(  # noqa: PLR0913 (the command's options)
     All layers lose equally many units of a kind. `by` says what they are worth: `effect` (the divergence from the
     intact model's predictions on the calibration targets without the unit: measured for KV groups, experts and
     layers, predicted to second order for neurons), `activation` (root mean square of what a neuron or the heads of a
-    group send), `magnitude` (of their weights) or `random`. The decoder that is given is changed on the way.
+    group send; for experts weighted by the router, which is REAP), `magnitude` (of their weights) or `random`. The decoder that is given is changed on the way.
 
     Raises:
         OptionError: a kind the model does not have, a share too small to remove one unit, an unknown `by`.
@@ -225,8 +226,10 @@ def _magnitude(layer: Layer, kind: Kind, n: int) -> Float[Tensor, "unit"]:
 
 def _activation(decoder: Decoder, kind: Kind, calibration: Calibration, on_progress: Progress) -> Scores:
     """Return the sum of squares of what every unit sends to its output projection, over real tokens."""
-    if kind not in ("neurons", "kv_groups"):
-        raise OptionError(f"{kind} cannot be chosen by activation: by effect, magnitude or random")
+    if kind == "experts":
+        return _router_weighted(decoder, calibration, on_progress)
+    if kind == "layers":
+        raise OptionError("layers cannot be chosen by activation: by effect, magnitude or random")
     place: Literal["mlp", "heads"] = "mlp" if kind == "neurons" else "heads"
     sums: dict[int, Tensor] = {}
     groups = batches(calibration.examples, max_batch_tokens=1)  # one by one: no padding
@@ -239,6 +242,42 @@ def _activation(decoder: Decoder, kind: Kind, calibration: Calibration, on_progr
             decoder.model(input_ids=batch.tokens.to(decoder.device), use_cache=False)
             on_progress(done, len(groups))
     return {layer: own.cpu() for layer, own in sums.items()}
+
+
+def _router_weighted(decoder: Decoder, calibration: Calibration, on_progress: Progress) -> Scores:
+    """Return the mean of gate · ‖output‖ over the tokens of every routed expert (REAP, arXiv 2510.13999).
+
+    NaN for experts that no token reaches.
+    """
+    layers = [layer for layer in decoder.layers if layer.n_experts]
+    sums = {layer.index: torch.zeros(2, layer.n_experts, dtype=torch.float64) for layer in layers}
+    routed: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def route(layer: int) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Tensor, ...]) -> None:
+            routed[layer] = args[1], args[2]
+
+        return hook
+
+    def see(p: Projection, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
+        if p.role == "down" and p.expert is not None:
+            chosen, weights = routed[p.layer]
+            gates = weights[torch.where(chosen == p.expert)]
+            norms = (gates * outputs.float().norm(dim=-1)).double().sum()
+            sums[p.layer][:, p.expert] += torch.stack([norms.cpu(), torch.tensor(float(len(gates)))])
+
+    groups = batches(calibration.examples, max_batch_tokens=1)  # one by one: no padding
+    with ExitStack() as stack, torch.inference_mode():
+        for layer in layers:
+            module = gated_module(decoder, Site(layer.index, "experts"))
+            stack.callback(module.register_forward_pre_hook(route(layer.index)).remove)
+        for done, batch in enumerate(groups, start=1):
+            with ExitStack() as own:
+                for layer in layers:
+                    own.enter_context(observed(layer, batch.real, see))
+                decoder.model(input_ids=batch.tokens.to(decoder.device), use_cache=False)
+            on_progress(done, len(groups))
+    return {layer: total / tokens for layer, (total, tokens) in sums.items()}
 
 
 def _adding(sums: dict[int, Tensor], layer: int, n: int) -> Callable[..., None]:
