@@ -89,10 +89,11 @@ TABLES = {
 def measured(name: str) -> Iterator[dict[str, Any]]:
     """Measure the rows of a table, and yield what is there after each."""
     folder, rows = RUNS / ("quality" if name == "gsm8k" else f"quality_{name}"), {}
-    if name == "gsm8k" and not folder.exists():  # rows of the core table count here too
-        folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if name == "gsm8k":  # rows of the core table count here too
         for file in ("results.ledger", "attribution.ledger"):
-            shutil.copy(RUNS / "core" / file, folder / file)
+            if not (folder / file).exists():
+                shutil.copy(RUNS / "core" / file, folder / file)
     for cell in TABLES[name].cells:
         record = run(TABLES[name].recipe(*cell), folder, data_dir=data_folder(), stage=shown)
         rows |= {row["label"]: row for row in record["rows"]}

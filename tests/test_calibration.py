@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from tinydata import byte_tokenizer, write_data, write_jsonl
 
 from causalprune import calibration, data
-from causalprune.calibration import batches, calibrate, encode, split_counts, windows
+from causalprune.calibration import batches, calibrate, encode, few, split_counts, windows
 from causalprune.data import Problem, content_hash, contents, load_problems
 from causalprune.errors import DataError, OptionError
 from causalprune.types import Example
@@ -325,3 +326,13 @@ def test_real_data_has_the_rows_it_should(data_dir: Path) -> None:
     labels = [p.labels for p in load_problems("arc_challenge", "evaluation", data_dir=data_dir)]
     assert {len(row) for row in labels} == {3, 4, 5}
     assert sum(row[0] == "1" for row in labels) == 22
+
+
+@pytest.mark.parametrize(("n", "tokens", "expected"), [(3, 5, 3), (48, 100, 8), (48, 40, 15), (48, 5, 48)])
+def test_few_examples_come_from_everywhere(n: int, tokens: int, expected: int) -> None:
+    examples = [Example(tuple(range(tokens + 1)), 1, "s", str(i)) for i in range(n)]
+    chosen = [int(e.content) for e in few(examples)]
+    assert len(chosen) == len(set(chosen)) == expected
+    assert chosen == sorted(chosen)
+    gaps = [b - a for a, b in itertools.pairwise([-1, *chosen, n])]
+    assert max(gaps) <= 1.5 * n / expected + 1

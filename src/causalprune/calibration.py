@@ -30,6 +30,10 @@ PADDING = 0.12
 """The longest sequence of a batch is at most this fraction longer than its shortest."""
 
 
+FEW, FEW_TOKENS = 8, 600
+"""Examples, and target tokens in them, on which divergences are measured."""
+
+
 @dataclass
 class Skipped:
     """Examples that were looked at and left out, by reason."""
@@ -229,6 +233,20 @@ def windows(tokenizer: Any, tokens: Sequence[int], source: str, size: int) -> li
     """
     cuts = [tuple(tokens[i : i + size]) for i in range(0, len(tokens) - size + 1, size)]
     return [Example(cut, 1, source, content_hash(tokenizer.decode(cut))) for cut in cuts]
+
+
+def few(examples: Sequence[Example]) -> list[Example]:
+    """Return the examples on which divergences are measured: few are enough (docs/attribution.md).
+
+    Taken evenly from the whole list, so that every source has its share: at least `FEW`, and as many more as it takes
+    to have `FEW_TOKENS` target tokens.
+    """
+    n = len(examples)
+    for k in range(min(FEW, n), n + 1):
+        chosen = [examples[(2 * i + 1) * n // (2 * k)] for i in range(k)]
+        if sum(e.target_tokens for e in chosen) >= FEW_TOKENS:
+            break
+    return chosen
 
 
 def batches(examples: Sequence[Example], *, max_batch_tokens: int) -> list[Batch]:

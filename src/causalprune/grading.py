@@ -18,8 +18,6 @@ from causalprune.types import Batch, Decoder, Layer, Projection
 DOSES = (0.6, 1.0, 1.4)
 """Sparsities at which a group is pruned, in multiples of the one that is wanted."""
 MOST = 0.95
-SEQUENCES = 8
-"""Calibration sequences on which divergences are measured: few are enough (docs/attribution.md)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,11 +23,11 @@ from causalprune.allocation import (
     spread,
 )
 from causalprune.anatomy import fingerprint
-from causalprune.calibration import batches
+from causalprune.calibration import batches, few
 from causalprune.criteria import CRITERIA, Evidence, Update
 from causalprune.distillation import BATCH_TOKENS, EPOCHS, check_memory, distill, last_hidden
 from causalprune.errors import MismatchError, ModelError, OptionError
-from causalprune.grading import SEQUENCES, DoseResponse, dose_response, doses
+from causalprune.grading import DoseResponse, dose_response, doses
 from causalprune.importance import head_importance, weight_factor
 from causalprune.methods import N_OF_M, Method
 from causalprune.obs import BLOCK, DAMPING, inverse_factor, refit, sparsegpt
@@ -124,7 +124,7 @@ def _carried_out(
         unpadded = any(isinstance(layer.experts, nn.ModuleList) for layer in decoder.layers)
         size = 1 if unpadded else max_batch_tokens
         work.groups = batches(calibration.examples, max_batch_tokens=size)
-        work.few = batches(calibration.examples[:SEQUENCES], max_batch_tokens=size)
+        work.few = batches(few(calibration.examples), max_batch_tokens=size)
     steps: list[Batch] = []
     if method.resolved_update == "distill" and calibration is not None:
         check_memory(decoder)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from causalprune.attribution import attribute
-from causalprune.calibration import batches
+from causalprune.calibration import batches, few
 from causalprune.checkpoint import save
 from causalprune.criteria import UPDATES
 from causalprune.errors import OptionError, unknown
@@ -30,8 +30,6 @@ KINDS: tuple[Kind, ...] = ("neurons", "kv_groups", "experts", "layers")
 BY = ("effect", "activation", "magnitude", "random")
 MULTIPLE = 32
 """Widths of MLPs stay multiples of this where they are, as kernels like them."""
-SEQUENCES = 8
-"""Calibration sequences on which groups, experts and layers are removed one by one: divergences need few."""
 
 
 @dataclass(frozen=True)
@@ -190,8 +188,8 @@ def _worth(
         question, how = Question(units=("neurons:1",), effect="kl"), Estimator("gradient")
     else:
         question, how = Question(units=(kind,), effect="kl"), Estimator()
-        few = calibration.examples[:SEQUENCES]
-        calibration = Calibration(few, (0,) * len(few))
+        some = tuple(few(calibration.examples))
+        calibration = Calibration(some, (0,) * len(some))
     effects = attribute(decoder, calibration, question, how, on_progress=on_progress)
     values = effects.change_nats() if effects.predicted_nats is None else effects.predicted_nats
     by_layer = torch.tensor([unit.layer for unit in effects.units])
