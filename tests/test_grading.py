@@ -10,9 +10,9 @@ from causalprune.checkpoint import count_zeros
 from causalprune.errors import OptionError
 from causalprune.grading import dose_response, groups_of
 from causalprune.methods import Method
-from causalprune.pruning import manifest, prune
+from causalprune.pruning import _Work, manifest, prune
 from causalprune.recipe import label, parse_method
-from causalprune.types import Calibration, Decoder, Example
+from causalprune.types import Calibration, Decoder, Example, silent
 
 
 def decoder_of(name: str) -> Decoder:
@@ -36,7 +36,7 @@ def test_a_dose_is_measured_as_a_pruned_model_is(name: str) -> None:
         decoder.layers,
         batches(calibration.examples, max_batch_tokens=40),
         (0.5, 1.0),
-        lambda p, s: p.read() * (1 - s),
+        lambda p, tried: [p.read() * (1 - sparsity) for sparsity in tried],
     )
     assert fingerprint(decoder.model) == before
     intact = [
@@ -54,6 +54,20 @@ def test_a_dose_is_measured_as_a_pruned_model_is(name: str) -> None:
         for key, weight in saved.items():
             own[key].write(weight)
         assert float(found.nats[number, 1]) == pytest.approx(total / n, rel=1e-4, abs=1e-6)
+
+
+def test_trials_side_by_side_are_those_one_by_one() -> None:
+    decoder = decoder_of("llama3")
+    work = _Work(decoder, parse_method("causal", 0.5), {}, silent)
+    work.groups = batches(problems().examples, max_batch_tokens=40)
+    p = decoder.layers[0].projections[-1]
+    next(iter(work.walk(advance_pruned=False, moments=True)))
+    together = work._tried(p, (0.3, 0.5, 0.7))
+    for sparsity, found in zip((0.3, 0.5, 0.7), together, strict=True):
+        alone = work._tried(p, (sparsity,))[0]
+        assert torch.equal(alone != 0, found != 0)
+        assert int((found == 0).sum()) == round(sparsity * p.size)
+        torch.testing.assert_close(alone, found, rtol=1e-4, atol=1e-6)
 
 
 def test_groups_are_all_matrices_once() -> None:

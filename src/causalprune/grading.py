@@ -43,11 +43,11 @@ def dose_response(
     layers: Iterable[Layer],
     batches: Sequence[Batch],
     sparsities: Sequence[float],
-    pruned: Callable[[Projection, float], Float[Tensor, "out in"]],
+    pruned: Callable[[Projection, Sequence[float]], Sequence[Float[Tensor, "out in"]]],
 ) -> DoseResponse:
     """Prune group after group, each alone and at every sparsity, and measure the divergence on the batches.
 
-    `layers` yields every layer in order, at a time when `pruned` can say what becomes of its matrices. The model is
+    `layers` yields every layer in order, at a time when `pruned` can say what becomes of its matrices at every sparsity. The model is
     as it was after each trial. Costs `2 · sparsities` passes through the rest of the model for every layer.
     """
     wanted = [targets(batch) for batch in batches]
@@ -70,16 +70,16 @@ def dose_response(
         for group in groups_of(layer):
             groups.append(group)
             before = [p.read().clone() for p in group]
+            trials = zip(*(pruned(p, sparsities) for p in group), strict=True)
             row = []
-            for sparsity in sparsities:
-                after = [pruned(p, sparsity) for p in group]
-                try:
+            try:
+                for after in trials:
                     for p, weight in zip(group, after, strict=True):
                         p.write(weight)
                     row.append(measured(layer))
-                finally:
-                    for p, weight in zip(group, before, strict=True):
-                        p.write(weight)
+            finally:
+                for p, weight in zip(group, before, strict=True):
+                    p.write(weight)
             rows.append(row)
         inputs = [
             LayerInputs({layer.index + 1: run_layer(decoder, batch.tokens, layer.index, own)}, own.as_tuple)

@@ -1,7 +1,7 @@
 """Stage 3 of the method, and the baselines: score, budget, keep, update. The only writer of weights."""
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -253,12 +253,22 @@ class _Work:
         by_name = {name: share for group, share in zip(found.members, shares, strict=True) for name in group}
         return [by_name[p.name] for p in self.decoder.projections]
 
-    def _tried(self, p: Projection, sparsity: float) -> Float[Tensor, "out in"]:
-        """Return a matrix of the intact model pruned alone, with no update but the criterion's own."""
-        choose = partial(_chosen, self.method.resolved_scope, round(sparsity * p.size), p.shape)
-        if self.needs == "moments":
-            return sparsegpt(p.read(), self._inverse(p), choose)[0]
-        return torch.where(choose(self.score(p), 0), p.read(), 0.0)
+    def _tried(self, p: Projection, sparsities: Sequence[float]) -> Sequence[Float[Tensor, "out in"]]:
+        """Return a matrix of the intact model pruned alone to each sparsity, with no update but the criterion's own.
+
+        SparseGPT goes through the columns once, for all sparsities side by side.
+        """
+        scope, times = self.method.resolved_scope, len(sparsities)
+        choices = [partial(_chosen, scope, round(sparsity * p.size), p.shape) for sparsity in sparsities]
+        if self.needs != "moments":
+            score = self.score(p)
+            return [torch.where(choose(score, 0), p.read(), 0.0) for choose in choices]
+
+        def choose_all(score: Tensor, start: int) -> Tensor:
+            parts = zip(choices, score.chunk(times), strict=True)
+            return torch.cat([choose(part, start) for choose, part in parts])
+
+        return sparsegpt(p.read().repeat(times, 1), self._inverse(p), choose_all)[0].chunk(times)
 
     def _solved(
         self, p: Projection, choose: Callable[[Tensor, int], Tensor], keep: Tensor | None

@@ -1,0 +1,212 @@
+"""Pruning a mixture of experts: a small one is trained here on generated problems, so that its experts differ.
+
+    python bench/moe.py    # trains (some minutes, kept), prunes and shrinks; rows that are there are not done again
+
+The model has the architecture of Qwen3-MoE: 4 layers, 16 experts, 2 of them for a token. Five kinds of problems with worked
+solutions, on bytes. Pruned to 50 % by every method on the same 128 problems; a quarter and a half of the experts removed by their
+effect, by REAP's criterion (`activation`), by magnitude and at random, without an update and with one.
+"""
+
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RUNS, write_figures
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from causalprune.attribution import attribute
+from causalprune.calibration import calibrate
+from causalprune.evaluation import evaluate
+from causalprune.model import load
+from causalprune.progress import shown
+from causalprune.pruning import prune
+from causalprune.recipe import parse_method
+from causalprune.results import headline, paired_difference, read_json, write_json
+from causalprune.run import quiet
+from causalprune.shrinking import Shares, shrink
+from causalprune.types import Calibration, Decoder, EvalResult
+
+FOLDER = RUNS / "moe"
+METHODS = ("magnitude", "wanda", "cap", "sparsegpt", "causal")
+CHOICES = ("effect", "activation", "magnitude", "random")
+SHARES = (0.25, 0.5)
+EXAMPLES, TEST = 128, 400
+STEPS, BATCH, RATE = 1500, 96, 2e-3
+ITEMS = (3, 6)
+
+
+def problem(source: random.Random) -> dict[str, str]:
+    """Return a problem with its worked solution: a step for every number, the answer on the last line."""
+    kind = source.choice(("sum", "max", "min", "odd", "swap"))
+    numbers = [source.randint(0, 9) for _ in range(source.randint(*ITEMS))]
+    steps: list[Any] = []
+    for i, number in enumerate(numbers):
+        last = steps[-1] if steps else number
+        steps.append(
+            {
+                "sum": (int(last) if i else 0) + number,
+                "max": max(int(last), number),
+                "min": min(int(last), number),
+                "odd": number % 2,
+                "swap": numbers[-1 - i],
+            }[kind]
+        )
+    answer = sum(steps) if kind == "odd" else steps[-1]
+    prompt = f"{kind} {' '.join(map(str, numbers))}"
+    return {"prompt": prompt, "target": f"{' '.join(map(str, steps))}\n#### {answer}"}
+
+
+def write_problems() -> tuple[Path, Path]:
+    """Write calibration and test problems that share no prompt."""
+    source, seen, files = random.Random(1), set(), []
+    for name, count in (("train", 4 * EXAMPLES), ("test", TEST)):
+        rows: list[dict[str, str]] = []
+        while len(rows) < count:
+            row = problem(source)
+            if row["prompt"] not in seen:
+                seen.add(row["prompt"])
+                rows.append(row)
+        files.append(FOLDER / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return files[0], files[1]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token for a byte."""
+    vocab = {"</s>": 0} | {s: i + 1 for i, s in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="</s>")
+
+
+def train(folder: Path, test: Path) -> None:
+    """Train the model on problems that are not in the test file, and save it."""
+    torch.manual_seed(0)
+    held = {json.loads(line)["prompt"] for line in test.read_text().splitlines()}
+    words = tokenizer()
+    config = Qwen3MoeConfig(
+        vocab_size=257,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=16,
+        num_experts_per_tok=2,
+        moe_intermediate_size=96,
+        intermediate_size=96,
+        norm_topk_prob=True,
+        output_router_logits=True,
+        router_aux_loss_coef=0.01,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS)
+    source = random.Random(0)
+    with shown("training") as progress:
+        for step in range(STEPS):
+            rows = []
+            while len(rows) < BATCH:
+                row = problem(source)
+                if row["prompt"] not in held:
+                    rows.append(row)
+            loss = model(**_batch(words, rows)).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            progress(step + 1, STEPS)
+    print(f"loss {float(loss):.4f}")
+    model.config.output_router_logits = False
+    model.eval().save_pretrained(folder)
+    words.save_pretrained(folder)
+
+
+def _batch(words: Any, rows: list[dict[str, str]]) -> dict[str, torch.Tensor]:
+    parts = [(words(f"{r['prompt']}\n\n")["input_ids"], words(r["target"])["input_ids"]) for r in rows]
+    longest = max(len(a) + len(b) for a, b in parts)
+    tokens = torch.zeros(len(parts), longest, dtype=torch.long)
+    labels = torch.full_like(tokens, -100)
+    for i, (prompt, target) in enumerate(parts):
+        tokens[i, : len(prompt) + len(target)] = torch.tensor(prompt + target)
+        labels[i, len(prompt) : len(prompt) + len(target)] = torch.tensor(target)
+    return {"input_ids": tokens, "labels": labels, "attention_mask": (tokens > 0).long()}
+
+
+def pruned(model: Path, calibration: Calibration, method: str) -> Decoder:
+    """Return the model pruned to 50 %."""
+    decoder = load(str(model))
+    effects = attribute(decoder, calibration) if method == "cap" else None
+    prune(decoder, parse_method(method, 0.5), calibration=calibration, effects=effects)
+    return decoder
+
+
+def shrunk(model: Path, calibration: Calibration, share: float, by: str, update: str) -> Decoder:
+    """Return the model with a share of its experts removed."""
+    return shrink(
+        load(str(model)), Shares(experts=share), calibration, by=by, update=update, stage=quiet
+    ).decoder
+
+
+def figures(rows: dict[str, EvalResult]) -> dict[str, float]:
+    """Return losses, and how `causal` and `effect` compare with the others in pairs."""
+    found = {f"nll_{label}".replace(" ", "_"): headline(result) for label, result in rows.items()}
+    for label, result in rows.items():
+        kind, *rest = label.split()
+        base = "prune causal" if kind == "prune" else " ".join([kind, CHOICES[0], *rest[1:]])
+        if kind != "dense" and base in rows and base != label:
+            difference = paired_difference(rows[base], result)
+            found[f"{base.split()[1]}_minus_{label}_high".replace(" ", "_")] = difference.high
+    return found
+
+
+def main() -> None:
+    """Train, measure what is missing, and write `results/moe.json`."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    source, test = write_problems()
+    model, task = FOLDER / "model", f"{test}_nll"
+    if not (model / "config.json").exists():
+        train(model, test)
+    path = FOLDER / "rows.json"
+    known = read_json(path)["rows"] if path.exists() else {}
+    rows = {label: _tuples(row) for label, row in known.items()}
+    calibration = calibrate(load(str(model)).tokenizer, [f"{source}"], n=EXAMPLES)
+    cells: dict[str, Callable[[], Decoder]] = {"dense": lambda: load(str(model))}
+    cells |= {f"prune {m}": lambda m=m: pruned(model, calibration, m) for m in METHODS}
+    cells |= {
+        f"shrink {by} {share:g} {update}": lambda share=share, by=by, update=update: shrunk(
+            model, calibration, share, by, update
+        )
+        for share in SHARES
+        for update in ("none", "refit")
+        for by in CHOICES
+    }
+    for label, make in cells.items():
+        if label in rows:
+            continue
+        start = time.perf_counter()
+        decoder = make()
+        seconds = time.perf_counter() - start
+        rows[label] = evaluate(decoder, [task])[0]
+        print(f"{label}: {headline(rows[label]):.4f} nats per token, {seconds:.0f} s", flush=True)
+        write_json(path, {"rows": {k: vars(v) for k, v in rows.items()}})
+        raw = {"rows": {k: vars(v) for k, v in rows.items()}}
+        write_figures("moe", figures(rows), raw, seeds=[0, 1])
+
+
+def _tuples(row: dict[str, Any]) -> EvalResult:
+    columns = {name: tuple(row[name]) for name in ("values", "weights", "examples", "texts")}
+    return EvalResult(**{**row, **columns})
+
+
+if __name__ == "__main__":
+    main()
