@@ -8,40 +8,106 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common import RESULTS, ROOT
 
-from causalprune.results import read_json, rows_of
+from causalprune.results import headline, paired_difference, read_json, rows_of
 from causalprune.tables import comparison, to_markdown
 from causalprune.tables import stability as stability_tables
+from causalprune.types import EvalResult
 
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LEFT_OUT = ("arc_challenge", "accuracy")
 """Options differ in length, so ARC-Challenge is usually reported by `acc_norm`."""
+CHOICES = ("effect", "activation", "magnitude", "random")
 SHOWN, BUDGETS = (4, 8, 16, 32, 64), (None, 10.0, 20.0, 50.0)
 """Rows of the reliability table; all of them are in the result file."""
 PAGES = ("README.md", "docs/*.md")
 
 
-def core() -> str:
-    """Dense and every method × sparsity × task, with paired intervals."""
-    return _rows("core")
-
-
-def quality() -> str:
-    """The same at 50 %, past the paper."""
-    return _rows("quality")
-
-
-def _rows(name: str) -> str:
+def _rows(name: str, step: str) -> str:
+    """Return dense and every row of a step, with paired intervals."""
     path = RESULTS / f"{name}.json"
-    rows = rows_of(read_json(path)["raw"]["table"]) if path.exists() else []
+    raw = read_json(path)["raw"] if path.exists() else {}
+    rows = rows_of(raw[step]) if step in raw else []
     if not rows:
         return "Not measured yet.\n"
     kept = [(label, [r for r in results if (r.task, r.metric) != LEFT_OUT]) for label, results in rows]
     return to_markdown(comparison(kept))
+
+
+def draws() -> str:
+    """Rise of the loss over dense at 50 % on every calibration draw."""
+    path = RESULTS / "quality.json"
+    raw = read_json(path)["raw"] if path.exists() else {}
+    names = [name for name in raw if name == "gsm8k" or name.startswith("draw_")]
+    labels = ("wanda-row-0.5", "sparsegpt-matrix-0.5", "causal-matrix-0.5")
+    if len(names) < 2:
+        return "Not measured yet.\n"
+    lines = ["| draw | " + " | ".join(labels) + " |", "|---|" + "---:|" * len(labels)]
+    for number, name in enumerate(names):
+        loss = {
+            label: headline(next(r for r in results if r.task == "gsm8k_nll"))
+            for label, results in rows_of(raw[name])
+        }
+        cells = [f"+{loss[label] - loss['dense']:.3f}" if label in loss else "–" for label in labels]
+        lines.append(f"| {number} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def speed() -> str:
+    """Size, speed and loss of smaller models, by what their units were chosen."""
+    path = RESULTS / "speed.json"
+    rows = read_json(path)["raw"]["rows"] if path.exists() else {}
+    if not rows:
+        return "Not measured yet.\n"
+    lines = [
+        "| model | parameters | MB on disk | prefill, tokens/s | decoding, tokens/s | nats/token: effect | activation | magnitude | random |"
+    ]
+    lines.append("|---|" + "---:|" * 8)
+    for label, row in rows.items():
+        model, by, *share = label.split()
+        if by not in ("whole", "effect"):
+            continue
+        whole = rows[f"{model} whole"]
+        size = f"{row['parameters']:,} | {row['disk_bytes'] / 1e6:.0f}"
+        losses = [
+            rows.get(f"{model} {name} {share[0]}", {}).get("nll") if share else None for name in CHOICES
+        ]
+        shown = [f"{loss:.3f}" if loss is not None else "–" for loss in losses]
+        if not share:
+            shown[0] = f"{whole['nll']:.3f} (whole)"
+        fast = [
+            f"{row['speed'][p]['smaller_tokens_per_second']:.0f} ({row['speed'][p]['speedup']:.2f}×)"
+            if share
+            else "1.00×"
+            for p in ("prefill", "decode")
+        ]
+        name = f"{model} −{float(share[0]):.0%}" if share else model
+        lines.append(f"| {name} | {size} | {' | '.join(fast)} | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
+
+
+def moe() -> str:
+    """Loss of a small mixture of experts, pruned by every method and shrunk by every choice of experts."""
+    path = RESULTS / "moe.json"
+    rows = read_json(path)["raw"]["rows"] if path.exists() else {}
+    if not rows:
+        return "Not measured yet.\n"
+    results = {
+        label: EvalResult(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+        for label, row in rows.items()
+    }
+    dense = results["dense"]
+    lines = ["| | nats/token | paired difference to dense, 95 % interval |", "|---|---:|---:|"]
+    for label, result in results.items():
+        own = paired_difference(result, dense)
+        bounds = f"{own.difference:+.4f} [{own.low:+.4f}, {own.high:+.4f}]" if label != "dense" else ""
+        lines.append(f"| {label} | {headline(result):.4f} | {bounds} |")
+    return "\n".join(lines) + "\n"
 
 
 def cost() -> str:
@@ -132,8 +198,13 @@ def _attribution(step: str) -> Any:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "core": core,
-    "quality": quality,
+    "core": partial(_rows, "core", "table"),
+    "quality": partial(_rows, "quality", "gsm8k"),
+    "mix": partial(_rows, "quality", "mix"),
+    "qwen": partial(_rows, "quality", "qwen"),
+    "draws": draws,
+    "speed": speed,
+    "moe": moe,
     "cost": cost,
     "reliability": reliability,
     "families": families,
