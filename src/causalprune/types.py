@@ -322,8 +322,9 @@ class EvalResult:
 
     The headline value is `Σ values / Σ weights`, through `exp` for `metric == "perplexity"`:
     0/1 outcomes with unit weights give an accuracy, nats with token counts a loss or a perplexity.
-    `examples` holds content hashes, so that two results can be paired; `texts` the generated
-    answers where the task generates (else empty).
+    `examples` holds content hashes, so that two results can be paired; `texts` the generated answers or the
+    chosen options, `prompts` and `golds` the problems and their right answers. These three are empty where a
+    task has none, and the last two where another result on the same examples holds them.
     """
 
     task: str
@@ -332,5 +333,7 @@ class EvalResult:
     weights: tuple[float, ...]
     examples: tuple[str, ...]
     texts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+    golds: tuple[str, ...] = ()
     seconds: float = 0.0
     description: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,31 @@
+"""Commands that show what runs have measured: a report, and effects in the terminal."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from causalprune.options import app, console
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several make one comparison page.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="HTML file (default: report.html in the first run).")
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for the figures as PNG and SVG (needs causalprune[figures]).")
+    ] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="File for all numbers as JSON.")] = None,
+    as_csv: Annotated[
+        Path | None, typer.Option("--csv", help="File for values and differences as CSV.")
+    ] = None,
+) -> None:
+    """Write what runs have measured as one HTML page that opens anywhere, offline; unfinished runs too."""
+    from causalprune.report.writing import REPORT
+    from causalprune.report.writing import report as write
+
+    files = write(runs, output or runs[0] / REPORT, figures=figures, json=as_json, csv=as_csv)
+    for file in files:
+        console.print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
