@@ -76,7 +76,8 @@ def _scores(figure: Any, run: Mapping[str, Any], pruned: list[Mapping[str, Any]]
             own = sorted((m for m in pruned if m["method"] == method), key=lambda m: m["sparsity"])
             points = [(m["sparsity"] * 100, m["cells"].get(task["key"])) for m in own]
             known = [(x, c) for x, c in points if c and math.isfinite(c["value"])]
-            at, middle = [x for x, _ in known], [c["value"] for _, c in known]
+            apart = 0.6 * (i - (len(methods) - 1) / 2)
+            at, middle = [x + apart for x, _ in known], [c["value"] for _, c in known]
             reach = [[max(c["value"] - c["low"], 0) if c["low"] == c["low"] else 0 for _, c in known]]
             reach.append([max(c["high"] - c["value"], 0) if c["high"] == c["high"] else 0 for _, c in known])
             style = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "ms": 4, "lw": 1.2, "capsize": 2}
@@ -88,6 +89,7 @@ def _scores(figure: Any, run: Mapping[str, Any], pruned: list[Mapping[str, Any]]
         positive = [v for v in values if v > 0]
         if not task["higher_is_better"] and positive and max(positive) > 8 * min(positive):
             ax.set_yscale("log")
+            ax.yaxis.set_major_formatter("{x:g}")
         ax.set_title(task["task"][:40], loc="left", fontweight="bold", fontsize=9)
         ax.set_xlabel("zeros, %")
         ax.set_ylabel(task["unit"])
