@@ -30,8 +30,9 @@ LAYERS: dict[str, set[str]] = {
     "uncertainty": set(),
     "ablation": {"units"},
     "statistics": {"ablation"},
-    "checkpoint": {"model", "provenance"},
-    "embedded": {"checkpoint", "model"},
+    "card": {"results"},
+    "checkpoint": {"card", "model", "provenance", "results"},
+    "embedded": {"card", "checkpoint", "model", "results"},
     "verification": {"checkpoint", "model"},
     "losses": {"ablation"},
     "tasks": {"data"},
@@ -86,6 +87,7 @@ LAYERS: dict[str, set[str]] = {
     "streaming": {"anatomy", "checkpoint", "criteria", "methods", "model", "pruning", "shards", "spectra"},
     "evaluation": {"calibration", "data", "losses", "results", "tasks"},
     "evidence": {"checkpoint", "importance", "ledger", "results", "uncertainty"},
+    "heatmap": {"evidence"},
     "report": {"evidence", "provenance", "results"},
     "recipe": {"calibration", "criteria", "methods", "questions"},
     "plan": {"calibration", "checkpoint", "criteria", "data", "embedded", "evaluation", "model", "recipe"},
@@ -113,7 +115,8 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "matplotlib": {"report"},
     "lm_eval": {"evaluation", "tasks"},
     "tqdm": {"tasks"},
-    "yaml": {"data", "evaluation", "recipe"},
+    "huggingface_hub": {"card"},
+    "yaml": {"card", "data", "evaluation", "recipe"},
     "numpy": {
         "checkpoint",
         "data",
@@ -128,7 +131,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "ray": {"cluster"},
     "typer": {"cli", "cli_measuring", "cli_pruning", "cli_reporting", "options"},
     "click": {"cli"},
-    "rich": {"options", "progress", "tables"},
+    "rich": {"heatmap", "options", "progress", "tables"},
 }
 
 

@@ -29,3 +29,21 @@ def report(
     files = write(runs, output or runs[0] / REPORT, figures=figures, json=as_json, csv=as_csv)
     for file in files:
         console.print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def effects(
+    run: Annotated[Path, typer.Argument(help="Run folder, or an effects.json.")],
+) -> None:
+    """Show effects as a heatmap in the terminal: layers × heads, coloured unless NO_COLOR is set."""
+    from causalprune import tables
+    from causalprune.checkpoint import EFFECTS, load_effects
+    from causalprune.evidence import measured
+    from causalprune.heatmap import heatmap
+
+    found = load_effects(run / EFFECTS if run.is_dir() else run)
+    own = measured(found)[0]
+    colour = console.color_system is not None and not console.no_color
+    for line in heatmap(own, width=console.width, colour=colour):
+        console.print(line, soft_wrap=True)
+    console.print(tables.strongest(found))

@@ -11,20 +11,19 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from causalprune import embedded
 from causalprune.attribution import attribute as measure
 from causalprune.calibration import calibrate
-from causalprune.checkpoint import EFFECTS, check_destination, load_effects, save, save_effects
+from causalprune.checkpoint import EFFECTS, check_destination, describe, load_effects, save, save_effects
 from causalprune.cluster import Cluster, fill
 from causalprune.criteria import CRITERIA
 from causalprune.errors import CheckpointError, OptionError
 from causalprune.evaluation import Settings, check_tasks, evaluate, evaluation_contents
-from causalprune.evidence import achieved
+from causalprune.evidence import CHECKPOINTS, achieved
 from causalprune.ledger import Ledger
 from causalprune.measuring import Workbench
 from causalprune.methods import Method
@@ -32,17 +31,11 @@ from causalprune.provenance import git_commit, peak_bytes, versions
 from causalprune.pruning import Pruned, manifest, prune
 from causalprune.questions import Estimator, Question
 from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec, Recipe
-from causalprune.results import RESULTS, write_json, write_results
+from causalprune.results import RESULTS, rows_of, write_json, write_results
 from causalprune.stability import DRAWS, Pairs, stability
 from causalprune.streaming import Streamed, prune_stream
-from causalprune.types import Calibration, Decoder, Effects, EvalResult, Progress, Stage, silent
+from causalprune.types import Calibration, Decoder, Effects, EvalResult, Stage, quiet
 from causalprune.uncertainty import described
-
-
-@contextmanager
-def quiet(name: str) -> Iterator[Progress]:
-    """Report nothing: the default `Stage`."""
-    yield silent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +116,8 @@ def run(
             bench.measure(name, method, decoder if method is None else None)
             record["rows"] = [bench.row(*cell) for cell in recipe.cells().items() if bench.finished(cell[0])]
             write_json(folder / RESULTS, record)
+            both = [row for row in record["rows"] if row["label"] in ("dense", name)]
+            describe(folder / CHECKPOINTS / name, rows_of({"rows": both}))
     return record
 
 
@@ -324,7 +319,7 @@ class _Bench:
                 max_batch_tokens=batch_tokens,
                 on_progress=progress,
             )
-        checkpoint = self.folder / "checkpoints" / name
+        checkpoint = self.folder / CHECKPOINTS / name
         if self.recipe.save and not checkpoint.exists():
             record = manifest(pruned, self.calibration, own)
             save(decoder, checkpoint, manifest=record, keep=pruned.keep, effects=own)

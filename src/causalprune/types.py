@@ -15,10 +15,10 @@ Axes in shape annotations:
 """
 
 import hashlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,12 +30,29 @@ Progress = Callable[[int, int], None]
 """Called with the work done and the work in all, in units proportional to time."""
 
 
+@runtime_checkable
+class Remarked(Protocol):
+    """A `Progress` that also shows a remark on what was found so far."""
+
+    def __call__(self, done: int, total: int) -> None:
+        """Take note of the work done and the work in all."""
+
+    def remark(self, text: str) -> None:
+        """Show this text beside the progress, in place of the one before."""
+
+
 Stage = Callable[[str], AbstractContextManager[Progress]]
 """Opens a stage of work by name, for as long as it lasts, and hands out the callback to report to."""
 
 
 def silent(done: int, total: int) -> None:
     """Report nothing: the default `Progress`."""
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[Progress]:
+    """Report nothing: the default `Stage`."""
+    yield silent
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

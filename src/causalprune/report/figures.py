@@ -105,7 +105,7 @@ def _heads(figure: Any, heads: list[Mapping[str, Any]]) -> None:
     for unit in heads:
         grid[unit["layer"]][unit["index"]] = unit["delta"]
     sizes = sorted(abs(u["delta"]) for u in heads if math.isfinite(u["delta"])) or [1.0]
-    top = sizes[int(0.98 * (len(sizes) - 1))] or sizes[-1] or 1.0
+    top = sizes[math.ceil(0.98 * (len(sizes) - 1))] or sizes[-1] or 1.0
     ax = figure.subplots()
     image = ax.imshow(grid, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
     ax.set(xlabel="head", ylabel="layer")

@@ -178,7 +178,7 @@ function effects(place, run, r) {
       text[unit.layer][at] = described(unit, shares, label ?? "");
     }
     const sizes = units.map((u) => Math.abs(u.delta ?? 0)).sort((a, b) => a - b);
-    const top = sizes[Math.floor(0.98 * (sizes.length - 1))] || sizes.at(-1) || 1;
+    const top = sizes[Math.ceil(0.98 * (sizes.length - 1))] || sizes.at(-1) || 1;
     const names = { head: "Heads", block: "Whole blocks", kv_group: "KV groups", neurons: "Neuron groups", expert: "Experts" };
     const canvas = figure(place, names[kind] ?? kind, `${view.exact ? "exact" : "estimate"}, ${view.effect}; colours end at ±${number(top)}`,
       `Heatmap of the effect of ${units.length} parts by layer and ${kind}. The numbers are in the table below.`);
