@@ -104,13 +104,13 @@ def run(
         "calibration": calibration.description,
         "versions": versions(),
         "git_commit": git_commit(),
+        "attribution": None,
         "rows": [],
     }
     with Ledger(folder / "results.ledger", identity) as book:
         effects = _effects(recipe, decoder, calibration, folder, stage, book)
-        record["attribution"] = None if effects is None else described(effects)
         if effects is not None:
-            record["attribution"] |= book.rows.get("attribution", {})
+            record["attribution"] = described(effects) | book.rows.get("attribution", {})
         bench = _Bench(recipe, folder, calibration, effects, settings, stage, book)
         for name, method in recipe.cells().items():
             bench.measure(name, method, decoder if method is None else None)
