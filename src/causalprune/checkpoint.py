@@ -260,10 +260,10 @@ def write_manifest(
     write_card(folder, record, title=folder.name.partition(".partial-")[0])
 
 
-def describe(folder: Path, rows: Sequence[Row]) -> None:
-    """Write results into the model card of a saved folder, if there is one: rows of the dense model and of its own."""
+def describe(folder: Path, rows: Sequence[Row], label: str) -> None:
+    """Write results into the model card of a saved folder, if there is one: those of the row `label` beside dense."""
     if (folder / MANIFEST).exists():
-        write_card(folder, read_manifest(folder), rows)
+        write_card(folder, read_manifest(folder), [row for row in rows if row[0] in ("dense", label)])
 
 
 def hash_file(path: Path) -> str:

@@ -116,8 +116,7 @@ def run(
             bench.measure(name, method, decoder if method is None else None)
             record["rows"] = [bench.row(*cell) for cell in recipe.cells().items() if bench.finished(cell[0])]
             write_json(folder / RESULTS, record)
-            both = [row for row in record["rows"] if row["label"] in ("dense", name)]
-            describe(folder / CHECKPOINTS / name, rows_of({"rows": both}))
+            describe(folder / CHECKPOINTS / name, rows_of(record), name)
     return record
 
 
