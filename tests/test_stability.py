@@ -11,9 +11,8 @@ from torch import Tensor
 from causalprune.attribution import attribute
 from causalprune.measuring import Workbench
 from causalprune.questions import Question
-from causalprune.run import quiet
 from causalprune.stability import Pairs, compared, draws, interactions, stability, swapped
-from causalprune.types import Calibration, Effects, Unit
+from causalprune.types import Calibration, Effects, Unit, quiet
 
 EXAMPLES = calibration(((14, 5), (13, 9), (9, 2), (8, 3), (12, 4)), subsets=5)
 

@@ -118,9 +118,8 @@ def test_files_that_belong_to_a_model_are_copied_and_others_left(tmp_path: Path)
     prune_stream(source, tmp_path / "out", Method("magnitude", 0.5))
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "tokenizer.json"
     assert (tmp_path / "out" / "LICENSE").exists()
-    assert not any(
-        (tmp_path / "out" / name).exists() for name in ("pytorch_model.bin", "README.md", ".hidden")
-    )
+    assert not any((tmp_path / "out" / name).exists() for name in ("pytorch_model.bin", ".hidden"))
+    assert "set to zero by causalprune" in (tmp_path / "out" / "README.md").read_text()
     assert checkpoint.read_manifest(tmp_path / "out")["run"]["streamed"]
 
 

@@ -62,7 +62,7 @@ def exact(work: Workbench, on_progress: Progress = silent) -> Effects:
             continue
         work.measure(f"{number}:{layer}", number, layer, cells_of(work, (number, layer)))
         done += costs[number, layer]
-        on_progress(round(done), round(total))
+        work.report(on_progress, round(done), round(total))
     return work.effects()
 
 
@@ -149,7 +149,7 @@ def adaptive(work: Workbench, on_progress: Progress = silent) -> Effects:
         for (number, layer), chosen in sorted(by_job.items()):
             work.measure_intact(number)
             work.measure(f"{turn}:{number}:{layer}", number, layer, [(units[u], 0) for u in chosen])
-            on_progress(round(spent + work.tokens_forwarded), total)
+            work.report(on_progress, round(spent + work.tokens_forwarded), total)
     raise AssertionError
 
 

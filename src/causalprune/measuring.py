@@ -22,7 +22,7 @@ from causalprune.gradients import expansion, neuron_effects, uniforms
 from causalprune.ledger import Ledger
 from causalprune.losses import by_row, cross_entropy, divergence, selected, target_logits, targets
 from causalprune.questions import ELSEWHERE, Estimator, Question
-from causalprune.types import Batch, Calibration, Decoder, Effects, Progress, Unit
+from causalprune.types import Batch, Calibration, Decoder, Effects, Progress, Remarked, Unit
 from causalprune.units import Parts, Site, closing, grouped_by_effect, list_units, sites
 
 
@@ -149,6 +149,18 @@ class Workbench:
             self.kl[at] = torch.tensor(found["kl"], dtype=torch.float64)
         self._cell_tokens += self.cost(number, layer, len(cells))
         self._walked.add(number)
+
+    def report(self, on_progress: Progress, done: int, total: int) -> None:
+        """Tell how much is done, and to those who show it which unit is the strongest so far."""
+        on_progress(done, total)
+        if isinstance(on_progress, Remarked):
+            change = self.masked - self.intact if self.question.effect == "ce" else self.kl
+            tokens = torch.tensor([example.target_tokens for example in self.calibration.examples])
+            mean = change.nansum(1) / (~change.isnan() * tokens).sum(1).clamp_min(1)
+            unit = list(self.units)[int(mean.argmax())]
+            on_progress.remark(
+                f"strongest: layer {unit.layer} {unit.kind} {unit.index} ({float(mean.max()):+.3g})"
+            )
 
     @property
     def expansion_tokens(self) -> float:

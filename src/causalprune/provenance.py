@@ -3,8 +3,12 @@
 import contextlib
 import importlib.metadata
 import platform
+import resource
 import subprocess
+import sys
 from pathlib import Path
+
+import torch
 
 PACKAGES = ("causalprune", "torch", "transformers", "tokenizers", "datasets", "lm_eval")
 
@@ -24,6 +28,15 @@ def git_commit() -> str | None:
         return subprocess.run(describe, capture_output=True, check=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def peak_bytes() -> dict[str, int]:
+    """Return the most memory that this process has held so far, and the most on GPUs where there are any."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        found["gpu"] = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return found
 
 
 def _version(package: str) -> str | None:

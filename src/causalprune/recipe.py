@@ -11,7 +11,7 @@ import yaml
 
 from causalprune.calibration import Chat, split_counts
 from causalprune.criteria import BUDGETS
-from causalprune.errors import OptionError, unknown
+from causalprune.errors import MismatchError, OptionError, unknown
 from causalprune.methods import N_OF_M, Method, pattern_sparsity
 from causalprune.questions import Estimator, Question
 
@@ -129,6 +129,14 @@ class Recipe:
             if not values or len(set(values)) < len(values):
                 raise OptionError(f"recipe: {kind} must be a list without repetitions, not {list(values)}")
         self.cells()
+
+    def check_shape(self, name: str, layers: int, heads: int) -> None:
+        """Raise `MismatchError` where the model that was loaded has another shape than the recipe says."""
+        if self.shape is not None and (layers, heads) != (self.shape.layers, self.shape.heads):
+            raise MismatchError(
+                f"{name} has {layers} layers of {heads} heads, the recipe says "
+                f"{self.shape.layers} of {self.shape.heads}: correct its shape, or remove it"
+            )
 
     def cells(self) -> dict[str, Method | None]:
         """Return every row of the table by its label, dense (None) first."""

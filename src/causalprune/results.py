@@ -4,6 +4,7 @@ Differences are paired: both models answered the same examples, which are resamp
 large variation between examples cancels. Nothing here loads a model.
 """
 
+import functools
 import json
 import math
 import os
@@ -75,19 +76,33 @@ def headline(result: EvalResult) -> float:
 
 def interval(result: EvalResult, *, resamples: int = 10_000, seed: int = 0) -> Interval:
     """Return the value of a result with its bootstrap interval over examples."""
-    values, weights = _arrays(result)
-    draws = _bootstrap(np.stack([values, weights]), resamples, seed)
-    low, high = _bounds(_ratio(draws[0], draws[1], result.metric), len(values))
-    return Interval(headline(result), low, high, len(values))
+    return interval_of(result, resampled(result, resamples=resamples, seed=seed))
 
 
 def paired_difference(a: EvalResult, b: EvalResult, *, resamples: int = 10_000, seed: int = 0) -> Comparison:
     """Return a − b with its paired bootstrap interval; MismatchError if the examples are not the same."""
+    draws = (resampled(result, resamples=resamples, seed=seed) for result in (a, b))
+    return difference_of(a, b, *draws)
+
+
+def resampled(result: EvalResult, *, resamples: int = 10_000, seed: int = 0) -> Floats:
+    """Return the value of a result on resamples of its examples: the same ones for every result on as many examples."""
+    values, weights = _arrays(result)
+    sums = _bootstrap(np.stack([values, weights]), resamples, seed)
+    return np.asarray(_ratio(sums[0], sums[1], result.metric))
+
+
+def interval_of(result: EvalResult, draws: Floats) -> Interval:
+    """Return the value of a result with the interval that its resampled values give."""
+    low, high = _bounds(draws, len(result.values))
+    return Interval(headline(result), low, high, len(result.values))
+
+
+def difference_of(a: EvalResult, b: EvalResult, draws_a: Floats, draws_b: Floats) -> Comparison:
+    """Return a − b with the interval that the resampled values of both give; as `paired_difference`."""
     _check_pair(a, b)
-    columns = np.stack([*_arrays(a), *_arrays(b)])
-    draws = _bootstrap(columns, resamples, seed)
-    differences = _ratio(draws[0], draws[1], a.metric) - _ratio(draws[2], draws[3], b.metric)
-    low, high = _bounds(differences, len(a.values))
+    with np.errstate(invalid="ignore"):
+        low, high = _bounds(draws_a - draws_b, len(a.values))
     difference = headline(a) - headline(b)
     return Comparison(difference, low, high, len(a.values), _verdict(difference, low, high, a.metric))
 
@@ -131,8 +146,13 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     Numbers that are not finite are written as `{"float": "nan"}`, so the file is strict JSON.
     """
     text = json.dumps(_encoded({"version": VERSION, **record}), indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is complete on disk before it gets its name."""
     try:
-        _replace(path, text + "\n")
+        _replace(path, text)
     except OSError as cause:
         raise CheckpointError(f"cannot write {path}: {cause}") from cause
 
@@ -151,7 +171,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _result(row: Mapping[str, Any]) -> EvalResult:
     columns = {name: tuple(row[name]) for name in ("values", "weights", "examples", "texts")}
-    return EvalResult(**{**row, **columns})
+    shown = {name: tuple(row.get(name, ())) for name in ("prompts", "golds")}  # absent in older files
+    return EvalResult(**{**row, **columns, **shown})
 
 
 def _replace(path: Path, text: str) -> None:
@@ -200,14 +221,25 @@ def _ratio(values: Any, weights: Any, metric: str) -> Any:
 
 def _bootstrap(columns: Floats, resamples: int, seed: int) -> Floats:
     """Return the sums `[column resample]` of examples drawn with replacement, the same for all columns."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        parts = [
+            columns @ counts.T.astype(np.float64) for counts in _draws(columns.shape[1], resamples, seed)
+        ]
+    return np.concatenate(parts, axis=1)
+
+
+@functools.lru_cache(maxsize=4)
+def _draws(n: int, resamples: int, seed: int) -> tuple[NDArray[np.uint8], ...]:
+    """Return how often each of `n` examples is drawn, `[resample example]` in parts: kept for the next result."""
     random = np.random.default_rng(seed)
-    n = columns.shape[1]
     size = max(CHUNK // n, 1)
     parts = []
     for start in range(0, resamples, size):
-        picks = random.integers(0, n, size=(min(size, resamples - start), n))
-        parts.append(np.stack([column[picks].sum(1) for column in columns]))
-    return np.concatenate(parts, axis=1)
+        rows = min(size, resamples - start)
+        places = random.integers(0, n, size=(rows, n)) + np.arange(rows)[:, None] * n
+        counts = np.bincount(places.ravel(), minlength=rows * n)
+        parts.append(counts.astype(np.uint8).reshape(rows, n))
+    return tuple(parts)
 
 
 def _bounds(draws: Floats, n: int) -> tuple[float, float]:

@@ -11,37 +11,31 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from causalprune import embedded
 from causalprune.attribution import attribute as measure
-from causalprune.checkpoint import EFFECTS, check_destination, count_zeros, load_effects, save, save_effects
+from causalprune.checkpoint import EFFECTS, check_destination, describe, load_effects, save, save_effects
 from causalprune.cluster import Cluster, fill
 from causalprune.criteria import CRITERIA
-from causalprune.errors import CheckpointError, MismatchError, OptionError
+from causalprune.errors import CheckpointError, OptionError
 from causalprune.evaluation import Settings, check_tasks, evaluate, evaluation_contents
+from causalprune.evidence import CHECKPOINTS, achieved
 from causalprune.ledger import Ledger
 from causalprune.measuring import Workbench
 from causalprune.methods import Method
-from causalprune.provenance import git_commit, versions
+from causalprune.provenance import git_commit, peak_bytes, versions
 from causalprune.pruning import Pruned, manifest, prune
 from causalprune.questions import Estimator, Question
 from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec, Recipe
-from causalprune.results import RESULTS, write_json, write_results
+from causalprune.results import RESULTS, rows_of, write_json, write_results
 from causalprune.stability import DRAWS, Pairs, stability
 from causalprune.streaming import Streamed, prune_stream
 from causalprune.traces import calibrated
-from causalprune.types import Calibration, Decoder, Effects, EvalResult, Progress, Stage, silent
+from causalprune.types import Calibration, Decoder, Effects, EvalResult, Stage, quiet
 from causalprune.uncertainty import described
-
-
-@contextmanager
-def quiet(name: str) -> Iterator[Progress]:
-    """Report nothing: the default `Stage`."""
-    yield silent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +59,16 @@ class Options:
 
 
 def run(
-    recipe: Recipe, folder: Path, *, data_dir: Path | None = None, stage: Stage = quiet
+    recipe: Recipe,
+    folder: Path,
+    *,
+    data_dir: Path | None = None,
+    stage: Stage = quiet,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Carry out a recipe in `folder`, or go on where it was stopped; return what `results.json` holds.
 
-    Methods, sparsities and tasks may be added to a recipe whose folder exists: what is there is not done again.
+    `command` is what the user typed, for the record. Methods, sparsities and tasks may be added to a recipe whose folder exists: what is there is not done again.
 
     Raises:
         MismatchError: the folder holds a run of another model, calibration, seed or batch size.
@@ -84,7 +83,7 @@ def run(
     check_tasks(recipe.tasks)
     with stage("loading model"):
         decoder = load(recipe.model)
-    _check_shape(recipe, decoder)
+    recipe.check_shape(decoder.name, len(decoder.layers), decoder.layers[0].attention.n_heads)
     with stage("calibration data") as progress:
         exclude = evaluation_contents(recipe.tasks, settings, decoder.tokenizer)
         calibration = calibrated(decoder, recipe.calibration, data_dir, exclude, progress)
@@ -99,20 +98,25 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "recipe": dataclasses.asdict(recipe),
+        "cells": list(recipe.cells()),
+        "command": command,
         "identity": identity,
         "calibration": calibration.description,
         "versions": versions(),
         "git_commit": git_commit(),
+        "attribution": None,
         "rows": [],
     }
     with Ledger(folder / "results.ledger", identity) as book:
-        effects = _effects(recipe, decoder, calibration, folder, stage)
-        record["attribution"] = None if effects is None else described(effects)
+        effects = _effects(recipe, decoder, calibration, folder, stage, book)
+        if effects is not None:
+            record["attribution"] = described(effects) | book.rows.get("attribution", {})
         bench = _Bench(recipe, folder, calibration, effects, settings, stage, book)
         for name, method in recipe.cells().items():
             bench.measure(name, method, decoder if method is None else None)
             record["rows"] = [bench.row(*cell) for cell in recipe.cells().items() if bench.finished(cell[0])]
             write_json(folder / RESULTS, record)
+            describe(folder / CHECKPOINTS / name, rows_of(record), name)
     return record
 
 
@@ -294,7 +298,12 @@ class _Bench:
         for task in missing:
             with self.stage(f"{name}: {task}") as progress:
                 results = evaluate(decoder, [task], self.settings, on_progress=progress)
-            self.book.append(f"{name}/{task}", [dataclasses.asdict(result) for result in results])
+            found = [dataclasses.asdict(result) for result in results]
+            for result in found:
+                result["description"] |= {"peak_bytes": peak_bytes()}
+                if method is not None:  # the row of the intact model has them
+                    result |= {"prompts": (), "golds": ()}
+            self.book.append(f"{name}/{task}", found)
 
     def _prune(self, name: str, method: Method, decoder: Decoder) -> None:
         start = time.perf_counter()
@@ -309,16 +318,15 @@ class _Bench:
                 max_batch_tokens=batch_tokens,
                 on_progress=progress,
             )
-        checkpoint = self.folder / "checkpoints" / name
+        checkpoint = self.folder / CHECKPOINTS / name
         if self.recipe.save and not checkpoint.exists():
             record = manifest(pruned, self.calibration, own)
             save(decoder, checkpoint, manifest=record, keep=pruned.keep, effects=own)
         if f"{name}/pruned" not in self.book.rows:
-            zeros = {key: value for key, value in count_zeros(decoder).items() if key != "projections"}
-            seconds = time.perf_counter() - start
-            self.book.append(
-                f"{name}/pruned", {**zeros, "seconds": seconds, "unrouted": list(pruned.unrouted)}
-            )
+            walked = 2 * method.walks * self.calibration.description["tokens"]
+            cost = {"seconds": time.perf_counter() - start, "tokens_forwarded": walked}
+            found = {**manifest(pruned, None, None), **achieved(decoder, pruned.keep), **cost}
+            self.book.append(f"{name}/pruned", {**found, "peak_bytes": peak_bytes()})
 
     def row(self, name: str, method: Method | None) -> dict[str, Any]:
         described: dict[str, Any] = {"label": name, "criterion": "dense", "scope": None, "sparsity": 0.0}
@@ -329,13 +337,18 @@ class _Bench:
 
 
 def _effects(
-    recipe: Recipe, decoder: Decoder, calibration: Calibration, folder: Path, stage: Stage
+    recipe: Recipe, decoder: Decoder, calibration: Calibration, folder: Path, stage: Stage, book: Ledger
 ) -> Effects | None:
     criteria = [method.criterion for method in recipe.cells().values() if method is not None]
     if not any(CRITERIA[criterion].needs == "effects" for criterion in criteria):
         return None
     options = Options(batch_tokens=recipe.batch_tokens, stage=stage)
-    return _measured(decoder, calibration, folder, options, recipe.attribution)
+    begun, start = (folder / "attribution.ledger").exists(), time.perf_counter()
+    effects = _measured(decoder, calibration, folder, options, recipe.attribution)
+    if "attribution" not in book.rows and not begun:  # else the time of an earlier session is not known
+        seconds = time.perf_counter() - start
+        book.append("attribution", {"seconds": seconds, "peak_bytes": peak_bytes()})
+    return effects
 
 
 def prepared(spec: ModelSpec, wanted: CalibrationSpec, options: Options) -> tuple[Decoder, Calibration]:
@@ -364,14 +377,3 @@ def _measured(
         )
     save_effects(effects, folder / options.named(EFFECTS))
     return effects
-
-
-def _check_shape(recipe: Recipe, decoder: Decoder) -> None:
-    if recipe.shape is None:
-        return
-    found = len(decoder.layers), decoder.layers[0].attention.n_heads
-    if found != (recipe.shape.layers, recipe.shape.heads):
-        raise MismatchError(
-            f"{decoder.name} has {found[0]} layers of {found[1]} heads, "
-            f"the recipe says {recipe.shape.layers} of {recipe.shape.heads}: correct its shape, or remove it"
-        )

@@ -15,10 +15,10 @@ Axes in shape annotations:
 """
 
 import hashlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,12 +30,29 @@ Progress = Callable[[int, int], None]
 """Called with the work done and the work in all, in units proportional to time."""
 
 
+@runtime_checkable
+class Remarked(Protocol):
+    """A `Progress` that also shows a remark on what was found so far."""
+
+    def __call__(self, done: int, total: int) -> None:
+        """Take note of the work done and the work in all."""
+
+    def remark(self, text: str) -> None:
+        """Show this text beside the progress, in place of the one before."""
+
+
 Stage = Callable[[str], AbstractContextManager[Progress]]
 """Opens a stage of work by name, for as long as it lasts, and hands out the callback to report to."""
 
 
 def silent(done: int, total: int) -> None:
     """Report nothing: the default `Progress`."""
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[Progress]:
+    """Report nothing: the default `Stage`."""
+    yield silent
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -322,8 +339,9 @@ class EvalResult:
 
     The headline value is `Σ values / Σ weights`, through `exp` for `metric == "perplexity"`:
     0/1 outcomes with unit weights give an accuracy, nats with token counts a loss or a perplexity.
-    `examples` holds content hashes, so that two results can be paired; `texts` the generated
-    answers where the task generates (else empty).
+    `examples` holds content hashes, so that two results can be paired; `texts` the generated answers or the
+    chosen options, `prompts` and `golds` the problems and their right answers. These three are empty where a
+    task has none, and the last two where another result on the same examples holds them.
     """
 
     task: str
@@ -332,5 +350,7 @@ class EvalResult:
     weights: tuple[float, ...]
     examples: tuple[str, ...]
     texts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+    golds: tuple[str, ...] = ()
     seconds: float = 0.0
     description: dict[str, Any] = field(default_factory=dict)

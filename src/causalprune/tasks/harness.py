@@ -55,8 +55,8 @@ def run(
     chat: bool,
     batch_size: int,
     on_progress: Progress,
-) -> list[dict[str, Any]]:
-    """Return the harness's records of the chosen examples (ascending positions), zero-shot.
+) -> tuple[list[dict[str, Any]], int]:
+    """Return the harness's records of the chosen examples (ascending positions), zero-shot, and the tokens read and written.
 
     Raises DataError where an example does not fit the model's positions; nothing is cut.
     """
@@ -78,7 +78,28 @@ def run(
             apply_chat_template=chat,
         )
     samples: list[dict[str, Any]] = record["samples"][task.task_name]
-    return samples
+    return samples, engine.tokens
+
+
+def gold(task: Any, sample: Mapping[str, Any]) -> str:
+    """Return the right answer of an example, as text."""
+    target = sample["target"]
+    if isinstance(target, int) and task.OUTPUT_TYPE == "multiple_choice":
+        return str(task.doc_to_choice(sample["doc"])[target])
+    return str(target)
+
+
+def answer(task: Any, sample: Mapping[str, Any], metric: str) -> str:
+    """Return what the model generated, or the option that it chose by this metric; empty for other kinds of tasks."""
+    if task.OUTPUT_TYPE == "generate_until":
+        return str(sample["resps"][0][0])
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return ""
+    choices = [str(choice) for choice in task.doc_to_choice(sample["doc"])]
+    scores = [float(found[0]) for found in sample["filtered_resps"]][: len(choices)]
+    if metric == "acc_norm":
+        scores = [score / max(len(choice), 1) for score, choice in zip(scores, choices, strict=True)]
+    return choices[scores.index(max(scores))]
 
 
 @contextmanager
@@ -127,6 +148,7 @@ class _Engine(HFLM):  # type: ignore[misc]  # the harness has no type stubs
     """The harness's Hugging Face model, which here refuses what the original cuts with a log line."""
 
     total = 0
+    tokens = 0
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
         self.total = len(requests)
@@ -141,13 +163,16 @@ class _Engine(HFLM):  # type: ignore[misc]  # the harness has no type stubs
     ) -> Any:
         tokens, keep = super().tok_batch_encode(strings, padding_side, truncation=truncation)
         self._check(tokens.shape[1], left_truncate_len)
+        self.tokens += tokens.numel()
         return tokens, keep
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
     ) -> Any:
         self.total = len(requests)
-        self._check(max(len(context) + len(choice) for _, context, choice in requests), self.max_length)
+        lengths = [len(context) + len(choice) for _, context, choice in requests]
+        self._check(max(lengths), self.max_length)
+        self.tokens += sum(lengths)
         return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
 
     @staticmethod
@@ -166,4 +191,6 @@ class _Progress:
 
     def add_partial(self, kind: str, request: Any, response: Any) -> None:
         self.done += 1
+        if kind == "generate_until":
+            self.engine.tokens += len(self.engine.tok_encode(str(response)))
         self.report(self.done, self.engine.total)
