@@ -3,6 +3,8 @@
     python bench/large.py             # all steps that are not there yet
     python bench/large.py eight       # an 8-billion-parameter checkpoint, written, copied, pruned, deleted (40 GB)
     python bench/large.py equal       # streaming against pruning in memory, three families, three dtypes
+    python bench/large.py kills       # 50 runs killed at random moments and started again (bench/faults.py)
+    python bench/large.py fuzz        # 10,000 random files of every kind (bench/faults.py)
 
 The 8-billion-parameter checkpoint has the shape and the files of Llama 3 8B and random weights. Where the kernel
 lets it, the page cache is emptied before copying and before pruning.
@@ -20,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faults
 import torch
 from common import RUNS, write_figures
 from safetensors.torch import load_file, save_file
@@ -30,6 +33,7 @@ from causalprune.checkpoint import load_effects, load_keep, read_manifest, save,
 from causalprune.methods import Method
 from causalprune.model import load
 from causalprune.progress import shown
+from causalprune.provenance import git_commit
 from causalprune.pruning import prune
 from causalprune.results import read_json, write_json
 from causalprune.streaming import prune_stream, stored_fingerprint
@@ -209,10 +213,11 @@ def figures(done: dict[str, Any]) -> dict[str, float]:
         found["sparsity_error_weights"] = abs(one["zeros"] - one["wanted"])
     if (one := done.get("equal")) is not None:
         found["stream_equals_memory"] = float(all(one["compared"].values()))
-    return found
+    return found | faults.figures(done)
 
 
 STEPS: dict[str, Callable[[], dict[str, Any]]] = {"equal": equal, "eight": eight}
+STEPS |= {"kills": faults.kills, "fuzz": faults.fuzz}
 
 
 def main() -> None:
@@ -225,7 +230,7 @@ def main() -> None:
     done: dict[str, Any] = read_json(done_file)["steps"] if done_file.exists() else {}
     for name in parser.parse_args().steps or [name for name in STEPS if name not in done]:
         print(f"== {name}", flush=True)
-        done[name] = STEPS[name]()
+        done[name] = {**STEPS[name](), "commit": git_commit(), "threads": torch.get_num_threads()}
         write_json(done_file, {"steps": done})
         print(write_figures("large", figures(done), done, seeds=[0]))
 

@@ -126,6 +126,23 @@ def large() -> str:
     return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows)]) + "\n"
 
 
+def kills() -> str:
+    """What came of runs that were killed."""
+    path = RESULTS / "large.json"
+    own = read_json(path)["raw"].get("kills") if path.exists() else None
+    if own is None:
+        return "Not measured yet.\n"
+    lines = [
+        "| killed during | runs | finished before the kill | results that differ or are partial |",
+        "|---|---:|---:|---:|",
+    ]
+    for stage in own["undisturbed_seconds"]:
+        found = [kill for kill in own["kills"] if kill["stage"] == stage]
+        late, lost = (sum(bool(kill[key]) for kill in found) for key in ("complete", "lost"))
+        lines.append(f"| {stage} | {len(found)} | {late} | {lost} |")
+    return "\n".join(lines) + "\n"
+
+
 def _attribution(step: str) -> Any:
     path = RESULTS / "attribution.json"
     return read_json(path)["raw"].get(step) if path.exists() else None
@@ -139,6 +156,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "stability": stability,
     "large": large,
+    "kills": kills,
 }
 
 
