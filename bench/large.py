@@ -3,6 +3,9 @@
     python bench/large.py             # all steps that are not there yet
     python bench/large.py eight       # an 8-billion-parameter checkpoint, written, copied, pruned, deleted (40 GB)
     python bench/large.py equal       # streaming against pruning in memory, three families, three dtypes
+    python bench/large.py ray         # Ray on this machine: equal bits, speed (bench/cluster.py; needs a quiet machine)
+    python bench/large.py schedule    # 64 simulated workers (bench/cluster.py)
+    python bench/large.py finetune    # zeros of SmolLM2 in training, and after merging an adapter (bench/tuning.py)
     python bench/large.py kills       # 50 runs killed at random moments and started again (bench/faults.py)
     python bench/large.py fuzz        # 10,000 random files of every kind (bench/faults.py)
 
@@ -22,8 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cluster
 import faults
 import torch
+import tuning
 from common import RUNS, write_figures
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
@@ -213,11 +218,17 @@ def figures(done: dict[str, Any]) -> dict[str, float]:
         found["sparsity_error_weights"] = abs(one["zeros"] - one["wanted"])
     if (one := done.get("equal")) is not None:
         found["stream_equals_memory"] = float(all(one["compared"].values()))
-    return found | faults.figures(done)
+    return found | cluster.figures(done) | faults.figures(done) | tuning.figures(done)
 
 
 STEPS: dict[str, Callable[[], dict[str, Any]]] = {"equal": equal, "eight": eight}
-STEPS |= {"kills": faults.kills, "fuzz": faults.fuzz}
+STEPS |= {
+    "ray": cluster.ray,
+    "schedule": cluster.schedule,
+    "finetune": tuning.finetune,
+    "kills": faults.kills,
+    "fuzz": faults.fuzz,
+}
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from causalprune.anatomy import check_config, inspect_model, outline
-from causalprune.errors import ModelError, OptionError, unknown
+from causalprune.errors import CheckpointError, ModelError, OptionError, unknown
+from causalprune.shards import check_places
 from causalprune.types import Decoder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -24,7 +25,7 @@ _CORRUPT = (SafetensorError, UnpicklingError, EOFError)
 _LOAD_ERRORS = (*_CORRUPT, OSError, ValueError, RuntimeError, KeyError, ImportError)
 
 
-def load(
+def load(  # noqa: PLR0913 (all that there is to say about loading)
     name: str,
     *,
     dtype: str = "auto",
@@ -32,13 +33,15 @@ def load(
     device_map: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> Decoder:
     """Load a causal language model for inference and find what can be pruned in it.
 
     `name` is a name on the Hugging Face Hub, a local folder, or a GGUF file (or a folder that holds
     nothing but one). GGUF weights are dequantised to float32 unless `dtype` says otherwise.
     `device_map` goes to transformers as it is and takes precedence over `device`. The tokenizer is
-    None for a local folder without tokenizer files.
+    None for a local folder without tokenizer files. Weights that are there as a pickle only are refused unless
+    `allow_pickle` is given; even then they are read as plain tensors (`weights_only`), never as code.
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
@@ -51,12 +54,20 @@ def load(
     if gguf is not None:
         options["gguf_file"], dtype = gguf, "float32" if dtype == "auto" else dtype
     local = Path(folder).is_dir()
+    if local and gguf is None:
+        _check_files(name, Path(folder), allow_pickle)
     try:
         with _quiet(hide_bars=local):
             if gguf is None:
                 check_config(AutoConfig.from_pretrained(folder, **options), name)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, device_map=device_map, output_loading_info=True, **options
+                folder,
+                dtype=dtype,
+                device_map=device_map,
+                output_loading_info=True,
+                use_safetensors=None if allow_pickle or gguf is not None else True,
+                weights_only=True,
+                **options,
             )
             model, loading = loaded
             known = not local or any(any(Path(folder).glob(pattern)) for pattern in _TOKENIZER_FILES)
@@ -146,10 +157,30 @@ def _quiet(*, hide_bars: bool) -> Iterator[None]:
         yield
 
 
+def _check_files(name: str, folder: Path, allow_pickle: bool) -> None:
+    """Refuse weight files that could run code, or that lie elsewhere."""
+    try:
+        check_places(folder)
+    except CheckpointError as error:
+        raise ModelError(f"{name!r} cannot be loaded: {error}") from error
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if pickles and not allow_pickle and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{name!r} has its weights as a pickle ({pickles[0]}), which can run code when it is read: convert it "
+            "to safetensors (load and `save_pretrained` it where that does no harm), or pass --allow-pickle "
+            "(`allow_pickle=True`) if you trust where it comes from"
+        )
+
+
 def _load_error(name: str, error: BaseException, *, local: bool) -> ModelError:
     cause = f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
     if isinstance(error, _CORRUPT):
         return ModelError(f"a weight file of {name!r} is corrupted or cut short: fetch it again ({cause})")
+    if "use_safetensors" in str(error):
+        return ModelError(
+            f"{name!r} has no weights as safetensors: pass --allow-pickle (`allow_pickle=True`) if it has them as "
+            f"a pickle, which can run code when it is read, and you trust it ({cause})"
+        )
     if "trust_remote_code" in str(error):
         return ModelError(f"{name!r} runs its own code: pass trust_remote_code if you trust it ({cause})")
     if local or not isinstance(error, OSError):

@@ -25,6 +25,10 @@ DeviceMap = Annotated[
     str | None, typer.Option(help="Spread the model with accelerate: auto, balanced, sequential.")
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the model.")]
+Pickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Read weights that are there as a pickle only: it could run code."),
+]
 Task = Annotated[
     list[str],
     typer.Option(
