@@ -126,6 +126,23 @@ def large() -> str:
     return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows)]) + "\n"
 
 
+def layers() -> str:
+    """What pruning layer by layer from disk costs, and in memory."""
+    path = RESULTS / "large.json"
+    own = read_json(path)["raw"].get("layers") if path.exists() else None
+    if own is None:
+        return "Not measured yet.\n"
+    lines = [
+        f"| {own['bytes'] / 1e9:.1f} GB in bfloat16, the shape of Llama 3.2 1B | seconds | largest resident set |",
+        "|---|---:|---:|",
+    ]
+    for name, option in (("stream", "`--stream`"), ("memory", "in memory")):
+        lines.append(
+            f"| {option} | {own[name]['seconds']:.0f} | {own[name]['peak_rss_bytes'] / 2**30:.2f} GiB |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def cluster() -> str:
     """How evenly 64 simulated workers are busy, and what two workers of Ray are worth here."""
     path = RESULTS / "large.json"
@@ -191,6 +208,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "stability": stability,
     "large": large,
+    "layers": layers,
     "cluster": cluster,
     "finetune": finetune,
     "kills": kills,

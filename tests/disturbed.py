@@ -49,7 +49,7 @@ class Stage:
     def arguments(self, model: Path, output: Path, problems: Path) -> list[str]:
         """Return the command line that writes `output`."""
         given = [self.command, str(model), "-o", str(output), *self.options]
-        return given if "--stream" in self.options else [*given, "-t", str(problems), "-n", str(PROBLEMS)]
+        return [*given, "-t", str(problems), "-n", str(PROBLEMS)]
 
 
 WANDA = ("--method", "wanda", "--sparsity", "0.5", "--batch-tokens", "64")
@@ -60,6 +60,7 @@ STAGES = {
     "streaming": Stage(
         "prune", "run.prune_stream", ("--stream", "--method", "magnitude:global", "--sparsity", "0.5")
     ),
+    "streaming by layers": Stage("prune", "run.prune_stream", (*WANDA, "--stream")),
 }
 
 

@@ -24,7 +24,7 @@ from causalprune.checkpoint import read_manifest, save
 from causalprune.errors import CheckpointError, ModelError
 from causalprune.model import load
 
-KILLS = 8
+KILLS = 10
 every_stage = pytest.mark.parametrize("stage", STAGES)
 pytestmark = pytest.mark.xdist_group("faults")
 

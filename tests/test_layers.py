@@ -83,7 +83,10 @@ LAYERS: dict[str, set[str]] = {
     "cluster": {"attribution", "ledger", "measuring"},
     "kept": {"anatomy", "checkpoint", "model"},
     "spectra": {"allocation", "criteria", "methods", "pruning"},
-    "streaming": {"anatomy", "checkpoint", "criteria", "methods", "model", "pruning", "shards", "spectra"},
+    "stored": {"anatomy", "shards"},
+    "residence": {"ablation", "anatomy", "shards", "stored"},
+    "streaming": {"anatomy", "checkpoint", "criteria", "methods", "model", "pruning", "residence", "shards"}
+    | {"spectra", "stored"},
     "evaluation": {"calibration", "data", "losses", "results", "tasks"},
     "recipe": {"calibration", "criteria", "methods", "questions"},
     "plan": {"calibration", "checkpoint", "criteria", "data", "embedded", "evaluation", "model", "recipe"},
@@ -100,6 +103,7 @@ TOP = (
 
 ANYWHERE = {"torch", "jaxtyping"}
 THIRD_PARTIES: dict[str, set[str]] = {
+    "accelerate": {"model"},
     "transformers": {"anatomy", "model", "checkpoint", "kept", "tasks"},
     "safetensors": {"model", "checkpoint"},
     "datasets": {"calibration", "data", "tasks"},
@@ -113,6 +117,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
         "data",
         "calibration",
         "evaluation",
+        "residence",
         "results",
         "stability",
         "streaming",

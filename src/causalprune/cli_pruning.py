@@ -44,6 +44,7 @@ def prune(
     allow_pickle: opt.Pickle = False,
     overwrite: opt.Overwrite = False,
     stream: opt.Stream = False,
+    cache_gib: opt.HiddenGib = 1.0,
 ) -> None:
     """Prune a model and save it as a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -57,10 +58,10 @@ def prune(
     spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code, allow_pickle)
     calibration = CalibrationSpec(tuple(task), n, subsets, seed, max_tokens, chat)
     wanted = parse_method(method, _sparsity(sparsity), seed)
-    options = Options(data_dir, batch_tokens, overwrite, shown)
+    options = Options(data_dir, batch_tokens, overwrite, shown, cache_gib=cache_gib)
     if stream:
-        done = prune_streamed(spec, wanted, output, effects, options)
-        achieved = tables.sparsity(done.weights, done.zeros, ())
+        done = prune_streamed(spec, wanted, output, calibration, effects, options)
+        achieved = tables.sparsity(done.weights, done.zeros, done.unrouted)
     else:
         pruned = prune_checkpoint(spec, wanted, output, calibration, effects, options)
         zeros = sum(int((~keep).sum()) for keep in pruned.keep.values())

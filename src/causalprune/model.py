@@ -10,6 +10,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
@@ -99,10 +100,23 @@ def read_shape(
     return text.num_hidden_layers, text.num_attention_heads, sum(p.numel() for p in model.parameters())
 
 
-def skeleton(folder: Path, *, trust_remote_code: bool = False) -> Decoder:
-    """Return the layers of the model in a local folder without its weights, which stay on the device `meta`."""
-    options = {"trust_remote_code": trust_remote_code}
-    return outline(_empty(str(folder), str(folder), options), None, name=str(folder))
+def skeleton(folder: Path, *, dtype: torch.dtype | None = None) -> Decoder:
+    """Return the layers of the model in a local folder without its weights, which stay on the device `meta`.
+
+    With the `dtype` that it is to have, whatever is not a weight has its values, so that it runs once it has weights.
+    """
+    options = {"trust_remote_code": False}
+    model = _empty(str(folder), str(folder), options, dtype).eval().requires_grad_(False)
+    return outline(model, None, name=str(folder))
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """Return the tokenizer in a local model folder."""
+    try:
+        with _quiet(hide_bars=True):
+            return AutoTokenizer.from_pretrained(folder)
+    except _LOAD_ERRORS as error:
+        raise _load_error(str(folder), error, local=True) from error
 
 
 def auto_dtype(folder: Path, stored: torch.dtype) -> torch.dtype:
@@ -111,15 +125,17 @@ def auto_dtype(folder: Path, stored: torch.dtype) -> torch.dtype:
     return configured if isinstance(configured, torch.dtype) else stored
 
 
-def _empty(name: str, folder: str, options: dict[str, Any]) -> Any:
-    """Build a model from its configuration, without weights."""
+def _empty(name: str, folder: str, options: dict[str, Any], dtype: torch.dtype | None = None) -> Any:
+    """Build a model from its configuration, without weights; with a dtype, its buffers have their values."""
     local = Path(folder).is_dir()
+    place = torch.device("meta") if dtype is None else init_empty_weights(include_buffers=False)
+    typed = {} if dtype is None else {"dtype": dtype}
     try:
-        with _quiet(hide_bars=local), torch.device("meta"):
+        with _quiet(hide_bars=local), place:
             config = AutoConfig.from_pretrained(folder, **options)
             check_config(config, name)
             trusted = options["trust_remote_code"]
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **typed)
     except _LOAD_ERRORS as error:
         raise _load_error(name, error, local=local) from error
 

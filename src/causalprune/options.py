@@ -56,7 +56,16 @@ Stream = Annotated[
     bool,
     typer.Option(
         "--stream",
-        help="From file to file, matrix by matrix, without loading the model (local folder; magnitude, cap, random).",
+        help="From file to file, without loading the model (local folder): matrix by matrix, or layer by layer where "
+        "a method looks at inputs or updates weights.",
+    ),
+]
+HiddenGib = Annotated[
+    float,
+    typer.Option(
+        "--cache-gib",
+        help="With --stream: memory for hidden states of the calibration data; the rest is kept on disk.",
+        min=0,
     ),
 ]
 
