@@ -19,13 +19,14 @@ fuzz: $(INSTALLED)  ## 10,000 cases of every kind of broken file (minutes)
 
 check: static test  ## everything that must hold before a commit; layers and line budget are tests
 
-static: $(INSTALLED)  ## format, lint and types
+static: $(INSTALLED)  ## format, lint, types and bandit
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/bandit -q -r src -c pyproject.toml
 
 bench: $(INSTALLED)  ## run the benchmarks, one after the other
-	set -e; for script in $(filter-out %/common.py bench/tables.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	set -e; for script in $(filter-out %/common.py bench/tables.py bench/faults.py bench/cluster.py bench/tuning.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -3,6 +3,12 @@
     python bench/large.py             # all steps that are not there yet
     python bench/large.py eight       # an 8-billion-parameter checkpoint, written, copied, pruned, deleted (40 GB)
     python bench/large.py equal       # streaming against pruning in memory, three families, three dtypes
+    python bench/large.py layers      # wanda on a 1.2-billion-parameter checkpoint, streaming and in memory (8 GB)
+    python bench/large.py ray         # Ray on this machine: equal bits, speed (bench/cluster.py; needs a quiet machine)
+    python bench/large.py schedule    # 64 simulated workers (bench/cluster.py)
+    python bench/large.py finetune    # zeros of SmolLM2 in training, and after merging an adapter (bench/tuning.py)
+    python bench/large.py kills       # 50 runs killed at random moments and started again (bench/faults.py)
+    python bench/large.py fuzz        # 10,000 random files of every kind (bench/faults.py)
 
 The 8-billion-parameter checkpoint has the shape and the files of Llama 3 8B and random weights. Where the kernel
 lets it, the page cache is emptied before copying and before pruning.
@@ -20,16 +26,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cluster
+import faults
 import torch
-from common import RUNS, write_figures
+import tuning
+from common import RUNS, data_folder, write_figures
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from causalprune.anatomy import outline
 from causalprune.checkpoint import load_effects, load_keep, read_manifest, save, save_effects
+from causalprune.embedded import resolve
 from causalprune.methods import Method
 from causalprune.model import load
 from causalprune.progress import shown
+from causalprune.provenance import git_commit
 from causalprune.pruning import prune
 from causalprune.results import read_json, write_json
 from causalprune.streaming import prune_stream, stored_fingerprint
@@ -38,6 +50,9 @@ from causalprune.units import list_units
 
 EIGHT = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
 EIGHT |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
+ONE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128256}
+ONE |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True}
+"""Llama 3.2 1B."""
 SHARD_BYTES = 5e9
 SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -89,10 +104,55 @@ def eight() -> dict[str, Any]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _write_checkpoint(folder: Path) -> int:
+def layers() -> dict[str, Any]:
+    """Prune a checkpoint with `wanda` by streaming and in memory; report seconds and memory, and compare every byte."""
+    place = Path(os.environ.get("CAUSALPRUNE_SCRATCH", tempfile.gettempdir())) / "causalprune-layers"
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        size = _write_checkpoint(place / "source", ONE)
+        AutoTokenizer.from_pretrained(resolve("embedded")).save_pretrained(place / "source")
+        command = [str(Path(sys.executable).parent / "causalprune"), "prune", str(place / "source")]
+        command += ["--method", "wanda", "--sparsity", "0.5", "-n", "4", "-t", "gsm8k"]
+        command += ["--data-dir", str(data_folder())]
+        found: dict[str, Any] = {"bytes": size}
+        for name, options in (("stream", ["--stream"]), ("memory", [])):
+            start = time.perf_counter()
+            peak = _peak_memory(subprocess.Popen([*command, "-o", str(place / name), *options]))
+            found[name] = {"seconds": time.perf_counter() - start, "peak_rss_bytes": peak}
+        own = read_manifest(place / "stream")["sparsity"]
+        return {**found, "zeros": own["zeros"], "weights": own["weights"], "equal": _equal(place)}
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _equal(place: Path) -> bool:
+    """Compare two checkpoints tensor by tensor."""
+    shards = [shard_of(place / name) for name in ("stream", "memory")]
+    if shards[0].keys() != shards[1].keys():
+        return False
+    for name in shards[0]:
+        values = []
+        for where in shards:
+            with safe_open(where[name], "pt") as file:
+                values.append(file.get_tensor(name).view(torch.int16))
+        if not torch.equal(*values):
+            return False
+    return True
+
+
+def shard_of(folder: Path) -> dict[str, Path]:
+    """Return the file of every tensor of a checkpoint."""
+    found = {}
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
+def _write_checkpoint(folder: Path, shape: dict[str, Any] = EIGHT) -> int:
     """Write a checkpoint with random weights, shard by shard, as `save_pretrained` would; return its bytes."""
     folder.mkdir(parents=True)
-    config = LlamaConfig(**EIGHT, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    config = LlamaConfig(**shape, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
@@ -106,7 +166,7 @@ def _write_checkpoint(folder: Path) -> int:
         held += parameter.numel() * 2
     where, total = {}, 0
     generator = torch.Generator().manual_seed(0)
-    with shown("writing 8 billion weights") as progress:
+    with shown("writing a checkpoint") as progress:
         for number, shard in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             values = {
@@ -209,10 +269,21 @@ def figures(done: dict[str, Any]) -> dict[str, float]:
         found["sparsity_error_weights"] = abs(one["zeros"] - one["wanted"])
     if (one := done.get("equal")) is not None:
         found["stream_equals_memory"] = float(all(one["compared"].values()))
-    return found
+    if (one := done.get("layers")) is not None:
+        found["layers_peak_rss_gib"] = one["stream"]["peak_rss_bytes"] / 2**30
+        found["layers_memory_peak_rss_gib"] = one["memory"]["peak_rss_bytes"] / 2**30
+        found["layers_equal_memory"] = float(one["equal"])
+    return found | cluster.figures(done) | faults.figures(done) | tuning.figures(done)
 
 
-STEPS: dict[str, Callable[[], dict[str, Any]]] = {"equal": equal, "eight": eight}
+STEPS: dict[str, Callable[[], dict[str, Any]]] = {"equal": equal, "eight": eight, "layers": layers}
+STEPS |= {
+    "ray": cluster.ray,
+    "schedule": cluster.schedule,
+    "finetune": tuning.finetune,
+    "kills": faults.kills,
+    "fuzz": faults.fuzz,
+}
 
 
 def main() -> None:
@@ -225,7 +296,7 @@ def main() -> None:
     done: dict[str, Any] = read_json(done_file)["steps"] if done_file.exists() else {}
     for name in parser.parse_args().steps or [name for name in STEPS if name not in done]:
         print(f"== {name}", flush=True)
-        done[name] = STEPS[name]()
+        done[name] = {**STEPS[name](), "commit": git_commit(), "threads": torch.get_num_threads()}
         write_json(done_file, {"steps": done})
         print(write_figures("large", figures(done), done, seeds=[0]))
 

@@ -192,6 +192,75 @@ def large() -> str:
     return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows)]) + "\n"
 
 
+def layers() -> str:
+    """What pruning layer by layer from disk costs, and in memory."""
+    path = RESULTS / "large.json"
+    own = read_json(path)["raw"].get("layers") if path.exists() else None
+    if own is None:
+        return "Not measured yet.\n"
+    lines = [
+        f"| {own['bytes'] / 1e9:.1f} GB in bfloat16, the shape of Llama 3.2 1B | seconds | largest resident set |",
+        "|---|---:|---:|",
+    ]
+    for name, option in (("stream", "`--stream`"), ("memory", "in memory")):
+        lines.append(
+            f"| {option} | {own[name]['seconds']:.0f} | {own[name]['peak_rss_bytes'] / 2**30:.2f} GiB |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def cluster() -> str:
+    """How evenly 64 simulated workers are busy, and what two workers of Ray are worth here."""
+    path = RESULTS / "large.json"
+    raw = read_json(path)["raw"] if path.exists() else {}
+    lines = [
+        "| 64 simulated workers | jobs | all done after | lower bound | over it |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, own in raw.get("schedule", {}).items():
+        if isinstance(own, dict):
+            times = f"{own['makespan']:.1f} | {own['bound']:.1f} | {own['over_bound'] - 1:.1%}"
+            lines.append(f"| {name} | {own['jobs']:,} | {times} |")
+    if (one := raw.get("ray")) is not None:
+        alone, both = (one["workers"][name] for name in ("1", "2"))
+        same = "equal to" if alone["equal"] and both["equal"] else "not"
+        faster = both["tokens_per_second"] / alone["tokens_per_second"]
+        lines.append(
+            f"\nTwo workers of Ray on {one['cores']} cores: {faster:.2f} times as fast as one, {same} a serial run bit for bit."
+        )
+    return "\n".join(lines) + "\n" if "schedule" in raw else "Not measured yet.\n"
+
+
+def finetune() -> str:
+    """What training and merging leave of the zeros of SmolLM2."""
+    path = RESULTS / "large.json"
+    own = read_json(path)["raw"].get("finetune") if path.exists() else None
+    if own is None:
+        return "Not measured yet.\n"
+    lines = ["| SmolLM2 at 50 % | zeros | matrices that lost zeros |", "|---|---:|---:|"]
+    for name in ("with the callback", "without", "adapter merged", "reapplied"):
+        tuned = f"{own['steps']} steps, {name}" if name in ("with the callback", "without") else name
+        lines.append(f"| {tuned} | {own[name]['zeros']:,} | {own[name]['matrices_that_lost_zeros']} |")
+    return "\n".join(lines) + "\n"
+
+
+def kills() -> str:
+    """What came of runs that were killed."""
+    path = RESULTS / "large.json"
+    own = read_json(path)["raw"].get("kills") if path.exists() else None
+    if own is None:
+        return "Not measured yet.\n"
+    lines = [
+        "| killed during | runs | finished before the kill | results that differ or are partial |",
+        "|---|---:|---:|---:|",
+    ]
+    for stage in own["undisturbed_seconds"]:
+        found = [kill for kill in own["kills"] if kill["stage"] == stage]
+        late, lost = (sum(bool(kill[key]) for kill in found) for key in ("complete", "lost"))
+        lines.append(f"| {stage} | {len(found)} | {late} | {lost} |")
+    return "\n".join(lines) + "\n"
+
+
 def _attribution(step: str) -> Any:
     path = RESULTS / "attribution.json"
     return read_json(path)["raw"].get(step) if path.exists() else None
@@ -210,6 +279,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "stability": stability,
     "large": large,
+    "layers": layers,
+    "cluster": cluster,
+    "finetune": finetune,
+    "kills": kills,
 }
 
 

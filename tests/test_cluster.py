@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,22 @@ class Fatal(Workbench):
     def joint(self, number: int, layer: int, cells: Any) -> dict[str, list[float]]:
         if (number, layer) == (0, 1) and not self.scar.exists():
             self.scar.parent.exists() and self.scar.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().joint(number, layer, cells)
+
+
+class Uneven(Workbench):
+    """A workbench that writes down who does what; the first process to come is slow, the second is killed once."""
+
+    def joint(self, number: int, layer: int, cells: Any) -> dict[str, list[float]]:
+        if not hasattr(self, "place"):
+            self.place = len(list(self.scar.glob("*")))
+        with (self.scar / str(os.getpid())).open("a") as file:
+            file.write(f"{number}:{layer}\n")
+        if self.place == 0:
+            time.sleep(1)
+        elif self.place == 1 and not (self.scar.parent / "died").exists():
+            (self.scar.parent / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().joint(number, layer, cells)
 
@@ -78,6 +95,21 @@ def test_a_worker_that_is_killed_is_replaced(local: Cluster, tmp_path: Path) -> 
     found, _ = filled(local, partial(bench, Fatal, scar), tmp_path / "ledger")
     assert scar.exists(), "no worker died: the test is blind"
     assert same(found, serial)
+
+
+def test_a_slow_worker_gets_less_to_do_and_no_job_counts_twice(local: Cluster, tmp_path: Path) -> None:
+    serial = attribute(fresh("llama3"), EXAMPLES, Question(effect="kl"), HOW)
+    scars = tmp_path / "scars"
+    scars.mkdir()
+    found, rows = filled(local, partial(bench, Uneven, scars), tmp_path / "ledger")
+    assert same(found, serial)
+    assert (tmp_path / "died").exists(), "no worker died: the test is blind"
+    by_worker = [path.read_text().split() for path in sorted(scars.iterdir(), key=os.path.getctime)]
+    began = [job for jobs in by_worker for job in jobs]
+    wanted = [key for key in rows if "intact" not in key]
+    assert sorted(set(began)) == sorted(wanted)
+    assert len(began) == len(wanted) + 1, "the job of the worker that died is done twice, and no other"
+    assert min(map(len, by_worker)) < max(map(len, by_worker)) / 2, "nobody was slow: the test is blind"
 
 
 def test_a_job_that_kills_every_worker_ends_the_run(local: Cluster, tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ import pytest
 import causalprune
 
 REPOSITORY = Path(__file__).parent.parent
+FAULTS = set(
+    re.findall(r"`(test_\w+)(?:\.(test_\w+))?`", (REPOSITORY / "docs" / "faults.md").read_text("utf-8"))
+)
 NAMED = re.findall(r"`(\w+)\.([\w.]+)`", (REPOSITORY / "docs" / "method.md").read_text(encoding="utf-8"))
 
 
@@ -20,6 +23,16 @@ def test_method_names_functions() -> None:
 @pytest.mark.parametrize(("module", "name"), NAMED)
 def test_functions_named_in_the_method_exist(module: str, name: str) -> None:
     assert reduce(getattr, name.split("."), importlib.import_module(f"causalprune.{module}"))
+
+
+def test_faults_are_listed() -> None:
+    assert len(FAULTS) > 15
+
+
+@pytest.mark.parametrize(("file", "name"), sorted(FAULTS))
+def test_tests_named_beside_faults_exist(file: str, name: str) -> None:
+    text = (REPOSITORY / "tests" / f"{file}.py").read_text(encoding="utf-8")
+    assert f"def {name}(" in text or not name
 
 
 @pytest.mark.parametrize("name", causalprune.__all__)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Run
 from reference import fresh
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -13,6 +14,7 @@ from causalprune.checkpoint import KEEP, read_manifest, save
 from causalprune.errors import CheckpointError, MismatchError
 from causalprune.kept import keep_sparsity, reapply
 from causalprune.methods import Method
+from causalprune.model import load
 from causalprune.pruning import prune
 from causalprune.verification import verify
 
@@ -97,6 +99,58 @@ def test_what_a_merge_lost_comes_back(pruned: Path, tmp_path: Path) -> None:
     changed = [torch.equal(a, b) for a, b in zip(kept.parameters(), model.parameters(), strict=True)]
     assert True in changed, "what is not prunable was touched"
     assert False in changed
+
+
+TARGETS = {"llama3": ["q_proj", "down_proj"], "gpt_neox": ["query_key_value"]}
+
+
+@pytest.mark.filterwarnings("ignore")  # peft has warnings of its own
+@pytest.mark.parametrize("family", TARGETS)
+def test_zeros_that_a_merged_adapter_loses_are_named_and_come_back(
+    family: str, run: Run, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    decoder = fresh(family)
+    keep = prune(decoder, Method("magnitude", 0.5, "global")).keep
+    pruned, merged = save(decoder, tmp_path / "pruned", manifest={}, keep=keep), tmp_path / "merged"
+    model = AutoModelForCausalLM.from_pretrained(pruned)
+    config = LoraConfig(r=2, target_modules=TARGETS[family], init_lora_weights=False)
+    before = sum(int((parameter == 0).sum()) for parameter in model.parameters())
+    adapted = get_peft_model(model, config)
+    assert sum(int((parameter == 0).sum()) for parameter in adapted.parameters()) == before
+    adapted.merge_and_unload().save_pretrained(merged)
+    touched = {p.name for p in decoder.projections if p.parameter_name.split(".")[-2] in TARGETS[family]}
+    report = verify(merged, against=pruned)
+    assert {f.subject for f in report.findings if f.problem == "lost"} == touched
+    code, out, _ = run("verify", merged, "--against", pruned)
+    assert code == 1
+    assert all(f"{name} lost its zeros" in out for name in touched)
+    lost = sum(int((~keep[name]).sum()) for name in touched)
+    code, out, err = run("reapply", pruned, merged, "-o", tmp_path / "out")
+    assert code == 0, err
+    assert f"{lost:,} weights set back to zero" in out
+    assert verify(tmp_path / "out").ok
+    assert verify(tmp_path / "out", against=pruned).ok
+    ours = {p.name: p.read() for p in load(str(tmp_path / "out")).projections}
+    for p in load(str(merged)).projections:
+        assert torch.equal(ours[p.name], torch.where(keep[p.name], p.read(), 0.0)), p.name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.xdist_group("smollm2")
+def test_smollm2_at_half_keeps_its_zeros_through_training(smollm2: Path, tmp_path: Path) -> None:
+    decoder = load(str(smollm2))
+    keep = prune(decoder, Method("magnitude", 0.5, "row")).keep
+    pruned = save(decoder, tmp_path / "pruned", manifest={}, keep=keep)
+    for kept in (True, False):
+        model = AutoModelForCausalLM.from_pretrained(pruned)
+        train(model, tmp_path / "training", [keep_sparsity(model, pruned)] if kept else [])
+        model.save_pretrained(tmp_path / f"tuned-{kept}")
+    assert not verify(tmp_path / "tuned-True", against=pruned).findings
+    report = verify(tmp_path / "tuned-False", against=pruned)
+    assert len([f for f in report.findings if f.problem == "lost"]) == len(decoder.projections)
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:

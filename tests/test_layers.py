@@ -17,7 +17,8 @@ LAYERS: dict[str, set[str]] = {
     "provenance": set(),
     "ledger": set(),
     "anatomy": set(),
-    "model": {"anatomy"},
+    "shards": set(),
+    "model": {"anatomy", "shards"},
     "importance": set(),
     "criteria": set(),
     "allocation": set(),
@@ -83,9 +84,11 @@ LAYERS: dict[str, set[str]] = {
     "merging": set(),
     "cluster": {"attribution", "ledger", "measuring"},
     "kept": {"anatomy", "checkpoint", "model"},
-    "shards": set(),
     "spectra": {"allocation", "criteria", "methods", "pruning"},
-    "streaming": {"anatomy", "checkpoint", "criteria", "methods", "model", "pruning", "shards", "spectra"},
+    "stored": {"anatomy", "shards"},
+    "residence": {"ablation", "anatomy", "shards", "stored"},
+    "streaming": {"anatomy", "checkpoint", "criteria", "methods", "model", "pruning", "residence", "shards"}
+    | {"spectra", "stored"},
     "evaluation": {"calibration", "data", "losses", "results", "tasks"},
     "evidence": {"checkpoint", "importance", "ledger", "results", "uncertainty"},
     "heatmap": {"evidence"},
@@ -108,6 +111,7 @@ TOP = (
 
 ANYWHERE = {"torch", "jaxtyping"}
 THIRD_PARTIES: dict[str, set[str]] = {
+    "accelerate": {"model"},
     "transformers": {"anatomy", "model", "checkpoint", "kept", "tasks"},
     "safetensors": {"model", "checkpoint"},
     "datasets": {"calibration", "data", "tasks"},
@@ -125,6 +129,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
         "data",
         "calibration",
         "evaluation",
+        "residence",
         "results",
         "stability",
         "streaming",

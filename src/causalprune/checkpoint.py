@@ -11,6 +11,7 @@
 A folder is written beside its final name and renamed when it is complete and on disk.
 """
 
+import glob
 import hashlib
 import json
 import math
@@ -103,12 +104,16 @@ def complete(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     check_destination(folder, overwrite)
     place = folder.absolute()
     temporary = place.with_name(f"{place.name}.partial-{os.getpid()}")
+    for left in place.parent.glob(f"{glob.escape(place.name)}.partial-*"):
+        warnings.warn(
+            f"{left} is of a run that was killed, or is not over: delete it if none is", stacklevel=4
+        )
     try:
         temporary.mkdir(parents=True)
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             _sync(path)
-        _replace(temporary, place)
+        _replace(temporary, place, overwrite)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, Exception) and not isinstance(error, CausalPruneError):
@@ -332,10 +337,13 @@ def _read_json(path: Path, required: tuple[str, ...]) -> dict[str, Any]:
     return record
 
 
-def _replace(temporary: Path, folder: Path) -> None:
-    """Rename `temporary` to `folder`; what was there is deleted only when the new one is in place."""
+def _replace(temporary: Path, folder: Path, overwrite: bool) -> None:
+    """Rename `temporary` to `folder`; what was there is deleted only when the new one is in place.
+
+    Without `overwrite`, a folder that another run has written in the meantime makes this fail, and stays.
+    """
     old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
-    replaced = os.path.lexists(folder)
+    replaced = overwrite and os.path.lexists(folder)
     if replaced:
         folder.rename(old)
     try:

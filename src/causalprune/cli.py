@@ -93,6 +93,7 @@ def typed(recipe: str, folder: Path, data_dir: Path | None, *, full: bool) -> li
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line: errors on one line with exit code 2, Ctrl-C with 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")  # asks a bot on the Hub for other weights
     given = sys.argv[1:] if arguments is None else arguments
     try:
         code = app(given, standalone_mode=False)

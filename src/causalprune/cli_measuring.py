@@ -19,6 +19,7 @@ def inspect(
     device: opt.Device = "cpu",
     device_map: opt.DeviceMap = None,
     trust_remote_code: opt.Trust = False,
+    allow_pickle: opt.Pickle = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what was found in a model: layers, heads, what is prunable, what is left out and why."""
@@ -27,7 +28,9 @@ def inspect(
     from causalprune.recipe import ModelSpec
     from causalprune.run import load
 
-    found = summary(load(ModelSpec(model, revision, dtype, device, device_map, trust_remote_code)))
+    found = summary(
+        load(ModelSpec(model, revision, dtype, device, device_map, trust_remote_code, allow_pickle))
+    )
     if as_json:
         print(json.dumps(found, indent=1))
     else:
@@ -62,6 +65,7 @@ def attribute(
     device: opt.Device = "cpu",
     device_map: opt.DeviceMap = None,
     trust_remote_code: opt.Trust = False,
+    allow_pickle: opt.Pickle = False,
 ) -> None:
     """Measure every attention head (or other units): how much does the loss rise when it is removed?
 
@@ -74,7 +78,7 @@ def attribute(
     from causalprune.run import Options
     from causalprune.run import attribute as measure
 
-    spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code)
+    spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code, allow_pickle)
     calibration = CalibrationSpec(tuple(task), n, subsets, seed, max_tokens, chat)
     name = estimator or ("adaptive" if budget or until_certain else "exact")
     wanted = AttributionSpec(
@@ -132,6 +136,7 @@ def stability(
     device: opt.Device = "cpu",
     device_map: opt.DeviceMap = None,
     trust_remote_code: opt.Trust = False,
+    allow_pickle: opt.Pickle = False,
 ) -> None:
     """Show how far effects can be trusted: between draws, tasks and plain text, and for pairs of units."""
     from causalprune import tables
@@ -139,7 +144,7 @@ def stability(
     from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec
     from causalprune.run import Options, check_stability
 
-    spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code)
+    spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code, allow_pickle)
     calibration = CalibrationSpec(tuple(task), n, seed=seed, max_tokens=max_tokens, chat=chat)
     wanted = AttributionSpec(tuple(units), effect)
     found = check_stability(
@@ -178,6 +183,7 @@ def evaluate(
     device: opt.Device = "cpu",
     device_map: opt.DeviceMap = None,
     trust_remote_code: opt.Trust = False,
+    allow_pickle: opt.Pickle = False,
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Measure a model on tasks, and keep the value of every example."""
@@ -187,7 +193,7 @@ def evaluate(
     from causalprune.recipe import ModelSpec
     from causalprune.run import Options, evaluate_model
 
-    spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code)
+    spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code, allow_pickle)
     settings = Settings(limit, data_dir, seed, max_tokens, chat=chat, batch_tokens=batch_tokens)
     results = evaluate_model(spec, tuple(task), settings, output, Options(overwrite=overwrite, stage=shown))
     console.print(tables.comparison([(model, results)]))

@@ -37,8 +37,10 @@ def prune(
     device: opt.Device = "cpu",
     device_map: opt.DeviceMap = None,
     trust_remote_code: opt.Trust = False,
+    allow_pickle: opt.Pickle = False,
     overwrite: opt.Overwrite = False,
     stream: opt.Stream = False,
+    cache_gib: opt.HiddenGib = 1.0,
 ) -> None:
     """Prune a model and save it as a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -49,14 +51,14 @@ def prune(
     from causalprune.recipe import CalibrationSpec, ModelSpec, parse_method
     from causalprune.run import Options, prune_checkpoint, prune_streamed
 
-    spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code)
+    spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code, allow_pickle)
     share = opt.general_share(objective, general)
     calibration = CalibrationSpec(tuple(task), n, subsets, seed, max_tokens, chat, share)
     wanted = parse_method(method, _sparsity(sparsity), seed)
-    options = Options(data_dir, batch_tokens, overwrite, shown)
+    options = Options(data_dir, batch_tokens, overwrite, shown, cache_gib=cache_gib)
     if stream:
-        done = prune_streamed(spec, wanted, output, effects, options)
-        achieved = tables.sparsity(done.weights, done.zeros, ())
+        done = prune_streamed(spec, wanted, output, calibration, effects, options)
+        achieved = tables.sparsity(done.weights, done.zeros, done.unrouted)
     else:
         pruned = prune_checkpoint(spec, wanted, output, calibration, effects, options)
         zeros = sum(int((~keep).sum()) for keep in pruned.keep.values())
@@ -146,6 +148,7 @@ def shrink(
     device: opt.Device = "cpu",
     device_map: opt.DeviceMap = None,
     trust_remote_code: opt.Trust = False,
+    allow_pickle: opt.Pickle = False,
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Remove units for good: a smaller and faster model that every runtime loads, chosen by effect on the task."""
@@ -162,7 +165,7 @@ def shrink(
         raise OptionError("--parameters chooses the share of neurons itself: leave the other shares out")
     shares = None if parameters is not None else Shares(neurons, kv_groups, experts, layers)
     check_destination(output, overwrite)
-    spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code)
+    spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code, allow_pickle)
     wanted = CalibrationSpec(tuple(task), n, subsets=1, seed=seed, max_tokens=max_tokens, chat=chat)
     decoder, calibration = prepared(spec, wanted, Options(data_dir, batch_tokens, stage=shown))
     shares = shares or shares_for(decoder, parameters or 0.0)
@@ -183,12 +186,18 @@ def shrink(
 
 
 @app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="A checkpoint written by causalprune.")]) -> None:
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint written by causalprune, or made from one.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(help="The pruned checkpoint that FOLDER was made from (fine-tuned, merged)."),
+    ] = None,
+) -> None:
     """Recount the zeros of a checkpoint against its manifest; exit code 1 if any were lost."""
     from causalprune import tables
     from causalprune.verification import verify as check
 
-    report = check(folder)
+    report = check(folder, against=against)
     print(tables.verification(report))
     if not report.sparsity_holds:
         raise typer.Exit(1)

@@ -7,10 +7,10 @@ counted twice. Values are those of a serial run bit for bit on equal machines wi
 import logging
 import socket
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -32,6 +32,43 @@ class Cluster:
     address: str | None = None
     threads: int = 1
     gpus: float = 0.0
+
+
+@runtime_checkable
+class Crew(Protocol):
+    """Workers that each do one job at a time."""
+
+    @property
+    def free(self) -> bool:
+        """Whether a worker has nothing to do."""
+
+    def begin(self, key: str) -> None:
+        """Give a job to a free worker."""
+
+    def finished(self) -> tuple[str, bool]:
+        """Wait for any job to end; return it, and whether it is done: else it was lost with its worker."""
+
+
+def in_order(costs: Mapping[Job, float]) -> dict[str, Job | int]:
+    """Return the jobs of a run by their keys in the ledger: the intact model on every batch, then the longest first."""
+    wanted: dict[str, Job | int] = {f"{number}:intact": number for number in sorted({n for n, _ in costs})}
+    longest = sorted((job for job in costs if costs[job]), key=lambda job: -costs[job])
+    return wanted | {f"{number}:{layer}": (number, layer) for number, layer in longest}
+
+
+def hand_out(keys: Iterable[str], crew: Crew) -> Iterator[str]:
+    """Give each worker the next job as soon as it has none, and yield each that is done; a lost one is the next."""
+    waiting, running = deque(keys), 0
+    while waiting or running:
+        while waiting and crew.free:
+            crew.begin(waiting.popleft())
+            running += 1
+        key, done = crew.finished()
+        running -= 1
+        if done:
+            yield key
+        else:
+            waiting.appendleft(key)
 
 
 class _Worker:
@@ -63,17 +100,16 @@ def fill(
     """
     if work.estimator.name != "exact":
         raise OptionError(f"only the estimator 'exact' runs on a cluster, not {work.estimator.name!r}")
-    costs = exact_jobs(work)
-    wanted: dict[str, Job | int] = {f"{number}:intact": number for number in range(len(work.groups))}
-    longest = sorted((job for job in costs if costs[job]), key=lambda job: -costs[job])
-    wanted |= {f"{number}:{layer}": (number, layer) for number, layer in longest}
+    wanted = in_order(exact_jobs(work))
     with work.ledger(path) as book:
         missing = {key: job for key, job in wanted.items() if key not in book.rows}
         if not missing:
             return
         ray = _ray(cluster)
         try:
-            _hand_out(ray, missing, book, make, cluster, on_progress)
+            crew = _Actors(ray, missing, book, make, cluster)
+            for done, _ in enumerate(hand_out(missing, crew), 1):
+                on_progress(done, len(missing))
         finally:
             ray.shutdown()
 
@@ -100,34 +136,49 @@ def _ray(cluster: Cluster) -> Any:
     return ray
 
 
-def _hand_out(
-    ray: Any,
-    missing: Mapping[str, Job | int],
-    book: Ledger,
-    make: Callable[[], Workbench],
-    cluster: Cluster,
-    on_progress: Progress,
-) -> None:
-    """Give each worker a job as soon as it has none, the longest first, and write down what comes back."""
-    kind = ray.remote(num_cpus=cluster.threads, num_gpus=cluster.gpus)(_Worker)
-    waiting, tries = deque(missing), dict.fromkeys(missing, 0)
-    running: dict[Any, tuple[str, Any]] = {}
-    idle = [kind.remote(make, cluster.threads) for _ in range(min(cluster.workers, len(missing)))]
-    while waiting or running:
-        while waiting and idle:
-            worker, key = idle.pop(), waiting.popleft()
-            running[worker.run.remote(missing[key])] = key, worker
-        (ready, *_), _rest = ray.wait(list(running))
-        key, worker = running.pop(ready)
+class _Actors:
+    """A `Crew` of Ray actors, whose results go into the ledger."""
+
+    def __init__(
+        self,
+        ray: Any,
+        jobs: Mapping[str, Job | int],
+        book: Ledger,
+        make: Callable[[], Workbench],
+        cluster: Cluster,
+    ) -> None:
+        self._ray, self._jobs, self._book = ray, jobs, book
+        self._kind = ray.remote(num_cpus=cluster.threads, num_gpus=cluster.gpus)(_Worker)
+        self._make, self._threads = make, cluster.threads
+        self._idle = [self._hire() for _ in range(min(cluster.workers, len(jobs)))]
+        self._running: dict[Any, tuple[str, Any]] = {}
+        self._tries = dict.fromkeys(jobs, 0)
+
+    def _hire(self) -> Any:
+        return self._kind.remote(self._make, self._threads)
+
+    @property
+    def free(self) -> bool:
+        return bool(self._idle)
+
+    def begin(self, key: str) -> None:
+        worker = self._idle.pop()
+        self._running[worker.run.remote(self._jobs[key])] = key, worker
+
+    def finished(self) -> tuple[str, bool]:
+        """Write down the next result; a worker that died is replaced."""
+        errors = self._ray.exceptions
+        (ready, *_), _rest = self._ray.wait(list(self._running))
+        key, worker = self._running.pop(ready)
         try:
-            book.append(key, ray.get(ready))
-            idle.append(worker)
-        except ray.exceptions.RayActorError as cause:
-            tries[key] += 1
-            if tries[key] == RETRIES:
+            self._book.append(key, self._ray.get(ready))
+        except errors.RayActorError as cause:
+            self._tries[key] += 1
+            if self._tries[key] == RETRIES:
                 raise CausalPruneError(f"job {key} took {RETRIES} workers down: {cause}") from cause
-            waiting.appendleft(key)
-            idle.append(kind.remote(make, cluster.threads))
-        except ray.exceptions.RayTaskError as cause:
+            self._idle.append(self._hire())
+            return key, False
+        except errors.RayTaskError as cause:
             raise CausalPruneError(f"job {key} failed: {cause.cause!r}") from cause
-        on_progress(len(missing) - len(waiting) - len(running), len(missing))
+        self._idle.append(worker)
+        return key, True

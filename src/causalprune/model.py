@@ -10,12 +10,14 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from causalprune.anatomy import check_config, inspect_model, outline
-from causalprune.errors import ModelError, OptionError, unknown
+from causalprune.errors import CheckpointError, ModelError, OptionError, unknown
+from causalprune.shards import check_places
 from causalprune.types import Decoder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -24,7 +26,7 @@ _CORRUPT = (SafetensorError, UnpicklingError, EOFError)
 _LOAD_ERRORS = (*_CORRUPT, OSError, ValueError, RuntimeError, KeyError, ImportError)
 
 
-def load(
+def load(  # noqa: PLR0913 (all that there is to say about loading)
     name: str,
     *,
     dtype: str = "auto",
@@ -32,13 +34,15 @@ def load(
     device_map: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> Decoder:
     """Load a causal language model for inference and find what can be pruned in it.
 
     `name` is a name on the Hugging Face Hub, a local folder, or a GGUF file (or a folder that holds
     nothing but one). GGUF weights are dequantised to float32 unless `dtype` says otherwise.
     `device_map` goes to transformers as it is and takes precedence over `device`. The tokenizer is
-    None for a local folder without tokenizer files.
+    None for a local folder without tokenizer files. Weights that are there as a pickle only are refused unless
+    `allow_pickle` is given; even then they are read as plain tensors (`weights_only`), never as code.
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
@@ -51,12 +55,20 @@ def load(
     if gguf is not None:
         options["gguf_file"], dtype = gguf, "float32" if dtype == "auto" else dtype
     local = Path(folder).is_dir()
+    if local and gguf is None:
+        _check_files(name, Path(folder), allow_pickle)
     try:
         with _quiet(hide_bars=local):
             if gguf is None:
                 check_config(AutoConfig.from_pretrained(folder, **options), name)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, device_map=device_map, output_loading_info=True, **options
+                folder,
+                dtype=dtype,
+                device_map=device_map,
+                output_loading_info=True,
+                use_safetensors=None if allow_pickle or gguf is not None else True,
+                weights_only=True,
+                **options,
             )
             model, loading = loaded
             known = not local or any(any(Path(folder).glob(pattern)) for pattern in _TOKENIZER_FILES)
@@ -88,10 +100,23 @@ def read_shape(
     return text.num_hidden_layers, text.num_attention_heads, sum(p.numel() for p in model.parameters())
 
 
-def skeleton(folder: Path, *, trust_remote_code: bool = False) -> Decoder:
-    """Return the layers of the model in a local folder without its weights, which stay on the device `meta`."""
-    options = {"trust_remote_code": trust_remote_code}
-    return outline(_empty(str(folder), str(folder), options), None, name=str(folder))
+def skeleton(folder: Path, *, dtype: torch.dtype | None = None) -> Decoder:
+    """Return the layers of the model in a local folder without its weights, which stay on the device `meta`.
+
+    With the `dtype` that it is to have, whatever is not a weight has its values, so that it runs once it has weights.
+    """
+    options = {"trust_remote_code": False}
+    model = _empty(str(folder), str(folder), options, dtype).eval().requires_grad_(False)
+    return outline(model, None, name=str(folder))
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """Return the tokenizer in a local model folder."""
+    try:
+        with _quiet(hide_bars=True):
+            return AutoTokenizer.from_pretrained(folder)
+    except _LOAD_ERRORS as error:
+        raise _load_error(str(folder), error, local=True) from error
 
 
 def auto_dtype(folder: Path, stored: torch.dtype) -> torch.dtype:
@@ -100,15 +125,17 @@ def auto_dtype(folder: Path, stored: torch.dtype) -> torch.dtype:
     return configured if isinstance(configured, torch.dtype) else stored
 
 
-def _empty(name: str, folder: str, options: dict[str, Any]) -> Any:
-    """Build a model from its configuration, without weights."""
+def _empty(name: str, folder: str, options: dict[str, Any], dtype: torch.dtype | None = None) -> Any:
+    """Build a model from its configuration, without weights; with a dtype, its buffers have their values."""
     local = Path(folder).is_dir()
+    place = torch.device("meta") if dtype is None else init_empty_weights(include_buffers=False)
+    typed = {} if dtype is None else {"dtype": dtype}
     try:
-        with _quiet(hide_bars=local), torch.device("meta"):
+        with _quiet(hide_bars=local), place:
             config = AutoConfig.from_pretrained(folder, **options)
             check_config(config, name)
             trusted = options["trust_remote_code"]
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **typed)
     except _LOAD_ERRORS as error:
         raise _load_error(name, error, local=local) from error
 
@@ -146,10 +173,30 @@ def _quiet(*, hide_bars: bool) -> Iterator[None]:
         yield
 
 
+def _check_files(name: str, folder: Path, allow_pickle: bool) -> None:
+    """Refuse weight files that could run code, or that lie elsewhere."""
+    try:
+        check_places(folder)
+    except CheckpointError as error:
+        raise ModelError(f"{name!r} cannot be loaded: {error}") from error
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if pickles and not allow_pickle and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{name!r} has its weights as a pickle ({pickles[0]}), which can run code when it is read: convert it "
+            "to safetensors (load and `save_pretrained` it where that does no harm), or pass --allow-pickle "
+            "(`allow_pickle=True`) if you trust where it comes from"
+        )
+
+
 def _load_error(name: str, error: BaseException, *, local: bool) -> ModelError:
     cause = f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
     if isinstance(error, _CORRUPT):
         return ModelError(f"a weight file of {name!r} is corrupted or cut short: fetch it again ({cause})")
+    if "use_safetensors" in str(error):
+        return ModelError(
+            f"{name!r} has no weights as safetensors: pass --allow-pickle (`allow_pickle=True`) if it has them as "
+            f"a pickle, which can run code when it is read, and you trust it ({cause})"
+        )
     if "trust_remote_code" in str(error):
         return ModelError(f"{name!r} runs its own code: pass trust_remote_code if you trust it ({cause})")
     if local or not isinstance(error, OSError):

@@ -25,6 +25,10 @@ DeviceMap = Annotated[
     str | None, typer.Option(help="Spread the model with accelerate: auto, balanced, sequential.")
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the model.")]
+Pickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Read weights that are there as a pickle only: it could run code."),
+]
 Task = Annotated[
     list[str],
     typer.Option(
@@ -70,7 +74,16 @@ Stream = Annotated[
     bool,
     typer.Option(
         "--stream",
-        help="From file to file, matrix by matrix, without loading the model (local folder; magnitude, cap, random).",
+        help="From file to file, without loading the model (local folder): matrix by matrix, or layer by layer where "
+        "a method looks at inputs or updates weights.",
+    ),
+]
+HiddenGib = Annotated[
+    float,
+    typer.Option(
+        "--cache-gib",
+        help="With --stream: memory for hidden states of the calibration data; the rest is kept on disk.",
+        min=0,
     ),
 ]
 

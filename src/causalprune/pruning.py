@@ -83,10 +83,9 @@ def prune(
     if CRITERIA[method.criterion].needs == "effects":
         factors = head_factors(decoder, effects, fingerprint(decoder.model))
     _check_finite(decoder)
-    work = _Work(decoder, method, factors, on_progress)
+    work = Work(decoder, method, factors, on_progress)
     keep = _carried_out(work, calibration, max_batch_tokens, None)
-    unrouted = [p.name for p in decoder.projections if work.groups and not work.norms.tokens.get(p.name)]
-    return Pruned(method, keep, tuple(unrouted), work.response)
+    return Pruned(method, keep, work.unrouted(), work.response)
 
 
 def remove(  # noqa: PLR0913 (what `prune` takes)
@@ -111,20 +110,17 @@ def remove(  # noqa: PLR0913 (what `prune` takes)
     if not share:
         return
     _check_finite(decoder)
-    work = _Work(decoder, Method("magnitude", share, seed=seed, update=update), {}, on_progress)
+    work = Work(decoder, Method("magnitude", share, seed=seed, update=update), {}, on_progress)
     _carried_out(work, calibration, max_batch_tokens, iter([keep[p.name] for p in pool]))
 
 
 def _carried_out(
-    work: "_Work", calibration: Calibration | None, max_batch_tokens: int, fixed: Iterator[Tensor] | None
+    work: "Work", calibration: Calibration | None, max_batch_tokens: int, fixed: Iterator[Tensor] | None
 ) -> dict[str, Tensor]:
     """Prune all layers, train on the intact model's predictions if that is the update, and return what stayed."""
     decoder, method = work.decoder, work.method
     if method.needs_calibration and calibration is not None:
-        unpadded = any(isinstance(layer.experts, nn.ModuleList) for layer in decoder.layers)
-        size = 1 if unpadded else max_batch_tokens
-        work.groups = batches(calibration.examples, max_batch_tokens=size)
-        work.few = batches(few(calibration.examples), max_batch_tokens=size)
+        work.look_at(calibration, max_batch_tokens)
     steps: list[Batch] = []
     if method.resolved_update == "distill" and calibration is not None:
         check_memory(decoder)
@@ -151,26 +147,6 @@ def manifest(pruned: Pruned, calibration: Calibration | None, effects: Effects |
     return record
 
 
-def prune_by_value(
-    decoder: Decoder,
-    method: Method,
-    factors: Factors,
-    *,
-    fixed: Iterator[Bool[Tensor, "out in"]] | None = None,
-    on_progress: Progress = silent,
-) -> Iterator[tuple[Projection, Bool[Tensor, "out in"]]]:
-    """Prune matrix by matrix by the stored values alone, yielding each with what stays of it.
-
-    For weights that are somewhere else than in memory. What stays under scope `global` may be known already (`fixed`).
-
-    Raises:
-        OptionError: the method looks at inputs, or updates weights.
-    """
-    if method.walks:
-        raise OptionError(f"{method.criterion!r} with its update needs a model that runs: leave out --stream")
-    return _Work(decoder, method, factors, on_progress).prune_layers(fixed)
-
-
 def _check_finite(decoder: Decoder) -> None:
     for p in decoder.projections:
         if not bool(torch.isfinite(p.read()).all()):
@@ -179,13 +155,15 @@ def _check_finite(decoder: Decoder) -> None:
             )
 
 
-class _Work:
+class Work:
     """The loops of one pruning run, and what it has seen of the inputs."""
 
     def __init__(self, decoder: Decoder, method: Method, factors: Factors, on_progress: Progress) -> None:
         self.decoder, self.method, self.factors = decoder, method, factors
         self.groups: list[Batch] = []
         self.few: list[Batch] = []  # for graded interventions
+        self.hold: Callable[[LayerInputs], LayerInputs] = lambda inputs: inputs
+        """Gets the inputs of layers, and returns them from wherever it keeps them until the layer runs."""
         self.response: DoseResponse | None = None
         self.norms = InputNorms()
         self.moments = Moments()  # of the layer at hand
@@ -194,6 +172,18 @@ class _Work:
         self._done, self._on_progress = 0, on_progress
         passes = 3 * EPOCHS / 2 if method.resolved_update == "distill" else 0  # a walk is two forward passes
         self._total = round((max(method.walks, 1) + passes) * len(decoder.layers))
+
+    def look_at(self, calibration: Calibration, max_batch_tokens: int) -> None:
+        """Let the walks see calibration data."""
+        unpadded = any(isinstance(layer.experts, nn.ModuleList) for layer in self.decoder.layers)
+        size = 1 if unpadded else max_batch_tokens
+        self.groups = batches(calibration.examples, max_batch_tokens=size)
+        self.few = batches(few(calibration.examples), max_batch_tokens=size)
+
+    def unrouted(self) -> tuple[str, ...]:
+        """Return the projections that no token of the calibration reached."""
+        tokens = self.norms.tokens
+        return tuple(p.name for p in self.decoder.projections if self.groups and not tokens.get(p.name))
 
     def keep_globally(self) -> Iterator[Tensor]:
         """Rank all weights by what the intact model's inputs say, and yield what stays of matrix after matrix."""
@@ -335,21 +325,21 @@ class _Work:
         sees the inputs it will have; otherwise the outputs of the first run go on.
         """
         decoder, groups = self.decoder, self.groups
-        inputs = [capture(decoder, batch.tokens, stop=0) for batch in groups]
+        inputs = [self.hold(capture(decoder, batch.tokens, stop=0)) for batch in groups]
         self.norms = InputNorms()
         for layer in decoder.layers:
-            self.moments, outputs = Moments(), []
+            self.moments, outputs = Moments(), list[LayerInputs]()
             for batch, own in zip(groups, inputs, strict=True):
                 with observed(layer, batch.real, self._see if moments else self.norms.see):
-                    outputs.append(run_layer(decoder, batch.tokens, layer.index, own))
+                    hidden = run_layer(decoder, batch.tokens, layer.index, own)
+                if not advance_pruned:
+                    outputs.append(self.hold(LayerInputs({layer.index + 1: hidden}, own.as_tuple)))
             yield layer
             if advance_pruned:
-                runs = zip(groups, inputs, strict=True)
-                outputs = [run_layer(decoder, batch.tokens, layer.index, own) for batch, own in runs]
-            inputs = [
-                LayerInputs({layer.index + 1: hidden}, own.as_tuple)
-                for hidden, own in zip(outputs, inputs, strict=True)
-            ]
+                for batch, own in zip(groups, inputs, strict=True):
+                    hidden = run_layer(decoder, batch.tokens, layer.index, own)
+                    outputs.append(self.hold(LayerInputs({layer.index + 1: hidden}, own.as_tuple)))
+            inputs = outputs
             self._report()
 
     def _report(self) -> None:

@@ -31,6 +31,7 @@ class ModelSpec:
     device: str = "cpu"
     device_map: str | None = None
     trust_remote_code: bool = False
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)

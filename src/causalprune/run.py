@@ -26,13 +26,14 @@ from causalprune.evidence import CHECKPOINTS, achieved
 from causalprune.ledger import Ledger
 from causalprune.measuring import Workbench
 from causalprune.methods import Method
+from causalprune.model import skeleton, tokenizer_of
 from causalprune.provenance import git_commit, peak_bytes, versions
 from causalprune.pruning import Pruned, manifest, prune
 from causalprune.questions import Estimator, Question
 from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec, Recipe
 from causalprune.results import RESULTS, rows_of, write_json, write_results
 from causalprune.stability import DRAWS, Pairs, stability
-from causalprune.streaming import Streamed, prune_stream
+from causalprune.streaming import Seen, Streamed, prune_stream
 from causalprune.traces import calibrated
 from causalprune.types import Calibration, Decoder, Effects, EvalResult, Stage, quiet
 from causalprune.uncertainty import described
@@ -43,6 +44,7 @@ class Options:
     """How work is done: where data lies, tokens per forward pass, whether outputs are replaced, how to report.
 
     `share` (i, n) does the i-th of n parts of an attribution, in files of its own; a `cluster` does its jobs.
+    `cache_gib` is the memory for hidden states of a streaming run.
     """
 
     data_dir: Path | None = None
@@ -51,6 +53,7 @@ class Options:
     stage: Stage = quiet
     share: tuple[int, int] = (1, 1)
     cluster: Cluster | None = None
+    cache_gib: float = 1.0
 
     def named(self, file: str) -> str:
         """Return the name of a file of this share: `effects.2-of-4.json`."""
@@ -219,6 +222,7 @@ def prune_streamed(
     spec: ModelSpec,
     method: Method,
     output: Path,
+    wanted: CalibrationSpec,
     effects_path: Path | None = None,
     options: Options = Options(),
 ) -> Streamed:
@@ -230,12 +234,20 @@ def prune_streamed(
     effects = None
     if CRITERIA[method.criterion].needs == "effects" and effects_path is not None:
         effects = load_effects(effects_path)
+    folder, seen = Path(spec.name).expanduser(), None
+    check_destination(output, options.overwrite)
+    if method.needs_calibration:
+        with options.stage("calibration data"):
+            bare = dataclasses.replace(skeleton(folder), tokenizer=tokenizer_of(folder))
+            calibration = calibrated(bare, wanted, options.data_dir)
+        seen = Seen(calibration, options.batch_tokens, options.cache_gib)
     with options.stage("pruning") as progress:
         return prune_stream(
-            Path(spec.name).expanduser(),
+            folder,
             output,
             method,
             effects=effects,
+            seen=seen,
             overwrite=options.overwrite,
             on_progress=progress,
         )

@@ -108,6 +108,16 @@ def open_checkpoint(folder: Path) -> tuple[list[Path], dict[str, Entry]]:
     return files, entries
 
 
+def check_places(folder: Path) -> None:
+    """Raise `CheckpointError` if weight files of a local folder lie outside it, by a link or by what an index says."""
+    names = {f"model{SUFFIX}"}
+    if (folder / INDEX).exists():
+        names |= set(_read_index(folder / INDEX).values())
+    for name in sorted(names):
+        if (folder / name).exists():
+            inside(folder, name)
+
+
 def _single(folder: Path) -> list[str]:
     """Return the name of the only weight file in a folder without an index."""
     if not folder.is_dir():

@@ -1,36 +1,35 @@
-"""Prune a checkpoint matrix by matrix, without ever building the model: memory for the largest matrix, and a little.
+"""Prune a checkpoint without ever loading the model: matrix by matrix, or layer by layer where inputs are looked at.
 
 Weights are read from the source's safetensors files and written to the same places of new ones; everything else
 is copied bit for bit. Scores, thresholds and masks are made by `pruning`, so the result is the one in memory.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from causalprune import checkpoint
-from causalprune.anatomy import expert_weight, fingerprint_of, raw_bytes
+from causalprune.anatomy import fingerprint_of, raw_bytes
 from causalprune.criteria import CRITERIA
-from causalprune.errors import CheckpointError, MismatchError
+from causalprune.errors import CheckpointError, MismatchError, OptionError
 from causalprune.methods import Method
 from causalprune.model import auto_dtype, skeleton
-from causalprune.pruning import Factors, Pruned, head_factors, manifest, prune_by_value
+from causalprune.pruning import Factors, Pruned, Work, head_factors, manifest
+from causalprune.residence import HiddenStates, Residence
 from causalprune.shards import INDEX, Entry, ShardWriter, inside, layout, open_checkpoint
 from causalprune.spectra import Spectra
-from causalprune.types import Decoder, Effects, Layer, Progress, Projection, silent
+from causalprune.stored import Sources, Store, StoredProjection, find_sources, with_stored
+from causalprune.types import Calibration, Decoder, Effects, Layer, Progress, Projection, silent
 
 LEFT_BEHIND = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx"}
-Sources = Mapping[str, Sequence[Entry]]  # where the values of each parameter of the model are, in their order
 
 
 @dataclass(frozen=True)
@@ -39,129 +38,41 @@ class Streamed:
 
     weights: int
     zeros: int
+    unrouted: tuple[str, ...] = ()
 
 
-class Store:
-    """The stored matrix at hand: read from the source, written to its place in the copy when the next is wanted.
+@dataclass(frozen=True)
+class Seen:
+    """What methods that look at inputs see: calibration data, tokens in a pass, GiB of hidden states in memory."""
 
-    While one is at work the next in `order` is being read, and the one before it written.
-    """
-
-    def __init__(self, total: int, on_progress: Progress) -> None:
-        self.writers: dict[Path, ShardWriter] = {}
-        self.changed = False
-        self.order: Mapping[Entry, Entry] = {}
-        """The entry that will be wanted after each."""
-        self._at: Entry | None = None
-        self._matrix = torch.empty(0)
-        self._reader, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._coming: tuple[Entry, Future[Tensor]] | None = None
-        self._going: Future[None] | None = None
-        self._done, self._total, self._on_progress = 0, total, on_progress
-
-    def get(self, entry: Entry) -> Tensor:
-        """Return the matrix at `entry`, the same tensor as long as no other is asked for."""
-        if self._at != entry:
-            self._put()
-            ready = self._coming is not None and self._coming[0] == entry
-            self._matrix = self._coming[1].result() if ready and self._coming else entry.read()
-            self._at, after = entry, self.order.get(entry)
-            self._coming = None if after is None else (after, self._reader.submit(after.read))
-            self.report(entry)
-        return self._matrix
-
-    def _put(self) -> None:
-        if self._at is not None and self.changed:
-            self.wait()
-            write = self.writers[self._at.file].write
-            self._going = self._writer.submit(write, self._at.start, raw_bytes(self._matrix))
-        self.changed, self._at = False, None
-
-    def wait(self) -> None:
-        """Return when what was written before is written."""
-        if self._going is not None:
-            self._going.result()
-            self._going = None
-
-    def flush(self) -> None:
-        """Write the matrix at hand if it was changed."""
-        self._put()
-        self.wait()
-
-    def follow(self, entries: Iterable[Entry]) -> None:
-        """Take note of the order in which matrices will be wanted."""
-        order = list(dict.fromkeys(entries))
-        self.order = dict(pairwise(order))
-
-    def settle(self) -> None:
-        """Let what is being written end, well or badly: its file is about to be closed."""
-        if self._going is not None:
-            wait([self._going])
-
-    def close(self) -> None:
-        """End reading ahead and writing behind."""
-        for pool in (self._reader, self._writer):
-            pool.shutdown(cancel_futures=True)
-
-    def copy(self, entry: Entry) -> None:
-        """Copy a tensor bit for bit."""
-        for at, piece in entry.chunks():
-            self.writers[entry.file].write(at, piece)
-        self.report(entry)
-
-    def report(self, entry: Entry) -> None:
-        """Count the bytes of a tensor that was read."""
-        self._done += entry.stop - entry.start
-        self._on_progress(min(self._done, self._total), self._total)
+    calibration: Calibration
+    max_batch_tokens: int = 2048
+    cache_gib: float = 1.0
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class StoredProjection(Projection):
-    """A projection whose weights are in a file; its `parameter` has a shape, and no values."""
-
-    store: Store
-    entry: Entry
-
-    def stored(self) -> Float[Tensor, "_ _"]:
-        """Return the stored matrix, read from the file."""
-        return self.store.get(self.entry)
-
-    def write(self, weight: Float[Tensor, "out in"]) -> None:
-        """Change the matrix at hand, which the store writes to the copy."""
-        super().write(weight)
-        self.store.changed = True
-
-    def erase(self, keep: Bool[Tensor, "out in"]) -> None:
-        """Set weights of the matrix at hand to zero, which the store writes to the copy."""
-        super().erase(keep)
-        self.store.changed = True
-
-    @property
-    def device(self) -> torch.device:
-        """Where `read` gives the matrix."""
-        return torch.device("cpu")
-
-
-def prune_stream(
+def prune_stream(  # noqa: PLR0913 (what `prune` and `save` take)
     source: Path,
     output: Path,
     method: Method,
     *,
     effects: Effects | None = None,
+    seen: Seen | None = None,
     overwrite: bool = False,
     on_progress: Progress = silent,
 ) -> Streamed:
     """Prune the checkpoint in folder `source` into the new folder `output`, side files as by `checkpoint.save`.
 
     The source is read twice and the copy written once; float32 weights under scope `global` are read four times.
-    All files are checked before anything is written. Progress counts bytes.
+    All files are checked before anything is written. Progress counts bytes. Methods that look at inputs or update
+    weights run the model with one layer in memory, on the data in `seen`.
 
     Raises:
-        OptionError: the method looks at inputs or updates weights, or needs effects that are not given.
+        OptionError: the method needs the whole model, or effects or calibration data that are not given.
         CheckpointError: a file is damaged, or the output cannot be written; nothing is left behind.
         MismatchError: the effects were measured on another model.
     """
     checkpoint.check_destination(output, overwrite)
+    _check_method(method, seen)
     files, entries = open_checkpoint(source)
     size = sum(e.stop - e.start for e in entries.values())
     with closing(Store(2 * size, on_progress)) as store:
@@ -174,18 +85,44 @@ def prune_stream(
         if factors and effects is not None and effects.model_fingerprint != found:
             raise MismatchError(f"the effects were measured on another model or revision than {source}")
         decoder = replace(decoder, fingerprint=found)
-        pruned = prune_by_value(decoder, method, factors, fixed=spectra.keeps(decoder))
-        with checkpoint.complete(output, overwrite) as folder:
+        with checkpoint.complete(output, overwrite) as folder, ExitStack() as stack:
             _check_room(folder, files, decoder)
+            if method.walks and seen is not None:
+                residence = stack.enter_context(_residence(source, sources, entries, store))
+                hidden = stack.enter_context(closing(HiddenStates(seen.cache_gib * 2**30, folder)))
+                work = Work(residence.decoder, method, factors, silent)
+                work.hold = hidden.keep
+                work.look_at(seen.calibration, seen.max_batch_tokens)
+                pruned = residence.through(work.prune_layers())
+            else:
+                work = Work(decoder, method, factors, silent)
+                pruned = work.prune_layers(spectra.keeps(decoder))
             rows = _write(
                 pruned, _pool(decoder), store, entries, {file: folder / file.name for file in files}
             )
             if factors and effects is not None:
                 checkpoint.save_effects(effects, folder / checkpoint.EFFECTS)
             _copy_rest(source, folder)
-            record = {**manifest(Pruned(method, {}, ()), None, effects), "streamed": True}
+            calibration = None if seen is None or not method.walks else seen.calibration
+            record = manifest(Pruned(method, {}, work.unrouted()), calibration, effects)
+            record["streamed"] = True
             checkpoint.write_manifest(folder, decoder, record, rows)
-    return Streamed(sum(row["weights"] for row in rows), sum(row["zeros"] for row in rows))
+    weights, zeros = (sum(row[key] for row in rows) for key in ("weights", "zeros"))
+    return Streamed(weights, zeros, work.unrouted())
+
+
+def _check_method(method: Method, seen: Seen | None) -> None:
+    """Raise `OptionError` for a method that has to see all layers at once, or lacks calibration data."""
+    if not method.walks:
+        return
+    scope, update, budgets = method.resolved_scope, method.resolved_update, method.resolved_budgets
+    if scope == "global" or update == "distill" or budgets == "graded":
+        raise OptionError(
+            f"{method.criterion!r} with scope {scope}, update {update} and {budgets} budgets needs the whole "
+            "model in memory: leave out --stream"
+        )
+    if seen is None:
+        raise OptionError(f"method {method.criterion!r} needs calibration data")
 
 
 def _write(
@@ -226,8 +163,33 @@ def stored_fingerprint(source: Path, on_progress: Progress = silent) -> str:
 
 def _opened(source: Path, entries: Mapping[str, Entry], store: Store) -> tuple[Decoder, Sources]:
     bare = skeleton(source)
-    sources = _sources(bare, entries)
-    return _with_stored(bare, sources, store), sources
+    sources = find_sources(bare, entries)
+    return with_stored(bare, sources, store), sources
+
+
+@contextmanager
+def _residence(
+    source: Path, sources: Sources, entries: Mapping[str, Entry], store: Store
+) -> Iterator[Residence]:
+    """Let the model run with a layer at a time in memory, whose weights are written to their places when it goes."""
+    dtype = _dtype(source, entries)
+    bare = skeleton(source, dtype=dtype)
+    for p in bare.projections:
+        for entry in sources[p.parameter_name]:
+            if entry.dtype != dtype:
+                raise CheckpointError(
+                    f"{entry.name} is {entry.dtype} in the file, and the model is {dtype}: prune it in memory, "
+                    "without --stream"
+                )
+
+    def leave(layer: Layer) -> None:
+        for entry, data in residence.pieces(layer):
+            store.writers[entry.file].write(entry.start, data)
+            store.report(entry)
+
+    residence = Residence(bare, sources, dtype, leave)
+    with residence.open(entries):
+        yield residence
 
 
 class KeepWriter:
@@ -290,77 +252,6 @@ def _regions(entries: Sequence[Entry], pool: Mapping[Entry, Any]) -> Iterator[En
             yield from (entry.part(i) for i in range(entry.shape[0]))
         else:
             yield entry
-
-
-def _sources(bare: Decoder, entries: Mapping[str, Entry]) -> Sources:
-    """Find the values of every parameter: under its name, with or without the prefix of the base model, or in parts."""
-    prefix = f"{bare.model.base_model_prefix}."
-    found: dict[str, Sequence[Entry]] = {}
-    for name, parameter in bare.model.named_parameters():
-        names = [name, prefix + name, name.removeprefix(prefix)]
-        exact = [entries[n] for n in names if n in entries and entries[n].shape == tuple(parameter.shape)]
-        found[name] = exact[:1]
-    taken = {entry.name for parts in found.values() for entry in parts}
-    for name, parts in found.items():
-        if parts:
-            continue
-        shape = tuple(bare.model.get_parameter(name).shape)
-        left = {n: entry for n, entry in entries.items() if n not in taken}
-        found[name] = _renamed(bare.layers, name, shape, left)
-        if not found[name]:
-            raise CheckpointError(
-                f"{name} {list(shape)} is not in the checkpoint under a name that can be streamed: "
-                "prune it in memory, without --stream"
-            )
-    return found
-
-
-def _renamed(
-    layers: Sequence[Layer], name: str, shape: tuple[int, ...], entries: Mapping[str, Entry]
-) -> list[Entry]:
-    """Find a parameter under another name: in its layer, or as the only one of its shape outside all layers."""
-    for layer in layers:
-        if name.startswith(f"{layer.name}."):
-            own = {n: entry for n, entry in entries.items() if n.startswith(f"{layer.name}.")}
-            return _in_layer(layer, name, shape, own)
-    outside = [e for n, e in entries.items() if not any(n.startswith(f"{layer.name}.") for layer in layers)]
-    alike = [entry for entry in outside if entry.shape == shape]
-    return alike if len(alike) == 1 else []
-
-
-def _in_layer(layer: Layer, name: str, shape: tuple[int, ...], entries: Mapping[str, Entry]) -> list[Entry]:
-    """Return the matrices that a stack of experts is saved as, or the one tensor that was only renamed."""
-    views = [p for p in layer.projections if p.parameter_name == name]
-    if views and views[0].expert is not None:
-        paths = {expert_weight(n.removeprefix(f"{layer.name}.")): e for n, e in entries.items()}
-        parts = [paths.get((p.expert or 0, p.role)) for p in views]
-        plain = not any(p.transposed or (isinstance(p.rows, slice) and p.rows.step) for p in views)
-        fit = [e for e, p in zip(parts, views, strict=True) if e is not None and e.shape == p.shape]
-        return fit if plain and len(fit) == len(views) else []
-    ending = name.split(".")[-2:]
-    alike = [e for n, e in entries.items() if n.split(".")[-2:] == ending and e.shape == shape]
-    return alike if len(alike) == 1 else []
-
-
-def _with_stored(bare: Decoder, sources: Sources, store: Store) -> Decoder:
-    """Return the decoder with projections that are read from files."""
-    layers = []
-    for layer in bare.layers:
-        taken: dict[str, int] = {}
-        projections = []
-        for p in layer.projections:
-            parts = sources[p.parameter_name]
-            number = taken[p.parameter_name] = taken.get(p.parameter_name, -1) + 1
-            fields = {name: getattr(p, name) for name in Projection.__dataclass_fields__}
-            if len(parts) == 1:
-                entry = parts[0] if p.expert is None else parts[0].part(p.expert)
-            else:  # each view has a file's tensor of its own
-                entry = parts[number]
-                empty = nn.Parameter(torch.empty(entry.shape, device="meta"))
-                fields |= {"parameter": empty, "rows": None}
-            projections.append(StoredProjection(**fields, store=store, entry=entry))
-        layers.append(replace(layer, projections=tuple(projections)))
-    return replace(bare, layers=tuple(layers))
 
 
 def _dtype(source: Path, entries: Mapping[str, Entry]) -> torch.dtype:

@@ -51,14 +51,15 @@ class Verification:
         return all(f.problem == "changed" for f in self.findings)
 
 
-def verify(folder: Path, *, trust_remote_code: bool = False) -> Verification:
+def verify(folder: Path, *, against: Path | None = None, trust_remote_code: bool = False) -> Verification:
     """Compare a saved folder with its manifest: hashes, zeros per matrix, and keep masks if any.
 
     Loads the model. A file that was written again with the same zeros is reported as `changed`
-    only; missing or unreadable files raise `CheckpointError`.
+    only; missing or unreadable files raise `CheckpointError`. `against` is the pruned checkpoint that
+    the model in `folder` was made from, by fine-tuning say: zeros are compared with those, and hashes with nothing.
     """
-    manifest = read_manifest(folder)
-    findings = _changed_files(folder, manifest["files"])
+    manifest = read_manifest(against or folder)
+    findings = _changed_files(folder, manifest["files"]) if against is None else []
     try:
         decoder = load(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever it is: these files cannot be read as a model
@@ -68,8 +69,8 @@ def verify(folder: Path, *, trust_remote_code: bool = False) -> Verification:
         raise CheckpointError(f"{folder} cannot be loaded{changed}: {error}") from error
     found = count_zeros(decoder)
     findings += _recount(manifest["sparsity"]["projections"], found["projections"])
-    if (folder / KEEP).exists():
-        findings += _lost_zeros(decoder, folder / KEEP)
+    if (masks := (against or folder) / KEEP).exists():
+        findings += _lost_zeros(decoder, masks)
     return Verification(folder, len(found["projections"]), found["weights"], found["zeros"], tuple(findings))
 
 
