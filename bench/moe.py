@@ -27,9 +27,8 @@ from causalprune.progress import shown
 from causalprune.pruning import prune
 from causalprune.recipe import parse_method
 from causalprune.results import headline, paired_difference, read_json, write_json
-from causalprune.run import quiet
 from causalprune.shrinking import Shares, shrink
-from causalprune.types import Calibration, Decoder, EvalResult
+from causalprune.types import Calibration, Decoder, EvalResult, quiet
 
 FOLDER = RUNS / "moe"
 METHODS = ("magnitude", "wanda", "cap", "sparsegpt", "causal")

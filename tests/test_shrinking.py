@@ -13,9 +13,8 @@ from causalprune.anatomy import inspect_model
 from causalprune.checkpoint import read_manifest
 from causalprune.errors import OptionError
 from causalprune.measuring import Workbench
-from causalprune.run import quiet
 from causalprune.shrinking import BY, Shares, Shrunk, _worth, shares_for, shrink
-from causalprune.types import Calibration, Decoder, Example, silent
+from causalprune.types import Calibration, Decoder, Example, quiet, silent
 
 
 def decoder_of(name: str) -> Decoder:

@@ -7,8 +7,8 @@ from pathlib import Path
 from causalprune.errors import OptionError
 from causalprune.recipe import Recipe
 from causalprune.results import HIGHER_IS_BETTER, Tried, headline, paired_difference, rows_of
-from causalprune.run import quiet, run
-from causalprune.types import EvalResult, Stage
+from causalprune.run import run
+from causalprune.types import EvalResult, Stage, quiet
 
 
 def sweep(

@@ -13,7 +13,7 @@ import torch
 from causalprune.calibration import Reader, calibrate, draw, encode, uses_chat
 from causalprune.data import OWN, Problem, contents, load_problems
 from causalprune.embedded import cache_folder
-from causalprune.errors import DataError
+from causalprune.errors import DataError, OptionError
 from causalprune.ledger import Ledger
 from causalprune.recipe import CalibrationSpec
 from causalprune.types import Calibration, Decoder, Example, Progress, silent
@@ -83,6 +83,8 @@ def own_answers(
     Raises:
         DataError: too few answers come to an end.
     """
+    if decoder.device.type == "meta":
+        raise OptionError(f"{OWN}{source} needs a model that writes: leave out --stream, or take {source}")
     identity = {
         "model": decoder.fingerprint,
         "source": source,
