@@ -57,7 +57,9 @@ class Table:
     def recipe(self, method: str, sparsity: float | None) -> Recipe:
         """Return the recipe of one row."""
         model = ModelSpec("embedded" if self.model == "embedded" else str(fetched(self.model)))
-        return Recipe(model, self.calibration, (method,), (sparsity or 0.5,), self.tasks)
+        return Recipe(
+            model, self.calibration, (method,), (sparsity or 0.5,), self.tasks, texts=False
+        )  # no copies of data sets
 
 
 def at(sparsity: float | None, *methods: str) -> tuple[tuple[str, float | None], ...]:

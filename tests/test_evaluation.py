@@ -1,11 +1,13 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from families import FAMILIES
 from tinydata import byte_tokenizer, tiny_decoder, write_data, write_jsonl
 
 from causalprune import calibration, losses
@@ -309,3 +311,41 @@ def test_a_repetition_penalty_of_the_model_does_not_bend_greedy_answers(folder: 
         evaluate(plain, ["gsm8k_cot"], **options)[0].texts
         == evaluate(bent, ["gsm8k_cot"], **options)[0].texts
     )
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma3", "mistral", "gpt2", "opt", "qwen3_moe"])
+def test_answers_that_leave_the_batch_are_those_of_generate(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from causalprune.tasks import harness
+
+    model, words = FAMILIES[family](), byte_tokenizer()
+    words.pad_token = "</s>"
+    random = torch.Generator().manual_seed(0)
+    lengths, size = (5, 9, 3, 7, 9, 6, 4, 8), model.config.vocab_size
+    context, mask = (
+        torch.zeros(len(lengths), 9, dtype=torch.long),
+        torch.zeros(len(lengths), 9, dtype=torch.long),
+    )
+    for row, length in enumerate(lengths):
+        context[row, 9 - length :] = torch.randint(3, size, (length,), generator=random)
+        mask[row, 9 - length :] = 1
+    with torch.inference_mode():
+        plain = model.generate(
+            context, attention_mask=mask, max_new_tokens=14, do_sample=False, eos_token_id=-1, pad_token_id=1
+        )
+    stop = words.decode(plain[2, 11])  # a token that some answers reach early
+    engine, sizes = SimpleNamespace(model=model, tokenizer=words), []
+    hook = model.register_forward_pre_hook(
+        lambda _m, _a, own: sizes.append(len(own["input_ids"])), with_kwargs=True
+    )
+    with torch.inference_mode():
+        found = harness.greedy(engine, context, mask, 23, [stop])
+    hook.remove()
+    for one, other in zip(found.tolist(), plain.tolist(), strict=True):
+        answer = words.decode(other[9:])
+        ended = [i for i in range(10, 24) if stop in words.decode(other[9:i]) or other[i - 1] in (1, 2)]
+        end = ended[0] if ended else 23
+        assert one[:end] == other[:end], answer
+        assert set(one[end:]) <= {words.pad_token_id}
+    assert min(sizes) < len(lengths), "nobody left: the test is blind"

@@ -14,7 +14,7 @@ from causalprune.options import app, console
 def prune(
     model: opt.Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pruned checkpoint.")],
-    method: opt.MethodName = "causal",
+    method: opt.MethodOrOwn = None,
     sparsity: Annotated[
         str | None,
         typer.Option(help="Share of the prunable weights set to zero (default 0.2, or the pattern's own)."),
@@ -47,6 +47,7 @@ def prune(
     With `cap` and no `--effects`, the heads are measured first; that part survives a kill.
     """
     from causalprune import tables
+    from causalprune.criteria import CRITERIA
     from causalprune.progress import shown
     from causalprune.recipe import CalibrationSpec, ModelSpec, parse_method
     from causalprune.run import Options, prune_checkpoint, prune_streamed
@@ -54,7 +55,9 @@ def prune(
     spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code, allow_pickle)
     share = opt.general_share(objective, general)
     calibration = CalibrationSpec(tuple(task), n, subsets, seed, max_tokens, chat, share)
-    wanted = parse_method(method, _sparsity(sparsity), seed)
+    wanted = parse_method(method or ("causal" if effects is None else "cap"), _sparsity(sparsity), seed)
+    if effects is not None and CRITERIA[wanted.criterion].needs != "effects":
+        raise OptionError(f"--effects are for cap, and {wanted.criterion} does not use them: leave them out")
     options = Options(data_dir, batch_tokens, overwrite, shown, cache_gib=cache_gib)
     if stream:
         done = prune_streamed(spec, wanted, output, calibration, effects, options)

@@ -48,13 +48,14 @@ Objective = Annotated[
 General = Annotated[
     float | None, typer.Option(help="Share of the examples that is general text, in place of --objective.")
 ]
-MethodName = Annotated[
-    str,
-    typer.Option(
-        help="causal, sparsegpt, wanda, magnitude, cap or random; with a scope as in magnitude:global or a pattern "
-        "as in wanda:2:4; with graded budgets, an update of the kept weights (obs, refit, distill), or both, as in "
-        "wanda+graded+refit."
-    ),
+METHODS = (
+    "causal, sparsegpt, wanda, magnitude, cap or random; with a scope as in magnitude:global or a pattern "
+    "as in wanda:2:4; with graded budgets, an update of the kept weights (obs, refit, distill), or both, as in "
+    "wanda+graded+refit."
+)
+MethodName = Annotated[str, typer.Option(help=METHODS)]
+MethodOrOwn = Annotated[
+    str | None, typer.Option(help=f"{METHODS} Default: causal, or cap where --effects are given.")
 ]
 N = Annotated[int, typer.Option("-n", help="Number of calibration examples.", min=1)]
 Subsets = Annotated[int, typer.Option(help="Disjoint subsets K of the calibration set.", min=1)]

@@ -109,7 +109,8 @@ class Shape:
 class Recipe:
     """Dense and every method at every sparsity, on every task.
 
-    A method is written `criterion[:scope][+update]`; one with a pattern such as `wanda:2:4` has its own sparsity. `save` keeps the pruned checkpoints.
+    A method is written `criterion[:scope][+update]`; one with a pattern such as `wanda:2:4` has its own sparsity. `save` keeps the pruned checkpoints,
+    `texts` the problems and answers that the report shows.
     `batch_tokens` bounds a forward pass, `tasks` may carry a limit as in `gsm8k_nll:200`.
     """
 
@@ -121,6 +122,7 @@ class Recipe:
     seed: int = 0
     batch_tokens: int = 2048
     save: bool = False
+    texts: bool = True
     attribution: AttributionSpec = field(default=AttributionSpec())
     shape: Shape | None = field(default=None)
 

@@ -313,8 +313,10 @@ class _Bench:
             found = [dataclasses.asdict(result) for result in results]
             for result in found:
                 result["description"] |= {"peak_bytes": peak_bytes()}
-                if method is not None:  # the row of the intact model has them
+                if method is not None or not self.recipe.texts:  # the row of the intact model has them
                     result |= {"prompts": (), "golds": ()}
+                if not self.recipe.texts:
+                    result["texts"] = ()
             self.book.append(f"{name}/{task}", found)
 
     def _prune(self, name: str, method: Method, decoder: Decoder) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.metadata
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 import tqdm
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
+from torch import Tensor
 from transformers import GenerationConfig
 
 from causalprune.data import content_hash
@@ -21,6 +23,10 @@ from causalprune.errors import DataError
 from causalprune.tasks.answers import AnswerKind, is_correct
 from causalprune.types import Decoder, Progress
 
+AT_ONCE = 4
+"""Answers that are generated at once, in multiples of the batch size: a step costs hardly more for many than for one."""
+LEAVE = 7 / 8
+"""Rows that have ended leave a batch when no more than this share of it is left."""
 VERSION = importlib.metadata.version("lm_eval")
 
 
@@ -66,7 +72,7 @@ def run(
         engine = _Engine(
             pretrained=decoder.model,
             tokenizer=copy.deepcopy(decoder.tokenizer),  # the harness sets a padding token
-            batch_size=batch_size,
+            batch_size=batch_size * (AT_ONCE if task.OUTPUT_TYPE == "generate_until" else 1),
             add_bos_token=False if chat else None,
         )
         engine.set_cache_hook(_Progress(engine, on_progress))
@@ -154,6 +160,16 @@ class _Engine(HFLM):  # type: ignore[misc]  # the harness has no type stubs
         self.total = len(requests)
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], attention_mask: Tensor, **options: Any
+    ) -> Tensor:
+        """Generate greedily; answers that have ended leave the batch, so that the longest does not hold up the rest."""
+        if options.get("do_sample"):
+            options["attention_mask"] = attention_mask
+            return super()._model_generate(context, max_length, stop, **options)  # type: ignore[no-any-return]
+        with torch.inference_mode():
+            return greedy(self, context, attention_mask, max_length, stop)
+
     def tok_batch_encode(
         self,
         strings: Any,
@@ -181,6 +197,44 @@ class _Engine(HFLM):  # type: ignore[misc]  # the harness has no type stubs
             raise DataError(
                 f"a prompt of {longest} tokens does not fit into the model's {room} free positions"
             )
+
+
+def greedy(engine: Any, context: Tensor, mask: Tensor, max_length: int, stop: Sequence[str]) -> Tensor:
+    """Return the context, padded on the left, with greedy continuations up to an end or a stop, padded on the right.
+
+    Rows leave the batch and its cache once an eighth of them have ended, where the cache lets them.
+    """
+    model, words = engine.model, engine.tokenizer
+    ends = model.generation_config.eos_token_id
+    ends = torch.tensor(
+        [words.eos_token_id, *(ends if isinstance(ends, list) else [ends])], device=context.device
+    )
+    found = torch.full((len(context), max_length), words.pad_token_id, device=context.device)
+    found[:, : context.shape[1]] = context
+    rows, running = torch.arange(len(context)), torch.ones(len(context), dtype=torch.bool)
+    known = inspect.signature(model.forward).parameters
+    step, places, cache = context, mask.cumsum(-1).sub(1).clamp_min(0), None
+    tail = max([len(words(text)["input_ids"]) for text in stop], default=0) + 2
+    for at in range(context.shape[1], max_length):
+        extra = {"position_ids": places, "logits_to_keep": 1}
+        extra = {name: value for name, value in extra.items() if name in known}
+        output = model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+        cache, token = output.past_key_values, output.logits[:, -1].argmax(-1)
+        found[rows[running], at] = token[running.to(token.device)]
+        shown = words.batch_decode(found[rows, max(at + 1 - tail, context.shape[1]) : at + 1])
+        stopped = torch.tensor([any(text in own for text in stop) for own in shown])
+        running &= ~(torch.isin(token, ends).cpu() | stopped)
+        if not bool(running.any()):
+            break
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        places, step = places[:, -1:] + 1, token[:, None]
+        can_leave = all(hasattr(layer, "batch_select_indices") for layer in getattr(cache, "layers", [None]))
+        if can_leave and int(running.sum()) <= LEAVE * len(running):
+            keep = running.nonzero()[:, 0].to(context.device)
+            cache.batch_select_indices(keep)
+            mask, places, step = mask[keep], places[keep], step[keep]
+            rows, running = rows[keep.cpu()], running[keep.cpu()]
+    return found[:, : at + 1]
 
 
 class _Progress:
