@@ -3,7 +3,10 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test slow fuzz check static bench clean
+DOCUMENTED := .venv/.documented
+BROWSED := .venv/.browsed
+
+.PHONY: demo test slow fuzz check static docs examples browser bench clean
 
 demo: $(INSTALLED)  ## prune a small model end to end on this machine
 	$(BIN)/causalprune demo
@@ -17,7 +20,16 @@ slow: $(INSTALLED)  ## the tests that take minutes
 fuzz: $(INSTALLED)  ## 10,000 cases of every kind of broken file (minutes)
 	CAUSALPRUNE_FUZZ=10000 $(BIN)/pytest -q -n auto --dist loadgroup tests/test_fuzz.py
 
-check: static test  ## everything that must hold before a commit; layers and line budget are tests
+docs: $(DOCUMENTED)  ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+
+examples: $(DOCUMENTED)  ## run the notebook, and every command that the documentation shows
+	$(BIN)/pytest -q -m slow tests/test_commands.py tests/test_notebook.py
+
+browser: $(BROWSED)  ## the report in Chromium, which has to be on this machine
+	$(BIN)/pytest -q -m slow tests/test_report_browser.py
+
+check: static test docs  ## everything that must hold before a commit; layers and line budget are tests
 
 static: $(INSTALLED)  ## format, lint, types and bandit
 	$(BIN)/ruff format --check .
@@ -26,11 +38,19 @@ static: $(INSTALLED)  ## format, lint, types and bandit
 	$(BIN)/bandit -q -r src -c pyproject.toml
 
 bench: $(INSTALLED)  ## run the benchmarks, one after the other
-	set -e; for script in $(filter-out %/common.py bench/tables.py bench/faults.py bench/cluster.py bench/tuning.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	set -e; for script in $(filter-out %/common.py bench/tables.py bench/faults.py bench/cluster.py bench/tuning.py bench/report.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev,demo]'
+	touch $@
+
+$(DOCUMENTED): $(INSTALLED)
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[docs]'
+	touch $@
+
+$(BROWSED): $(INSTALLED)
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[browser]'
 	touch $@
 
 clean:

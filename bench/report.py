@@ -1,10 +1,12 @@
 """The report in a real browser: time, size, silence, accessibility, and runs that try to make it execute something.
 
-    python bench/report.py   # needs Chromium and the extra `browser`
+    python bench/report.py                            # needs Chromium and the extra `browser`
+    python bench/report.py --picture bench/runs/core  # the picture in the README (`bench/core.py table` comes first)
 
 The run is made up: 1,024 heads, three methods at three sparsities on four tasks, 500 examples each.
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -66,8 +68,23 @@ def hostile(own: Any, folder: Path) -> dict[str, list[str]]:
     return found
 
 
+def picture(run: Path) -> None:
+    """Write the first screen of a run's report to `docs/report.png`."""
+    with tempfile.TemporaryDirectory() as scratch, browser() as own:
+        report([run], Path(scratch) / "report.html")
+        with opened(own, Path(scratch) / "report.html", width=1280) as seen:
+            seen.page.screenshot(path=ROOT / "docs" / "report.png")
+
+
 def main() -> None:
-    """Measure, and write `results/report.json`."""
+    """Measure, and write `results/report.json`, or make the picture."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--picture", type=Path, metavar="RUN")
+    if (run := parser.parse_args().picture) is not None:
+        picture(run)
+        return
     with tempfile.TemporaryDirectory() as scratch, browser() as own:
         big, attacked = large(own, Path(scratch)), hostile(own, Path(scratch))
         version = own.version

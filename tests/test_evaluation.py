@@ -148,14 +148,16 @@ def test_generation_sees_the_prompt_of_calibration(
     decoder = tiny_decoder(chat=chat, bos=bos)
     seen: list[list[int]] = []
 
-    def generate(input_ids: torch.Tensor, max_length: int, **options: Any) -> torch.Tensor:
-        seen.append(input_ids[0].tolist())
-        assert not options["do_sample"]
-        assert max_length == input_ids.shape[1] + 3
+    def greedy(
+        engine: Any, context: torch.Tensor, mask: torch.Tensor, max_length: int, stop: list[str]
+    ) -> torch.Tensor:
+        seen.extend(row[real > 0].tolist() for row, real in zip(context, mask, strict=True))
+        assert max_length == context.shape[1] + 3
+        assert "\nQuestion:" in stop
         answer = torch.tensor([byte_tokenizer()("#### 102")["input_ids"]])
-        return torch.cat([input_ids, answer], 1)
+        return torch.cat([context, answer.expand(len(context), -1)], 1)
 
-    monkeypatch.setattr(decoder.model, "generate", generate)
+    monkeypatch.setattr("causalprune.tasks.harness.greedy", greedy)
     (result,) = evaluate(decoder, ["gsm8k_cot"], data_dir=folder, batch_size=1, max_new_tokens=3)
     reader = calibration.Reader(decoder.tokenizer, chat=chat, max_tokens=9999)
     examples = [calibration.encode(reader, p) for p in load_problems("gsm8k", "evaluation", data_dir=folder)]

@@ -30,14 +30,16 @@ def byte_tokenizer(*, chat: bool = False, bos: bool = False) -> PreTrainedTokeni
     return tokenizer
 
 
-def tiny_decoder(*, chat: bool = False, bos: bool = False, positions: int = 1024) -> Decoder:
-    """Return a random two-layer Llama on bytes."""
+def tiny_decoder(
+    *, chat: bool = False, bos: bool = False, positions: int = 1024, layers: int = 2, heads: int = 4
+) -> Decoder:
+    """Return a random Llama on bytes, by default of two layers."""
     config = LlamaConfig(
         vocab_size=258,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+        hidden_size=8 * heads,
+        intermediate_size=12 * heads,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         num_key_value_heads=2,
         max_position_embeddings=positions,
         bos_token_id=0,
@@ -46,9 +48,9 @@ def tiny_decoder(*, chat: bool = False, bos: bool = False, positions: int = 1024
     return inspect_model(families.tiny(config), byte_tokenizer(chat=chat, bos=bos), name="tiny")
 
 
-def write_data(folder: Path) -> Path:
-    """Write a folder in the layout of `--data-dir`: 12 rows to calibrate on and 6 to evaluate on."""
-    for split, first, count in (("train", 0, 12), ("test", 100, 6)):
+def write_data(folder: Path, rows: int = 12) -> Path:
+    """Write a folder in the layout of `--data-dir`: 12 rows (or more) to calibrate on and 6 to evaluate on."""
+    for split, first, count in (("train", 0, rows), ("test", max(100, rows), 6)):
         numbers = range(first, first + count)
         write_jsonl(folder / "gsm8k" / f"{split}.jsonl", [_gsm8k(i) for i in numbers])
         write_jsonl(folder / "arc_challenge" / f"{split}.jsonl", [_arc(i) for i in numbers])
@@ -56,8 +58,8 @@ def write_data(folder: Path) -> Path:
         write_jsonl(folder / "strategyqa" / f"{name}.jsonl", [_strategyqa(i) for i in numbers])
     write_jsonl(folder / "c4_sample" / "c4_excerpts.jsonl", [_excerpt(i) for i in range(20)])
     (folder / "wikitext2").mkdir()
-    (folder / "wikitext2" / "wiki.train.slice.txt").write_text(_wiki(0), encoding="utf-8")
-    (folder / "wikitext2" / "wiki.test.raw").write_text(_wiki(50), encoding="utf-8")
+    (folder / "wikitext2" / "wiki.train.slice.txt").write_text(_wiki(0) * (rows // 12), encoding="utf-8")
+    (folder / "wikitext2" / "wiki.test.raw").write_text(_wiki(50) * (rows // 12), encoding="utf-8")
     return folder
 
 

@@ -97,13 +97,13 @@ function lines(models, task, which, styles, methodOf) {
   });
 }
 
-function scores(place, run, r) {
-  const which = document.querySelector(`input[name="shown-${r}"]:checked`).value;
+function scores(place, run, r, tasks = run.tasks) {
+  const which = tasks === run.tasks ? document.querySelector(`input[name="shown-${r}"]:checked`).value : "value";
   const pruned = run.models.filter((m) => m.criterion !== "dense");
   const dense = run.models.find((m) => m.criterion === "dense");
   const styles = looks(unique(pruned.map((m) => m.method)));
   legend(place, styles);
-  for (const task of run.tasks) {
+  for (const task of tasks) {
     const canvas = figure(place, short(task.task), `${task.unit}, ${task.higher_is_better ? "higher" : "lower"} is better`,
       `${task.task}: ${which === "value" ? "value" : "difference to dense"} against sparsity, by method. The numbers are in the table of the verdict.`);
     const traces = lines(pruned, task, which, styles, (m) => m.method);
@@ -248,7 +248,10 @@ function doses(place, run, r) {
   }
 }
 
-const DRAW = { scores, effects, scatter, zeros, doses, runs };
+/** The first task alone, beside the verdict. */
+const first = (place, run, r) => scores(place, run, r, run.tasks.slice(0, 1));
+
+const DRAW = { scores, first, effects, scatter, zeros, doses, runs };
 
 function draw(place) {
   for (const old of place.querySelectorAll(".js-plotly-plot")) Plotly.purge(old);

@@ -217,7 +217,7 @@ def per_model(steps: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             name,
             {"name": name, **dict.fromkeys(("pruning", "evaluation", "tokens", "memory_bytes", "gpu_bytes"))},
         )
-        kind = "pruning" if task == "pruning" else "evaluation"
+        kind = "pruning" if task in ("", "pruning") else "evaluation"  # attribution has no task
         for key, value in ((kind, step["seconds"]), ("tokens", step["tokens"])):
             if value is not None:
                 row[key] = (row[key] or 0) + value
