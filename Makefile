@@ -26,7 +26,7 @@ static: $(INSTALLED)  ## format, lint, types and bandit
 	$(BIN)/bandit -q -r src -c pyproject.toml
 
 bench: $(INSTALLED)  ## run the benchmarks, one after the other
-	set -e; for script in $(filter-out %/common.py bench/tables.py bench/faults.py bench/cluster.py bench/tuning.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	set -e; for script in $(filter-out %/common.py bench/tables.py bench/faults.py bench/cluster.py bench/tuning.py bench/consumers.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
