@@ -1,6 +1,7 @@
 # A fresh machine needs python3.11 and make; everything else goes into .venv.
 PYTHON ?= python3.11
 BIN := .venv/bin
+BENCHES := core attribution stability families quality speed moe large
 INSTALLED := .venv/.installed
 
 DOCUMENTED := .venv/.documented
@@ -38,7 +39,7 @@ static: $(INSTALLED)  ## format, lint, types and bandit
 	$(BIN)/bandit -q -r src -c pyproject.toml
 
 bench: $(INSTALLED)  ## run the benchmarks, one after the other
-	set -e; for script in $(filter-out %/common.py bench/tables.py bench/faults.py bench/cluster.py bench/tuning.py bench/report.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	set -e; for name in $(BENCHES); do echo "== $$name"; $(BIN)/python bench/$$name.py; done
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -7,6 +7,7 @@
     python bench/large.py ray         # Ray on this machine: equal bits, speed (bench/cluster.py; needs a quiet machine)
     python bench/large.py schedule    # 64 simulated workers (bench/cluster.py)
     python bench/large.py finetune    # zeros of SmolLM2 in training, and after merging an adapter (bench/tuning.py)
+    python bench/large.py interop     # a pruned SmolLM2 in llama.cpp and onnxruntime (bench/consumers.py; 3 GB)
     python bench/large.py kills       # 50 runs killed at random moments and started again (bench/faults.py)
     python bench/large.py fuzz        # 10,000 random files of every kind (bench/faults.py)
 
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import cluster
+import consumers
 import faults
 import torch
 import tuning
@@ -273,7 +275,9 @@ def figures(done: dict[str, Any]) -> dict[str, float]:
         found["layers_peak_rss_gib"] = one["stream"]["peak_rss_bytes"] / 2**30
         found["layers_memory_peak_rss_gib"] = one["memory"]["peak_rss_bytes"] / 2**30
         found["layers_equal_memory"] = float(one["equal"])
-    return found | cluster.figures(done) | faults.figures(done) | tuning.figures(done)
+    return (
+        found | consumers.figures(done) | cluster.figures(done) | faults.figures(done) | tuning.figures(done)
+    )
 
 
 STEPS: dict[str, Callable[[], dict[str, Any]]] = {"equal": equal, "eight": eight, "layers": layers}
@@ -281,9 +285,14 @@ STEPS |= {
     "ray": cluster.ray,
     "schedule": cluster.schedule,
     "finetune": tuning.finetune,
+    "interop": consumers.interop,
     "kills": faults.kills,
     "fuzz": faults.fuzz,
 }
+
+
+def _done(path: Path) -> dict[str, Any]:
+    return dict(read_json(path)["steps"]) if path.exists() else {}
 
 
 def main() -> None:
@@ -293,10 +302,10 @@ def main() -> None:
     )
     parser.add_argument("steps", nargs="*", metavar="STEP", help=", ".join(STEPS))
     done_file = RUNS / "large_steps.json"
-    done: dict[str, Any] = read_json(done_file)["steps"] if done_file.exists() else {}
-    for name in parser.parse_args().steps or [name for name in STEPS if name not in done]:
+    for name in parser.parse_args().steps or [name for name in STEPS if name not in _done(done_file)]:
         print(f"== {name}", flush=True)
-        done[name] = {**STEPS[name](), "commit": git_commit(), "threads": torch.get_num_threads()}
+        found = {**STEPS[name](), "commit": git_commit(), "threads": torch.get_num_threads()}
+        done = {**_done(done_file), name: found}  # read anew: another step may have ended meanwhile
         write_json(done_file, {"steps": done})
         print(write_figures("large", figures(done), done, seeds=[0]))
 

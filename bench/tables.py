@@ -231,6 +231,30 @@ def cluster() -> str:
     return "\n".join(lines) + "\n" if "schedule" in raw else "Not measured yet.\n"
 
 
+def interop() -> str:
+    """What other runtimes make of a pruned SmolLM2."""
+    path = RESULTS / "large.json"
+    own = read_json(path)["raw"].get("interop") if path.exists() else None
+    if own is None:
+        return "Not measured yet.\n"
+    plain, llama, onnx = own["transformers"], own["llama.cpp"], own["onnxruntime"]
+    same = "the same" if plain["text"].startswith(llama["text"]) and llama["text"] else "another"
+    tokens = "the same" if onnx["same_next_token_everywhere"] else "another"
+    apart = f"logits differ by {onnx['largest_difference_of_logits']:.1e} at most"
+    rows = [
+        ("transformers", f"{plain['zeros']:,} zeros among {plain['weights']:,} prunable weights"),
+        (
+            "llama.cpp",
+            f"{llama['zeros']:,} zeros among {llama['weights']:,}; {same} greedy text as transformers",
+        ),
+        ("onnxruntime", f"{apart}, {tokens} likeliest token at every position"),
+    ]
+    return (
+        "\n".join(["| runtime | found |", "|---|---|", *(f"| {name} | {what} |" for name, what in rows)])
+        + "\n"
+    )
+
+
 def finetune() -> str:
     """What training and merging leave of the zeros of SmolLM2."""
     path = RESULTS / "large.json"
@@ -282,6 +306,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layers": layers,
     "cluster": cluster,
     "finetune": finetune,
+    "interop": interop,
     "kills": kills,
 }
 

@@ -111,7 +111,7 @@ TOP = (
 
 ANYWHERE = {"torch", "jaxtyping"}
 THIRD_PARTIES: dict[str, set[str]] = {
-    "accelerate": {"model"},
+    "accelerate": {"anatomy", "model"},
     "transformers": {"anatomy", "model", "checkpoint", "kept", "tasks"},
     "safetensors": {"model", "checkpoint"},
     "datasets": {"calibration", "data", "tasks"},

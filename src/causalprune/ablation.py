@@ -7,11 +7,13 @@ scaling stay the business of transformers. State changes end with the context ma
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from causalprune.types import Batch, Decoder
 from causalprune.units import Gates, Site, gated_module
@@ -185,6 +187,19 @@ def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own
+
+
+@contextmanager
+def recomputed(decoder: Decoder) -> Iterator[None]:
+    """Where weights are fetched when they are needed, let backward passes run layers again rather than keep the weights.
+
+    Costs one more forward pass for every backward pass.
+    """
+    with ExitStack() as stack:
+        for layer in decoder.layers if decoder.offloaded else ():
+            again = partial(checkpoint, layer.module.forward, use_reentrant=False)
+            stack.enter_context(replaced_forward(layer.module, again))
+        yield
 
 
 class InputCache:

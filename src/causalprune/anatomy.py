@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -74,8 +75,8 @@ def inspect_model(
 ) -> Decoder:
     """Find the layers and prunable weights of a model in memory; reads every weight once (hash)."""
     for weight, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ModelError(f"{weight} of {name!r} is offloaded: use devices that hold the whole model")
+        if parameter.is_meta and not has_offloaded_params(model.get_submodule(weight.rpartition(".")[0])):
+            raise ModelError(f"{weight} of {name!r} has no values: load it with its weights")
     decoder = outline(model, tokenizer, name=name, revision=revision)
     return replace(decoder, fingerprint=fingerprint(model))
 
@@ -101,10 +102,26 @@ def fingerprint(model: PreTrainedModel) -> str:
     """Return the SHA-256 of the shape-defining configuration and of every weight, tied ones once."""
 
     def parts() -> Iterator[tuple[str, torch.dtype, Any]]:
-        for name, parameter in sorted(model.named_parameters()):
-            yield name, parameter.dtype, [raw_bytes(parameter)]
+        for name, parameter in sorted(_parameters(model)):
+            yield name, parameter.dtype, [raw_bytes(_present(model, name, parameter))]
 
     return fingerprint_of(model, parts())
+
+
+def _parameters(model: Any) -> list[tuple[str, nn.Parameter]]:
+    """Return parameters by name, tied ones once: two names of an offloaded one are two objects."""
+    tied, named = getattr(model, "all_tied_weights_keys", None) or {}, dict(model.named_parameters())
+    return [(name, p) for name, p in named.items() if not (p.is_meta and tied.get(name) in named)]
+
+
+def _present(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> Tensor:
+    """Return a parameter, fetched by accelerate where it is offloaded."""
+    if not parameter.is_meta:
+        return parameter
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    with align_module_device(owner, torch.device("cpu")):
+        return owner.get_parameter(leaf).data
 
 
 def fingerprint_of(model: PreTrainedModel, parts: Iterable[tuple[str, torch.dtype, Iterable[Any]]]) -> str:
@@ -302,7 +319,7 @@ def _left_out(model: Any, layers: tuple[Layer, ...], path: str) -> tuple[LeftOut
     reasons = {id(p): "output head" for p in (head.parameters() if head is not None else ())}
     reasons |= {id(p): "embedding" for p in embedding.parameters()}
     left_out = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in _parameters(model):
         if pool[name] == parameter.numel():
             continue
         if pool[name]:

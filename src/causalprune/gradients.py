@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from causalprune.ablation import gated
+from causalprune.ablation import gated, recomputed
 from causalprune.losses import CHUNK, Targets, by_row, cross_entropy, target_logits, targets
 from causalprune.types import Batch, Decoder, Example
 from causalprune.units import Parts, Site, sites
@@ -37,7 +37,7 @@ def expansion(
     own, sizes = {site for parts in units for site in parts}, sites(decoder)
     gates = {site: torch.full((len(batch.tokens), sizes[site]), gate, requires_grad=True) for site in own}
     wanted = targets(batch)
-    with torch.enable_grad(), gated(decoder, gates, instead):
+    with torch.enable_grad(), gated(decoder, gates, instead), recomputed(decoder):
         logits = target_logits(decoder, batch, wanted)
         loss = by_row(cross_entropy(logits, wanted), wanted)
         first = _by_unit(loss, gates, units, keep=len(uniforms) > 0)
@@ -60,7 +60,7 @@ def neuron_effects(decoder: Decoder, batches: Sequence[Batch]) -> dict[int, Floa
     for batch in batches:
         gates = {site: torch.ones(len(batch.tokens), size, requires_grad=True) for site, size in own.items()}
         wanted = targets(batch)
-        with torch.enable_grad(), gated(decoder, gates):
+        with torch.enable_grad(), gated(decoder, gates), recomputed(decoder):
             loss = cross_entropy(target_logits(decoder, batch, wanted), wanted).sum()
             slopes = torch.autograd.grad(loss, list(gates.values()))
         for site, slope in zip(gates, slopes, strict=True):

@@ -2,8 +2,11 @@
 
 import contextlib
 import io
+import json
 import logging
+import tempfile
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -31,7 +34,7 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
     *,
     dtype: str = "auto",
     device: str = "cpu",
-    device_map: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -40,16 +43,12 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
 
     `name` is a name on the Hugging Face Hub, a local folder, or a GGUF file (or a folder that holds
     nothing but one). GGUF weights are dequantised to float32 unless `dtype` says otherwise.
-    `device_map` goes to transformers as it is and takes precedence over `device`. The tokenizer is
+    `device_map` (a dictionary may be given as JSON) goes to transformers and takes precedence over `device`; what
+    it places on `disk` in another form than in the files is written to a temporary folder. The tokenizer is
     None for a local folder without tokenizer files. Weights that are there as a pickle only are refused unless
     `allow_pickle` is given; even then they are read as plain tensors (`weights_only`), never as code.
     """
-    if dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    _check_options(dtype, device)
     folder, gguf = _source(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if gguf is not None:
@@ -58,13 +57,13 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
     if local and gguf is None:
         _check_files(name, Path(folder), allow_pickle)
     try:
-        with _quiet(hide_bars=local):
+        with _quiet(hide_bars=local), contextlib.ExitStack() as stack:
             if gguf is None:
                 check_config(AutoConfig.from_pretrained(folder, **options), name)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
-                device_map=device_map,
+                **_spread(device_map, stack),
                 output_loading_info=True,
                 use_safetensors=None if allow_pickle or gguf is not None else True,
                 weights_only=True,
@@ -75,6 +74,7 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
             tokenizer = AutoTokenizer.from_pretrained(folder, **options) if known else None
             if device_map is None:
                 model.to(device)
+            weakref.finalize(model, stack.pop_all().close)
     except _LOAD_ERRORS as error:
         raise _load_error(name, error, local=local) from error
     if absent := sorted({*map(str, loading["missing_keys"]), *map(str, loading["mismatched_keys"])}):
@@ -85,6 +85,28 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
         vars(model.config).pop("quantization_config", None)
     model.eval().requires_grad_(False)
     return inspect_model(model, tokenizer, name=name, revision=revision)
+
+
+def _check_options(dtype: str, device: str) -> None:
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]})") from error
+
+
+def _spread(device_map: str | dict[str, Any] | None, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Return the options that spread a model over devices and the disk, with a folder that goes with `stack`."""
+    if device_map is None:
+        return {}
+    if isinstance(device_map, str) and device_map.startswith("{"):
+        try:
+            device_map = dict(json.loads(device_map))
+        except ValueError as error:
+            raise OptionError(f"device map {device_map!r} is no JSON object: {error}") from error
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="causalprune-offloaded-"))
+    return {"device_map": device_map, "offload_folder": folder}
 
 
 def read_shape(

@@ -22,7 +22,10 @@ Revision = Annotated[str | None, typer.Option(help="Revision on the Hub.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, …")]
 DeviceMap = Annotated[
-    str | None, typer.Option(help="Spread the model with accelerate: auto, balanced, sequential.")
+    str | None,
+    typer.Option(
+        help="Spread the model with accelerate: auto, balanced, sequential, or a map of modules as JSON."
+    ),
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the model.")]
 Pickle = Annotated[

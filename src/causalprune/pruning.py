@@ -148,6 +148,8 @@ def manifest(pruned: Pruned, calibration: Calibration | None, effects: Effects |
 
 
 def _check_finite(decoder: Decoder) -> None:
+    if decoder.offloaded:
+        raise ModelError(f"{decoder.name} is not all in memory: prune its files, with --stream")
     for p in decoder.projections:
         if not bool(torch.isfinite(p.read()).all()):
             raise ModelError(

@@ -188,8 +188,16 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         """Device that takes the token ids."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
+        embedding = self.model.get_input_embeddings()
+        if embedding.weight.is_meta and hasattr(embedding, "_hf_hook"):  # accelerate fetches it when it runs
+            return torch.device(embedding._hf_hook.execution_device)  # noqa: SLF001
+        device: torch.device = embedding.weight.device
         return device
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether some prunable weights are elsewhere than in memory, and fetched when their module runs."""
+        return any(p.parameter.is_meta for p in self.projections)
 
 
 UnitKind = Literal["head", "kv_group", "attention", "mlp", "neurons", "expert", "layer"]
