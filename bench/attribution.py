@@ -310,19 +310,31 @@ def _curve_figures(drawn: dict[str, Any]) -> dict[str, float]:
     exact_cost = float(np.interp(RELIABILITY, ranks, costs))
     good = [r for r in rows if r["estimator"] == "adaptive" and r["spearman"] >= RELIABILITY]
     largest = max((r for r in rows if r["estimator"] == "gradient"), key=lambda r: r["sequences"])
-    inner = [r["coverage"] for r in exact_rows if 4 <= r["sequences"] <= n / 8]
+    inner = {
+        effect: [
+            r["coverage"] for r in drawn[effect] if r["estimator"] == "exact" and 4 <= r["sequences"] <= n / 8
+        ]
+        for effect in ("ce", "kl")
+    }
     found = {
         "reference_examples": float(n),
         "split_half_ce": drawn["split_half_ce"],
         "split_half_kl": drawn["split_half_kl"],
         "gradient_spearman": largest["spearman"],
-        "interval_coverage": float(np.mean(inner)),
+        "interval_coverage": float(np.mean(inner["ce"])),
+        "interval_coverage_kl": float(np.mean(inner["kl"])),
     }
     if good:
         best = min(good, key=lambda row: row["tokens"])
         found["adaptive_token_ratio_to_exact"] = best["tokens"] / exact_cost
         found["adaptive_token_ratio_to_naive"] = best["tokens"] / (exact_cost * drawn["naive_over_exact"])
         found["reliability_compared_at"] = best["spearman"]
+    for level in (0.85, 0.9):  # the higher, the less is saved
+        reached = [r["tokens"] for r in rows if r["estimator"] == "adaptive" and r["spearman"] >= level]
+        if reached and level <= max(ranks):
+            found[f"adaptive_token_ratio_to_exact_at_{level:g}"] = min(reached) / float(
+                np.interp(level, ranks, costs)
+            )
     limit = drawn["naive_tokens_per_sequence"] * PAPER_EXAMPLES / 50
     within = [row["spearman"] for row in drawn["kl"] if row["tokens"] <= limit]
     if within:
