@@ -44,6 +44,9 @@ COMMANDS = (
     "compare",
     "verify",
     "reapply",
+    "merge",
+    "report",
+    "effects",
     "run",
     "demo",
 )
@@ -140,6 +143,9 @@ def test_run_prints_the_table_and_keeps_results(run: Run, model: Path, data: Pat
     assert code == 0, err
     assert "cap-global-0.2" in out
     assert len(read_json(tmp_path / "run" / "results.json")["rows"]) == 2
+    assert "report.html" in "".join(out.split())
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"causalprune run {recipe} -o" in page
 
 
 def test_paper_recipes_can_be_planned_without_the_model(run: Run, data_dir: Path, tmp_path: Path) -> None:
@@ -381,3 +387,24 @@ def test_shares_are_measured_apart_and_merged(run: Run, model: Path, data: Path,
     assert values[0] == values[1]
     assert run("merge", shares[0], "-o", tmp_path / "half.json")[0] == 2
     assert run("attribute", model, "-o", tmp_path / "bad", *common, "--shard", "half")[0] == 2
+
+
+def test_a_plan_counts_what_the_estimator_costs(model: Path, data: Path, tmp_path: Path) -> None:
+    from causalprune.plan import plan
+    from causalprune.recipe import read_recipe
+
+    tokens = {}
+    for name, spec in (
+        ("exact", {}),
+        ("gradient", {"estimator": "gradient"}),
+        ("adaptive", {"estimator": "adaptive", "budget": 1.5}),
+    ):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe_for(model, attribution=spec)))
+        (job,) = [
+            j for j in plan(read_recipe(path), tmp_path / name, data_dir=data).jobs if j.name == "attribution"
+        ]
+        tokens[name] = job.tokens
+    whole = tokens["exact"] / 6  # 8 heads, of which each pass sees three quarters of the model
+    assert tokens["gradient"] == pytest.approx(5 * whole, rel=0.01)
+    assert tokens["adaptive"] == pytest.approx(8 / 1.5 * whole, rel=0.01)
