@@ -387,24 +387,3 @@ def test_shares_are_measured_apart_and_merged(run: Run, model: Path, data: Path,
     assert values[0] == values[1]
     assert run("merge", shares[0], "-o", tmp_path / "half.json")[0] == 2
     assert run("attribute", model, "-o", tmp_path / "bad", *common, "--shard", "half")[0] == 2
-
-
-def test_a_plan_counts_what_the_estimator_costs(model: Path, data: Path, tmp_path: Path) -> None:
-    from causalprune.plan import plan
-    from causalprune.recipe import read_recipe
-
-    tokens = {}
-    for name, spec in (
-        ("exact", {}),
-        ("gradient", {"estimator": "gradient"}),
-        ("adaptive", {"estimator": "adaptive", "budget": 1.5}),
-    ):
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(recipe_for(model, attribution=spec)))
-        (job,) = [
-            j for j in plan(read_recipe(path), tmp_path / name, data_dir=data).jobs if j.name == "attribution"
-        ]
-        tokens[name] = job.tokens
-    whole = tokens["exact"] / 6  # 8 heads, of which each pass sees three quarters of the model
-    assert tokens["gradient"] == pytest.approx(5 * whole, rel=0.01)
-    assert tokens["adaptive"] == pytest.approx(8 / 1.5 * whole, rel=0.01)

@@ -97,7 +97,7 @@ def _attribution_passes(recipe: Recipe, shape: Shape) -> float:
     how, heads = recipe.attribution.method(), shape.layers * shape.heads
     if how.name == "exact":
         return heads * (shape.layers + 1) / 2 / shape.layers
-    prediction = len(how.gates) * (1 + 2 * (1 + how.draws))
+    prediction = float(len(how.gates) * (1 + 2 * (1 + how.draws)))
     return prediction if how.name == "gradient" else max(prediction, heads / (how.budget or DEFAULT_BUDGET))
 
 
