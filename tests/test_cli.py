@@ -44,6 +44,9 @@ COMMANDS = (
     "compare",
     "verify",
     "reapply",
+    "merge",
+    "report",
+    "effects",
     "run",
     "demo",
 )
@@ -140,6 +143,9 @@ def test_run_prints_the_table_and_keeps_results(run: Run, model: Path, data: Pat
     assert code == 0, err
     assert "cap-global-0.2" in out
     assert len(read_json(tmp_path / "run" / "results.json")["rows"]) == 2
+    assert "report.html" in "".join(out.split())
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"causalprune run {recipe} -o" in page
 
 
 def test_paper_recipes_can_be_planned_without_the_model(run: Run, data_dir: Path, tmp_path: Path) -> None:

@@ -120,6 +120,26 @@ def test_choice_task_agrees_with_our_own_log_likelihoods(decoder: Decoder, folde
         assert normalised.values[i] == float((scores / lengths).argmax() == problem.gold)
 
 
+def test_answers_stand_beside_problems_and_right_answers(decoder: Decoder, folder: Path) -> None:
+    accuracy, normalised = evaluate(decoder, ["arc_challenge"], data_dir=folder)
+    problems = load_problems("arc_challenge", "evaluation", data_dir=folder)
+    for result in (accuracy, normalised):
+        assert result.golds == tuple(p.choices[p.gold] for p in problems)
+        right = tuple(float(a == b) for a, b in zip(result.texts, result.golds, strict=True))
+        assert right == result.values
+        assert all(p.question in prompt for p, prompt in zip(problems, result.prompts, strict=True))
+    assert accuracy.description["tokens_forwarded"] > sum(len(p.question) for p in problems)
+    (generated,) = evaluate(decoder, ["gsm8k_cot"], data_dir=folder, max_new_tokens=4)
+    assert all(
+        gold.endswith(p.answer)
+        for gold, p in zip(
+            generated.golds, load_problems("gsm8k", "evaluation", data_dir=folder), strict=True
+        )
+    )
+    (loss,) = evaluate(decoder, ["gsm8k_nll"], data_dir=folder)
+    assert set(loss.golds) == {p.target for p in load_problems("gsm8k", "evaluation", data_dir=folder)}
+
+
 def test_yes_no_task_knows_the_gold_answer(decoder: Decoder, folder: Path) -> None:
     (result,) = evaluate(decoder, ["strategyqa"], data_dir=folder)
     for value, problem in zip(

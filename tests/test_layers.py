@@ -94,7 +94,17 @@ LAYERS: dict[str, set[str]] = {
     "heatmap": {"evidence"},
     "report": {"evidence", "provenance", "results"},
     "recipe": {"calibration", "criteria", "methods", "questions"},
-    "plan": {"calibration", "checkpoint", "criteria", "data", "embedded", "evaluation", "model", "recipe"},
+    "plan": {
+        "calibration",
+        "checkpoint",
+        "criteria",
+        "data",
+        "embedded",
+        "evaluation",
+        "model",
+        "questions",
+        "recipe",
+    },
     "tables": {"plan", "results", "uncertainty", "verification"},
 }
 TOP = (

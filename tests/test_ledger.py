@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from causalprune.errors import CheckpointError, MismatchError
-from causalprune.ledger import Ledger
+from causalprune.ledger import Ledger, read_rows
 
 IDENTITY: dict[str, Any] = {"model": "abc", "calibration": "def", "options": {"k": 3, "seed": 0}}
 JOBS: dict[str, list[float]] = {"intact/0": [0.1, -0.0], "0.3/0": [1e-310, 2.5, 1 / 3], "é/1": []}
@@ -121,7 +121,7 @@ def test_a_second_opener_is_refused(tmp_path: Path) -> None:
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     script = (
-        "import sys, pathlib\nfrom causalprune.ledger import Ledger\n"
+        "import sys, pathlib\nfrom causalprune.ledger import Ledger, read_rows\n"
         "with Ledger(pathlib.Path(sys.argv[1]), {}): pass"
     )
     with Ledger(path, {}):
@@ -207,3 +207,21 @@ def test_float32_tensors_return_bit_for_bit(
     with Ledger(path, {}) as ledger:
         back = torch.tensor(ledger.rows["a"], dtype=torch.float32)
     assert torch.equal(back.view(torch.int32), tensor.view(torch.int32))
+
+
+def test_rows_can_be_read_while_another_process_writes(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    with Ledger(path, {"seed": 0}) as book:
+        book.append("a", 1)
+        with path.open("ab") as file:
+            file.write(b'{"crc":"0')  # the row that is being written
+        assert read_rows(path) == {"a": 1}
+    damaged = path.read_bytes().replace(b'"value":1', b'"value":2')
+    path.write_bytes(damaged + b"\n")
+    with pytest.raises(CheckpointError, match="line 2"):
+        read_rows(path)
+    path.write_bytes(b"something else\n")
+    with pytest.raises(CheckpointError, match="not a ledger"):
+        read_rows(path)
+    with pytest.raises(CheckpointError, match="cannot read"):
+        read_rows(tmp_path / "nowhere")

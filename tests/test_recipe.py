@@ -3,8 +3,10 @@ from typing import Any
 
 import pytest
 import yaml
+from tinydata import tiny_decoder, write_data
 
 from causalprune.errors import OptionError
+from causalprune.plan import plan
 from causalprune.recipe import RECIPES, find_recipe, label, parse_method, read_recipe, without_limits
 
 MINIMAL: dict[str, Any] = {
@@ -93,3 +95,26 @@ def test_unknown_recipe_suggests_the_nearest() -> None:
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_that_come_with_the_package_can_be_read(path: Path) -> None:
     assert read_recipe(find_recipe(path.stem)).cells()
+
+
+def test_a_plan_counts_what_the_estimator_costs(tmp_path: Path) -> None:
+    data, model = write_data(tmp_path / "data"), tmp_path / "model"
+    tiny_decoder().model.save_pretrained(model)
+    fixed = {"model": {"name": str(model)}, "calibration": {"sources": ["gsm8k"], "n": 6}, "methods": ["cap"]}
+    tokens = {}
+    for name, spec in (
+        ("exact", {}),
+        ("gradient", {"estimator": "gradient"}),
+        ("adaptive", {"estimator": "adaptive", "budget": 1.5}),
+    ):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(
+            yaml.safe_dump({**fixed, "sparsities": [0.2], "tasks": ["gsm8k_nll:3"], "attribution": spec})
+        )
+        (job,) = [
+            j for j in plan(read_recipe(path), tmp_path / name, data_dir=data).jobs if j.name == "attribution"
+        ]
+        tokens[name] = job.tokens
+    whole = tokens["exact"] / 6  # 8 heads, of which each pass sees three quarters of the model
+    assert tokens["gradient"] == pytest.approx(5 * whole, rel=0.01)
+    assert tokens["adaptive"] == pytest.approx(8 / 1.5 * whole, rel=0.01)

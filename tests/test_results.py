@@ -177,3 +177,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         write_json(path, {"a": 2})
     assert read_json(path)["a"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_resampled_values_are_those_of_drawing_examples_one_by_one() -> None:
+    from causalprune.results import resampled
+
+    own = result([0.5, 1.5, 4.0], metric="perplexity")
+    picks = np.random.default_rng(3).integers(0, 3, size=(50, 3))
+    expected = np.exp(np.array(own.values)[picks].sum(1) / np.array(own.weights)[picks].sum(1))
+    assert resampled(own, resamples=50, seed=3) == pytest.approx(expected)

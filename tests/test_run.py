@@ -58,6 +58,31 @@ def test_run_measures_dense_and_every_method(model_folder: Path, data: Path, tmp
     assert read_manifest(checkpoint)["run"]["calibration"]["sources"] == {"gsm8k": 6}
 
 
+def test_a_run_records_what_a_report_shows(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    wanted = recipe(model_folder, methods=("cap", "wanda+graded"), tasks=("gsm8k_nll:4", "strategyqa"))
+    record = running.run(wanted, tmp_path / "run", data_dir=data, command="as typed")
+    dense, cap, graded = record["rows"]
+    assert (record["command"], record["cells"]) == ("as typed", [row["label"] for row in record["rows"]])
+    assert record["attribution"]["seconds"] > 0
+    pruned = cap["pruned"]
+    assert sum(row[3] for row in pruned["matrices"]) == pruned["zeros"]
+    assert [len(layer) for layer in pruned["heads"]] == [4, 4]
+    q_and_o = [row for row in pruned["matrices"] if row[1] in ("q", "o")]
+    mean = sum(map(sum, pruned["heads"])) / 8
+    assert mean == pytest.approx(sum(row[3] for row in q_and_o) / sum(row[2] for row in q_and_o))
+    assert len(graded["pruned"]["dose_response"]["nats"]) == 4
+    assert graded["pruned"]["tokens_forwarded"] > pruned["tokens_forwarded"] == 0
+    for row in (dense, cap):
+        for result in row["results"]:
+            assert result["description"]["tokens_forwarded"] > 0
+            assert result["description"]["peak_bytes"]["process"] > 2**20
+            assert bool(result["prompts"]) == bool(result["golds"]) == (row is dense)
+    assert dense["results"][0]["prompts"][0].startswith("Ann has 10")
+    assert set(dense["results"][1]["texts"]) <= {"yes", "no"}
+    again = running.run(wanted, tmp_path / "run", data_dir=data)
+    assert again["attribution"] == record["attribution"]
+
+
 def test_stopped_run_goes_on_with_the_same_results(
     model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,16 +30,14 @@ def byte_tokenizer(*, chat: bool = False, bos: bool = False) -> PreTrainedTokeni
     return tokenizer
 
 
-def tiny_decoder(
-    *, chat: bool = False, bos: bool = False, positions: int = 1024, layers: int = 2, heads: int = 4
-) -> Decoder:
-    """Return a random Llama on bytes, by default of two layers."""
+def tiny_decoder(*, chat: bool = False, bos: bool = False, positions: int = 1024) -> Decoder:
+    """Return a random two-layer Llama on bytes."""
     config = LlamaConfig(
         vocab_size=258,
-        hidden_size=8 * heads,
-        intermediate_size=12 * heads,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=positions,
         bos_token_id=0,

@@ -15,14 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from causalprune.measuring import Workbench
-from causalprune.questions import Estimator, Question
+from causalprune.questions import DEFAULT_BUDGET, Estimator, Question
 from causalprune.sampling import Allocation, next_cells, settled
 from causalprune.types import Calibration, Decoder, Effects, Progress, Unit, silent
 
 Job: TypeAlias = tuple[int, int]  # a batch and a layer
 ROUNDS = 4
 """Times that `adaptive` looks at what it has learnt and decides anew where to measure, in a budget."""
-DEFAULT_BUDGET = 20.0
 CERTAIN = 0.95
 """Share of the top fifth that has to be right, in expectation, for the ranking to be settled."""
 

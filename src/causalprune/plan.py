@@ -18,6 +18,7 @@ from causalprune.embedded import resolve
 from causalprune.errors import DataError, OptionError
 from causalprune.evaluation import check_tasks, output_type, source_of
 from causalprune.model import read_shape
+from causalprune.questions import DEFAULT_BUDGET
 from causalprune.recipe import ModelSpec, Recipe, Shape
 
 CHARACTERS_PER_TOKEN = 3.5
@@ -71,9 +72,7 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
     methods = [method for method in cells.values() if method is not None]
     if any(CRITERIA[m.criterion].needs == "effects" for m in methods):
         passes = shape.layers * shape.heads
-        jobs.append(
-            Job("attribution", passes, int(calibration * passes * (shape.layers + 1) / 2 / shape.layers))
-        )
+        jobs.append(Job("attribution", passes, int(calibration * _attribution_passes(recipe, shape))))
     walks = sum(m.walks for m in methods)
     if walks:
         jobs.append(Job("pruning with input statistics", walks, 2 * calibration * walks))
@@ -91,6 +90,15 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
         disk_bytes=len(methods) * size * 1.07 if recipe.save else 5e6,
         folder=folder,
     )
+
+
+def _attribution_passes(recipe: Recipe, shape: Shape) -> float:
+    """Return how many whole passes over the calibration data the effects of all heads cost."""
+    how, heads = recipe.attribution.method(), shape.layers * shape.heads
+    if how.name == "exact":
+        return heads * (shape.layers + 1) / 2 / shape.layers
+    prediction = float(len(how.gates) * (1 + 2 * (1 + how.draws)))
+    return prediction if how.name == "gradient" else max(prediction, heads / (how.budget or DEFAULT_BUDGET))
 
 
 def _read_shape(spec: ModelSpec) -> Shape:

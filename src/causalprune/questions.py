@@ -9,6 +9,10 @@ from causalprune.types import Effect
 Ablation = Literal["zero", "mean", "resample"]
 
 
+DEFAULT_BUDGET = 20.0
+"""Share of the naive cost, as its inverse, that `adaptive` may spend where no budget is given."""
+
+
 @dataclass(frozen=True)
 class Question:
     """What is measured: which units, by which effect, and what takes the place of what is removed.
