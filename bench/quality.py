@@ -70,7 +70,7 @@ def at(sparsity: float | None, *methods: str) -> tuple[tuple[str, float | None],
 TABLES = {
     "gsm8k": Table(
         (
-            *at(0.5, "causal", "sparsegpt", "wanda", "cap", "magnitude", *ABLATIONS[:2]),
+            *at(0.5, "sparsegpt+distill", "causal", "sparsegpt", "wanda", "cap", "magnitude", "causal+refit"),
             *at(None, *(f"{name}:2:4" for name in BEST)),
             *at(0.2, "causal", "sparsegpt", "wanda", "cap"),
             *at(0.6, *BEST),

@@ -15,7 +15,7 @@ from causalprune.losses import divergence, target_logits, targets
 from causalprune.types import Batch, Decoder
 
 EPOCHS = 4
-LEARNING_RATE = 4e-5
+LEARNING_RATE = 1e-4
 WARM_UP = 0.1
 """Share of the steps in which the rate rises; then it falls along half a cosine to zero."""
 BETAS = (0.9, 0.95)
