@@ -1,13 +1,20 @@
 """Jobs are handed out longest first to whoever is free; what was lost is done again, and nothing twice."""
 
 import heapq
+import sys
 from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import calibration, shared
 
-from causalprune.cluster import hand_out, in_order
+from causalprune.cluster import Cluster, fill, hand_out, in_order
+from causalprune.errors import OptionError
+from causalprune.measuring import Workbench
+from causalprune.types import silent
 
 
 class Clock:
@@ -70,3 +77,29 @@ def test_nobody_waits_while_there_is_work() -> None:
     crew = Clock(2, {"a": 3.0, "b": 1.0, "c": 1.0, "d": 1.0})
     list(hand_out("abcd", crew))
     assert crew.now == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (None, "Ray does not start on this machine .*timed out"),
+        ("auto", "no Ray cluster at 'auto'.*timed out"),
+    ],
+)
+def test_a_cluster_that_does_not_start_is_said(
+    address: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**options: object) -> None:
+        raise Exception("The current node timed out during startup.")  # noqa: TRY002 (as Ray does)
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    work = Workbench(shared("llama2"), calibration())
+    with pytest.raises(OptionError, match=message):
+        fill(work, tmp_path / "ledger", lambda: work, Cluster(1, address), silent)
+
+
+def test_without_ray_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    work = Workbench(shared("llama2"), calibration())
+    with pytest.raises(OptionError, match=r"install causalprune\[ray\]"):
+        fill(work, tmp_path / "ledger", lambda: work, Cluster(1), silent)

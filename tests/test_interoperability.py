@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from reference import logits
+from reference import fresh, logits
 from safetensors.torch import load_file
 from tinydata import tiny_decoder, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -51,6 +51,20 @@ def test_files_are_what_any_reader_of_safetensors_expects(pruned: Path) -> None:
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert not [key for key in config if "spars" in key or "prun" in key or "quant" in key]
     assert (pruned / KEEP).name not in str(config)
+
+
+def test_older_readers_find_rotary_embeddings_where_they_look(tmp_path: Path) -> None:
+    for family in ("llama2", "llama3"):
+        decoder = fresh(family)
+        save(decoder, tmp_path / family, manifest={})
+        config = json.loads((tmp_path / family / "config.json").read_text())
+        own = decoder.model.config.rope_parameters
+        assert config["rope_theta"] == own["rope_theta"] == config["rope_parameters"]["rope_theta"]
+        scaling = {key: value for key, value in own.items() if key != "rope_theta"}
+        assert config.get("rope_scaling") == (scaling if family == "llama3" else None)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / family)
+        assert again.config.rope_parameters == own
+        assert torch.equal(logits(again, range(40)), logits(decoder.model, range(40)))
 
 
 def test_the_evaluation_harness_takes_it_on_its_own_command_line(pruned: Path, tmp_path: Path) -> None:

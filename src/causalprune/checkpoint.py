@@ -292,10 +292,24 @@ def _write_model(decoder: Decoder, folder: Path) -> None:
             model.generation_config = generation
         if bars:
             logging.enable_progress_bar()
+    _for_older_readers(folder / "config.json")
     if generation is not None:
         generation.to_json_file(folder / "generation_config.json", use_diff=True)
     if decoder.tokenizer is not None:
         decoder.tokenizer.save_pretrained(folder)
+
+
+def _for_older_readers(config: Path) -> None:
+    """Say of rotary embeddings what transformers 4 looks for elsewhere: it would take defaults, and not say so."""
+    record = json.loads(config.read_text(encoding="utf-8"))
+    own = record.get("rope_parameters")
+    if not isinstance(own, dict) or "rope_theta" not in own:
+        return  # there are none, or some for every kind of layer
+    apart = {key: own[key] for key in ("rope_theta", "partial_rotary_factor") if key in own}
+    scaling = {key: value for key, value in own.items() if key not in apart}
+    scaled = scaling.get("rope_type", "default") != "default"
+    record = {**apart, **({"rope_scaling": scaling} if scaled else {}), **record}
+    config.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _check_keep(keep: Keep, decoder: Decoder) -> None:

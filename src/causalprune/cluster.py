@@ -131,8 +131,11 @@ def _ray(cluster: Cluster) -> Any:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (OSError, RuntimeError, ValueError) as cause:
-        raise OptionError(f"no Ray cluster at {cluster.address!r}: {cause}") from cause
+    except Exception as cause:  # Ray itself raises plain ones, for a slow start for example
+        what = f"no Ray cluster at {cluster.address!r}"
+        if cluster.address is None:
+            what = "Ray does not start on this machine (is it busy? try again, or --executor serial)"
+        raise OptionError(f"{what}: {cause}") from cause
     return ray
 
 
