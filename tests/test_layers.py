@@ -55,7 +55,7 @@ LAYERS: dict[str, set[str]] = {
     "stability": {"attribution", "measuring", "questions", "uncertainty"},
     "distillation": {"ablation", "losses"},
     "grading": {"ablation", "losses"},
-    "methods": {"criteria", "obs"},
+    "methods": {"calibration", "criteria", "distillation", "grading", "obs"},
     "pruning": {
         "ablation",
         "allocation",

@@ -1,6 +1,7 @@
 import pytest
 
 from causalprune.criteria import CRITERIA, SCOPES
+from causalprune.distillation import EPOCHS
 from causalprune.errors import OptionError
 from causalprune.methods import Method
 
@@ -69,3 +70,13 @@ def test_updates_are_the_criterions_own_unless_they_are_given() -> None:
 )
 def test_walks_through_the_layers(criterion: str, scope: str | None, update: str | None, walks: int) -> None:
     assert Method(criterion, 0.5, scope, update=update).walks == walks
+
+
+def test_passes_count_walks_trials_and_training() -> None:
+    assert Method("magnitude", 0.5).passes(30, 48) == 0
+    assert Method("wanda", 0.5).passes(30, 48) == 2
+    assert Method("wanda", 0.5, "global", update="refit").passes(30, 48) == 4
+    assert Method("sparsegpt", 0.5, update="distill").passes(30, 48) == 2 + 3 * EPOCHS
+    trials = 3 * 2 * 31 / 2 * 8 / 48
+    assert Method("causal", 0.5, update="refit").passes(30, 48) == pytest.approx(4 + trials)
+    assert Method("causal", 0.5, update="refit").passes(30, 4) == pytest.approx(4 + trials * 6)

@@ -3,8 +3,11 @@
 import re
 from dataclasses import dataclass
 
+from causalprune.calibration import FEW
 from causalprune.criteria import BUDGETS, CRITERIA, SCOPES, UPDATES, Budgets, Update
+from causalprune.distillation import EPOCHS
 from causalprune.errors import OptionError, unknown
+from causalprune.grading import DOSES
 from causalprune.obs import BLOCK
 
 N_OF_M = re.compile(r"([1-9]\d*):([1-9]\d*)")
@@ -94,3 +97,13 @@ class Method:
         if self.resolved_scope == "global":
             return looks + updates
         return graded + int(looks or updates)
+
+    def passes(self, layers: int, examples: int) -> float:
+        """Return how many passes of all calibration tokens through the model pruning costs, a backward pass as two.
+
+        Two for every walk; trials of graded budgets take few examples, and enter at their layer; training
+        takes three an epoch.
+        """
+        graded = self.resolved_budgets == "graded"
+        trials = len(DOSES) * 2 * (layers + 1) / 2 * min(FEW / examples, 1.0) if graded else 0.0
+        return 2 * self.walks + trials + (3 * EPOCHS if self.resolved_update == "distill" else 0)

@@ -71,11 +71,11 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
     cells = recipe.cells()
     methods = [method for method in cells.values() if method is not None]
     if any(CRITERIA[m.criterion].needs == "effects" for m in methods):
-        passes = shape.layers * shape.heads
-        jobs.append(Job("attribution", passes, int(calibration * _attribution_passes(recipe, shape))))
-    walks = sum(m.walks for m in methods)
-    if walks:
-        jobs.append(Job("pruning with input statistics", walks, 2 * calibration * walks))
+        units = shape.layers * shape.heads
+        jobs.append(Job("attribution", units, int(calibration * _attribution_passes(recipe, shape))))
+    passes = [m.passes(shape.layers, recipe.calibration.n) for m in methods if m.needs_calibration]
+    if passes:
+        jobs.append(Job("pruning on calibration data", len(passes), int(calibration * sum(passes))))
     for task in recipe.tasks:
         tokens = len(cells) * _task_tokens(task, data_dir)
         jobs.append(Job(task, len(cells), tokens))

@@ -337,7 +337,8 @@ class _Bench:
             record = manifest(pruned, self.calibration, own)
             save(decoder, checkpoint, manifest=record, keep=pruned.keep, effects=own)
         if f"{name}/pruned" not in self.book.rows:
-            walked = 2 * method.walks * self.calibration.description["tokens"]
+            passes = method.passes(len(decoder.layers), len(self.calibration.examples))
+            walked = round(passes * self.calibration.description["tokens"]) if method.needs_calibration else 0
             cost = {"seconds": time.perf_counter() - start, "tokens_forwarded": walked}
             found = {**manifest(pruned, None, None), **achieved(decoder, pruned.keep), **cost}
             self.book.append(f"{name}/pruned", {**found, "peak_bytes": peak_bytes()})
