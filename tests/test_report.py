@@ -132,7 +132,7 @@ def test_no_text_becomes_markup(case: str, folder: Path, tmp_path: Path) -> None
         ("nothing", "No examples were measured"),
         ("single", "no interval"),
         ("subset", "one subset"),
-        ("unfinished", "1 of 7 models are measured"),
+        ("unfinished", "1 of 7 models are measured on all tasks"),
     ],
 )
 def test_what_is_missing_or_broken_is_said(case: str, said: str, tmp_path: Path) -> None:

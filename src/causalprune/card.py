@@ -13,42 +13,13 @@ from typing import Any
 import huggingface_hub as hub
 import yaml
 
-from causalprune.errors import CheckpointError
 from causalprune.results import Row, headline, interval, paired_difference, write_text
 from causalprune.types import EvalResult
 
 CARD = "README.md"
 CARRIED = ("license", "license_name", "license_link", "language")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-
-TEMPLATE = """# {title}
-
-{what}
-
-## Before you use it
-{warning}
-
-## Use
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{title}")
-tokenizer = AutoTokenizer.from_pretrained("{title}")
-```
-
-## How it was made
-{made}
-{results}
-## Licence
-{licence}
-"""
-
-ZEROS = """Zeros alone make this model **neither smaller nor faster**: its files are dense, and today's runtimes multiply
-zeros like any other number. What does make a model smaller and faster is to remove parts for good (`causalprune shrink`);
-a pattern such as 2:4 pays where the hardware and the runtime support it. After fine-tuning or merging adapters, zeros are
-lost unless something keeps them (`keep_sparsity`, `causalprune reapply`); `causalprune verify` recounts them."""
-SMALLER = """Parts were removed for good: this model is smaller, and every runtime that loads the base model's
-architecture loads it. It was fitted to the calibration data named below; measure it on your own task."""
+HERE = Path(__file__).parent
 
 
 def write_card(
@@ -56,11 +27,7 @@ def write_card(
 ) -> None:
     """Write the card of a checkpoint from its manifest; `rows` are the dense model's results and its own."""
     name = title or folder.name
-    text = card_text(name, record, source_metadata(record["base"]), rows)
-    try:
-        write_text(folder / CARD, text)
-    except CheckpointError as error:
-        raise CheckpointError(f"the model card could not be written: {error}") from error
+    write_text(folder / CARD, card_text(name, record, source_metadata(record["base"]), rows))
 
 
 def card_text(
@@ -86,10 +53,10 @@ def card_text(
         if source.get("license")
         else "The base model's card was not found or names no licence: look it up before you pass this model on."
     )
-    body = TEMPLATE.format(
+    body = _words("card").format(
         title=title,
         what=_what(base, record),
-        warning=SMALLER if "shrink" in run else ZEROS,
+        warning=_words("card_smaller" if "shrink" in run else "card_zeros").strip(),
         made=_made(record),
         results=_results(rows),
         licence=licence,
@@ -118,6 +85,10 @@ def source_metadata(base: Mapping[str, Any]) -> dict[str, Any]:
     origin = found.get("base_model") if derived else None if local else name
     known = isinstance(origin, str) and HUB_NAME.fullmatch(origin)
     return {**{key: found.get(key) for key in CARRIED}, "base_model": origin if known else None}
+
+
+def _words(name: str) -> str:
+    return (HERE / f"{name}.md").read_text(encoding="utf-8")
 
 
 def _what(base: str, record: Mapping[str, Any]) -> str:

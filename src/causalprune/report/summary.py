@@ -218,15 +218,14 @@ def _missing(
     """Return a sentence for everything that a reader might look for in vain."""
     said = []
     recipe = run.record.get("recipe") or {}
-    wanted = run.record.get("cells") or []
+    wanted = run.record.get("cells") or [m["label"] for m in models]
     done = [m["label"] for m in models if len(m["cells"]) >= len(tasks) > 0]
-    if wanted and (left := [label for label in wanted if label not in done]):
+    if left := [label for label in wanted if label not in done]:
+        counts = f"{len(wanted) - len(left)} of {len(wanted)} models are measured on all tasks"
+        said.append(f"The run is not finished: {counts}, {', '.join(left)} not yet.")
+    if not recipe:
         said.append(
-            f"The run is not finished: {len(done)} of {len(wanted)} models are measured, {', '.join(left)} not yet."
-        )
-    elif not recipe:
-        said.append(
-            "There is no results.json yet: what is shown comes from the ledgers, and recipe and versions are not known."
+            "There is no results.json: values come from ledgers, and recipe and versions are not known."
         )
     if not models:
         said.append(
