@@ -221,6 +221,8 @@ def files(folder: Path) -> dict[str, Any]:
                 found[path.name] = {
                     k: v for k, v in json.loads(found[path.name]).items() if k not in TIMELESS
                 }
+            if path.name == "README.md":  # a card's title is the name of its folder
+                found[path.name] = found[path.name].replace(folder.name.encode(), b"NAME")
     return found
 
 
@@ -265,9 +267,13 @@ def faults(place: Place) -> dict[str, dict[str, Any]]:
     for stage in STAGES:
         place.undisturbed(stage)
         output = place.folder / f"{stage}-stopped"
-        child = place.start(stage, output)
-        child.wait(place.seconds[stage] / 2)
-        found[f"{stage} interrupted"] = _outcome(place, stage, child.end(signal.SIGINT), output)
+        for share in (0.5, 0.2, 0.05, 0.0):  # earlier where the run was faster than the calm one
+            child = place.start(stage, output)
+            ended, _ = child.wait(place.seconds[stage] * share)
+            if code := child.end(None if ended else signal.SIGINT):
+                break
+            shutil.rmtree(output)
+        found[f"{stage} interrupted"] = _outcome(place, stage, code, output)
         for name, first, where in (
             ("without room", limited, place.folder / f"{stage}-full"),
             ("without permission", unprivileged, forbidden / "deep" / stage),

@@ -10,7 +10,7 @@ from causalprune.checkpoint import count_zeros
 from causalprune.errors import OptionError
 from causalprune.grading import dose_response, groups_of
 from causalprune.methods import Method
-from causalprune.pruning import _Work, manifest, prune
+from causalprune.pruning import Work, manifest, prune
 from causalprune.recipe import label, parse_method
 from causalprune.types import Calibration, Decoder, Example, silent
 
@@ -58,7 +58,7 @@ def test_a_dose_is_measured_as_a_pruned_model_is(name: str) -> None:
 
 def test_trials_side_by_side_are_those_one_by_one() -> None:
     decoder = decoder_of("llama3")
-    work = _Work(decoder, parse_method("causal", 0.5), {}, silent)
+    work = Work(decoder, parse_method("causal", 0.5), {}, silent)
     work.groups = batches(problems().examples, max_batch_tokens=40)
     p = decoder.layers[0].projections[-1]
     next(iter(work.walk(advance_pruned=False, moments=True)))
