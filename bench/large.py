@@ -4,7 +4,7 @@
     python bench/large.py eight       # an 8-billion-parameter checkpoint, written, copied, pruned, deleted (40 GB)
     python bench/large.py equal       # streaming against pruning in memory, three families, three dtypes
     python bench/large.py layers      # wanda on a 1.2-billion-parameter checkpoint, streaming and in memory (8 GB)
-    python bench/large.py ray         # Ray on this machine: equal bits, speed (bench/cluster.py; needs a quiet machine)
+    python bench/large.py ray         # Ray on this machine: equal bits, speed (bench/cluster.py; causalprune[ray], a quiet machine)
     python bench/large.py schedule    # 64 simulated workers (bench/cluster.py)
     python bench/large.py finetune    # zeros of SmolLM2 in training, and after merging an adapter (bench/tuning.py)
     python bench/large.py interop     # a pruned SmolLM2 in llama.cpp and onnxruntime (bench/consumers.py; 3 GB)

@@ -5,20 +5,25 @@
 
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from families import FAMILIES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from causalprune.checkpoint import read_manifest
 from causalprune.data import load_problems
 from causalprune.errors import CausalPruneError
+from causalprune.methods import Method
 from causalprune.recipe import Recipe, read_recipe
 from causalprune.shards import INDEX, open_checkpoint
+from causalprune.streaming import prune_stream
 
 CASES = int(os.environ.get("CAUSALPRUNE_FUZZ", "100"))
 fuzzed = settings(
@@ -172,3 +177,37 @@ def test_indices(index: object, valid: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(valid)
     (tmp_path / INDEX).write_text(json.dumps(index), encoding="utf-8")
     read_or_refused(opened, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("model")
+    FAMILIES["llama2"]().save_pretrained(folder, max_shard_size="40KB")
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@fuzzed
+@given(which=st.integers(0, 9), changes=edits, cut=st.sampled_from([0, 0, 1, 50]))
+def test_damaged_models_are_pruned_whole_or_not_at_all(
+    which: int, changes: list[tuple[int, bytes]], cut: int, model: dict[str, bytes], tmp_path: Path
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.rmtree(out, ignore_errors=True)
+    source.mkdir()
+    for name, content in model.items():
+        (source / name).write_bytes(content)
+    name = sorted(n for n in model if "safetensors" in n)[which % sum("safetensors" in n for n in model)]
+    data = bytearray(model[name])
+    for at, new in changes:
+        data[at * 11 : at * 11 + len(new)] = new  # headers and weights
+    (source / name).write_bytes(bytes(data[: len(data) - cut]))
+    try:
+        done = prune_stream(source, out, Method("magnitude", 0.5, "global"))
+    except CausalPruneError:
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    else:
+        sparsity = read_manifest(out)["sparsity"]
+        assert sparsity["zeros"] == done.zeros >= sparsity["weights"] // 2
+        assert len(open_checkpoint(out)[1]) == len(open_checkpoint(source)[1])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
