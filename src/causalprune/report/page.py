@@ -43,10 +43,10 @@ def page(told: Mapping[str, Any]) -> str:
             stability_words=STABILITY,
             version=told["causalprune"],
             policy=_policy(plotly, script),
-            style=Markup((HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704 # nosec B704 (our own file)
-            plotly=Markup(plotly),  # noqa: S704 # nosec B704 (the installed library)
-            script=Markup(script),  # noqa: S704 # nosec B704 (our own file)
-            data=Markup(embedded(told)),  # noqa: S704 # nosec B704 (has no bracket in it)
+            style=Markup((HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704 (our own file)
+            plotly=Markup(plotly),  # noqa: S704 (the installed library)
+            script=Markup(script),  # noqa: S704 (our own file)
+            data=Markup(embedded(told)),  # noqa: S704 (has no bracket in it)
         )
     )
 
