@@ -88,6 +88,7 @@ class Child:
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             os.dup2(out, 1)
             os.dup2(out, 2)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell puts aside
             _announce(begins, began)
             code = 99
             try:
