@@ -88,4 +88,7 @@ def test_the_commands_of_the_guides_run_in_order(
             assert run("evaluate", "MODEL", *tasks, "-o", "dense.json", "--data-dir", place)[0] == 0
         takes_data = words[0] in ("attribute", "stability", "prune", "shrink", "evaluate", "run")
         code, _, err = run(*words, *(("--data-dir", place) if takes_data else ()))
-        assert code == 0, f"causalprune {shlex.join(words)}: {err}"
+        lost = (
+            words[0] == "verify" and "--against" in words
+        )  # what was tuned here has no zeros, and it says so
+        assert code == int(lost), f"causalprune {shlex.join(words)}: {err}"
