@@ -135,6 +135,7 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.folder, self.model, self.problems = folder, folder / "model", folder / "problems.jsonl"
         self.log = folder / "log.txt"
+        self.log.touch()
         config = LlamaConfig(
             vocab_size=258,
             hidden_size=96,
@@ -184,8 +185,10 @@ class Place:
         calm, output = self.undisturbed(stage), self.folder / f"{stage}-killed"
         child = self.start(stage, output)
         after = dice.random() * self.seconds[stage]
-        ended, _ = child.wait(after)
+        ended, seconds = child.wait(after)
         child.end(None if ended else signal.SIGKILL)
+        if ended:  # the machine is less busy than it was
+            self.seconds[stage] = min(seconds, self.seconds[stage])
         there, lost, rows = files(output), [], 0
         complete = there == calm
         if (
@@ -264,10 +267,14 @@ def faults(place: Place) -> dict[str, dict[str, Any]]:
         path.chmod(0o666)
     for stage in STAGES:
         place.undisturbed(stage)
-        output = place.folder / f"{stage}-stopped"
-        child = place.start(stage, output)
-        child.wait(place.seconds[stage] / 2)
-        found[f"{stage} interrupted"] = _outcome(place, stage, child.end(signal.SIGINT), output)
+        output, code, wait = place.folder / f"{stage}-stopped", 0, place.seconds[stage]
+        while code == 0:  # it came too late
+            shutil.rmtree(output, ignore_errors=True)
+            wait /= 2
+            child = place.start(stage, output)
+            ended, _ = child.wait(wait)
+            code = child.end(None if ended else signal.SIGINT)
+        found[f"{stage} interrupted"] = _outcome(place, stage, code, output)
         for name, first, where in (
             ("without room", limited, place.folder / f"{stage}-full"),
             ("without permission", unprivileged, forbidden / "deep" / stage),
