@@ -70,11 +70,11 @@ def at(sparsity: float | None, *methods: str) -> tuple[tuple[str, float | None],
 TABLES = {
     "gsm8k": Table(
         (
-            *at(0.5, "sparsegpt+distill", "causal", "sparsegpt", "wanda", "cap", "magnitude", "causal+refit"),
+            *at(0.5, *BEST, "cap", "magnitude"),
             *at(None, *(f"{name}:2:4" for name in BEST)),
-            *at(0.2, "causal", "sparsegpt", "wanda", "cap"),
+            *at(0.2, *BEST, "cap"),
             *at(0.6, *BEST),
-            *at(0.5, *ABLATIONS[2:]),
+            *at(0.5, *ABLATIONS),
         )
     ),
     "mix": Table(at(0.5, *BEST), CalibrationSpec(MIX, n=64)),

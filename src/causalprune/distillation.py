@@ -14,7 +14,7 @@ from causalprune.errors import OptionError
 from causalprune.losses import divergence, target_logits, targets
 from causalprune.types import Batch, Decoder
 
-EPOCHS = 4
+EPOCHS = 6
 LEARNING_RATE = 1e-4
 WARM_UP = 0.1
 """Share of the steps in which the rate rises; then it falls along half a cosine to zero."""
