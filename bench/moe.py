@@ -4,7 +4,7 @@
 
 The model has the architecture of Qwen3-MoE: 4 layers, 16 experts, 2 of them for a token. Five kinds of problems with worked
 solutions, on bytes. Pruned to 50 % by every method on the same 128 problems; a quarter and a half of the experts removed by their
-effect, by REAP's criterion (`activation`), by magnitude and at random, without an update and with one.
+effect, by REAP's criterion (`activation`), by magnitude and at random; nothing makes up for an expert that is gone.
 """
 
 import json
@@ -124,7 +124,7 @@ def train(folder: Path, test: Path) -> None:
             schedule.step()
             optimizer.zero_grad()
             progress(step + 1, STEPS)
-    print(f"loss {float(loss):.4f}")
+    print(f"loss {loss.item():.4f}")
     model.config.output_router_logits = False
     model.eval().save_pretrained(folder)
     words.save_pretrained(folder)
@@ -149,11 +149,9 @@ def pruned(model: Path, calibration: Calibration, method: str) -> Decoder:
     return decoder
 
 
-def shrunk(model: Path, calibration: Calibration, share: float, by: str, update: str) -> Decoder:
+def shrunk(model: Path, calibration: Calibration, share: float, by: str) -> Decoder:
     """Return the model with a share of its experts removed."""
-    return shrink(
-        load(str(model)), Shares(experts=share), calibration, by=by, update=update, stage=quiet
-    ).decoder
+    return shrink(load(str(model)), Shares(experts=share), calibration, by=by, stage=quiet).decoder
 
 
 def figures(rows: dict[str, EvalResult]) -> dict[str, float]:
@@ -182,11 +180,8 @@ def main() -> None:
     cells: dict[str, Callable[[], Decoder]] = {"dense": lambda: load(str(model))}
     cells |= {f"prune {m}": lambda m=m: pruned(model, calibration, m) for m in METHODS}
     cells |= {
-        f"shrink {by} {share:g} {update}": lambda share=share, by=by, update=update: shrunk(
-            model, calibration, share, by, update
-        )
+        f"shrink {by} {share:g}": lambda share=share, by=by: shrunk(model, calibration, share, by)
         for share in SHARES
-        for update in ("none", "refit")
         for by in CHOICES
     }
     for label, make in cells.items():

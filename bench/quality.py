@@ -162,6 +162,9 @@ def figures(done: dict[str, Any]) -> dict[str, float | None]:
         found["oracle_sparsegpt_agreement"] = own["equal"] / own["weights"]
         found["sparsegpt_seconds_over_llmcompressor"] = ours["seconds"] / theirs["seconds"]
         found["sparsegpt_rss_over_llmcompressor"] = ours["peak_rss_bytes"] / theirs["peak_rss_bytes"]
+    if (path := RESULTS / "speed.json").exists():  # by bench/speed.py, the worse of prefill and decoding
+        name = "shrink_speedup_over_share_20"
+        found[name] = read_json(path)["figures"].get(name.replace("20", "smollm2_20"))
     return found
 
 

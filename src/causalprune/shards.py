@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,12 +60,11 @@ class Entry:
 
     def read(self) -> Tensor:
         """Return the tensor, read from the file."""
-        data = torch.empty(self.stop - self.start, dtype=torch.uint8)
-        room: Any = data.numpy()
+        room: Any = np.empty(self.stop - self.start, np.uint8)  # in large pages, unlike torch's: a third of the time
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
             _fill(file, memoryview(room), self)
-        return data.view(self.dtype).view(self.shape)
+        return torch.from_numpy(room).view(self.dtype).view(self.shape)
 
     def chunks(self) -> Iterator[tuple[int, memoryview]]:
         """Yield pieces of the tensor's bytes with their places in the file; each is overwritten by the next."""

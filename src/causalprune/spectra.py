@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -65,7 +66,7 @@ class Spectra:
         for p in pool:
             weight = p.read()
             first, cut = self._cuts(p, weight.dtype, threshold)
-            keep = torch.empty(weight.shape, dtype=torch.bool)
+            keep = torch.from_numpy(np.empty(weight.shape, bool))  # large pages
             rows = max(BLOCK_WEIGHTS // weight.shape[1], 1)
             blocks = [slice(at, at + rows) for at in range(0, len(weight), rows)]
             for block in blocks:

@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -55,7 +56,17 @@ def quiet(name: str) -> Iterator[Progress]:
     yield silent
 
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _rows(weight: Tensor) -> int:
+    """Return how many rows of a matrix to look at together, so that they stay in the processor's cache."""
+    return max(2**21 // weight.shape[1], 1)
+
+
+def _blocks(weight: Tensor) -> tuple[Tensor, ...]:
+    """Return the bits of a matrix as integers, some rows at a time."""
+    return weight.view(_INTEGERS[weight.element_size()]).split(_rows(weight))
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +108,15 @@ class Projection:
         By multiplying the bits with 0 or 1, some rows at a time: ten times faster than a masked assignment.
         """
         weight = self.read()
-        bits = weight.view(_INTEGERS[weight.element_size()])
-        rows = max(2**21 // weight.shape[1], 1)
-        for at in range(0, len(bits), rows):
-            bits[at : at + rows].mul_(keep[at : at + rows])
+        for bits, kept in zip(_blocks(weight), keep.split(_rows(weight)), strict=True):
+            bits.mul_(kept)
         if isinstance(self.rows, Tensor):  # what was read is a copy
             self.write(weight)
+
+    def zeros(self) -> int:
+        """Count the weights that are zero, of either sign: by their bits, several times faster than by value."""
+        blocks = (bits & torch.iinfo(bits.dtype).max for bits in _blocks(self.read()))
+        return self.size - sum(int(np.count_nonzero(block.cpu().numpy())) for block in blocks)
 
     @property
     def shape(self) -> tuple[int, int]:
