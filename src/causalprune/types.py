@@ -66,7 +66,8 @@ def _rows(weight: Tensor) -> int:
 
 def _blocks(weight: Tensor) -> tuple[Tensor, ...]:
     """Return the bits of a matrix as integers, some rows at a time."""
-    return weight.view(_INTEGERS[weight.element_size()]).split(_rows(weight))
+    blocks: tuple[Tensor, ...] = weight.view(_INTEGERS[weight.element_size()]).split(_rows(weight))
+    return blocks
 
 
 @dataclass(frozen=True, eq=False)

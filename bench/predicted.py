@@ -1,0 +1,100 @@
+"""A step of bench/quality.py: the rise that gradients predict for a pruned group of matrices, against the measured one.
+
+The divergence of a model whose weights W become W + ΔW is to second order `½ E[⟨∂ ln p(ŷ)/∂W, ΔW⟩²]`, with labels ŷ drawn
+from the model's own predictions (the Fisher information as a quadratic form, without any diagonal approximation).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from common import data_folder
+from torch import Tensor
+
+from causalprune.calibration import batches, calibrate, few
+from causalprune.embedded import load
+from causalprune.grading import DoseResponse, dose_response, doses
+from causalprune.losses import target_logits, targets
+from causalprune.methods import Method
+from causalprune.progress import shown
+from causalprune.pruning import Work
+from causalprune.types import Decoder, Example, Projection, silent
+from causalprune.uncertainty import spearman
+
+EXAMPLES, SPARSITY, DRAWS = 48, 0.5, 16
+
+
+def predicted() -> dict[str, Any]:
+    """Prune every layer's attention and MLP alone to three sparsities: divergence measured, and predicted by gradients."""
+    decoder = load("embedded")
+    calibration = calibrate(decoder.tokenizer, ["gsm8k"], n=EXAMPLES, data_dir=data_folder())
+    work = Work(decoder, Method("sparsegpt", SPARSITY), {}, silent)
+    work.look_at(calibration, 2048)
+    changes: dict[str, list[Tensor]] = {}
+
+    def tried(p: Projection, sparsities: Sequence[float]) -> Sequence[Tensor]:
+        after = work._tried(p, sparsities)  # noqa: SLF001 (what graded budgets would try)
+        changes[p.name] = [weight - p.read() for weight in after]
+        return after
+
+    wanted = doses(SPARSITY)
+    layers = work.walk(advance_pruned=False, moments=True)
+    with shown("measured") as progress:
+        number, n = 0, len(decoder.layers)
+
+        def counted() -> Any:
+            nonlocal number
+            for layer in layers:
+                yield layer
+                number += 1
+                progress(number, n)
+
+        measured = dose_response(decoder, counted(), work.few, wanted, tried)
+    nats = _predicted(decoder, few(calibration.examples), measured, changes)
+    return {
+        "groups": measured.members,
+        "sparsities": wanted,
+        "draws": DRAWS,
+        "measured_nats": measured.nats.tolist(),
+        "predicted_nats": nats.tolist(),
+    }
+
+
+def _predicted(
+    decoder: Decoder, examples: Sequence[Example], response: DoseResponse, changes: Mapping[str, list[Tensor]]
+) -> Tensor:
+    """Return nats per target token by group and sparsity, from `DRAWS` backward passes for every example."""
+    weights = {p.name: p.parameter for p in decoder.projections}  # none is fused in this model
+    total, count = torch.zeros_like(response.nats), 0
+    generator = torch.Generator().manual_seed(0)
+    for parameter in weights.values():
+        parameter.requires_grad_()
+    with shown("predicted") as progress:
+        for done, batch in enumerate(batches(examples, max_batch_tokens=1)):
+            own = targets(batch)
+            count += len(own.tokens)
+            with torch.enable_grad():
+                chances = target_logits(decoder, batch, own).log_softmax(-1)
+            for draw in range(DRAWS):
+                labels = torch.multinomial(chances.detach().exp(), 1, generator=generator)
+                loss = chances.gather(1, labels).sum()
+                slopes = torch.autograd.grad(loss, list(weights.values()), retain_graph=draw + 1 < DRAWS)
+                by_name = dict(zip(weights, slopes, strict=True))
+                for row, members in enumerate(response.members):
+                    for dose in range(total.shape[1]):
+                        rise = sum(float((by_name[name] * changes[name][dose]).sum()) for name in members)
+                        total[row, dose] += rise**2 / (2 * DRAWS)
+            progress(done + 1, len(examples))
+    for parameter in weights.values():
+        parameter.requires_grad_(False)
+    return total / count
+
+
+def figures(done: dict[str, Any]) -> dict[str, float]:
+    """Return rank correlations over all trials, and over the groups at the middle sparsity."""
+    own, other = (torch.tensor(done[key]) for key in ("predicted_nats", "measured_nats"))
+    return {
+        "predicted_rank_correlation": spearman(own.flatten(), other.flatten()),
+        "predicted_rank_correlation_50": spearman(own[:, 1], other[:, 1]),
+        "predicted_over_measured_50": float((own[:, 1] / other[:, 1]).median()),
+    }
