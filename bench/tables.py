@@ -20,6 +20,10 @@ from causalprune.tables import stability as stability_tables
 from causalprune.types import EvalResult
 
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+HALF = (
+    "dense",
+    *(f"{name}-0.5" for name in ("causal-matrix", "sparsegpt-matrix", "wanda-row", "cap-global")),
+)
 LEFT_OUT = ("arc_challenge", "accuracy")
 """Options differ in length, so ARC-Challenge is usually reported by `acc_norm`."""
 CHOICES = ("effect", "activation", "magnitude", "random")
@@ -28,11 +32,12 @@ SHOWN, BUDGETS = (4, 8, 16, 32, 64), (None, 10.0, 20.0, 50.0)
 PAGES = ("README.md", "docs/*.md")
 
 
-def _rows(name: str, step: str) -> str:
-    """Return dense and every row of a step, with paired intervals."""
+def _rows(name: str, step: str, only: tuple[str, ...] = ()) -> str:
+    """Return dense and every row of a step, or some of them, with paired intervals."""
     path = RESULTS / f"{name}.json"
     raw = read_json(path)["raw"] if path.exists() else {}
     rows = rows_of(raw[step]) if step in raw else []
+    rows = [row for row in rows if not only or row[0] in only]
     if not rows:
         return "Not measured yet.\n"
     kept = [(label, [r for r in results if (r.task, r.metric) != LEFT_OUT]) for label, results in rows]
@@ -293,6 +298,7 @@ def _attribution(step: str) -> Any:
 TABLES: dict[str, Callable[[], str]] = {
     "core": partial(_rows, "core", "table"),
     "quality": partial(_rows, "quality", "gsm8k"),
+    "half": partial(_rows, "quality", "gsm8k", HALF),
     "mix": partial(_rows, "quality", "mix"),
     "qwen": partial(_rows, "quality", "qwen"),
     "draws": draws,
