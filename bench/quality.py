@@ -104,20 +104,44 @@ def measured(name: str) -> Iterator[dict[str, Any]]:
 
 
 def oracle() -> dict[str, Any]:
-    """SparseGPT here and in llm-compressor, on the same tokens: keep decisions, seconds and memory in one run."""
+    """SparseGPT here and in llm-compressor, on the same tokens: keep decisions, seconds and memory in one run.
+
+    From end to end, from end to end there with the sequences in reverse order (sums in another order: what rounding
+    does to the decisions), and every matrix alone with the intact model's inputs.
+    """
     decoder = load("embedded")
     calibration = calibrate(decoder.tokenizer, ["gsm8k"], n=ORACLE_PROBLEMS, data_dir=data_folder())
     with tempfile.TemporaryDirectory() as scratch:
-        tokens, theirs, ours = (Path(scratch) / name for name in ("tokens.json", "theirs", "ours"))
-        tokens.write_text(json.dumps([list(e.tokens) for e in calibration.examples]))
-        command = [BENCH / "oracle" / "llmcompressor_masks.py", decoder.name, tokens, theirs]
-        command += ["--method", "sparsegpt", "--sparsity", "0.5"]
-        one = _last_line([oracle_python(), *command])
-        other = _last_line([sys.executable, BENCH / "oracle" / "causalprune_masks.py", tokens, ours])
-        kept, own = load_file(theirs), load_file(ours)
-        equal = sum(int((own[name] == keep).sum()) for name, keep in kept.items())
-        size = sum(keep.numel() for keep in kept.values())
-    return {"equal": equal, "weights": size, "llmcompressor": one, "causalprune": other}
+        folder = Path(scratch)
+        tokens, reverse = folder / "tokens.json", folder / "reverse.json"
+        sequences = [list(e.tokens) for e in calibration.examples]
+        tokens.write_text(json.dumps(sequences))
+        reverse.write_text(json.dumps(sequences[::-1]))
+
+        def theirs(name: str, source: Path, *more: str) -> dict[str, Any]:
+            command = [BENCH / "oracle" / "llmcompressor_masks.py", decoder.name, source, folder / name]
+            return _last_line(
+                [oracle_python(), *command, "--method", "sparsegpt", "--sparsity", "0.5", *more]
+            )
+
+        def ours(name: str, *more: str) -> dict[str, Any]:
+            command = [BENCH / "oracle" / "causalprune_masks.py", decoder.name, tokens, folder / name]
+            return _last_line([sys.executable, *command, *more])
+
+        found = {"llmcompressor": theirs("theirs", tokens), "causalprune": ours("ours")}
+        found |= {"llmcompressor_reversed": theirs("reversed", reverse)}
+        found |= {"llmcompressor_alone": theirs("theirs_alone", tokens, "--alone")}
+        found |= {"causalprune_alone": ours("ours_alone", "--alone")}
+        pairs = {"": ("theirs", "ours"), "_reversed": ("theirs", "reversed")}
+        pairs["_alone"] = "theirs_alone", "ours_alone"
+        agreement = {f"agreement{k}": _equal(*(load_file(folder / n) for n in v)) for k, v in pairs.items()}
+    return {**agreement, **found}
+
+
+def _equal(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Return the share of keep decisions that are equal."""
+    same = sum(int((other[name] == keep).sum()) for name, keep in one.items())
+    return same / sum(keep.numel() for keep in one.values())
 
 
 def _last_line(command: list[Any]) -> dict[str, Any]:
@@ -203,7 +227,11 @@ def _qwen(rows: dict[str, dict[str, EvalResult]]) -> dict[str, float | None]:
 def _oracle(done: dict[str, Any]) -> dict[str, float | None]:
     ours, theirs = done["causalprune"], done["llmcompressor"]
     return {
-        "oracle_sparsegpt_agreement": done["equal"] / done["weights"],
+        "oracle_sparsegpt_agreement": done["agreement_alone"],
+        "oracle_sparsegpt_agreement_end_to_end": done["agreement"],
+        "oracle_llmcompressor_agreement_with_itself_end_to_end": done["agreement_reversed"],
+        "oracle_sparsegpt_error_over_llmcompressor": sum(done["causalprune_alone"]["errors"].values())
+        / sum(done["llmcompressor_alone"]["errors"].values()),
         "sparsegpt_seconds_over_llmcompressor": ours["seconds"] / theirs["seconds"],
         "sparsegpt_rss_over_llmcompressor": ours["peak_rss_bytes"] / theirs["peak_rss_bytes"],
     }

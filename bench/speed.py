@@ -139,9 +139,8 @@ def figures(rows: dict[str, Any]) -> dict[str, float]:
                 faster = 1 - 1 / row["speed"][phase]["speedup"]
                 found[f"{phase}_speedup_{suffix}"] = row["speed"][phase]["speedup"]
                 found[f"{phase}_time_saved_over_share_{suffix}"] = faster / removed
-            found[f"shrink_speedup_over_share_{suffix}"] = min(
-                found[f"{phase}_time_saved_over_share_{suffix}"] for phase in ("prefill", "decode")
-            )
+            worse = min(found[f"{phase}_speedup_{suffix}"] for phase in ("prefill", "decode"))
+            found[f"shrink_speedup_over_share_{suffix}"] = (worse - 1) / removed
         if by != CHOICES[0] and (best := rows.get(f"{model} {CHOICES[0]} {share[0]}")):
             a, b = (EvalResult(**r["result"]) for r in (best, row))
             found[f"effect_minus_{by}_high_{suffix}"] = paired_difference(_tuples(a), _tuples(b)).high

@@ -1,6 +1,8 @@
-"""Prune the embedded model with SparseGPT here, as `llmcompressor_masks.py` does there, and say what it took.
+"""Prune a model with SparseGPT here, as `llmcompressor_masks.py` does there, and say what it took.
 
-python causalprune_masks.py TOKENS.json OUT.safetensors
+python causalprune_masks.py MODEL_DIR TOKENS.json OUT.safetensors [--alone]
+
+Loaded without a tokenizer and run on one sequence at a time, as there.
 """
 
 import json
@@ -10,26 +12,47 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
-from causalprune.embedded import load
+from causalprune.anatomy import inspect_model
 from causalprune.methods import Method
-from causalprune.pruning import prune
-from causalprune.types import Calibration, Example
+from causalprune.pruning import Work, prune
+from causalprune.types import Calibration, Decoder, Example, Masks, silent
+
+METHOD = Method("sparsegpt", 0.5)
+
+
+def alone(decoder: Decoder, calibration: Calibration) -> tuple[Masks, dict[str, float]]:
+    """Prune every matrix with the intact model's inputs; return its error as a share of the output's energy."""
+    work, keep, errors = Work(decoder, METHOD, {}, silent), Masks(), {}
+    work.look_at(calibration, 1)
+    for layer in work.walk(advance_pruned=False, moments=True):
+        for p in layer.projections:
+            before, (after,) = p.read(), work._tried(p, [METHOD.sparsity])  # noqa: SLF001
+            change, hessian = after - before, work.moments.hessians[p.name]
+            errors[p.name] = float(((change @ hessian) * change).sum() / ((before @ hessian) * before).sum())
+            keep.add(p.name, after != 0)
+    return keep, errors
 
 
 def main() -> None:
     """Prune, write the masks and print one summary line."""
-    sequences = json.loads(Path(sys.argv[1]).read_text())
+    sequences = json.loads(Path(sys.argv[2]).read_text())
     examples = tuple(Example(tuple(tokens), 1, "gsm8k", str(i)) for i, tokens in enumerate(sequences))
     start = time.perf_counter()
-    decoder = load("embedded")
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+    decoder = inspect_model(model.eval().requires_grad_(False), None, name=sys.argv[1])
     loaded = time.perf_counter()
-    pruned = prune(decoder, Method("sparsegpt", 0.5), calibration=Calibration(examples, (0,) * len(examples)))
+    calibration, errors = Calibration(examples, (0,) * len(examples)), dict[str, float]()
+    if "--alone" in sys.argv:
+        keep, errors = alone(decoder, calibration)
+    else:
+        keep = prune(decoder, METHOD, calibration=calibration, max_batch_tokens=1).keep
     seconds = time.perf_counter() - loaded
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
-    save_file({p.parameter_name: pruned.keep[p.name] for p in decoder.projections}, sys.argv[2])
-    found = {"seconds": seconds, "load_seconds": loaded - start, "peak_rss_bytes": peak}
+    save_file({p.parameter_name: keep[p.name] for p in decoder.projections}, sys.argv[3])
+    found = {"seconds": seconds, "load_seconds": loaded - start, "peak_rss_bytes": peak, "errors": errors}
     print(json.dumps({**found, "threads": torch.get_num_threads()}))
 
 

@@ -12,6 +12,7 @@ import os
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 # Read when llm-compressor, tqdm and the hub client are imported.
 # ERROR, because llm-compressor's per-matrix METRIC lines rank above WARNING.
@@ -27,6 +28,11 @@ from llmcompressor.modifiers.pruning import (
     MagnitudePruningModifier,
     SparseGPTModifier,
     WandaPruningModifier,
+)
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import (
+    accumulate_hessian,
+    make_empty_hessian,
+    sparsify_weight,
 )
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -70,6 +76,36 @@ def prune_calibrated(
     )
 
 
+def prune_alone(
+    model: PreTrainedModel, names: list[str], sequences: list[list[int]], sparsity: float
+) -> dict[str, float]:
+    """Run SparseGPT on every matrix with the intact model's inputs; return its error as a share of the output's energy."""
+    modules = {name: model.get_submodule(name) for name in names}
+    found = {name: (make_empty_hessian(module), 0) for name, module in modules.items()}
+
+    def hook(name: str) -> Any:
+        def see(module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> None:
+            found[name] = accumulate_hessian(args[0], module, *found[name])
+
+        return see
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    with torch.inference_mode():
+        for tokens in sequences:
+            model(torch.tensor([tokens]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    errors = {}
+    for name, module in modules.items():
+        hessian, before = found.pop(name)[0], module.weight.detach().clone()
+        own = {module: hessian.clone()}
+        after = sparsify_weight(module, own, sparsity, 0, 0, 128, 0.01, preserve_sparsity_mask=False)[1]
+        module.weight.data = after
+        change = after - before
+        errors[name] = float(((change @ hessian) * change).sum() / ((before @ hessian) * before).sum())
+    return errors
+
+
 def prune_magnitude(model: PreTrainedModel, targets: list[str], sparsity: float) -> None:
     """Run the magnitude modifier through one training step's events.
 
@@ -105,6 +141,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="safetensors file of bool keep masks")
     parser.add_argument("--method", choices=("wanda", "magnitude", "sparsegpt"), required=True)
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--alone", action="store_true", help="every matrix with the intact model's inputs")
     args = parser.parse_args()
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # a deprecation in the tracer
     sequences: list[list[int]] = json.loads(args.tokens.read_text())
@@ -115,7 +152,10 @@ def main() -> None:
     load_seconds, rss_before = time.perf_counter() - start, memory_bytes("VmRSS")
 
     start, cpu_start = time.perf_counter(), time.process_time()
-    if args.method == "magnitude":
+    errors: dict[str, float] = {}
+    if args.alone:
+        errors = prune_alone(model, names, sequences, args.sparsity)
+    elif args.method == "magnitude":
         prune_magnitude(model, names, args.sparsity)
     else:
         prune_calibrated(model, args.method, names, sequences, args.sparsity)
@@ -138,7 +178,7 @@ def main() -> None:
     }
     info |= {package: version(package) for package in ("llmcompressor", "torch", "transformers")}
     save_file(keep, args.out, metadata={key: str(value) for key, value in info.items()})
-    print(json.dumps(info))
+    print(json.dumps({**info, "errors": errors}))
 
 
 if __name__ == "__main__":

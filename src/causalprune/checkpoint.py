@@ -139,8 +139,10 @@ def load_keep(folder: Path) -> dict[str, Bool[Tensor, "_ _"]]:
 
 def write_keep(keep: Keep, path: Path) -> None:
     """Write masks to `path`, eight weights a byte, row by row, with their shapes as metadata."""
-    packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in keep.items()}
-    metadata = {name: f"{mask.shape[0]},{mask.shape[1]}" for name, mask in keep.items()}
+    packed, metadata = {}, {}
+    for name, mask in keep.items():
+        packed[name] = torch.from_numpy(np.packbits(mask.cpu().numpy()))
+        metadata[name] = f"{mask.shape[0]},{mask.shape[1]}"
     save_file(packed, path, metadata=metadata)
 
 

@@ -36,12 +36,11 @@ def inverse_factor(hessian: Float[Tensor, "in in"], damping: float, name: str) -
         ModelError: H is not positive definite with this damping; names one that would do.
     """
     scale = float(hessian.diagonal().mean())
-    damped = hessian.float() + torch.diag((hessian.diagonal() == 0).float())
-    factor = damping
+    absent, factor = (hessian.diagonal() == 0).float(), damping
     while True:
-        own = damped.clone()
-        own.diagonal().add_(factor * scale)
-        lower, failed = torch.linalg.cholesky_ex(own)
+        own = hessian.float().clone()
+        own.diagonal().add_(absent + factor * scale)
+        own, failed = torch.linalg.cholesky_ex(own)
         if not int(failed):
             break
         factor = max(10 * factor, 1e-4)
@@ -52,7 +51,8 @@ def inverse_factor(hessian: Float[Tensor, "in in"], damping: float, name: str) -
             f"{name}: second moments of its inputs are not positive definite with damping {damping:g}: "
             f"use more calibration tokens, or a damping of {factor:g}"
         )
-    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    own = torch.cholesky_inverse(own)  # one matrix of this size less in memory at a time
+    upper: Tensor = torch.linalg.cholesky(own, upper=True)
     return upper
 
 

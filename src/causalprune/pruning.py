@@ -32,7 +32,7 @@ from causalprune.importance import head_importance, weight_factor
 from causalprune.methods import N_OF_M, Method
 from causalprune.obs import BLOCK, DAMPING, inverse_factor, refit, sparsegpt
 from causalprune.statistics import InputNorms, Moments, observed
-from causalprune.types import Batch, Calibration, Decoder, Effects, Layer, Progress, Projection, silent
+from causalprune.types import Batch, Calibration, Decoder, Effects, Layer, Masks, Progress, Projection, silent
 from causalprune.uncertainty import scores
 
 Factors = Mapping[str, Float[Tensor, "_ _"]]  # each broadcasts to its own [out in]
@@ -50,7 +50,7 @@ class Pruned:
     """
 
     method: Method
-    keep: dict[str, Bool[Tensor, "out in"]]
+    keep: Mapping[str, Bool[Tensor, "out in"]]
     unrouted: tuple[str, ...]
     response: DoseResponse | None = None
 
@@ -116,7 +116,7 @@ def remove(  # noqa: PLR0913 (what `prune` takes)
 
 def _carried_out(
     work: "Work", calibration: Calibration | None, max_batch_tokens: int, fixed: Iterator[Tensor] | None
-) -> dict[str, Tensor]:
+) -> Masks:
     """Prune all layers, train on the intact model's predictions if that is the update, and return what stayed."""
     decoder, method = work.decoder, work.method
     if method.needs_calibration and calibration is not None:
@@ -126,7 +126,9 @@ def _carried_out(
         check_memory(decoder)
         steps = batches(calibration.examples, max_batch_tokens=BATCH_TOKENS)
     intact = [last_hidden(decoder, batch) for batch in steps]
-    keep = {p.name: kept for p, kept in work.prune_layers(fixed)}
+    keep = Masks()
+    for p, kept in work.prune_layers(fixed):
+        keep.add(p.name, kept)
     if steps:
         distill(decoder, keep, steps, intact, seed=method.seed, on_step=work.report_step)
     return keep
@@ -328,20 +330,21 @@ class Work:
         """
         decoder, groups = self.decoder, self.groups
         inputs = [self.hold(capture(decoder, batch.tokens, stop=0)) for batch in groups]
-        self.norms = InputNorms()
+        self.norms, self.moments = InputNorms(), Moments()
         for layer in decoder.layers:
-            self.moments, outputs = Moments(), list[LayerInputs]()
-            for batch, own in zip(groups, inputs, strict=True):
+            for number, batch in enumerate(groups):
+                own = inputs[number]
                 with observed(layer, batch.real, self._see if moments else self.norms.see):
                     hidden = run_layer(decoder, batch.tokens, layer.index, own)
                 if not advance_pruned:
-                    outputs.append(self.hold(LayerInputs({layer.index + 1: hidden}, own.as_tuple)))
+                    inputs[number] = self.hold(LayerInputs({layer.index + 1: hidden}, own.as_tuple))
             yield layer
+            self.moments, self._factor = Moments(), None  # room for what the layer holds while it runs
             if advance_pruned:
-                for batch, own in zip(groups, inputs, strict=True):
+                for number, batch in enumerate(groups):
+                    own = inputs[number]
                     hidden = run_layer(decoder, batch.tokens, layer.index, own)
-                    outputs.append(self.hold(LayerInputs({layer.index + 1: hidden}, own.as_tuple)))
-            inputs = outputs
+                    inputs[number] = self.hold(LayerInputs({layer.index + 1: hidden}, own.as_tuple))
             self._report()
 
     def _report(self) -> None:

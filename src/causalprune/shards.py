@@ -60,7 +60,7 @@ class Entry:
 
     def read(self) -> Tensor:
         """Return the tensor, read from the file."""
-        room: Any = np.empty(self.stop - self.start, np.uint8)  # in large pages, unlike torch's: a third of the time
+        room: Any = np.empty(self.stop - self.start, np.uint8)  # in large pages: a third of torch's time
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
             _fill(file, memoryview(room), self)

@@ -15,7 +15,7 @@ Axes in shape annotations:
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -68,6 +68,28 @@ def _blocks(weight: Tensor) -> tuple[Tensor, ...]:
     """Return the bits of a matrix as integers, some rows at a time."""
     blocks: tuple[Tensor, ...] = weight.view(_INTEGERS[weight.element_size()]).split(_rows(weight))
     return blocks
+
+
+class Masks(Mapping[str, Tensor]):
+    """What stays of every projection, eight weights a byte: a mask `[out in]` is unpacked whenever it is asked for."""
+
+    def __init__(self) -> None:
+        self._packed: dict[str, tuple[Any, tuple[int, ...], torch.device]] = {}
+
+    def add(self, name: str, keep: Bool[Tensor, "out in"]) -> None:
+        """Take note of what stays of a projection."""
+        self._packed[name] = np.packbits(keep.cpu().numpy()), tuple(keep.shape), keep.device
+
+    def __getitem__(self, name: str) -> Bool[Tensor, "out in"]:
+        packed, shape, device = self._packed[name]
+        bits = np.unpackbits(packed, count=shape[0] * shape[1]).view(bool)
+        return torch.from_numpy(bits).view(shape).to(device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
 
 
 @dataclass(frozen=True, eq=False)
