@@ -63,6 +63,25 @@ def draws() -> str:
     return "\n".join(lines) + "\n"
 
 
+def oracle() -> str:
+    """SparseGPT here against llm-compressor's."""
+    path = RESULTS / "quality.json"
+    found = read_json(path)["figures"] if path.exists() else {}
+    names = {
+        "keep decisions that are equal, every matrix with the intact model's inputs": "oracle_sparsegpt_agreement",
+        "the same from end to end": "oracle_sparsegpt_agreement_end_to_end",
+        "llm-compressor with itself from end to end, sequences in reverse order": "oracle_llmcompressor_agreement_with_itself_end_to_end",
+        "error of the outputs, ours over theirs": "oracle_sparsegpt_error_over_llmcompressor",
+        "seconds, ours over theirs": "sparsegpt_seconds_over_llmcompressor",
+        "largest resident set, ours over theirs": "sparsegpt_rss_over_llmcompressor",
+    }
+    if any(name not in found for name in names.values()):
+        return "Not measured yet.\n"
+    lines = ["| SmolLM2-135M-Instruct, 48 problems, 50 % | |", "|---|---:|"]
+    lines += [f"| {label} | {found[name]:.4f} |" for label, name in names.items()]
+    return "\n".join(lines) + "\n"
+
+
 def speed() -> str:
     """Size, speed and loss of smaller models, by what their units were chosen."""
     path = RESULTS / "speed.json"
@@ -302,6 +321,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mix": partial(_rows, "quality", "mix"),
     "qwen": partial(_rows, "quality", "qwen"),
     "draws": draws,
+    "oracle": oracle,
     "speed": speed,
     "moe": moe,
     "cost": cost,
