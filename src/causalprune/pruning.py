@@ -36,8 +36,7 @@ from causalprune.types import Batch, Calibration, Decoder, Effects, Layer, Masks
 from causalprune.uncertainty import scores
 
 Factors = Mapping[str, Float[Tensor, "_ _"]]  # each broadcasts to its own [out in]
-BLOCK_WEIGHTS = 2**21
-"""Weights scored at once where a score depends on nothing but the weight: temporary memory stays in the cache."""
+BLOCK_WEIGHTS = 2**21  # scored at once where a score depends on nothing but the weight: they stay in the cache
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,8 +66,7 @@ def _rows(weight: Tensor) -> int:
 
 def _blocks(weight: Tensor) -> tuple[Tensor, ...]:
     """Return the bits of a matrix as integers, some rows at a time."""
-    blocks: tuple[Tensor, ...] = weight.view(_INTEGERS[weight.element_size()]).split(_rows(weight))
-    return blocks
+    return tuple(weight.view(_INTEGERS[weight.element_size()]).split(_rows(weight)))
 
 
 class Masks(Mapping[str, Tensor]):
