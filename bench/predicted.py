@@ -4,7 +4,7 @@ The divergence of a model whose weights W become W + ΔW is to second order `½ 
 from the model's own predictions (the Fisher information as a quadratic form, without any diagonal approximation).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from causalprune.losses import target_logits, targets
 from causalprune.methods import Method
 from causalprune.progress import shown
 from causalprune.pruning import Work
-from causalprune.types import Decoder, Example, Projection, silent
+from causalprune.types import Decoder, Example, Layer, Projection, silent
 from causalprune.uncertainty import spearman
 
 EXAMPLES, SPARSITY, DRAWS = 48, 0.5, 16
@@ -40,14 +40,11 @@ def predicted() -> dict[str, Any]:
     wanted = doses(SPARSITY)
     layers = work.walk(advance_pruned=False, moments=True)
     with shown("measured") as progress:
-        number, n = 0, len(decoder.layers)
 
-        def counted() -> Any:
-            nonlocal number
-            for layer in layers:
+        def counted() -> Iterator[Layer]:
+            for number, layer in enumerate(layers, 1):
                 yield layer
-                number += 1
-                progress(number, n)
+                progress(number, len(decoder.layers))
 
         measured = dose_response(decoder, counted(), work.few, wanted, tried)
     nats = _predicted(decoder, few(calibration.examples), measured, changes)

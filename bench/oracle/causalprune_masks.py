@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from causalprune.anatomy import inspect_model
+from causalprune.memory import Masks
 from causalprune.methods import Method
 from causalprune.pruning import Work, prune
-from causalprune.types import Calibration, Decoder, Example, Masks, silent
+from causalprune.types import Calibration, Decoder, Example, silent
 
 METHOD = Method("sparsegpt", 0.5)
 

@@ -25,7 +25,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool
 from safetensors import SafetensorError, safe_open
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from causalprune.card import write_card
 from causalprune.errors import CausalPruneError, CheckpointError, MismatchError
+from causalprune.memory import packed, unpacked, zeros_in
 from causalprune.provenance import git_commit, versions
 from causalprune.results import Row
 from causalprune.types import Decoder, Effects, Projection, Unit
@@ -139,11 +139,11 @@ def load_keep(folder: Path) -> dict[str, Bool[Tensor, "_ _"]]:
 
 def write_keep(keep: Keep, path: Path) -> None:
     """Write masks to `path`, eight weights a byte, row by row, with their shapes as metadata."""
-    packed, metadata = {}, {}
+    data, metadata = {}, {}
     for name, mask in keep.items():
-        packed[name] = torch.from_numpy(np.packbits(mask.cpu().numpy()))
+        data[name] = torch.from_numpy(packed(mask))
         metadata[name] = f"{mask.shape[0]},{mask.shape[1]}"
-    save_file(packed, path, metadata=metadata)
+    save_file(data, path, metadata=metadata)
 
 
 def iterate_keep(path: Path) -> Iterator[tuple[str, Bool[Tensor, "_ _"]]]:
@@ -152,8 +152,7 @@ def iterate_keep(path: Path) -> Iterator[tuple[str, Bool[Tensor, "_ _"]]]:
         with safe_open(path, "pt") as file:
             for name, shape in (file.metadata() or {}).items():
                 out, into = map(int, shape.split(","))
-                bits = np.unpackbits(file.get_tensor(name).numpy(), count=out * into)
-                yield name, torch.from_numpy(bits.astype(bool)).view(out, into)
+                yield name, unpacked(file.get_tensor(name).numpy(), (out, into))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"keep masks {path} cannot be read: {error}") from error
 
@@ -238,7 +237,7 @@ def count(projection: Projection) -> dict[str, Any]:
         "expert": projection.expert,
         "shape": list(projection.shape),
         "weights": projection.size,
-        "zeros": projection.zeros(),
+        "zeros": zeros_in(projection.read()),
     }
 
 

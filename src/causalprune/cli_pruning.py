@@ -64,8 +64,8 @@ def prune(
         achieved = tables.sparsity(done.weights, done.zeros, done.unrouted)
     else:
         pruned = prune_checkpoint(spec, wanted, output, calibration, effects, options)
-        zeros = sum(int((~keep).sum()) for keep in pruned.keep.values())
-        weights = sum(keep.numel() for keep in pruned.keep.values())
+        counts = [(keep.numel(), int((~keep).sum())) for keep in pruned.keep.values()]
+        weights, zeros = (sum(column) for column in zip(*counts, strict=True))
         achieved = tables.sparsity(weights, zeros, pruned.unrouted)
     console.print(achieved, highlight=False)
     console.print(f"saved: {output}")

@@ -29,14 +29,14 @@ from causalprune.distillation import BATCH_TOKENS, EPOCHS, check_memory, distill
 from causalprune.errors import MismatchError, ModelError, OptionError
 from causalprune.grading import DoseResponse, dose_response, doses
 from causalprune.importance import head_importance, weight_factor
+from causalprune.memory import Masks
 from causalprune.methods import N_OF_M, Method
 from causalprune.obs import BLOCK, DAMPING, inverse_factor, refit, sparsegpt
 from causalprune.statistics import InputNorms, Moments, observed
-from causalprune.types import Batch, Calibration, Decoder, Effects, Layer, Masks, Progress, Projection, silent
+from causalprune.types import Batch, Calibration, Decoder, Effects, Layer, Progress, Projection, bands, silent
 from causalprune.uncertainty import scores
 
 Factors = Mapping[str, Float[Tensor, "_ _"]]  # each broadcasts to its own [out in]
-BLOCK_WEIGHTS = 2**21  # scored at once where a score depends on nothing but the weight: they stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,10 +288,9 @@ class Work:
             yield self.score(p)
             return
         weight, factor = p.read(), self.factors.get(p.name)
-        rows = max(BLOCK_WEIGHTS // weight.shape[1], 1)
-        for at in range(0, len(weight), rows):
-            own = factor if factor is None or len(factor) == 1 else factor[at : at + rows]
-            score = CRITERIA[self.method.criterion].score(weight[at : at + rows], Evidence(factor=own))
+        for band in bands(weight):
+            own = factor if factor is None or len(factor) == 1 else factor[band]
+            score = CRITERIA[self.method.criterion].score(weight[band], Evidence(factor=own))
             yield self._finite(p, score)
 
     def score(self, p: Projection) -> Float[Tensor, "out in"]:

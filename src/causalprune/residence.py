@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from causalprune.ablation import LayerInputs, replaced_forward
 from causalprune.anatomy import raw_bytes
 from causalprune.errors import CheckpointError
+from causalprune.memory import room
 from causalprune.shards import Entry
 from causalprune.stored import Sources
 from causalprune.types import Decoder, Layer, Projection
@@ -171,10 +171,10 @@ class _OnDisk(Mapping[int, Tensor]):
     def __getitem__(self, layer: int) -> Tensor:
         if layer != self._layer:
             raise KeyError(layer)
-        room = np.empty(self._shape.numel() * self._dtype.itemsize, np.uint8)
+        data = room(self._shape.numel() * self._dtype.itemsize)
         self._file.seek(self._at)
-        self._file.readinto(room)  # type: ignore[attr-defined]
-        return torch.from_numpy(room).view(self._dtype).view(self._shape)
+        self._file.readinto(data.numpy())  # type: ignore[attr-defined]
+        return data.view(self._dtype).view(self._shape)
 
     def __iter__(self) -> Iterator[int]:
         return iter([self._layer])

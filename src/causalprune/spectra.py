@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -10,9 +9,10 @@ from torch import Tensor
 from causalprune.allocation import Threshold, break_ties, prune_counts, threshold_of
 from causalprune.criteria import CRITERIA, Evidence
 from causalprune.errors import ModelError
+from causalprune.memory import room
 from causalprune.methods import Method
-from causalprune.pruning import BLOCK_WEIGHTS, Factors
-from causalprune.types import Decoder, Projection
+from causalprune.pruning import Factors
+from causalprune.types import Decoder, Projection, bands
 
 HALF = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 """Dtypes of 16 bits, and the bits of their infinity."""
@@ -66,12 +66,10 @@ class Spectra:
         for p in pool:
             weight = p.read()
             first, cut = self._cuts(p, weight.dtype, threshold)
-            keep = torch.from_numpy(np.empty(weight.shape, bool))  # large pages
-            rows = max(BLOCK_WEIGHTS // weight.shape[1], 1)
-            blocks = [slice(at, at + rows) for at in range(0, len(weight), rows)]
-            for block in blocks:
-                patterns = weight[block].view(torch.int16) & SIGN
-                torch.ge(patterns, cut if len(cut) == 1 else cut[block], out=keep[block])
+            keep = room(weight.numel()).view(torch.bool).view(weight.shape)
+            for band in bands(weight):
+                patterns = weight[band].view(torch.int16) & SIGN
+                torch.ge(patterns, cut if len(cut) == 1 else cut[band], out=keep[band])
             if bool((first < cut).any()):
                 tied = ((weight.view(torch.int16) & SIGN) >= first) & ~keep
                 left = break_ties(keep, tied, left)
@@ -100,9 +98,8 @@ class Spectra:
 def _histogram(weight: Tensor) -> Tensor:
     """Return how often each pattern of bits occurs, but for the sign."""
     times = torch.zeros(SIGN + 1, dtype=torch.long)
-    rows = max(BLOCK_WEIGHTS // weight.shape[1], 1)
-    for block in weight.view(torch.int16).split(rows):
-        times += torch.bincount((block & SIGN).flatten(), minlength=SIGN + 1)
+    for band in bands(weight):
+        times += torch.bincount((weight[band].view(torch.int16) & SIGN).flatten(), minlength=SIGN + 1)
     return times
 
 

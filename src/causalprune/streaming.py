@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from causalprune import checkpoint
 from causalprune.anatomy import fingerprint_of, raw_bytes
 from causalprune.criteria import CRITERIA
 from causalprune.errors import CheckpointError, MismatchError, OptionError
+from causalprune.memory import packed
 from causalprune.methods import Method
 from causalprune.model import auto_dtype, skeleton
 from causalprune.pruning import Factors, Pruned, Work, head_factors, manifest
@@ -209,7 +209,7 @@ class KeepWriter:
 
     def write(self, name: str, keep: Tensor) -> None:
         """Write what stays of a projection."""
-        self._file.write(self._places[name], np.packbits(keep.numpy()))
+        self._file.write(self._places[name], packed(keep))
 
 
 def _survey(decoder: Decoder, sources: Sources, dtype: torch.dtype, spectra: Spectra) -> str:

@@ -15,12 +15,11 @@ Axes in shape annotations:
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -59,36 +58,15 @@ def quiet(name: str) -> Iterator[Progress]:
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _rows(weight: Tensor) -> int:
-    """Return how many rows of a matrix to look at together, so that they stay in the processor's cache."""
-    return max(2**21 // weight.shape[1], 1)
+def bands(weight: Float[Tensor, "out in"]) -> list[slice]:
+    """Return neighbouring rows to look at together, so that what is made of them stays in the processor's cache."""
+    rows = max(2**21 // weight.shape[1], 1)
+    return [slice(at, at + rows) for at in range(0, len(weight), rows)]
 
 
-def _blocks(weight: Tensor) -> tuple[Tensor, ...]:
-    """Return the bits of a matrix as integers, some rows at a time."""
-    return tuple(weight.view(_INTEGERS[weight.element_size()]).split(_rows(weight)))
-
-
-class Masks(Mapping[str, Tensor]):
-    """What stays of every projection, eight weights a byte: a mask `[out in]` is unpacked whenever it is asked for."""
-
-    def __init__(self) -> None:
-        self._packed: dict[str, tuple[Any, tuple[int, ...], torch.device]] = {}
-
-    def add(self, name: str, keep: Bool[Tensor, "out in"]) -> None:
-        """Take note of what stays of a projection."""
-        self._packed[name] = np.packbits(keep.cpu().numpy()), tuple(keep.shape), keep.device
-
-    def __getitem__(self, name: str) -> Bool[Tensor, "out in"]:
-        packed, shape, device = self._packed[name]
-        bits = np.unpackbits(packed, count=shape[0] * shape[1]).view(bool)
-        return torch.from_numpy(bits).view(shape).to(device)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._packed)
-
-    def __len__(self) -> int:
-        return len(self._packed)
+def bits_of(weight: Float[Tensor, "out in"]) -> Int[Tensor, "out in"]:
+    """Return a view of a matrix as integers."""
+    return weight.view(_INTEGERS[weight.element_size()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,15 +108,11 @@ class Projection:
         By multiplying the bits with 0 or 1, some rows at a time: ten times faster than a masked assignment.
         """
         weight = self.read()
-        for bits, kept in zip(_blocks(weight), keep.split(_rows(weight)), strict=True):
-            bits.mul_(kept)
+        bits = bits_of(weight)
+        for band in bands(weight):
+            bits[band].mul_(keep[band])
         if isinstance(self.rows, Tensor):  # what was read is a copy
             self.write(weight)
-
-    def zeros(self) -> int:
-        """Count the weights that are zero, of either sign: by their bits, several times faster than by value."""
-        blocks = (bits & torch.iinfo(bits.dtype).max for bits in _blocks(self.read()))
-        return self.size - sum(int(np.count_nonzero(block.cpu().numpy())) for block in blocks)
 
     @property
     def shape(self) -> tuple[int, int]:
