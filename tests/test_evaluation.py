@@ -169,7 +169,7 @@ def test_generation_sees_the_prompt_of_calibration(
     seen: list[list[int]] = []
 
     def greedy(
-        engine: Any, context: torch.Tensor, mask: torch.Tensor, max_length: int, stop: list[str]
+        engine: Any, context: torch.Tensor, mask: torch.Tensor, max_length: int, stop: list[str], ended: Any
     ) -> torch.Tensor:
         seen.extend(row[real > 0].tolist() for row, real in zip(context, mask, strict=True))
         assert max_length == context.shape[1] + 3
@@ -357,17 +357,22 @@ def test_answers_that_leave_the_batch_are_those_of_generate(
             context, attention_mask=mask, max_new_tokens=14, do_sample=False, eos_token_id=-1, pad_token_id=1
         )
     stop = words.decode(plain[2, 11])  # a token that some answers reach early
-    engine, sizes = SimpleNamespace(model=model, tokenizer=words), []
+    engine, sizes, told = SimpleNamespace(model=model, tokenizer=words), [], list[int]()
     hook = model.register_forward_pre_hook(
         lambda _m, _a, own: sizes.append(len(own["input_ids"])), with_kwargs=True
     )
     with torch.inference_mode():
-        found = harness.greedy(engine, context, mask, 23, [stop])
+        found = harness.greedy(engine, context, mask, 23, [stop], told.append)
     hook.remove()
+    ends = 0
     for one, other in zip(found.tolist(), plain.tolist(), strict=True):
         answer = words.decode(other[9:])
         ended = [i for i in range(10, 24) if stop in words.decode(other[9:i]) or other[i - 1] in (1, 2)]
         end = ended[0] if ended else 23
         assert one[:end] == other[:end], answer
         assert set(one[end:]) <= {words.pad_token_id}
+        ends += bool(ended)
+    assert told == sorted(told)
+    assert len(told) == len(sizes)
+    assert told[-1] == ends
     assert min(sizes) < len(lengths), "nobody left: the test is blind"

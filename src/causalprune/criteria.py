@@ -29,16 +29,20 @@ class Evidence:
     """What a criterion may look at besides the weights.
 
     `input_norm` is the root mean square of each input feature over calibration tokens, `inverse` the
-    diagonal of the inverse of the inputs' second moments, `factor` the
+    diagonal of the inverse of the inputs' second moments, `output_slope` the root mean square of the task's gradient at
+    each output feature, `factor` the
     importance of each weight's head (broadcastable to `[out in]`), `seed` belongs to this matrix alone.
     """
 
     input_norm: Float[Tensor, "in"] | None = None
     inverse: Float[Tensor, "in"] | None = None
+    output_slope: Float[Tensor, "out"] | None = None
     factor: Float[Tensor, "#out #in"] | None = None
     seed: int = 0
 
 
+LOOKS = ("inputs", "moments", "slopes")
+"""What criteria need that look at calibration data."""
 Score = Callable[[Float[Tensor, "out in"], Evidence], Float[Tensor, "out in"]]
 
 
@@ -48,7 +52,7 @@ class Criterion:
 
     score: Score
     scope: Scope
-    needs: Literal["nothing", "weights", "inputs", "moments", "effects"]
+    needs: Literal["nothing", "weights", "inputs", "moments", "slopes", "effects"]
     update: Update = "none"
     budgets: Budgets = "uniform"
 
@@ -84,6 +88,17 @@ def sparsegpt(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tens
     return weight.float().square() / evidence.inverse
 
 
+def fisher(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:
+    """|W_ij| · √E[x_j²] · √E[g_i²], g the gradient of the task's loss at the output of the matrix.
+
+    Half its square is what the loss rises to second order when w_ij goes: the diagonal of the empirical Fisher information,
+    with inputs and gradients taken as independent (K-FAC, Martens & Grosse 2015, arXiv 1503.05671).
+    """
+    assert evidence.input_norm is not None
+    assert evidence.output_slope is not None
+    return weight.abs().float() * evidence.input_norm.float() * evidence.output_slope.float()[:, None]
+
+
 def random(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:
     """Uniform noise, the same for the same seed: the floor that every criterion has to beat."""
     generator = torch.Generator().manual_seed(evidence.seed)
@@ -95,6 +110,7 @@ CRITERIA: dict[str, Criterion] = {
     "wanda": Criterion(wanda, scope="row", needs="inputs"),
     "sparsegpt": Criterion(sparsegpt, scope="matrix", needs="moments", update="obs"),
     "causal": Criterion(sparsegpt, scope="matrix", needs="moments", update="distill", budgets="graded"),
+    "fisher": Criterion(fisher, scope="global", needs="slopes"),
     "cap": Criterion(cap, scope="global", needs="effects"),
     "random": Criterion(random, scope="matrix", needs="nothing"),
 }

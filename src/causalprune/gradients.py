@@ -1,4 +1,4 @@
-"""Effects of all units at once from gates that close a little: one forward pass, a few backward passes.
+"""What gradients say: effects of all units at once from gates that close a little, and slopes at outputs of matrices.
 
 The rise of the loss when gate g goes from 1 to 0 is, to second order, `−∂L/∂g + ½ ∂²L/∂g²`. The first
 term needs one backward pass for all units. The Gauss-Newton part of the second is half the Fisher
@@ -9,14 +9,16 @@ positions are independent, so squaring the sum over positions adds nothing but n
 
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from causalprune.ablation import gated, recomputed
+from causalprune.ablation import LayerInputs, capture, entered_at, gated, recomputed, run_layer, run_until
 from causalprune.losses import CHUNK, Targets, by_row, cross_entropy, target_logits, targets
-from causalprune.types import Batch, Decoder, Example
+from causalprune.statistics import observed
+from causalprune.types import Batch, Decoder, Example, Progress, Projection, silent
 from causalprune.units import Parts, Site, sites
 
 
@@ -66,6 +68,46 @@ def neuron_effects(decoder: Decoder, batches: Sequence[Batch]) -> dict[int, Floa
         for site, slope in zip(gates, slopes, strict=True):
             found[site.layer] -= slope.double().sum(0).cpu()
     return found
+
+
+def output_slopes(
+    decoder: Decoder, groups: Sequence[Batch], on_progress: Progress = silent
+) -> dict[str, Float[Tensor, "out"]]:
+    """Return the root mean square of the gradient of the batches' target loss at every projection's outputs.
+
+    Nats per unit of activation; the mean is over all tokens, so what few tokens reach has small slopes, and what none
+    reaches is not there. Goes back layer by layer and runs each again for that: beside the inputs of all layers it holds
+    what one layer needs, and no gradient of a weight. Costs about three forward passes.
+    """
+    squares: dict[str, Tensor] = {}
+    after, count = len(decoder.layers), sum(int(batch.real.sum()) for batch in groups)
+
+    def add(p: Projection, slope: Float[Tensor, "token out"]) -> None:
+        if len(slope):
+            squares[p.name] = squares.get(p.name, 0) + slope.float().square().sum(0).double()
+
+    for done, batch in enumerate(groups, 1):
+        inputs, wanted = capture(decoder, batch.tokens, stop=after - 1), targets(batch)
+        hidden = {**inputs.hidden, after: run_layer(decoder, batch.tokens, after - 1, inputs)}
+        slope: Tensor | None = None
+        for layer in range(after, -1, -1):
+            leaf = hidden[layer].clone().requires_grad_()
+            with ExitStack() as stack:
+                stack.enter_context(torch.enable_grad())
+                stack.enter_context(entered_at(decoder, layer, LayerInputs({layer: leaf}, inputs.as_tuple)))
+                if layer == after:
+                    output = cross_entropy(target_logits(decoder, batch, wanted), wanted).sum()
+                else:
+                    stack.enter_context(observed(decoder.layers[layer], batch.real, _unseen, add))
+                    output = run_until(decoder, batch.tokens, layer)
+                output = output[0] if isinstance(output, tuple) else output
+                (slope,) = torch.autograd.grad(output, [leaf], slope)
+        on_progress(done, len(groups))
+    return {name: (own / count).sqrt() for name, own in squares.items()}
+
+
+def _unseen(*_: object) -> None:
+    """Look at nothing that goes forward (a `See`)."""
 
 
 def uniforms(

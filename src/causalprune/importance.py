@@ -1,10 +1,16 @@
 """From effects of heads to factors on weights (method §2)."""
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from causalprune.types import Role
+from causalprune.errors import MismatchError, OptionError
+from causalprune.types import Decoder, Effects, Role
+from causalprune.uncertainty import scores
+
+Factors = Mapping[str, Float[Tensor, "_ _"]]  # by projection; each broadcasts to its own [out in]
 
 
 def head_importance(delta_nats: Float[Tensor, "unit"]) -> Float[Tensor, "unit"]:
@@ -36,3 +42,29 @@ def weight_factor(
     if role in ("k", "v"):
         return importance.view(n_kv_heads, -1).mean(1).repeat_interleave(head_dim)[:, None]
     return importance.mean().view(1, 1)
+
+
+def head_factors(decoder: Decoder, effects: Effects | None, found: str | None) -> Factors:
+    """Return the factor on the weights of every matrix (method §2).
+
+    `found` is the fingerprint of the weights now, None where the caller compares it with that of the effects later.
+    """
+    if effects is None:
+        raise OptionError("method 'cap' needs effects: measure them first (`causalprune attribute`)")
+    if found is not None and effects.model_fingerprint != found:
+        raise MismatchError(f"the effects were measured on another model or revision than {decoder.name}")
+    heads = effects.of("head")
+    if len(heads.units) != sum(layer.attention.n_heads for layer in decoder.layers):
+        raise OptionError(
+            f"method 'cap' needs the effects of all heads, and these hold {len(heads.units)}: measure with --units heads"
+        )
+    importance = head_importance(scores(heads)).float()
+    layers = torch.tensor([unit.layer for unit in heads.units])
+    factors = {}
+    for layer in decoder.layers:
+        own = importance[layers == layer.index]
+        for p in layer.projections:
+            shape = layer.attention.n_kv_heads, layer.attention.head_dim
+            factors[p.name] = weight_factor(own, p.role, n_kv_heads=shape[0], head_dim=shape[1])
+            factors[p.name] = factors[p.name].to(p.device)
+    return factors

@@ -4,12 +4,14 @@ import re
 from dataclasses import dataclass
 
 from causalprune.calibration import FEW
-from causalprune.criteria import BUDGETS, CRITERIA, SCOPES, UPDATES, Budgets, Update
+from causalprune.criteria import BUDGETS, CRITERIA, LOOKS, SCOPES, UPDATES, Budgets, Update
 from causalprune.distillation import EPOCHS
 from causalprune.errors import OptionError, unknown
 from causalprune.grading import DOSES
 from causalprune.obs import BLOCK
 
+SLOPE_PASSES = 3
+"""What gradients at all outputs cost, in forward passes: two forward, and one back."""
 N_OF_M = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
@@ -92,7 +94,7 @@ class Method:
         Once each for scores that must all be there before the first weight goes, for graded budgets, and for pruning
         where it looks at inputs or updates.
         """
-        looks = CRITERIA[self.criterion].needs in ("inputs", "moments")
+        looks = CRITERIA[self.criterion].needs in LOOKS
         updates, graded = self.resolved_update != "none", self.resolved_budgets == "graded"
         if self.resolved_scope == "global":
             return looks + updates
@@ -101,9 +103,14 @@ class Method:
     def passes(self, layers: int, examples: int) -> float:
         """Return how many passes of all calibration tokens through the model pruning costs, a backward pass as two.
 
-        Two for every walk; trials of graded budgets take few examples, and enter at their layer; training
+        Two for every walk; gradients go back once through every layer; trials of graded budgets take few examples, and enter at their layer; training
         takes three an epoch.
         """
-        graded = self.resolved_budgets == "graded"
+        graded, slopes = self.resolved_budgets == "graded", CRITERIA[self.criterion].needs == "slopes"
         trials = len(DOSES) * 2 * (layers + 1) / 2 * min(FEW / examples, 1.0) if graded else 0.0
-        return 2 * self.walks + trials + (3 * EPOCHS if self.resolved_update == "distill" else 0)
+        return (
+            2 * self.walks
+            + trials
+            + SLOPE_PASSES * slopes
+            + (3 * EPOCHS if self.resolved_update == "distill" else 0)
+        )

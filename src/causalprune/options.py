@@ -52,7 +52,7 @@ General = Annotated[
     float | None, typer.Option(help="Share of the examples that is general text, in place of --objective.")
 ]
 METHODS = (
-    "causal, sparsegpt, wanda, magnitude, cap or random; with a scope as in magnitude:global or a pattern "
+    "causal, sparsegpt, wanda, fisher, magnitude, cap or random; with a scope as in magnitude:global or a pattern "
     "as in wanda:2:4; with graded budgets, an update of the kept weights (obs, refit, distill), or both, as in "
     "wanda+graded+refit."
 )

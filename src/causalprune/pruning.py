@@ -24,19 +24,17 @@ from causalprune.allocation import (
 )
 from causalprune.anatomy import fingerprint
 from causalprune.calibration import batches, few
-from causalprune.criteria import CRITERIA, Evidence, Update
+from causalprune.criteria import CRITERIA, LOOKS, Evidence, Update
 from causalprune.distillation import BATCH_TOKENS, EPOCHS, check_memory, distill, last_hidden
-from causalprune.errors import MismatchError, ModelError, OptionError
+from causalprune.errors import ModelError, OptionError
+from causalprune.gradients import output_slopes
 from causalprune.grading import DoseResponse, dose_response, doses
-from causalprune.importance import head_importance, weight_factor
+from causalprune.importance import Factors, head_factors
 from causalprune.memory import Masks
-from causalprune.methods import N_OF_M, Method
+from causalprune.methods import N_OF_M, SLOPE_PASSES, Method
 from causalprune.obs import BLOCK, DAMPING, inverse_factor, refit, sparsegpt
 from causalprune.statistics import InputNorms, Moments, observed
 from causalprune.types import Batch, Calibration, Decoder, Effects, Layer, Progress, Projection, bands, silent
-from causalprune.uncertainty import scores
-
-Factors = Mapping[str, Float[Tensor, "_ _"]]  # each broadcasts to its own [out in]
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,12 +167,14 @@ class Work:
         """Gets the inputs of layers, and returns them from wherever it keeps them until the layer runs."""
         self.response: DoseResponse | None = None
         self.norms = InputNorms()
+        self.slopes: Mapping[str, Tensor] = {}
         self.moments = Moments()  # of the layer at hand
         self.needs = CRITERIA[method.criterion].needs
         self._factor: tuple[Tensor, Tensor] | None = None
         self._done, self._on_progress = 0, on_progress
         passes = 3 * EPOCHS / 2 if method.resolved_update == "distill" else 0  # a walk is two forward passes
-        self._total = round((max(method.walks, 1) + passes) * len(decoder.layers))
+        self._back = round(SLOPE_PASSES / 2 * len(decoder.layers)) if self.needs == "slopes" else 0
+        self._total = self._back + round((max(method.walks, 1) + passes) * len(decoder.layers))
 
     def look_at(self, calibration: Calibration, max_batch_tokens: int) -> None:
         """Let the walks see calibration data."""
@@ -182,6 +182,9 @@ class Work:
         size = 1 if unpadded else max_batch_tokens
         self.groups = batches(calibration.examples, max_batch_tokens=size)
         self.few = batches(few(calibration.examples), max_batch_tokens=size)
+        if self.needs == "slopes":
+            self.slopes = output_slopes(self.decoder, self.groups, partial(self._report_part, self._back))
+            self._done = self._back
 
     def unrouted(self) -> tuple[str, ...]:
         """Return the projections that no token of the calibration reached."""
@@ -191,7 +194,7 @@ class Work:
     def keep_globally(self) -> Iterator[Tensor]:
         """Rank all weights by what the intact model's inputs say, and yield what stays of matrix after matrix."""
         kept: dict[str, Tensor] = {}
-        if self.needs in ("inputs", "moments"):
+        if self.needs in LOOKS:
             for layer in self.walk(advance_pruned=False, moments=self.needs == "moments"):
                 if self.needs == "moments":
                     kept |= {p.name: self.score(p) for p in layer.projections}
@@ -220,7 +223,7 @@ class Work:
         shares = self._shares() if fixed is None else None
         counts = prune_counts([p.size for p in pool], shares or self.method.sparsity)
         by_name = {p.name: count for p, count in zip(pool, counts, strict=True)}
-        looks = fixed is None and self.needs in ("inputs", "moments")
+        looks = fixed is None and self.needs in LOOKS
         moments = update != "none" or (looks and self.needs == "moments")
         layers = self.walk(advance_pruned=True, moments=moments) if looks or moments else None
         for layer in layers or self.decoder.layers:
@@ -295,16 +298,32 @@ class Work:
 
     def score(self, p: Projection) -> Float[Tensor, "out in"]:
         """Return what the weights of a projection are worth, by the method's criterion."""
-        weight, norm, inverse = p.read(), self.norms.root_mean_square(p), None
+        weight, inverse, slope = p.read(), None, None
         if self.needs == "moments":
             inverse = self._inverse(p).square().sum(0)
+        if self.needs == "slopes":
+            slope = self._known(p, lambda q: self.slopes.get(q.name)).expand(weight.shape[0])
         evidence = Evidence(
-            input_norm=weight.new_ones(weight.shape[1]) if norm is None else norm,
+            input_norm=self._known(p, self.norms.root_mean_square).expand(weight.shape[1]),
+            output_slope=slope,
             inverse=inverse,
             factor=self.factors.get(p.name),
             seed=zlib.crc32(f"{self.method.seed}:{p.name}".encode()),
         )
         return self._finite(p, CRITERIA[self.method.criterion].score(weight, evidence))
+
+    def _known(self, p: Projection, of: Callable[[Projection], Tensor | None]) -> Float[Tensor, "#features"]:
+        """Return what is known of a projection's inputs or outputs.
+
+        For an expert that no token reached that is one number, the root mean square over its siblings: it is neither
+        free nor worth more than they are. One where nothing is known of them either.
+        """
+        if (own := of(p)) is not None:
+            return own
+        siblings = self.decoder.layers[p.layer].projections
+        found = [vector for q in siblings if q.role == p.role and (vector := of(q)) is not None]
+        known = torch.cat(found).square().mean().sqrt() if found else torch.ones(())
+        return known.to(p.device).view(1)
 
     def _finite(self, p: Projection, score: Tensor) -> Tensor:
         if not bool(torch.isfinite(score.amax())):  # which is NaN if any is
@@ -350,9 +369,12 @@ class Work:
         self._on_progress(self._done, self._total)
 
     def report_step(self, done: int, total: int) -> None:
-        """Report steps of distillation, which follow the walks."""
-        walked = max(self.method.walks, 1) * len(self.decoder.layers)
-        self._on_progress(walked + (self._total - walked) * done // total, self._total)
+        """Report steps of distillation, which are the rest of the work."""
+        self._report_part(self._total, done, total)
+
+    def _report_part(self, stop: int, done: int, total: int) -> None:
+        """Report a part of the work up to `stop`, of which `done` of `total` steps are done."""
+        self._on_progress(self._done + (stop - self._done) * done // total, self._total)
 
     def _see(self, projection: Projection, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
         self.norms.see(projection, inputs, outputs, real)
@@ -371,29 +393,3 @@ def _chosen(
         return keep_rows(score, rows * stop // shape[1] - rows * start // shape[1])
     n, m = (int(number) for number in scope.split(":"))
     return keep_n_of_m(score, n, m)
-
-
-def head_factors(decoder: Decoder, effects: Effects | None, found: str | None) -> Factors:
-    """Return the factor on the weights of every matrix (method §2).
-
-    `found` is the fingerprint of the weights now, None where the caller compares it with that of the effects later.
-    """
-    if effects is None:
-        raise OptionError("method 'cap' needs effects: measure them first (`causalprune attribute`)")
-    if found is not None and effects.model_fingerprint != found:
-        raise MismatchError(f"the effects were measured on another model or revision than {decoder.name}")
-    heads = effects.of("head")
-    if len(heads.units) != sum(layer.attention.n_heads for layer in decoder.layers):
-        raise OptionError(
-            f"method 'cap' needs the effects of all heads, and these hold {len(heads.units)}: measure with --units heads"
-        )
-    importance = head_importance(scores(heads)).float()
-    layers = torch.tensor([unit.layer for unit in heads.units])
-    factors = {}
-    for layer in decoder.layers:
-        own = importance[layers == layer.index]
-        for p in layer.projections:
-            shape = layer.attention.n_kv_heads, layer.attention.head_dim
-            factors[p.name] = weight_factor(own, p.role, n_kv_heads=shape[0], head_dim=shape[1])
-            factors[p.name] = factors[p.name].to(p.device)
-    return factors

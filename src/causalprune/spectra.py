@@ -9,9 +9,9 @@ from torch import Tensor
 from causalprune.allocation import Threshold, break_ties, prune_counts, threshold_of
 from causalprune.criteria import CRITERIA, Evidence
 from causalprune.errors import ModelError
+from causalprune.importance import Factors
 from causalprune.memory import room
 from causalprune.methods import Method
-from causalprune.pruning import Factors
 from causalprune.types import Decoder, Projection, bands
 
 HALF = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}

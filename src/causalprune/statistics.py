@@ -17,6 +17,8 @@ See = Callable[
     [Projection, Float[Tensor, "token in"], Float[Tensor, "token out"], Bool[Tensor, "token"]], None
 ]
 """Gets a projection, its inputs and outputs in a forward pass, and False for every token that is padding."""
+Slope = Callable[[Projection, Float[Tensor, "token out"]], None]
+"""Gets a projection and the gradient at its outputs in a backward pass."""
 
 
 @dataclass(eq=False)
@@ -78,8 +80,10 @@ def where(values: Float[Tensor, "token _"], real: Bool[Tensor, "token"]) -> Floa
 
 
 @contextmanager
-def observed(layer: Layer, real: Bool[Tensor, "batch time"], see: See) -> Iterator[None]:
-    """Call `see` for every projection of `layer` whenever the layer runs.
+def observed(
+    layer: Layer, real: Bool[Tensor, "batch time"], see: See, slope: Slope | None = None
+) -> Iterator[None]:
+    """Call `see` for every projection of `layer` whenever the layer runs, and `slope` whenever gradients go back.
 
     `real` is False on padding. An expert sees the tokens routed to it; experts that are modules of their
     own hide where their tokens stood, so they need batches without padding. Stacked experts run one after
@@ -91,17 +95,19 @@ def observed(layer: Layer, real: Bool[Tensor, "batch time"], see: See) -> Iterat
     with ExitStack() as stack:
         for module, projections in by_module.items():
             if module is layer.experts:
-                stack.enter_context(_one_by_one(module, projections, real.flatten(), see))
+                stack.enter_context(_one_by_one(module, projections, real.flatten(), see, slope))
             else:
-                handle = module.register_forward_hook(_linear_hook(projections, real.flatten(), see))
+                handle = module.register_forward_hook(_linear_hook(projections, real.flatten(), see, slope))
                 stack.callback(handle.remove)
         yield
 
 
-def _linear_hook(projections: list[Projection], real: Tensor, see: See) -> Any:
+def _linear_hook(projections: list[Projection], real: Tensor, see: See, slope: Slope | None) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         inputs, outputs = args[0].flatten(0, -2), output.flatten(0, -2)
         own = torch.ones(len(inputs), dtype=torch.bool) if bool(real.all()) else real
+        if slope is not None:
+            _follow(output, projections, slope)
         for projection in projections:
             rows = slice(None) if projection.rows is None else projection.rows
             see(projection, inputs, outputs[:, rows], own)
@@ -110,7 +116,9 @@ def _linear_hook(projections: list[Projection], real: Tensor, see: See) -> Any:
 
 
 @contextmanager
-def _one_by_one(module: Any, projections: list[Projection], real: Tensor, see: See) -> Iterator[None]:
+def _one_by_one(
+    module: Any, projections: list[Projection], real: Tensor, see: See, slope: Slope | None
+) -> Iterator[None]:
     """Let the experts of `module` run one after the other, by its own weights, biases and activation."""
     by_expert: dict[int, dict[str, Projection]] = {}
     for projection in projections:
@@ -131,6 +139,9 @@ def _one_by_one(module: Any, projections: list[Projection], real: Tensor, see: S
             inner = inputs @ _stored(own["gate"]).T + _bias(module, "gate_up_proj_bias", expert)
             gated: Tensor = module._apply_gate(inner)  # noqa: SLF001
             outer = gated @ _stored(own["down"]).T + _bias(module, "down_proj_bias", expert)
+            if slope is not None:
+                _follow(inner, [own["gate"], own["up"]], slope)
+                _follow(outer, [own["down"]], slope)
             see(own["gate"], inputs, inner[:, own["gate"].rows], at)
             see(own["up"], inputs, inner[:, own["up"].rows], at)
             see(own["down"], gated, outer, at)
@@ -139,6 +150,16 @@ def _one_by_one(module: Any, projections: list[Projection], real: Tensor, see: S
 
     with replaced_forward(module, forward):
         yield
+
+
+def _follow(output: Float[Tensor, "..."], projections: list[Projection], slope: Slope) -> None:
+    """Hand the gradient at `output` to `slope` when it is known, each projection its own rows."""
+
+    def hook(gradient: Tensor) -> None:
+        for p in projections:
+            slope(p, gradient.flatten(0, -2)[:, slice(None) if p.rows is None else p.rows])
+
+    output.register_hook(hook)
 
 
 def _stored(projection: Projection) -> Float[Tensor, "fused in"]:

@@ -19,10 +19,11 @@ from causalprune import checkpoint
 from causalprune.anatomy import fingerprint_of, raw_bytes
 from causalprune.criteria import CRITERIA
 from causalprune.errors import CheckpointError, MismatchError, OptionError
+from causalprune.importance import Factors, head_factors
 from causalprune.memory import packed
 from causalprune.methods import Method
 from causalprune.model import auto_dtype, skeleton
-from causalprune.pruning import Factors, Pruned, Work, head_factors, manifest
+from causalprune.pruning import Pruned, Work, manifest
 from causalprune.residence import HiddenStates, Residence
 from causalprune.shards import INDEX, Entry, ShardWriter, inside, layout, open_checkpoint
 from causalprune.spectra import Spectra
@@ -116,7 +117,8 @@ def _check_method(method: Method, seen: Seen | None) -> None:
     if not method.walks:
         return
     scope, update, budgets = method.resolved_scope, method.resolved_update, method.resolved_budgets
-    if scope == "global" or update == "distill" or budgets == "graded":
+    slopes = CRITERIA[method.criterion].needs == "slopes"
+    if slopes or scope == "global" or update == "distill" or budgets == "graded":
         raise OptionError(
             f"{method.criterion!r} with scope {scope}, update {update} and {budgets} budgets needs the whole "
             "model in memory: leave out --stream"

@@ -168,7 +168,7 @@ class _Engine(HFLM):  # type: ignore[misc]  # the harness has no type stubs
             options["attention_mask"] = attention_mask
             return super()._model_generate(context, max_length, stop, **options)  # type: ignore[no-any-return]
         with torch.inference_mode():
-            return greedy(self, context, attention_mask, max_length, stop)
+            return greedy(self, context, attention_mask, max_length, stop, self.cache_hook.ended)
 
     def tok_batch_encode(
         self,
@@ -199,10 +199,17 @@ class _Engine(HFLM):  # type: ignore[misc]  # the harness has no type stubs
             )
 
 
-def greedy(engine: Any, context: Tensor, mask: Tensor, max_length: int, stop: Sequence[str]) -> Tensor:
+def greedy(
+    engine: Any,
+    context: Tensor,
+    mask: Tensor,
+    max_length: int,
+    stop: Sequence[str],
+    on_ended: Callable[[int], None] = lambda _: None,
+) -> Tensor:
     """Return the context, padded on the left, with greedy continuations up to an end or a stop, padded on the right.
 
-    Rows leave the batch and its cache once an eighth of them have ended, where the cache lets them.
+    `on_ended` hears at every step how many rows have ended. Rows leave the batch and its cache once an eighth of them have ended, where the cache lets them.
     """
     model, words = engine.model, engine.tokenizer
     ends = model.generation_config.eos_token_id
@@ -224,6 +231,7 @@ def greedy(engine: Any, context: Tensor, mask: Tensor, max_length: int, stop: Se
         shown = words.batch_decode(found[rows, max(at + 1 - tail, context.shape[1]) : at + 1])
         stopped = torch.tensor([any(text in own for text in stop) for own in shown])
         running &= ~(torch.isin(token, ends).cpu() | stopped)
+        on_ended(len(context) - int(running.sum()))
         if not bool(running.any()):
             break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
@@ -241,10 +249,15 @@ class _Progress:
     """Takes the place of the harness's response cache, which hears of every finished request."""
 
     def __init__(self, engine: _Engine, report: Progress) -> None:
-        self.engine, self.report, self.done = engine, report, 0
+        self.engine, self.report, self.done, self.most = engine, report, 0, 0
+
+    def ended(self, count: int) -> None:
+        """Report a batch that is at work, of which `count` answers have ended."""
+        self.most = max(self.most, self.done + count)  # each is heard of once more when its batch is read
+        self.report(self.most, self.engine.total)
 
     def add_partial(self, kind: str, request: Any, response: Any) -> None:
         self.done += 1
         if kind == "generate_until":
             self.engine.tokens += len(self.engine.tok_encode(str(response)))
-        self.report(self.done, self.engine.total)
+        self.ended(0)
