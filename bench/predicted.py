@@ -1,7 +1,8 @@
 """A step of bench/quality.py: the rise that gradients predict for a pruned group of matrices, against the measured one.
 
 The divergence of a model whose weights W become W + ΔW is to second order `½ E[⟨∂ ln p(ŷ)/∂W, ΔW⟩²]`, with labels ŷ drawn
-from the model's own predictions (the Fisher information as a quadratic form, without any diagonal approximation).
+from the model's own predictions (the Fisher information as a quadratic form, without any diagonal approximation). The
+criterion `fisher` keeps the diagonal alone, with the gold labels: `½ Σ ΔW_ij² E[x_j²] E[g_i²]` for every token.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from causalprune.calibration import batches, calibrate, few
 from causalprune.embedded import load
+from causalprune.gradients import output_slopes
 from causalprune.grading import DoseResponse, dose_response, doses
 from causalprune.losses import target_logits, targets
 from causalprune.methods import Method
@@ -48,12 +50,26 @@ def predicted() -> dict[str, Any]:
 
         measured = dose_response(decoder, counted(), work.few, wanted, tried)
     nats = _predicted(decoder, few(calibration.examples), measured, changes)
+    slopes, tokens = output_slopes(decoder, work.groups), sum(int(batch.real.sum()) for batch in work.groups)
+    targets_seen = sum(example.target_tokens for example in calibration.examples)
+    by_name = {p.name: p for p in decoder.projections}
+
+    def diagonal(name: str, change: Tensor) -> float:
+        norm = work.norms.root_mean_square(by_name[name])
+        assert norm is not None
+        rise = (change * norm.float() * slopes[name].float()[:, None]).square().sum() / 2
+        return float(rise) * tokens / targets_seen
+
     return {
         "groups": measured.members,
         "sparsities": wanted,
         "draws": DRAWS,
         "measured_nats": measured.nats.tolist(),
         "predicted_nats": nats.tolist(),
+        "diagonal_nats": [
+            [sum(diagonal(name, changes[name][dose]) for name in members) for dose in range(len(wanted))]
+            for members in measured.members
+        ],
     }
 
 
@@ -89,8 +105,12 @@ def _predicted(
 
 def figures(done: dict[str, Any]) -> dict[str, float]:
     """Return rank correlations over all trials, and over the groups at the middle sparsity."""
-    own, other = (torch.tensor(done[key]) for key in ("predicted_nats", "measured_nats"))
+    own, other, diagonal = (
+        torch.tensor(done[f"{key}_nats"]) for key in ("predicted", "measured", "diagonal")
+    )
     return {
+        "predicted_rank_correlation_diagonal": spearman(diagonal.flatten(), other.flatten()),
+        "predicted_rank_correlation_diagonal_50": spearman(diagonal[:, 1], other[:, 1]),
         "predicted_rank_correlation": spearman(own.flatten(), other.flatten()),
         "predicted_rank_correlation_50": spearman(own[:, 1], other[:, 1]),
         "predicted_over_measured_50": float((own[:, 1] / other[:, 1]).median()),

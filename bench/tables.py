@@ -82,6 +82,22 @@ def oracle() -> str:
     return "\n".join(lines) + "\n"
 
 
+def predicted() -> str:
+    """How the rise that gradients predict for a pruned group agrees with the measured one."""
+    path = RESULTS / "quality.json"
+    own = read_json(path)["figures"] if path.exists() else {}
+    if "predicted_rank_correlation" not in own:
+        return "Not measured yet.\n"
+    lines = ["| rank correlation with the measured divergence | all trials | at 50 % |", "|---|---:|---:|"]
+    for name, suffix in (
+        ("Fisher information as a quadratic form", ""),
+        ("its diagonal (`fisher`)", "_diagonal"),
+    ):
+        at = [own[f"predicted_rank_correlation{suffix}{part}"] for part in ("", "_50")]
+        lines.append(f"| {name} | {at[0]:.2f} | {at[1]:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def speed() -> str:
     """Size, speed and loss of smaller models, by what their units were chosen."""
     path = RESULTS / "speed.json"
@@ -320,8 +336,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "half": partial(_rows, "quality", "gsm8k", HALF),
     "mix": partial(_rows, "quality", "mix"),
     "qwen": partial(_rows, "quality", "qwen"),
+    "gemma": partial(_rows, "quality", "gemma"),
     "draws": draws,
     "oracle": oracle,
+    "predicted": predicted,
     "speed": speed,
     "moe": moe,
     "cost": cost,
