@@ -40,15 +40,15 @@ QWEN_TASKS = ("gsm8k_cot:200", "strategyqa", "arc_challenge:500")
 MIX = ("gsm8k", "strategyqa", "arc_challenge", "wikitext2")
 BEST = ("causal", "sparsegpt", "wanda")
 ABLATIONS = (
+    "sparsegpt+graded+distill",
+    "causal+uniform",
     "sparsegpt+distill",
+    "causal+uniform+obs",
     "causal+refit",
-    "sparsegpt+refit",
-    "causal+obs",
-    "wanda+graded+distill",
     "fisher+obs",
 )
-"""`causal` with the same budget for all; without training; with neither; with SparseGPT's update; with Wanda's scores; and
-every weight by its effect to second order, ranked globally, with SparseGPT's update."""
+"""`causal` without gradients in its score; with the same budget for all; with neither; with its score alone; without
+training; and every weight by its effect to second order, ranked globally, with SparseGPT's update."""
 ORACLE_PROBLEMS = 48
 
 

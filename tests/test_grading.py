@@ -99,13 +99,6 @@ def test_what_the_task_can_spare_loses_more() -> None:
     assert record["method"]["budgets"] == "graded"
 
 
-def test_uniform_budgets_are_as_ever() -> None:
-    one, other = decoder_of("llama3"), decoder_of("llama3")
-    prune(one, parse_method("causal+uniform+obs", 0.5), calibration=problems())
-    prune(other, parse_method("sparsegpt", 0.5), calibration=problems())
-    assert fingerprint(one.model) == fingerprint(other.model)
-
-
 def test_names_of_budgets() -> None:
     assert parse_method("causal", 0.5) == Method("causal", 0.5)
     assert Method("causal", 0.5).resolved_budgets == "graded"

@@ -78,5 +78,8 @@ def test_passes_count_walks_trials_and_training() -> None:
     assert Method("wanda", 0.5, "global", update="refit").passes(30, 48) == 4
     assert Method("sparsegpt", 0.5, update="distill").passes(30, 48) == 2 + 3 * EPOCHS
     trials = 3 * 2 * 31 / 2 * 8 / 48
-    assert Method("causal", 0.5, update="refit").passes(30, 48) == pytest.approx(4 + trials)
-    assert Method("causal", 0.5, update="refit").passes(30, 4) == pytest.approx(4 + trials * 6)
+    slopes = 3
+    assert Method("causal", 0.5, update="refit").passes(30, 48) == pytest.approx(4 + slopes + trials)
+    assert Method("causal", 0.5, update="refit").passes(30, 4) == pytest.approx(4 + slopes + trials * 6)
+    assert Method("fisher", 0.5, "row").passes(30, 48) == 2
+    assert Method("fisher", 0.5).passes(30, 48) == 2 + slopes

@@ -10,13 +10,14 @@ from reference import calibration, fresh, restored, shared
 from test_pruning import Expert, Experts
 from torch import Tensor, nn
 
-from causalprune.allocation import keep_rows
+from causalprune.allocation import keep_matrix, keep_rows
 from causalprune.anatomy import inspect_model
 from causalprune.calibration import batches
 from causalprune.criteria import Evidence, fisher, wanda
 from causalprune.errors import OptionError
 from causalprune.gradients import output_slopes
 from causalprune.methods import Method
+from causalprune.obs import BLOCK, DAMPING, inverse_factor
 from causalprune.pruning import Work, prune
 from causalprune.streaming import Seen, prune_stream
 from causalprune.types import Calibration, Decoder, Example, silent
@@ -153,6 +154,57 @@ def test_an_expert_without_tokens_is_worth_what_its_siblings_are() -> None:
             torch.testing.assert_close(work.score(p), p.read().abs() * factor.float(), rtol=1e-4, atol=0)
 
 
+def same_masks(one: Method, other: Method, monkeypatch: pytest.MonkeyPatch, slope: float) -> bool:
+    """Return whether two methods keep the same weights where gradients are the same at all outputs."""
+
+    def equal(decoder: Decoder, *_: Any) -> dict[str, Tensor]:
+        return {p.name: torch.full((p.shape[0],), slope) for p in decoder.projections}
+
+    monkeypatch.setattr("causalprune.pruning.output_slopes", equal)
+    kept = [prune(fresh("olmoe"), method, calibration=EXAMPLES).keep for method in (one, other)]
+    return all(torch.equal(keep, kept[1][name]) for name, keep in kept[0].items())
+
+
+def test_causal_is_sparsegpt_where_gradients_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        for scope in (None, "global"):
+            causal = Method("causal", 0.5, scope, update="obs", budgets="uniform")
+            assert same_masks(causal, Method("sparsegpt", 0.5, scope), patch, 0.25)
+    kept = prune(fresh("olmoe"), causal, calibration=EXAMPLES).keep
+    other = prune(fresh("olmoe"), Method("sparsegpt", 0.5, "global"), calibration=EXAMPLES).keep
+    assert any(not torch.equal(keep, other[name]) for name, keep in kept.items())
+
+
+@pytest.mark.parametrize("scope", ["row", "2:4"])
+def test_no_gradients_are_taken_where_rows_are_not_compared(
+    scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("causalprune.pruning.output_slopes", None)  # a call would fail
+    causal = Method("causal", 0.5, scope, update="obs", budgets="uniform")
+    kept = prune(fresh("llama3"), causal, calibration=EXAMPLES).keep
+    other = prune(fresh("llama3"), Method("sparsegpt", 0.5, scope), calibration=EXAMPLES).keep
+    assert all(torch.equal(keep, other[name]) for name, keep in kept.items())
+    assert causal.passes(30, 48) < Method("causal", 0.5, update="obs", budgets="uniform").passes(30, 48)
+
+
+@pytest.mark.parametrize("family", ["llama3", "phi3", "mixtral"])
+def test_causal_counts_errors_by_their_slopes(family: str) -> None:
+    """In the first matrix, all of whose columns are one block, it is SparseGPT's scores of the intact weights times slopes."""
+    decoder = fresh(family)
+    p, slopes = decoder.projections[0], found(decoder)
+    work = Work(decoder, Method("sparsegpt", 0.5), {}, silent)
+    work.look_at(EXAMPLES, 2048)
+    next(iter(work.walk(advance_pruned=False, moments=True)))
+    upper = inverse_factor(work.moments.hessians[p.name], DAMPING, p.name)
+    alike = (p.read() / upper.diagonal()).square()
+    score = alike * slopes[p.name].float()[:, None]
+    method = Method("causal", 0.5, update="obs", budgets="uniform")
+    kept = prune(decoder, method, calibration=EXAMPLES).keep[p.name]
+    assert torch.equal(kept, keep_matrix(score, p.size // 2))
+    assert not torch.equal(kept, keep_matrix(alike, p.size // 2))
+    assert p.shape[1] <= BLOCK
+
+
 def test_progress_counts_the_way_back() -> None:
     seen: list[tuple[int, int]] = []
     method = Method("fisher", 0.5)
@@ -165,4 +217,6 @@ def test_progress_counts_the_way_back() -> None:
 def test_streaming_says_that_gradients_need_the_model(tmp_path: Any) -> None:
     fresh("llama2").model.save_pretrained(tmp_path / "model")
     with pytest.raises(OptionError, match="leave out --stream"):
-        prune_stream(tmp_path / "model", tmp_path / "out", Method("fisher", 0.5, "row"), seen=Seen(EXAMPLES))
+        prune_stream(
+            tmp_path / "model", tmp_path / "out", Method("fisher", 0.5, "matrix"), seen=Seen(EXAMPLES)
+        )

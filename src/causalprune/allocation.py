@@ -169,6 +169,20 @@ def keep_n_of_m(score: Float[Tensor, "out in"], n: int, m: int) -> Bool[Tensor, 
     return keep_rows(groups, torch.full((len(groups),), m - n)).view(score.shape)
 
 
+def keep_columns(
+    scope: str, count: int, shape: tuple[int, int], score: Tensor, start: int
+) -> Bool[Tensor, "out group"]:
+    """Return what stays of neighbouring columns from `start` on, their share of the `count` that goes removed."""
+    stop = start + score.shape[1]
+    if scope == "matrix":
+        return keep_matrix(score, count * stop // shape[1] - count * start // shape[1])
+    if scope == "row":
+        rows = spread(count, shape[0])
+        return keep_rows(score, rows * stop // shape[1] - rows * start // shape[1])
+    n, m = (int(number) for number in scope.split(":"))
+    return keep_n_of_m(score, n, m)
+
+
 def _check(score: Tensor) -> None:
     if score.numel() and not bool(score.amin() >= 0):  # false for NaN too
         raise ValueError("scores must be numbers ≥ 0")

@@ -47,7 +47,6 @@ def prune(
     With `cap` and no `--effects`, the heads are measured first; that part survives a kill.
     """
     from causalprune import tables
-    from causalprune.criteria import CRITERIA
     from causalprune.progress import shown
     from causalprune.recipe import CalibrationSpec, ModelSpec, parse_method
     from causalprune.run import Options, prune_checkpoint, prune_streamed
@@ -56,7 +55,7 @@ def prune(
     share = opt.general_share(objective, general)
     calibration = CalibrationSpec(tuple(task), n, subsets, seed, max_tokens, chat, share)
     wanted = parse_method(method or ("causal" if effects is None else "cap"), _sparsity(sparsity), seed)
-    if effects is not None and CRITERIA[wanted.criterion].needs != "effects":
+    if effects is not None and "effects" not in wanted.needs:
         raise OptionError(f"--effects are for cap, and {wanted.criterion} does not use them: leave them out")
     options = Options(data_dir, batch_tokens, overwrite, shown, cache_gib=cache_gib)
     if stream:

@@ -30,7 +30,7 @@ class Evidence:
 
     `input_norm` is the root mean square of each input feature over calibration tokens, `inverse` the
     diagonal of the inverse of the inputs' second moments, `output_slope` the root mean square of the task's gradient at
-    each output feature, `factor` the
+    each output feature (None where rows are not compared), `factor` the
     importance of each weight's head (broadcastable to `[out in]`), `seed` belongs to this matrix alone.
     """
 
@@ -41,7 +41,8 @@ class Evidence:
     seed: int = 0
 
 
-LOOKS = ("inputs", "moments", "slopes")
+Need = Literal["weights", "inputs", "moments", "slopes", "effects"]
+LOOKS: frozenset[Need] = frozenset({"inputs", "moments", "slopes"})
 """What criteria need that look at calibration data."""
 Score = Callable[[Float[Tensor, "out in"], Evidence], Float[Tensor, "out in"]]
 
@@ -52,14 +53,14 @@ class Criterion:
 
     score: Score
     scope: Scope
-    needs: Literal["nothing", "weights", "inputs", "moments", "slopes", "effects"]
+    needs: frozenset[Need]
     update: Update = "none"
     budgets: Budgets = "uniform"
 
     @property
     def by_value(self) -> bool:
         """Whether the score of a weight depends on |w| and its factor alone, and rises with |w|."""
-        return self.needs in ("weights", "effects")
+        return bool(self.needs) and self.needs <= {"weights", "effects"}
 
 
 def magnitude(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:
@@ -88,15 +89,26 @@ def sparsegpt(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tens
     return weight.float().square() / evidence.inverse
 
 
+def causal(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:
+    """SparseGPT's score times √E[g_i²]: errors of the outputs count by what the task's loss makes of them.
+
+    The root, half way to the loss to second order: with E[g_i²] itself the rows whose gradients are small lose too much
+    at once for a second order (docs/log.md has what was tried).
+    """
+    return sparsegpt(weight, evidence) * _rows(evidence)
+
+
 def fisher(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:
     """|W_ij| · √E[x_j²] · √E[g_i²], g the gradient of the task's loss at the output of the matrix.
 
     Half its square is what the loss rises to second order when w_ij goes: the diagonal of the empirical Fisher information,
     with inputs and gradients taken as independent (K-FAC, Martens & Grosse 2015, arXiv 1503.05671).
     """
-    assert evidence.input_norm is not None
-    assert evidence.output_slope is not None
-    return weight.abs().float() * evidence.input_norm.float() * evidence.output_slope.float()[:, None]
+    return wanda(weight, evidence) * _rows(evidence)
+
+
+def _rows(evidence: Evidence) -> Float[Tensor, "out 1"] | float:
+    return 1.0 if evidence.output_slope is None else evidence.output_slope.float()[:, None]
 
 
 def random(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:
@@ -106,11 +118,11 @@ def random(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor,
 
 
 CRITERIA: dict[str, Criterion] = {
-    "magnitude": Criterion(magnitude, scope="matrix", needs="weights"),
-    "wanda": Criterion(wanda, scope="row", needs="inputs"),
-    "sparsegpt": Criterion(sparsegpt, scope="matrix", needs="moments", update="obs"),
-    "causal": Criterion(sparsegpt, scope="matrix", needs="moments", update="distill", budgets="graded"),
-    "fisher": Criterion(fisher, scope="global", needs="slopes"),
-    "cap": Criterion(cap, scope="global", needs="effects"),
-    "random": Criterion(random, scope="matrix", needs="nothing"),
+    "magnitude": Criterion(magnitude, "matrix", frozenset({"weights"})),
+    "wanda": Criterion(wanda, "row", frozenset({"inputs"})),
+    "sparsegpt": Criterion(sparsegpt, "matrix", frozenset({"moments"}), update="obs"),
+    "causal": Criterion(causal, "matrix", frozenset({"moments", "slopes"}), "distill", "graded"),
+    "fisher": Criterion(fisher, "global", frozenset({"inputs", "slopes"})),
+    "cap": Criterion(cap, "global", frozenset({"weights", "effects"})),
+    "random": Criterion(random, "matrix", frozenset()),
 }

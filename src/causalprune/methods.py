@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from causalprune.calibration import FEW
-from causalprune.criteria import BUDGETS, CRITERIA, LOOKS, SCOPES, UPDATES, Budgets, Update
+from causalprune.criteria import BUDGETS, CRITERIA, LOOKS, SCOPES, UPDATES, Budgets, Need, Update
 from causalprune.distillation import EPOCHS
 from causalprune.errors import OptionError, unknown
 from causalprune.grading import DOSES
@@ -83,6 +83,12 @@ class Method:
         return self.resolved_scope in ("row", "matrix")
 
     @property
+    def needs(self) -> frozenset[Need]:
+        """What the criterion looks at; gradients at outputs only where rows are compared with each other."""
+        own = CRITERIA[self.criterion].needs
+        return own if self.resolved_scope in ("matrix", "global") else own - {"slopes"}
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether inputs of matrices on calibration data are looked at."""
         return self.walks > 0
@@ -94,7 +100,7 @@ class Method:
         Once each for scores that must all be there before the first weight goes, for graded budgets, and for pruning
         where it looks at inputs or updates.
         """
-        looks = CRITERIA[self.criterion].needs in LOOKS
+        looks = bool(self.needs & LOOKS)
         updates, graded = self.resolved_update != "none", self.resolved_budgets == "graded"
         if self.resolved_scope == "global":
             return looks + updates
@@ -106,7 +112,7 @@ class Method:
         Two for every walk; gradients go back once through every layer; trials of graded budgets take few examples, and enter at their layer; training
         takes three an epoch.
         """
-        graded, slopes = self.resolved_budgets == "graded", CRITERIA[self.criterion].needs == "slopes"
+        graded, slopes = self.resolved_budgets == "graded", "slopes" in self.needs
         trials = len(DOSES) * 2 * (layers + 1) / 2 * min(FEW / examples, 1.0) if graded else 0.0
         return (
             2 * self.walks

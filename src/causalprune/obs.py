@@ -62,12 +62,13 @@ def sparsegpt(
     choose: Choose,
     *,
     group: int = BLOCK,
+    rows: Float[Tensor, "out"] | None = None,
 ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
     """Prune column by column; what a weight took with it is made up for by the columns after it.
 
     `choose` sees the scores `w² / U_jj²` of `group` columns at a time, whose weights have been updated
-    for everything before them (SparseGPT, Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1).
-    Costs `out · in²` multiplications.
+    for everything before them (SparseGPT, Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1); `rows` says how much
+    the error of each output counts there, all alike without. Costs `out · in²` multiplications.
     """
     weight, keep = weight.float().clone(), torch.ones_like(weight, dtype=torch.bool)
     width = BLOCK // group * group if group < BLOCK else group
@@ -77,6 +78,7 @@ def sparsegpt(
         for j in range(block.shape[1]):
             if j % group == 0:
                 scores = (block[:, j : j + group] / own.diagonal()[j : j + group]).square()
+                scores = scores if rows is None else scores * rows[:, None]
                 keep[:, start + j : start + j + group] = choose(scores, start + j)
             column, stays = block[:, j], keep[:, start + j]
             errors[:, j] = torch.where(stays, 0.0, column / own[j, j])

@@ -12,7 +12,6 @@ import torch
 
 from causalprune.calibration import with_limit
 from causalprune.checkpoint import check_destination
-from causalprune.criteria import CRITERIA
 from causalprune.data import OWN, TEXT_SOURCES, Split, load_problems, load_texts
 from causalprune.embedded import resolve
 from causalprune.errors import DataError, OptionError
@@ -70,7 +69,7 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
     jobs = []
     cells = recipe.cells()
     methods = [method for method in cells.values() if method is not None]
-    if any(CRITERIA[m.criterion].needs == "effects" for m in methods):
+    if any("effects" in m.needs for m in methods):
         units = shape.layers * shape.heads
         jobs.append(Job("attribution", units, int(calibration * _attribution_passes(recipe, shape))))
     passes = [m.passes(shape.layers, recipe.calibration.n) for m in methods if m.needs_calibration]

@@ -16,11 +16,8 @@ from causalprune.allocation import (
     find_threshold,
     graded_shares,
     keep_above,
-    keep_matrix,
-    keep_n_of_m,
-    keep_rows,
+    keep_columns,
     prune_counts,
-    spread,
 )
 from causalprune.anatomy import fingerprint
 from causalprune.calibration import batches, few
@@ -77,7 +74,7 @@ def prune(
     if method.needs_calibration and calibration is None:
         raise OptionError(f"method {method.criterion!r} needs calibration data")
     factors: Factors = {}
-    if CRITERIA[method.criterion].needs == "effects":
+    if "effects" in method.needs:
         factors = head_factors(decoder, effects, fingerprint(decoder.model))
     _check_finite(decoder)
     work = Work(decoder, method, factors, on_progress)
@@ -169,11 +166,11 @@ class Work:
         self.norms = InputNorms()
         self.slopes: Mapping[str, Tensor] = {}
         self.moments = Moments()  # of the layer at hand
-        self.needs = CRITERIA[method.criterion].needs
+        self.needs = method.needs
         self._factor: tuple[Tensor, Tensor] | None = None
         self._done, self._on_progress = 0, on_progress
         passes = 3 * EPOCHS / 2 if method.resolved_update == "distill" else 0  # a walk is two forward passes
-        self._back = round(SLOPE_PASSES / 2 * len(decoder.layers)) if self.needs == "slopes" else 0
+        self._back = round(SLOPE_PASSES / 2 * len(decoder.layers)) if "slopes" in self.needs else 0
         self._total = self._back + round((max(method.walks, 1) + passes) * len(decoder.layers))
 
     def look_at(self, calibration: Calibration, max_batch_tokens: int) -> None:
@@ -182,7 +179,7 @@ class Work:
         size = 1 if unpadded else max_batch_tokens
         self.groups = batches(calibration.examples, max_batch_tokens=size)
         self.few = batches(few(calibration.examples), max_batch_tokens=size)
-        if self.needs == "slopes":
+        if "slopes" in self.needs:
             self.slopes = output_slopes(self.decoder, self.groups, partial(self._report_part, self._back))
             self._done = self._back
 
@@ -194,9 +191,9 @@ class Work:
     def keep_globally(self) -> Iterator[Tensor]:
         """Rank all weights by what the intact model's inputs say, and yield what stays of matrix after matrix."""
         kept: dict[str, Tensor] = {}
-        if self.needs in LOOKS:
-            for layer in self.walk(advance_pruned=False, moments=self.needs == "moments"):
-                if self.needs == "moments":
+        if self.needs & LOOKS:
+            for layer in self.walk(advance_pruned=False, moments="moments" in self.needs):
+                if "moments" in self.needs:
                     kept |= {p.name: self.score(p) for p in layer.projections}
         pool = self.decoder.projections
 
@@ -223,12 +220,12 @@ class Work:
         shares = self._shares() if fixed is None else None
         counts = prune_counts([p.size for p in pool], shares or self.method.sparsity)
         by_name = {p.name: count for p, count in zip(pool, counts, strict=True)}
-        looks = fixed is None and self.needs in LOOKS
-        moments = update != "none" or (looks and self.needs == "moments")
+        looks = fixed is None and bool(self.needs & LOOKS)
+        moments = update != "none" or (looks and "moments" in self.needs)
         layers = self.walk(advance_pruned=True, moments=moments) if looks or moments else None
         for layer in layers or self.decoder.layers:
             for p in layer.projections:
-                choose = partial(_chosen, self.method.resolved_scope, by_name[p.name], p.shape)
+                choose = partial(keep_columns, self.method.resolved_scope, by_name[p.name], p.shape)
                 weight, keep = self._solved(p, choose, None if fixed is None else next(fixed))
                 if weight is None:
                     p.erase(keep)
@@ -242,7 +239,7 @@ class Work:
         """Return the sparsity of every matrix by graded interventions, None where all have the same."""
         if self.method.resolved_budgets == "uniform":
             return None
-        layers = self.walk(advance_pruned=False, moments=self.needs == "moments")
+        layers = self.walk(advance_pruned=False, moments="moments" in self.needs)
         found = dose_response(self.decoder, layers, self.few, doses(self.method.sparsity), self._tried)
         self.response = found
         shares = graded_shares(found.nats, found.sparsities, found.sizes, self.method.sparsity).tolist()
@@ -255,8 +252,9 @@ class Work:
         SparseGPT goes through the columns once, for all sparsities side by side.
         """
         scope, times = self.method.resolved_scope, len(sparsities)
-        choices = [partial(_chosen, scope, round(sparsity * p.size), p.shape) for sparsity in sparsities]
-        if self.needs != "moments":
+        counts = [round(sparsity * p.size) for sparsity in sparsities]
+        choices = [partial(keep_columns, scope, count, p.shape) for count in counts]
+        if "moments" not in self.needs:
             score = self.score(p)
             return [torch.where(choose(score, 0), p.read(), 0.0) for choose in choices]
 
@@ -264,17 +262,19 @@ class Work:
             parts = zip(choices, score.chunk(times), strict=True)
             return torch.cat([choose(part, start) for choose, part in parts])
 
-        return sparsegpt(p.read().repeat(times, 1), self._inverse(p), choose_all)[0].chunk(times)
+        many, slope = p.read().repeat(times, 1), self._slope(p)
+        rows = None if slope is None else slope.repeat(times)
+        return sparsegpt(many, self._inverse(p), choose_all, rows=rows)[0].chunk(times)
 
     def _solved(
         self, p: Projection, choose: Callable[[Tensor, int], Tensor], keep: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
         """Return the weights of a matrix after the update, if it had any, and what stays: `keep` where it is known."""
         weight, update, solved = p.read(), self.method.resolved_update, None
-        if keep is None and self.needs == "moments":
+        if keep is None and "moments" in self.needs:
             pattern = N_OF_M.fullmatch(self.method.resolved_scope)
             group = int(pattern[2]) if pattern else BLOCK
-            solved, keep = sparsegpt(weight, self._inverse(p), choose, group=group)
+            solved, keep = sparsegpt(weight, self._inverse(p), choose, group=group, rows=self._slope(p))
         stays = choose(self.score(p), 0) if keep is None else keep
         if update == "none" or not self.moments.tokens.get(p.name) or bool(stays.all()):
             return None, stays
@@ -298,19 +298,23 @@ class Work:
 
     def score(self, p: Projection) -> Float[Tensor, "out in"]:
         """Return what the weights of a projection are worth, by the method's criterion."""
-        weight, inverse, slope = p.read(), None, None
-        if self.needs == "moments":
+        weight, inverse = p.read(), None
+        if "moments" in self.needs:
             inverse = self._inverse(p).square().sum(0)
-        if self.needs == "slopes":
-            slope = self._known(p, lambda q: self.slopes.get(q.name)).expand(weight.shape[0])
         evidence = Evidence(
             input_norm=self._known(p, self.norms.root_mean_square).expand(weight.shape[1]),
-            output_slope=slope,
+            output_slope=self._slope(p),
             inverse=inverse,
             factor=self.factors.get(p.name),
             seed=zlib.crc32(f"{self.method.seed}:{p.name}".encode()),
         )
         return self._finite(p, CRITERIA[self.method.criterion].score(weight, evidence))
+
+    def _slope(self, p: Projection) -> Float[Tensor, "out"] | None:
+        """Return the root mean square of the gradient at the outputs, None where rows are not compared by it."""
+        if not self.slopes:
+            return None
+        return self._known(p, lambda q: self.slopes.get(q.name)).float().expand(p.shape[0])
 
     def _known(self, p: Projection, of: Callable[[Projection], Tensor | None]) -> Float[Tensor, "#features"]:
         """Return what is known of a projection's inputs or outputs.
@@ -379,17 +383,3 @@ class Work:
     def _see(self, projection: Projection, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
         self.norms.see(projection, inputs, outputs, real)
         self.moments.see(projection, inputs, outputs, real)
-
-
-def _chosen(
-    scope: str, count: int, shape: tuple[int, int], score: Tensor, start: int
-) -> Bool[Tensor, "out group"]:
-    """Return what stays of neighbouring columns from `start` on, their share of the `count` that goes removed."""
-    stop = start + score.shape[1]
-    if scope == "matrix":
-        return keep_matrix(score, count * stop // shape[1] - count * start // shape[1])
-    if scope == "row":
-        rows = spread(count, shape[0])
-        return keep_rows(score, rows * stop // shape[1] - rows * start // shape[1])
-    n, m = (int(number) for number in scope.split(":"))
-    return keep_n_of_m(score, n, m)

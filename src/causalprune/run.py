@@ -192,16 +192,16 @@ def prune_checkpoint(
     The ledger of such a measurement lies beside the output, in `<output>.attribution`.
     """
     check_destination(output, options.overwrite)
-    needs = CRITERIA[method.criterion].needs
+    needs = method.needs
     calibration, effects = None, None
-    if method.needs_calibration or (needs == "effects" and effects_path is None):
+    if method.needs_calibration or ("effects" in needs and effects_path is None):
         decoder, calibration = prepared(spec, wanted, options)
     else:
         with options.stage("loading model"):
             decoder = load(spec)
-    if needs == "effects" and effects_path is not None:
+    if "effects" in needs and effects_path is not None:
         effects = load_effects(effects_path, decoder)
-    elif needs == "effects" and calibration is not None:
+    elif "effects" in needs and calibration is not None:
         effects = _measured(decoder, calibration, output.with_name(f"{output.name}.attribution"), options)
     with options.stage("pruning") as progress:
         pruned = prune(
@@ -232,7 +232,7 @@ def prune_streamed(
             "--stream keeps the dtype of the files, uses no device and runs no code: leave those options out"
         )
     effects = None
-    if CRITERIA[method.criterion].needs == "effects" and effects_path is not None:
+    if "effects" in method.needs and effects_path is not None:
         effects = load_effects(effects_path)
     folder, seen = Path(spec.name).expanduser(), None
     check_destination(output, options.overwrite)
@@ -322,7 +322,7 @@ class _Bench:
     def _prune(self, name: str, method: Method, decoder: Decoder) -> None:
         start = time.perf_counter()
         with self.stage(f"{name}: pruning") as progress:
-            own = self.effects if CRITERIA[method.criterion].needs == "effects" else None
+            own = self.effects if "effects" in method.needs else None
             batch_tokens = self.recipe.batch_tokens
             pruned = prune(
                 decoder,
@@ -355,7 +355,7 @@ def _effects(
     recipe: Recipe, decoder: Decoder, calibration: Calibration, folder: Path, stage: Stage, book: Ledger
 ) -> Effects | None:
     criteria = [method.criterion for method in recipe.cells().values() if method is not None]
-    if not any(CRITERIA[criterion].needs == "effects" for criterion in criteria):
+    if not any("effects" in CRITERIA[criterion].needs for criterion in criteria):
         return None
     options = Options(batch_tokens=recipe.batch_tokens, stage=stage)
     begun, start = (folder / "attribution.ledger").exists(), time.perf_counter()

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from causalprune import checkpoint
 from causalprune.anatomy import fingerprint_of, raw_bytes
-from causalprune.criteria import CRITERIA
 from causalprune.errors import CheckpointError, MismatchError, OptionError
 from causalprune.importance import Factors, head_factors
 from causalprune.memory import packed
@@ -79,7 +78,7 @@ def prune_stream(  # noqa: PLR0913 (what `prune` and `save` take)
     with closing(Store(2 * size, on_progress)) as store:
         decoder, sources = _opened(source, entries, store)
         factors: Factors = {}
-        if CRITERIA[method.criterion].needs == "effects":
+        if "effects" in method.needs:
             factors = head_factors(decoder, effects, found=None)
         spectra = Spectra(method, factors)
         found = _survey(decoder, sources, _dtype(source, entries), spectra)
@@ -117,7 +116,7 @@ def _check_method(method: Method, seen: Seen | None) -> None:
     if not method.walks:
         return
     scope, update, budgets = method.resolved_scope, method.resolved_update, method.resolved_budgets
-    slopes = CRITERIA[method.criterion].needs == "slopes"
+    slopes = "slopes" in method.needs
     if slopes or scope == "global" or update == "distill" or budgets == "graded":
         raise OptionError(
             f"{method.criterion!r} with scope {scope}, update {update} and {budgets} budgets needs the whole "
