@@ -1,6 +1,7 @@
 """Layers that are in memory one at a time are pruned as in a model that is there as a whole, byte for byte."""
 
 import warnings
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from test_streaming import effects_of, same, saved, tensors
 from tinydata import tiny_decoder, write_data
 
 from causalprune import checkpoint
+from causalprune.ablation import LayerInputs
 from causalprune.methods import Method
 from causalprune.model import load, skeleton
 from causalprune.pruning import manifest, prune
@@ -116,8 +118,6 @@ def test_a_skeleton_that_is_to_run_has_buffers_and_no_weights(tmp_path: Path) ->
 
 
 def test_hidden_states_come_back_bit_for_bit(tmp_path: Path) -> None:
-    from causalprune.ablation import LayerInputs
-
     states = HiddenStates(0.0, tmp_path)
     some = [torch.randn(2, 3, 4).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
     with pytest.warns(UserWarning, match="kept on disk"):
@@ -130,6 +130,22 @@ def test_hidden_states_come_back_bit_for_bit(tmp_path: Path) -> None:
         kept[0].hidden[0]
     states.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_room_for_one_layer_is_room_for_all(tmp_path: Path) -> None:
+    one = torch.randn(2, 3, 4)
+    size = one.numel() * 4
+
+    def spilled(limit: int) -> int:
+        with closing(HiddenStates(limit, tmp_path)) as states:
+            for layer in range(4):
+                for _ in range(3):
+                    states.keep(LayerInputs({layer: one}, as_tuple=False))
+            return states.spilled_bytes
+
+    assert spilled(3 * size) == 0
+    with pytest.warns(UserWarning, match="kept on disk"):
+        assert spilled(3 * size - 1) == 4 * size
 
 
 def test_wanda_is_streamed_on_the_command_line(run: Run, tmp_path: Path) -> None:

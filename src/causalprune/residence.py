@@ -127,21 +127,28 @@ class HiddenStates:
 
     def __init__(self, limit_bytes: float, folder: Path) -> None:
         self._limit, self._folder = limit_bytes, folder
-        self._held: dict[int, int] = {}
+        self._held: dict[int, list[int]] = {}
+        """Bytes in memory by layer and batch; what is on disk counts nothing."""
         self._files: dict[int, IO[bytes]] = {}
         self.spilled_bytes = 0
         """Written to disk so far."""
 
     def keep(self, inputs: LayerInputs) -> LayerInputs:
-        """Return the same inputs, which may be on disk now; those of two layers before are forgotten."""
+        """Return the same inputs, which may be on disk now; those of two layers before are forgotten.
+
+        Batches come in the same order for every layer, and each takes the place of its own input of the layer before.
+        """
         ((layer, hidden),) = inputs.hidden.items()
         for past in [at for at in self._held if at < layer - 1]:
             del self._held[past]
         for past in [at for at in self._files if at < layer - 1]:
             self._files.pop(past).close()
         size = hidden.numel() * hidden.element_size()
-        if sum(self._held.values()) + size <= self._limit:
-            self._held[layer] = self._held.get(layer, 0) + size
+        own = self._held.setdefault(layer, [])
+        waiting = self._held.get(layer - 1, [])[len(own) + 1 :]
+        fits = sum(own) + sum(waiting) + size <= self._limit
+        own.append(size if fits else 0)
+        if fits:
             return inputs
         if not self.spilled_bytes:
             limit = f"{self._limit / 2**30:g} GiB"
