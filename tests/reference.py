@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from families import FAMILIES, VOCAB
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
 from causalprune.anatomy import inspect_model
@@ -31,6 +32,39 @@ def fresh(family: str) -> Decoder:
 def shared(family: str) -> Decoder:
     """Return the tiny model of a family that no test may leave changed."""
     return fresh(family)
+
+
+class Expert(nn.Module):
+    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+        super().__init__()
+        self.w1, self.w3 = (nn.Linear(part.shape[1], len(part), bias=False) for part in gate_up.chunk(2))
+        self.w2 = nn.Linear(down.shape[1], len(down), bias=False)
+        for linear, weight in zip((self.w1, self.w3, self.w2), (*gate_up.chunk(2), down), strict=True):
+            linear.weight.data = weight.clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(silu(self.w1(x)) * self.w3(x))
+
+
+class Experts(nn.ModuleList):
+    """Experts as modules of their own, as remote code has them."""
+
+    def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self):
+            rows, places = (chosen == e).nonzero(as_tuple=True)
+            if len(rows):
+                out[rows] += expert(x[rows]) * shares[rows, places, None]
+        return out
+
+
+def with_expert_modules() -> Decoder:
+    """Return the tiny Mixtral with its stacked experts as modules."""
+    model = fresh("mixtral").model
+    for layer in model.model.layers:
+        old = layer.mlp.experts
+        layer.mlp.experts = Experts(map(Expert, old.gate_up_proj.data, old.down_proj.data))
+    return inspect_model(model, None, name="modules")
 
 
 @contextmanager
@@ -61,6 +95,10 @@ def calibration(
     """Return random examples of the given (length, target start): some fit one batch, some do not."""
     examples = [example(length, start, seed + i) for i, (length, start) in enumerate(shapes)]
     return Calibration(tuple(examples), tuple(i % subsets for i in range(len(examples))))
+
+
+ONE_ROUTE = Calibration((Example((7,) * 6, 1, "equal", ""),), (0,))
+"""Equal tokens have equal hidden states: they all go to the same experts, and the others see none."""
 
 
 def logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:

@@ -9,12 +9,22 @@ import micro
 import pytest
 import torch
 from families import FAMILIES
-from reference import calibration, example, fresh, logits, lowest_go, restored, shared, weights
-from torch import Tensor, nn
-from torch.nn.functional import silu
+from reference import (
+    ONE_ROUTE,
+    calibration,
+    example,
+    fresh,
+    logits,
+    lowest_go,
+    restored,
+    shared,
+    weights,
+    with_expert_modules,
+)
+from torch import Tensor
 
 from causalprune.allocation import prune_counts, spread
-from causalprune.anatomy import fingerprint, inspect_model
+from causalprune.anatomy import fingerprint
 from causalprune.attribution import attribute
 from causalprune.criteria import CRITERIA, SCOPES, Evidence, wanda
 from causalprune.errors import MismatchError, ModelError, OptionError
@@ -268,38 +278,10 @@ def test_experts_without_tokens_are_named_and_go_by_magnitude() -> None:
     assert run(fresh("llama2"), Method("wanda", 0.5)).unrouted == ()
 
 
-class Expert(nn.Module):
-    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
-        super().__init__()
-        self.w1, self.w3 = (nn.Linear(part.shape[1], len(part), bias=False) for part in gate_up.chunk(2))
-        self.w2 = nn.Linear(down.shape[1], len(down), bias=False)
-        for linear, weight in zip((self.w1, self.w3, self.w2), (*gate_up.chunk(2), down), strict=True):
-            linear.weight.data = weight.clone()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(silu(self.w1(x)) * self.w3(x))
-
-
-class Experts(nn.ModuleList):
-    """Experts as modules of their own, as remote code has them."""
-
-    def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for e, expert in enumerate(self):
-            rows, places = (chosen == e).nonzero(as_tuple=True)
-            if len(rows):
-                out[rows] += expert(x[rows]) * shares[rows, places, None]
-        return out
-
-
-@pytest.mark.parametrize("examples", [EXAMPLES, Calibration((Example((7,) * 6, 1, "equal", ""),), (0,))])
+@pytest.mark.parametrize("examples", [EXAMPLES, ONE_ROUTE])
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
 def test_experts_that_are_modules_lose_what_stacked_ones_lose(examples: Calibration, criterion: str) -> None:
-    stacked, listed = fresh("mixtral"), fresh("mixtral").model
-    for layer in listed.model.layers:
-        old = layer.mlp.experts
-        layer.mlp.experts = Experts(map(Expert, old.gate_up_proj.data, old.down_proj.data))
-    modules = inspect_model(listed, None, name="modules")
+    stacked, modules = fresh("mixtral"), with_expert_modules()
     expected = prune(stacked, Method(criterion, 0.5), calibration=examples)
     found = prune(modules, Method(criterion, 0.5), calibration=examples)
     assert list(found.keep) == list(expected.keep)

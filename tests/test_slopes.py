@@ -6,12 +6,10 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from reference import calibration, fresh, restored, shared
-from test_pruning import Expert, Experts
+from reference import ONE_ROUTE, calibration, fresh, restored, shared, with_expert_modules
 from torch import Tensor, nn
 
 from causalprune.allocation import keep_matrix, keep_rows
-from causalprune.anatomy import inspect_model
 from causalprune.calibration import batches
 from causalprune.criteria import Evidence, fisher, wanda
 from causalprune.errors import OptionError
@@ -20,11 +18,9 @@ from causalprune.methods import Method
 from causalprune.obs import BLOCK, DAMPING, inverse_factor
 from causalprune.pruning import Work, prune
 from causalprune.streaming import Seen, prune_stream
-from causalprune.types import Calibration, Decoder, Example, silent
+from causalprune.types import Calibration, Decoder, silent
 
 EXAMPLES = calibration(((14, 5), (13, 9), (9, 1)))
-ONE_ROUTE = Calibration((Example((7,) * 6, 1, "equal", ""),), (0,))
-"""Equal tokens have equal hidden states: they all go to the same experts, and the others see none."""
 
 
 def found(decoder: Decoder, examples: Calibration = EXAMPLES, room: int = 2048) -> dict[str, Tensor]:
@@ -72,11 +68,7 @@ def test_slopes_are_those_of_a_whole_backward_pass(family: str) -> None:
 
 @pytest.mark.parametrize("examples", [EXAMPLES, ONE_ROUTE])
 def test_stacked_experts_have_the_slopes_of_modules(examples: Calibration) -> None:
-    stacked, listed = fresh("mixtral"), fresh("mixtral").model
-    for layer in listed.model.layers:
-        old = layer.mlp.experts
-        layer.mlp.experts = Experts(map(Expert, old.gate_up_proj.data, old.down_proj.data))
-    modules = inspect_model(listed, None, name="modules")
+    stacked, modules = fresh("mixtral"), with_expert_modules()
     own, other, whole = (
         found(stacked, examples),
         found(modules, examples, room=1),
