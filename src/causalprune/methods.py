@@ -109,8 +109,8 @@ class Method:
     def passes(self, layers: int, examples: int) -> float:
         """Return how many passes of all calibration tokens through the model pruning costs, a backward pass as two.
 
-        Two for every walk; gradients go back once through every layer; trials of graded budgets take few examples, and enter at their layer; training
-        takes three an epoch.
+        Two for every walk; gradients go back once through every layer; trials of graded budgets take few examples,
+        and enter at their layer; training takes three an epoch.
         """
         graded, slopes = self.resolved_budgets == "graded", "slopes" in self.needs
         trials = len(DOSES) * 2 * (layers + 1) / 2 * min(FEW / examples, 1.0) if graded else 0.0
