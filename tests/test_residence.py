@@ -137,7 +137,7 @@ def test_room_for_one_layer_is_room_for_all(tmp_path: Path) -> None:
     size = one.numel() * 4
 
     def spilled(limit: int) -> int:
-        with closing(HiddenStates(limit, tmp_path)) as states:
+        with closing(HiddenStates(float(limit), tmp_path)) as states:
             for layer in range(4):
                 for _ in range(3):
                     states.keep(LayerInputs({layer: one}, as_tuple=False))
