@@ -32,10 +32,15 @@ SHOWN, BUDGETS = (4, 8, 16, 32, 64), (None, 10.0, 20.0, 50.0)
 PAGES = ("README.md", "docs/*.md")
 
 
+def _record(name: str) -> Any:
+    """Return a result file, empty where there is none yet."""
+    path = RESULTS / f"{name}.json"
+    return read_json(path) if path.exists() else {"raw": {}, "figures": {}}
+
+
 def _rows(name: str, step: str, only: tuple[str, ...] = ()) -> str:
     """Return dense and every row of a step, or some of them, with paired intervals."""
-    path = RESULTS / f"{name}.json"
-    raw = read_json(path)["raw"] if path.exists() else {}
+    raw = _record(name)["raw"]
     rows = rows_of(raw[step]) if step in raw else []
     rows = [row for row in rows if not only or row[0] in only]
     if not rows:
@@ -46,8 +51,7 @@ def _rows(name: str, step: str, only: tuple[str, ...] = ()) -> str:
 
 def draws() -> str:
     """Rise of the loss over dense at 50 % on every calibration draw."""
-    path = RESULTS / "quality.json"
-    raw = read_json(path)["raw"] if path.exists() else {}
+    raw = _record("quality")["raw"]
     names = [name for name in raw if name == "gsm8k" or name.startswith("draw_")]
     labels = ("wanda-row-0.5", "sparsegpt-matrix-0.5", "causal-matrix-0.5")
     if len(names) < 2:
@@ -65,8 +69,7 @@ def draws() -> str:
 
 def oracle() -> str:
     """SparseGPT here against llm-compressor's."""
-    path = RESULTS / "quality.json"
-    found = read_json(path)["figures"] if path.exists() else {}
+    found = _record("quality")["figures"]
     names = {
         "keep decisions that are equal, every matrix with the intact model's inputs": "oracle_sparsegpt_agreement",
         "the same from end to end": "oracle_sparsegpt_agreement_end_to_end",
@@ -84,8 +87,7 @@ def oracle() -> str:
 
 def predicted() -> str:
     """How the rise that gradients predict for a pruned group agrees with the measured one."""
-    path = RESULTS / "quality.json"
-    own = read_json(path)["figures"] if path.exists() else {}
+    own = _record("quality")["figures"]
     if "predicted_rank_correlation" not in own:
         return "Not measured yet.\n"
     lines = ["| rank correlation with the measured divergence | all trials | at 50 % |", "|---|---:|---:|"]
@@ -100,8 +102,7 @@ def predicted() -> str:
 
 def speed() -> str:
     """Size, speed and loss of smaller models, by what their units were chosen."""
-    path = RESULTS / "speed.json"
-    rows = read_json(path)["raw"]["rows"] if path.exists() else {}
+    rows = _record("speed")["raw"].get("rows", {})
     if not rows:
         return "Not measured yet.\n"
     lines = [
@@ -133,8 +134,7 @@ def speed() -> str:
 
 def moe() -> str:
     """Loss of a small mixture of experts, pruned by every method and shrunk by every choice of experts."""
-    path = RESULTS / "moe.json"
-    rows = read_json(path)["raw"]["rows"] if path.exists() else {}
+    rows = _record("moe")["raw"].get("rows", {})
     if not rows:
         return "Not measured yet.\n"
     results = {
@@ -185,8 +185,7 @@ def reliability() -> str:
 
 def families() -> str:
     """What a ranking costs on other families, and how it agrees with another draw or with exact effects."""
-    path = RESULTS / "families.json"
-    raw = read_json(path)["raw"] if path.exists() else {}
+    raw = _record("families")["raw"]
     lines = ["| model | effect, estimator | seconds | share of naive tokens | Spearman | top fifth shared |"]
     lines.append("|---|---|---:|---:|---:|---:|")
     for effect, own in raw.get("qwen", {}).items():
@@ -216,8 +215,7 @@ def stability() -> str:
 
 def large() -> str:
     """What streaming an 8-billion-parameter checkpoint costs."""
-    path = RESULTS / "large.json"
-    record = read_json(path) if path.exists() else {"raw": {}}
+    record = _record("large")
     if "eight" not in record["raw"]:
         return "Not measured yet.\n"
     own, machine = record["raw"]["eight"], record["machine"]
@@ -234,8 +232,7 @@ def large() -> str:
 
 def layers() -> str:
     """What pruning layer by layer from disk costs, and in memory."""
-    path = RESULTS / "large.json"
-    own = read_json(path)["raw"].get("layers") if path.exists() else None
+    own = _record("large")["raw"].get("layers")
     if own is None:
         return "Not measured yet.\n"
     lines = [
@@ -251,8 +248,7 @@ def layers() -> str:
 
 def cluster() -> str:
     """How evenly 64 simulated workers are busy, and what two workers of Ray are worth here."""
-    path = RESULTS / "large.json"
-    raw = read_json(path)["raw"] if path.exists() else {}
+    raw = _record("large")["raw"]
     lines = [
         "| 64 simulated workers | jobs | all done after | lower bound | over it |",
         "|---|---:|---:|---:|---:|",
@@ -273,8 +269,7 @@ def cluster() -> str:
 
 def interop() -> str:
     """What other runtimes make of a pruned SmolLM2."""
-    path = RESULTS / "large.json"
-    own = read_json(path)["raw"].get("interop") if path.exists() else None
+    own = _record("large")["raw"].get("interop")
     if own is None:
         return "Not measured yet.\n"
     plain, llama, onnx = own["transformers"], own["llama.cpp"], own["onnxruntime"]
@@ -297,8 +292,7 @@ def interop() -> str:
 
 def finetune() -> str:
     """What training and merging leave of the zeros of SmolLM2."""
-    path = RESULTS / "large.json"
-    own = read_json(path)["raw"].get("finetune") if path.exists() else None
+    own = _record("large")["raw"].get("finetune")
     if own is None:
         return "Not measured yet.\n"
     lines = ["| SmolLM2 at 50 % | zeros | matrices that lost zeros |", "|---|---:|---:|"]
@@ -310,8 +304,7 @@ def finetune() -> str:
 
 def kills() -> str:
     """What came of runs that were killed."""
-    path = RESULTS / "large.json"
-    own = read_json(path)["raw"].get("kills") if path.exists() else None
+    own = _record("large")["raw"].get("kills")
     if own is None:
         return "Not measured yet.\n"
     lines = [
@@ -326,8 +319,7 @@ def kills() -> str:
 
 
 def _attribution(step: str) -> Any:
-    path = RESULTS / "attribution.json"
-    return read_json(path)["raw"].get(step) if path.exists() else None
+    return _record("attribution")["raw"].get(step)
 
 
 TABLES: dict[str, Callable[[], str]] = {

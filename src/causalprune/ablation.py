@@ -101,8 +101,10 @@ def site_inputs(decoder: Decoder, places: Sequence[Site]) -> Iterator[dict[Site,
 def capture(decoder: Decoder, tokens: Int[Tensor, "batch time"], *, stop: int) -> LayerInputs:
     """Run the model through layer `stop` and keep the input of layers `0 … stop`.
 
-    Costs `(stop + 1) / n_layers` of a forward pass without logits.
+    With the number of layers for `stop`, that ends with what the last one sends to the final norm. Costs
+    `(stop + 1) / n_layers` of a forward pass without logits.
     """
+    last = min(stop, len(decoder.layers) - 1)
     hidden: dict[int, Tensor] = {}
 
     def keep(index: int) -> Any:
@@ -116,7 +118,9 @@ def capture(decoder: Decoder, tokens: Int[Tensor, "batch time"], *, stop: int) -
             handle = layer.module.register_forward_pre_hook(keep(layer.index), with_kwargs=True)
             stack.callback(handle.remove)
         stack.enter_context(torch.inference_mode())
-        output = run_until(decoder, tokens, stop)
+        output = run_until(decoder, tokens, last)
+    if stop > last:
+        hidden[stop] = residual(output)
     return LayerInputs(hidden, as_tuple=isinstance(output, tuple))
 
 
@@ -154,7 +158,11 @@ def run_layer(
 ) -> Float[Tensor, "batch time model"]:
     """Run `layer` alone on `inputs.hidden[layer]` and return its output."""
     with entered_at(decoder, layer, inputs), torch.inference_mode():
-        output = run_until(decoder, tokens, layer)
+        return residual(run_until(decoder, tokens, layer))
+
+
+def residual(output: Any) -> Float[Tensor, "batch time model"]:
+    """Return the residual stream in what a layer returns."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 

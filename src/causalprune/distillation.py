@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from causalprune.ablation import LayerInputs, capture, entered_at, run_layer, run_until
+from causalprune.ablation import LayerInputs, capture, entered_at, residual, run_until
 from causalprune.errors import OptionError
 from causalprune.losses import divergence, target_logits, targets
 from causalprune.types import Batch, Decoder
@@ -27,10 +27,9 @@ CHUNK = 256
 
 def last_hidden(decoder: Decoder, batch: Batch) -> LayerInputs:
     """Return what the last layer sends to the final norm: all that is needed to make the logits again."""
-    last = len(decoder.layers) - 1
-    inputs = capture(decoder, batch.tokens, stop=last)
-    hidden = run_layer(decoder, batch.tokens, last, inputs)
-    return LayerInputs({last + 1: hidden}, inputs.as_tuple)
+    after = len(decoder.layers)
+    inputs = capture(decoder, batch.tokens, stop=after)
+    return LayerInputs({after: inputs.hidden[after]}, inputs.as_tuple)
 
 
 def distill(
@@ -117,8 +116,7 @@ def _gradients(
     """
     after, wanted = len(decoder.layers), targets(replace(batch, target_starts=torch.ones_like(batch.lengths)))
     with torch.enable_grad():
-        output = run_until(decoder, batch.tokens, after - 1)
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        hidden = residual(run_until(decoder, batch.tokens, after - 1))
     leaf = hidden.detach().requires_grad_()
     for at in range(0, len(wanted.tokens), CHUNK):
         own = slice(at, at + CHUNK)

@@ -9,13 +9,12 @@ positions are independent, so squaring the sum over positions adds nothing but n
 
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from causalprune.ablation import LayerInputs, capture, entered_at, gated, recomputed, run_layer, run_until
+from causalprune.ablation import LayerInputs, capture, entered_at, gated, recomputed, residual, run_until
 from causalprune.losses import CHUNK, Targets, by_row, cross_entropy, target_logits, targets
 from causalprune.statistics import observed
 from causalprune.types import Batch, Decoder, Example, Progress, Projection, silent
@@ -87,21 +86,21 @@ def output_slopes(
             squares[p.name] = squares.get(p.name, 0) + slope.float().square().sum(0).double()
 
     for done, batch in enumerate(groups, 1):
-        inputs, wanted = capture(decoder, batch.tokens, stop=after - 1), targets(batch)
-        hidden = {**inputs.hidden, after: run_layer(decoder, batch.tokens, after - 1, inputs)}
-        slope: Tensor | None = None
-        for layer in range(after, -1, -1):
-            leaf = hidden[layer].clone().requires_grad_()
-            with ExitStack() as stack:
-                stack.enter_context(torch.enable_grad())
-                stack.enter_context(entered_at(decoder, layer, LayerInputs({layer: leaf}, inputs.as_tuple)))
-                if layer == after:
-                    output = cross_entropy(target_logits(decoder, batch, wanted), wanted).sum()
-                else:
-                    stack.enter_context(observed(decoder.layers[layer], batch.real, _unseen, add))
-                    output = run_until(decoder, batch.tokens, layer)
-                output = output[0] if isinstance(output, tuple) else output
-                (slope,) = torch.autograd.grad(output, [leaf], slope)
+        inputs, wanted = capture(decoder, batch.tokens, stop=after), targets(batch)
+        leaf = inputs.hidden[after].clone().requires_grad_()
+        own = LayerInputs({after: leaf}, inputs.as_tuple)
+        with torch.enable_grad(), entered_at(decoder, after, own):
+            loss = cross_entropy(target_logits(decoder, batch, wanted), wanted).sum()
+        (slope,) = torch.autograd.grad(loss, [leaf])
+        for layer in reversed(decoder.layers):
+            leaf = inputs.hidden[layer.index].clone().requires_grad_()
+            own, seen = (
+                LayerInputs({layer.index: leaf}, inputs.as_tuple),
+                observed(layer, batch.real, _unseen, add),
+            )
+            with torch.enable_grad(), entered_at(decoder, layer.index, own), seen:
+                hidden = residual(run_until(decoder, batch.tokens, layer.index))
+            (slope,) = torch.autograd.grad(hidden, [leaf], slope)
         on_progress(done, len(groups))
     return {name: (own / count).sqrt() for name, own in squares.items()}
 

@@ -113,12 +113,12 @@ def _carried_out(
 ) -> Masks:
     """Prune all layers, train on the intact model's predictions if that is the update, and return what stayed."""
     decoder, method = work.decoder, work.method
-    if method.needs_calibration and calibration is not None:
-        work.look_at(calibration, max_batch_tokens)
     steps: list[Batch] = []
     if method.resolved_update == "distill" and calibration is not None:
-        check_memory(decoder)
+        check_memory(decoder)  # before anything that takes time
         steps = batches(calibration.examples, max_batch_tokens=BATCH_TOKENS)
+    if method.needs_calibration and calibration is not None:
+        work.look_at(calibration, max_batch_tokens)
     intact = [last_hidden(decoder, batch) for batch in steps]
     keep = Masks()
     for p, kept in work.prune_layers(fixed):
@@ -174,7 +174,7 @@ class Work:
         self._total = self._back + round((max(method.walks, 1) + passes) * len(decoder.layers))
 
     def look_at(self, calibration: Calibration, max_batch_tokens: int) -> None:
-        """Let the walks see calibration data."""
+        """Let the walks see calibration data, and take gradients on it where scores need them."""
         unpadded = any(isinstance(layer.experts, nn.ModuleList) for layer in self.decoder.layers)
         size = 1 if unpadded else max_batch_tokens
         self.groups = batches(calibration.examples, max_batch_tokens=size)
@@ -298,11 +298,13 @@ class Work:
 
     def score(self, p: Projection) -> Float[Tensor, "out in"]:
         """Return what the weights of a projection are worth, by the method's criterion."""
-        weight, inverse = p.read(), None
+        weight, norm, inverse = p.read(), None, None
+        if "inputs" in self.needs:
+            norm = self._known(p, self.norms.root_mean_square).expand(weight.shape[1])
         if "moments" in self.needs:
             inverse = self._inverse(p).square().sum(0)
         evidence = Evidence(
-            input_norm=self._known(p, self.norms.root_mean_square).expand(weight.shape[1]),
+            input_norm=norm,
             output_slope=self._slope(p),
             inverse=inverse,
             factor=self.factors.get(p.name),

@@ -19,7 +19,6 @@ from causalprune import embedded
 from causalprune.attribution import attribute as measure
 from causalprune.checkpoint import EFFECTS, check_destination, describe, load_effects, save, save_effects
 from causalprune.cluster import Cluster, fill
-from causalprune.criteria import CRITERIA
 from causalprune.errors import CheckpointError, OptionError
 from causalprune.evaluation import Settings, check_tasks, evaluate, evaluation_contents
 from causalprune.evidence import CHECKPOINTS, achieved
@@ -354,8 +353,7 @@ class _Bench:
 def _effects(
     recipe: Recipe, decoder: Decoder, calibration: Calibration, folder: Path, stage: Stage, book: Ledger
 ) -> Effects | None:
-    criteria = [method.criterion for method in recipe.cells().values() if method is not None]
-    if not any("effects" in CRITERIA[criterion].needs for criterion in criteria):
+    if not any(method is not None and "effects" in method.needs for method in recipe.cells().values()):
         return None
     options = Options(batch_tokens=recipe.batch_tokens, stage=stage)
     begun, start = (folder / "attribution.ledger").exists(), time.perf_counter()

@@ -106,11 +106,9 @@ def _linear_hook(projections: list[Projection], real: Tensor, see: See, slope: S
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         inputs, outputs = args[0].flatten(0, -2), output.flatten(0, -2)
         own = torch.ones(len(inputs), dtype=torch.bool) if bool(real.all()) else real
-        if slope is not None:
-            _follow(output, projections, slope)
+        _follow(output, projections, slope)
         for projection in projections:
-            rows = slice(None) if projection.rows is None else projection.rows
-            see(projection, inputs, outputs[:, rows], own)
+            see(projection, inputs, _rows(outputs, projection), own)
 
     return hook
 
@@ -139,11 +137,10 @@ def _one_by_one(
             inner = inputs @ _stored(own["gate"]).T + _bias(module, "gate_up_proj_bias", expert)
             gated: Tensor = module._apply_gate(inner)  # noqa: SLF001
             outer = gated @ _stored(own["down"]).T + _bias(module, "down_proj_bias", expert)
-            if slope is not None:
-                _follow(inner, [own["gate"], own["up"]], slope)
-                _follow(outer, [own["down"]], slope)
-            see(own["gate"], inputs, inner[:, own["gate"].rows], at)
-            see(own["up"], inputs, inner[:, own["up"].rows], at)
+            _follow(inner, [own["gate"], own["up"]], slope)
+            _follow(outer, [own["down"]], slope)
+            see(own["gate"], inputs, _rows(inner, own["gate"]), at)
+            see(own["up"], inputs, _rows(inner, own["up"]), at)
             see(own["down"], gated, outer, at)
             total = total.index_add(0, token, (outer * weights[token, rank, None]).to(total.dtype))
         return total.view_as(hidden)
@@ -152,12 +149,19 @@ def _one_by_one(
         yield
 
 
-def _follow(output: Float[Tensor, "..."], projections: list[Projection], slope: Slope) -> None:
-    """Hand the gradient at `output` to `slope` when it is known, each projection its own rows."""
+def _rows(outputs: Float[Tensor, "token fused"], projection: Projection) -> Float[Tensor, "token out"]:
+    """Return a projection's own outputs among those of all that share its parameter."""
+    return outputs if projection.rows is None else outputs[:, projection.rows]
+
+
+def _follow(output: Float[Tensor, "..."], projections: list[Projection], slope: Slope | None) -> None:
+    """Hand the gradient at `output` to `slope`, if there is one, when it is known; each projection its own rows."""
+    if slope is None:
+        return
 
     def hook(gradient: Tensor) -> None:
         for p in projections:
-            slope(p, gradient.flatten(0, -2)[:, slice(None) if p.rows is None else p.rows])
+            slope(p, _rows(gradient.flatten(0, -2), p))
 
     output.register_hook(hook)
 

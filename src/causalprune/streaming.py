@@ -116,8 +116,7 @@ def _check_method(method: Method, seen: Seen | None) -> None:
     if not method.walks:
         return
     scope, update, budgets = method.resolved_scope, method.resolved_update, method.resolved_budgets
-    slopes = "slopes" in method.needs
-    if slopes or scope == "global" or update == "distill" or budgets == "graded":
+    if "slopes" in method.needs or scope == "global" or update == "distill" or budgets == "graded":
         raise OptionError(
             f"{method.criterion!r} with scope {scope}, update {update} and {budgets} budgets needs the whole "
             "model in memory: leave out --stream"

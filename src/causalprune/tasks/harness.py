@@ -209,7 +209,8 @@ def greedy(
 ) -> Tensor:
     """Return the context, padded on the left, with greedy continuations up to an end or a stop, padded on the right.
 
-    `on_ended` hears at every step how many rows have ended. Rows leave the batch and its cache once an eighth of them have ended, where the cache lets them.
+    `on_ended` hears at every step how many rows have ended. Rows leave the batch and its cache once an eighth of them
+    have ended, where the cache lets them.
     """
     model, words = engine.model, engine.tokenizer
     ends = model.generation_config.eos_token_id
