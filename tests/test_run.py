@@ -105,6 +105,28 @@ def test_stopped_run_goes_on_with_the_same_results(
     assert values(resumed) == values(calm)
 
 
+def test_a_saved_checkpoint_is_measured_further_without_pruning_again(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = recipe(model_folder, save=True, methods=("wanda",))
+    calm = running.run(wanted, tmp_path / "calm", data_dir=data)
+
+    def stops_at_the_last(decoder: Any, tasks: list[str], *rest: Any, **options: Any) -> Any:
+        if "wanda-row-0.5/gsm8k_nll:4" in (tmp_path / "stopped" / "results.ledger").read_text():
+            raise KeyboardInterrupt
+        return evaluate(decoder, tasks, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "evaluate", stops_at_the_last)
+        with pytest.raises(KeyboardInterrupt):
+            running.run(wanted, tmp_path / "stopped", data_dir=data)
+    monkeypatch.setattr(running, "prune", None)  # it may not be called
+    resumed = running.run(wanted, tmp_path / "stopped", data_dir=data)
+    assert values(resumed) == values(calm)
+    description, undisturbed = (run["rows"][1]["results"][1]["description"] for run in (resumed, calm))
+    assert {**description, "peak_bytes": 0} == {**undisturbed, "peak_bytes": 0}
+
+
 def test_methods_may_be_added_to_a_finished_run(model_folder: Path, data: Path, tmp_path: Path) -> None:
     first = running.run(recipe(model_folder, methods=("magnitude",)), tmp_path / "run", data_dir=data)
     more = running.run(recipe(model_folder, methods=("magnitude", "random")), tmp_path / "run", data_dir=data)

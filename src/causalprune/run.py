@@ -113,7 +113,7 @@ def run(
         effects = _effects(recipe, decoder, calibration, folder, stage, book)
         if effects is not None:
             record["attribution"] = described(effects) | book.rows.get("attribution", {})
-        bench = _Bench(recipe, folder, calibration, effects, settings, stage, book)
+        bench = _Bench(recipe, decoder.fingerprint, folder, calibration, effects, settings, stage, book)
         for name, method in recipe.cells().items():
             bench.measure(name, method, decoder if method is None else None)
             record["rows"] = [bench.row(*cell) for cell in recipe.cells().items() if bench.finished(cell[0])]
@@ -286,6 +286,7 @@ class _Bench:
     """Measures the cells of a run, one after the other, each with a freshly loaded model."""
 
     recipe: Recipe
+    fingerprint: str
     folder: Path
     calibration: Calibration
     effects: Effects | None
@@ -303,9 +304,16 @@ class _Bench:
         missing = self.missing(name)
         if not missing:
             return
-        decoder = decoder or load(self.recipe.model)
-        if method is not None:
-            self._prune(name, method, decoder)
+        checkpoint = self.folder / CHECKPOINTS / name
+        if f"{name}/pruned" in self.book.rows and checkpoint.exists():  # stopped while it was being measured
+            model = self.recipe.model
+            saved = load(dataclasses.replace(model, name=str(checkpoint), revision=None))
+            base: dict[str, Any] = {"name": model.name, "revision": model.revision, "fingerprint": self.fingerprint}
+            decoder = dataclasses.replace(saved, **base)
+        else:
+            decoder = decoder or load(self.recipe.model)
+            if method is not None:
+                self._prune(name, method, decoder)
         for task in missing:
             with self.stage(f"{name}: {task}") as progress:
                 results = evaluate(decoder, [task], self.settings, on_progress=progress)
