@@ -1,4 +1,6 @@
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +125,26 @@ def test_a_saved_checkpoint_is_measured_further_without_pruning_again(
     monkeypatch.setattr(running, "prune", None)  # it may not be called
     resumed = running.run(wanted, tmp_path / "stopped", data_dir=data)
     assert values(resumed) == values(calm)
-    description, undisturbed = (run["rows"][1]["results"][1]["description"] for run in (resumed, calm))
-    assert {**description, "peak_bytes": 0} == {**undisturbed, "peak_bytes": 0}
+    description = resumed["rows"][1]["results"][1]["description"]
+    assert description["model"] == str(tmp_path / "stopped" / "checkpoints" / "wanda-row-0.5")
+
+
+def test_one_model_is_in_memory_at_a_time(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[weakref.ref[Any]] = []
+    load = running.load
+
+    def counts(spec: ModelSpec) -> Any:
+        gc.collect()
+        assert not any(other() for other in seen)
+        decoder = load(spec)
+        seen.append(weakref.ref(decoder.model))
+        return decoder
+
+    monkeypatch.setattr(running, "load", counts)
+    running.run(recipe(model_folder, methods=("magnitude", "wanda")), tmp_path / "run", data_dir=data)
+    assert len(seen) == 3
 
 
 def test_methods_may_be_added_to_a_finished_run(model_folder: Path, data: Path, tmp_path: Path) -> None:

@@ -89,14 +89,9 @@ def run(
     with stage("calibration data") as progress:
         exclude = evaluation_contents(recipe.tasks, settings, decoder.tokenizer)
         calibration = calibrated(decoder, recipe.calibration, data_dir, exclude, progress)
-    identity = {
-        "model": decoder.fingerprint,
-        "calibration": calibration.fingerprint,
-        "seed": recipe.seed,
-        "chat": recipe.calibration.chat,
-        "max_tokens": recipe.calibration.max_tokens,
-        "batch_tokens": recipe.batch_tokens,
-    }
+    own, wanted = calibration.fingerprint, recipe.calibration
+    identity: dict[str, Any] = {"model": decoder.fingerprint, "calibration": own, "seed": recipe.seed}
+    identity |= {"chat": wanted.chat, "max_tokens": wanted.max_tokens, "batch_tokens": recipe.batch_tokens}
     folder.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "recipe": dataclasses.asdict(recipe),
@@ -113,9 +108,11 @@ def run(
         effects = _effects(recipe, decoder, calibration, folder, stage, book)
         if effects is not None:
             record["attribution"] = described(effects) | book.rows.get("attribution", {})
-        bench = _Bench(recipe, decoder.fingerprint, folder, calibration, effects, settings, stage, book)
+        bench = _Bench(recipe, folder, calibration, effects, settings, stage, book)
+        loaded = [decoder]
+        del decoder  # one model in memory at a time
         for name, method in recipe.cells().items():
-            bench.measure(name, method, decoder if method is None else None)
+            bench.measure(name, method, loaded.pop() if method is None else None)
             record["rows"] = [bench.row(*cell) for cell in recipe.cells().items() if bench.finished(cell[0])]
             write_json(folder / RESULTS, record)
             describe(folder / CHECKPOINTS / name, rows_of(record), name)
@@ -286,7 +283,6 @@ class _Bench:
     """Measures the cells of a run, one after the other, each with a freshly loaded model."""
 
     recipe: Recipe
-    fingerprint: str
     folder: Path
     calibration: Calibration
     effects: Effects | None
@@ -306,10 +302,7 @@ class _Bench:
             return
         checkpoint = self.folder / CHECKPOINTS / name
         if f"{name}/pruned" in self.book.rows and checkpoint.exists():  # stopped while it was being measured
-            model = self.recipe.model
-            saved = load(dataclasses.replace(model, name=str(checkpoint), revision=None))
-            base: dict[str, Any] = {"name": model.name, "revision": model.revision, "fingerprint": self.fingerprint}
-            decoder = dataclasses.replace(saved, **base)
+            decoder = load(dataclasses.replace(self.recipe.model, name=str(checkpoint), revision=None))
         else:
             decoder = decoder or load(self.recipe.model)
             if method is not None:
