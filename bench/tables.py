@@ -27,6 +27,12 @@ HALF = (
 LEFT_OUT = ("arc_challenge", "accuracy")
 """Options differ in length, so ARC-Challenge is usually reported by `acc_norm`."""
 CHOICES = ("effect", "activation", "magnitude", "random")
+CALIBRATIONS = {
+    "gsm8k": "causal, 48 GSM8K problems",
+    "general": "causal, a quarter of them general text",
+    "own": "causal, with the model's own answers",
+    "mix": "causal, on the mix",
+}
 SHOWN, BUDGETS = (4, 8, 16, 32, 64), (None, 10.0, 20.0, 50.0)
 """Rows of the reliability table; all of them are in the result file."""
 PAGES = ("README.md", "docs/*.md")
@@ -49,21 +55,36 @@ def _rows(name: str, step: str, only: tuple[str, ...] = ()) -> str:
     return to_markdown(comparison(kept))
 
 
+def calibrations() -> str:
+    """What `causal` makes of other calibration data, on the same measures."""
+    raw, rows = _record("quality")["raw"], dict[str, list[EvalResult]]()
+    for step, name in CALIBRATIONS.items():
+        found = dict(rows_of(raw[step])) if step in raw else {}
+        if "causal-matrix-0.5" in found:
+            rows |= {"dense": found["dense"], name: found["causal-matrix-0.5"]}
+    if len(rows) < 3:
+        return "Not measured yet.\n"
+    kept = [
+        (label, [r for r in results if (r.task, r.metric) != LEFT_OUT]) for label, results in rows.items()
+    ]
+    return to_markdown(comparison(kept))
+
+
 def draws() -> str:
     """Rise of the loss over dense at 50 % on every calibration draw."""
     raw = _record("quality")["raw"]
-    names = [name for name in raw if name == "gsm8k" or name.startswith("draw_")]
+    names = [name for name in ("gsm8k", *(f"draw_{number}" for number in range(1, 5))) if name in raw]
     labels = ("wanda-row-0.5", "sparsegpt-matrix-0.5", "causal-matrix-0.5")
     if len(names) < 2:
         return "Not measured yet.\n"
     lines = ["| draw | " + " | ".join(labels) + " |", "|---|" + "---:|" * len(labels)]
-    for number, name in enumerate(names):
+    for name in names:
         loss = {
             label: headline(next(r for r in results if r.task == "gsm8k_nll"))
             for label, results in rows_of(raw[name])
         }
         cells = [f"+{loss[label] - loss['dense']:.3f}" if label in loss else "–" for label in labels]
-        lines.append(f"| {number} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name.removeprefix('draw_').replace('gsm8k', '0')} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -329,6 +350,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mix": partial(_rows, "quality", "mix"),
     "qwen": partial(_rows, "quality", "qwen"),
     "gemma": partial(_rows, "quality", "gemma"),
+    "calibrations": calibrations,
     "draws": draws,
     "oracle": oracle,
     "predicted": predicted,

@@ -1,6 +1,8 @@
 """Exactly as many weights go as were asked for, the lowest first, ties by position."""
 
+from collections.abc import Sequence
 from fractions import Fraction
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from reference import lowest_go
 from torch import Tensor
 
 from causalprune.allocation import (
+    dense_shares,
     find_threshold,
     graded_shares,
     keep_above,
@@ -165,6 +168,37 @@ def test_graded_shares_are_the_best_of_all() -> None:
 def test_groups_that_answer_alike_share_alike() -> None:
     nats = torch.tensor([[0.01, 0.03, 0.2]]).expand(4, 3)
     assert graded_shares(nats, DOSES, [50] * 4, 0.5).tolist() == pytest.approx([0.5] * 4, abs=0.003)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.floats(0, 2), st.integers(1, 60)), min_size=1, max_size=7),
+    st.floats(0.01, 0.49),
+    st.sampled_from([1, 576]),
+)
+def test_what_stays_dense_is_worth_the_most_of_all_choices(
+    groups: list[tuple[float, int]], sparsity: float, times: int
+) -> None:
+    nats, sizes = torch.tensor([n for n, _ in groups], dtype=torch.float64), [times * s for _, s in groups]
+    shares = dense_shares(nats, sizes, 0.5, sparsity)
+    assert set(shares) <= {0.0, 0.5}
+
+    def zeros(own: Sequence[float]) -> float:
+        return sum(share * size for share, size in zip(own, sizes, strict=True))
+
+    def cost(own: Sequence[float]) -> float:
+        return sum(n for share, n in zip(own, nats.tolist(), strict=True) if share)
+
+    choices = [own for own in product((0.0, 0.5), repeat=len(sizes)) if zeros(own) >= sparsity * sum(sizes)]
+    assert zeros(shares) >= sparsity * sum(sizes) - 1e-6
+    assert cost(shares) == pytest.approx(min(map(cost, choices)), abs=1e-9)
+
+
+def test_sizes_without_a_common_divisor_stay_within_the_room() -> None:
+    sizes = [1_000_003 + 2 * i for i in range(30)]
+    shares = dense_shares(torch.rand(30, generator=torch.Generator().manual_seed(0)), sizes, 0.5, 0.3)
+    zeros = sum(share * size for share, size in zip(shares, sizes, strict=True))
+    assert 0.3 * sum(sizes) <= zeros <= 0.3 * sum(sizes) + max(sizes)
 
 
 def test_a_count_for_each_share() -> None:

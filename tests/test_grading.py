@@ -1,5 +1,7 @@
 """Graded interventions: measured as they are meant, and nothing left behind."""
 
+from typing import Any
+
 import pytest
 import torch
 from families import FAMILIES, VOCAB
@@ -8,7 +10,7 @@ from causalprune.anatomy import fingerprint, inspect_model
 from causalprune.calibration import batches
 from causalprune.checkpoint import count_zeros
 from causalprune.errors import OptionError
-from causalprune.grading import dose_response, groups_of
+from causalprune.grading import dose_response, fused_groups, groups_of
 from causalprune.methods import Method
 from causalprune.pruning import Work, manifest, prune
 from causalprune.recipe import label, parse_method
@@ -70,9 +72,11 @@ def test_trials_side_by_side_are_those_one_by_one() -> None:
         torch.testing.assert_close(alone, found, rtol=1e-4, atol=1e-6)
 
 
-def test_groups_are_all_matrices_once() -> None:
-    decoder = decoder_of("qwen2_moe")
-    names = [p.name for layer in decoder.layers for group in groups_of(layer) for p in group]
+@pytest.mark.parametrize("groups", [groups_of, fused_groups])
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt2", "llama3"])
+def test_groups_are_all_matrices_once(name: str, groups: Any) -> None:
+    decoder = decoder_of(name)
+    names = [p.name for layer in decoder.layers for group in groups(layer) for p in group]
     assert sorted(names) == sorted(p.name for p in decoder.projections)
 
 
@@ -97,6 +101,43 @@ def test_what_the_task_can_spare_loses_more() -> None:
     record = manifest(pruned, None, None)
     assert len(record["dose_response"]["nats"]) == 6
     assert record["method"]["budgets"] == "graded"
+
+
+@pytest.mark.parametrize("text", ["wanda:2:4+graded", "sparsegpt:2:4+graded", "causal:4:8+graded+refit"])
+def test_graded_patterns_leave_dense_what_the_task_needs(text: str) -> None:
+    decoder = decoder_of("llama3")
+    for p in decoder.layers[1].projections:
+        p.write(p.read() * 1e-3)  # a layer that hardly matters
+    before = {p.name: p.read().clone() for p in decoder.projections}
+    method = parse_method(text, 0.2)
+    pruned = prune(decoder, method, calibration=problems())
+    shares = {name: 1 - float(k.float().mean()) for name, k in pruned.keep.items()}
+    assert set(shares.values()) == {0.0, 0.5}
+    assert pruned.response is not None
+    assert pruned.response.nats.shape == (12, 1)
+    for members in pruned.response.members:
+        assert len({shares[name] for name in members}) == 1  # engines fuse them
+    pool = decoder.projections
+    zeros = sum(shares[p.name] * p.size for p in pool) / sum(p.size for p in pool)
+    assert 0.2 <= zeros < 0.3
+    by_layer = [sum(shares[p.name] * p.size for p in layer.projections) for layer in decoder.layers]
+    assert max(by_layer) == by_layer[1] > 1.5 * max(by_layer[0], by_layer[2])
+    m = int(method.resolved_scope.rpartition(":")[2])
+    for p in pool:
+        if shares[p.name]:
+            assert bool((pruned.keep[p.name].view(-1, m).sum(1) == m // 2).all())
+        else:
+            assert torch.equal(p.read(), before[p.name])
+    assert count_zeros(decoder)["zeros"] == sum(int((~k).sum()) for k in pruned.keep.values())
+
+
+def test_names_of_graded_patterns() -> None:
+    assert label(parse_method("causal:2:4+graded", 0.4)) == "causal+graded-2:4-0.4"
+    with pytest.raises(OptionError, match=r"no choice of what stays dense: ask for less than 0\.5"):
+        parse_method("causal:2:4+graded", 0.5)
+    with pytest.raises(OptionError, match=r"\+graded chooses matrices that stay dense"):
+        parse_method("causal:2:4", 0.4)
+    assert Method("wanda", 0.4, "2:4", budgets="graded").doses == (0.5,)
 
 
 def test_names_of_budgets() -> None:

@@ -18,6 +18,7 @@ from causalprune.errors import OptionError
 HALF_BITS = 16
 STEPS = 161
 """Sparsities among which a group chooses."""
+UNITS = 100_000
 TINY = 1e-12
 """Divergences below this many nats are rounding."""
 
@@ -76,6 +77,30 @@ def graded_shares(
     reach = float((dear - cheap) @ weights)
     left = float(sparsity * weights.sum() - cheap @ weights)
     return cheap + (dear - cheap) * (left / reach if reach > 0 else 0.0)
+
+
+def dense_shares(
+    nats: Float[Tensor, "group"], sizes: Sequence[int], pattern: float, sparsity: float
+) -> list[float]:
+    """Return for every group the sparsity `pattern`, or 0 where it stays dense: at least `sparsity` over all groups.
+
+    Those stay dense that together would cost the most nats, within the room that `sparsity` leaves (the knapsack problem,
+    exact where sizes have a common divisor of at least `1 / UNITS` of all, as matrices of one model have).
+    """
+    unit = max(math.gcd(*sizes), sum(sizes) // UNITS)
+    room = int((1 - sparsity / pattern) * sum(sizes) + 1e-6) // unit
+    best, better = torch.zeros(room + 1, dtype=torch.float64), []
+    units = [-(-size // unit) for size in sizes]
+    for own, gain in zip(units, nats.double().clamp_min(0).tolist(), strict=True):
+        dense = best.new_full(best.shape, -1.0)
+        dense[own:] = best[: max(len(best) - own, 0)] + gain
+        better.append(dense > best)
+        best = best.maximum(dense)
+    shares = [pattern] * len(sizes)
+    for i in reversed(range(len(sizes))):
+        if bool(better[i][room]):
+            shares[i], room = 0.0, room - units[i]
+    return shares
 
 
 def spread(count: int, n_rows: int) -> Int[Tensor, "out"]:
@@ -179,6 +204,8 @@ def keep_columns(
     if scope == "row":
         rows = spread(count, shape[0])
         return keep_rows(score, rows * stop // shape[1] - rows * start // shape[1])
+    if not count:
+        return torch.ones_like(score, dtype=torch.bool)  # this matrix stays dense
     n, m = (int(number) for number in scope.split(":"))
     return keep_n_of_m(score, n, m)
 

@@ -1,7 +1,8 @@
 """Graded interventions: what the task loses when one group of matrices alone is pruned, a little or a lot.
 
 A group is a layer's attention or its MLP with all its experts. The answers are dose–response curves, from which
-`allocation.graded_shares` makes budgets: groups that the task can spare lose more, the others less.
+`allocation.graded_shares` makes budgets: groups that the task can spare lose more, the others less. Where a pattern says how
+much a matrix loses, groups are smaller, and `allocation.dense_shares` chooses those that stay dense.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,8 @@ from causalprune.types import Batch, Decoder, Layer, Projection
 DOSES = (0.6, 1.0, 1.4)
 """Sparsities at which a group is pruned, in multiples of the one that is wanted."""
 MOST = 0.95
+FUSED = 4
+"""Groups of a layer where a pattern decides: matrices that inference engines fuse are sparse together or not at all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +47,14 @@ def dose_response(
     batches: Sequence[Batch],
     sparsities: Sequence[float],
     pruned: Callable[[Projection, Sequence[float]], Sequence[Float[Tensor, "out in"]]],
+    *,
+    fused: bool = False,
 ) -> DoseResponse:
     """Prune group after group, each alone and at every sparsity, and measure the divergence on the batches.
 
     `layers` yields every layer in order, at a time when `pruned` can say what becomes of its matrices at every sparsity. The model is
-    as it was after each trial. Costs `2 · sparsities` passes through the rest of the model for every layer.
+    as it was after each trial. Costs `groups · sparsities` passes through the rest of the model for every layer, with
+    two groups or, `fused`, up to four.
     """
     wanted = [targets(batch) for batch in batches]
     with torch.no_grad():
@@ -67,7 +73,7 @@ def dose_response(
     groups: list[tuple[Projection, ...]] = []
     rows: list[list[float]] = []
     for layer in layers:
-        for group in groups_of(layer):
+        for group in fused_groups(layer) if fused else groups_of(layer):
             groups.append(group)
             before = [p.read().clone() for p in group]
             trials = zip(*(pruned(p, sparsities) for p in group), strict=True)
@@ -94,3 +100,10 @@ def groups_of(layer: Layer) -> list[tuple[Projection, ...]]:
     """Return the matrices of a layer's attention, and those of its MLP or experts."""
     attention = tuple(p for p in layer.projections if p.role in ("q", "k", "v", "o"))
     return [attention, tuple(p for p in layer.projections if p not in attention)]
+
+
+def fused_groups(layer: Layer) -> list[tuple[Projection, ...]]:
+    """Return the matrices of a layer in groups as inference engines fuse them, those of all experts together."""
+    roles = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+    found = [tuple(p for p in layer.projections if p.role in own) for own in roles]
+    return [group for group in found if group]

@@ -7,7 +7,7 @@ from causalprune.calibration import FEW
 from causalprune.criteria import BUDGETS, CRITERIA, LOOKS, SCOPES, UPDATES, Budgets, Need, Update
 from causalprune.distillation import EPOCHS
 from causalprune.errors import OptionError, unknown
-from causalprune.grading import DOSES
+from causalprune.grading import DOSES, FUSED, doses
 from causalprune.obs import BLOCK
 
 SLOPE_PASSES = 3
@@ -33,7 +33,9 @@ class Method:
     weights do for those that go: nothing (`none`), make up for them column by column (`obs`), be fitted anew to the
     outputs matrix by matrix (`refit`), or after that be trained on the intact model's predictions (`distill`).
     `budgets` are the same share for all matrices (`uniform`), or more where graded interventions show that the task
-    can spare more (`graded`; within rows and matrices only). Where one of the three is None, the criterion's own holds.
+    can spare more (`graded`; not with scope `global`). A pattern cannot give a matrix more or less: there `graded` lets
+    those stay dense that the task needs most, until no more than `sparsity` has to go, which must be less than the
+    pattern's. Where one of the three is None, the criterion's own holds, under a pattern `uniform`.
     """
 
     criterion: str
@@ -53,14 +55,20 @@ class Method:
             raise unknown("update", self.update, UPDATES)
         if self.budgets is not None and self.budgets not in BUDGETS:
             raise unknown("budgets", self.budgets, BUDGETS)
-        if self.budgets == "graded" and not self._can_grade:
-            raise OptionError(
-                f"graded budgets need scores compared within rows or matrices, not {self.scope}"
-            )
+        if self.budgets == "graded" and self.resolved_scope == "global":
+            raise OptionError("graded budgets need scores compared within rows or matrices, not global")
         if not 0 < self.sparsity < 1:
             raise OptionError(f"sparsity must be between 0 and 1 (both excluded), not {self.sparsity}")
-        if pattern is not None and self.sparsity != pattern:
-            raise OptionError(f"{self.scope} is a sparsity of {pattern:g}, not {self.sparsity:g}")
+        if pattern is not None and self.budgets == "graded" and self.sparsity >= pattern:
+            raise OptionError(
+                f"{self.scope} everywhere is a sparsity of {pattern:g}, which leaves graded budgets no choice of "
+                f"what stays dense: ask for less than {pattern:g}"
+            )
+        if pattern is not None and self.budgets != "graded" and self.sparsity != pattern:
+            raise OptionError(
+                f"{self.scope} is a sparsity of {pattern:g}, not {self.sparsity:g}"
+                + (": +graded chooses matrices that stay dense" if self.sparsity < pattern else "")
+            )
 
     @property
     def resolved_scope(self) -> str:
@@ -75,12 +83,14 @@ class Method:
     @property
     def resolved_budgets(self) -> Budgets:
         """The budgets asked for, or the criterion's own where the scope leaves a choice."""
-        own = CRITERIA[self.criterion].budgets if self._can_grade else "uniform"
+        own = CRITERIA[self.criterion].budgets if self.resolved_scope in ("row", "matrix") else "uniform"
         return next((b for b in BUDGETS if b == self.budgets), own)
 
     @property
-    def _can_grade(self) -> bool:
-        return self.resolved_scope in ("row", "matrix")
+    def doses(self) -> tuple[float, ...]:
+        """The sparsities at which graded interventions prune a group: several, or that of the pattern."""
+        pattern = pattern_sparsity(self.resolved_scope)
+        return doses(self.sparsity) if pattern is None else (pattern,)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -113,7 +123,8 @@ class Method:
         and enter at their layer; training takes three an epoch.
         """
         graded, slopes = self.resolved_budgets == "graded", "slopes" in self.needs
-        trials = len(DOSES) * 2 * (layers + 1) / 2 * min(FEW / examples, 1.0) if graded else 0.0
+        a_layer = 2 * len(DOSES) if pattern_sparsity(self.resolved_scope) is None else FUSED
+        trials = a_layer * (layers + 1) / 2 * min(FEW / examples, 1.0) if graded else 0.0
         return (
             2 * self.walks
             + trials

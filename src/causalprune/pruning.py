@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from causalprune.ablation import LayerInputs, capture, run_layer
 from causalprune.allocation import (
+    dense_shares,
     find_threshold,
     graded_shares,
     keep_above,
@@ -25,10 +26,10 @@ from causalprune.criteria import CRITERIA, LOOKS, Evidence, Update
 from causalprune.distillation import BATCH_TOKENS, EPOCHS, check_memory, distill, last_hidden
 from causalprune.errors import ModelError, OptionError
 from causalprune.gradients import output_slopes
-from causalprune.grading import DoseResponse, dose_response, doses
+from causalprune.grading import DoseResponse, dose_response
 from causalprune.importance import Factors, head_factors
 from causalprune.memory import Masks
-from causalprune.methods import N_OF_M, SLOPE_PASSES, Method
+from causalprune.methods import N_OF_M, SLOPE_PASSES, Method, pattern_sparsity
 from causalprune.obs import BLOCK, DAMPING, inverse_factor, refit, sparsegpt
 from causalprune.statistics import InputNorms, Moments, observed
 from causalprune.types import Batch, Calibration, Decoder, Effects, Layer, Progress, Projection, bands, silent
@@ -240,9 +241,14 @@ class Work:
         if self.method.resolved_budgets == "uniform":
             return None
         layers = self.walk(advance_pruned=False, moments="moments" in self.needs)
-        found = dose_response(self.decoder, layers, self.few, doses(self.method.sparsity), self._tried)
+        wanted, pattern = self.method.sparsity, pattern_sparsity(self.method.resolved_scope)
+        tried, fused = self.method.doses, pattern is not None
+        found = dose_response(self.decoder, layers, self.few, tried, self._tried, fused=fused)
         self.response = found
-        shares = graded_shares(found.nats, found.sparsities, found.sizes, self.method.sparsity).tolist()
+        if pattern is not None:
+            shares = dense_shares(found.nats[:, 0], found.sizes, pattern, wanted)
+        else:
+            shares = graded_shares(found.nats, found.sparsities, found.sizes, wanted).tolist()
         by_name = {name: share for group, share in zip(found.members, shares, strict=True) for name in group}
         return [by_name[p.name] for p in self.decoder.projections]
 
@@ -264,7 +270,7 @@ class Work:
 
         many, slope = p.read().repeat(times, 1), self._slope(p)
         rows = None if slope is None else slope.repeat(times)
-        return sparsegpt(many, self._inverse(p), choose_all, rows=rows)[0].chunk(times)
+        return sparsegpt(many, self._inverse(p), choose_all, group=self._group, rows=rows)[0].chunk(times)
 
     def _solved(
         self, p: Projection, choose: Callable[[Tensor, int], Tensor], keep: Tensor | None
@@ -272,9 +278,8 @@ class Work:
         """Return the weights of a matrix after the update, if it had any, and what stays: `keep` where it is known."""
         weight, update, solved = p.read(), self.method.resolved_update, None
         if keep is None and "moments" in self.needs:
-            pattern = N_OF_M.fullmatch(self.method.resolved_scope)
-            group = int(pattern[2]) if pattern else BLOCK
-            solved, keep = sparsegpt(weight, self._inverse(p), choose, group=group, rows=self._slope(p))
+            rows, upper = self._slope(p), self._inverse(p)
+            solved, keep = sparsegpt(weight, upper, choose, group=self._group, rows=rows)
         stays = choose(self.score(p), 0) if keep is None else keep
         if update == "none" or not self.moments.tokens.get(p.name) or bool(stays.all()):
             return None, stays
@@ -284,6 +289,12 @@ class Work:
             upper = self._inverse(p)
             solved, _ = sparsegpt(weight, upper, lambda score, at: stays[:, at : at + score.shape[1]])
         return solved, stays
+
+    @property
+    def _group(self) -> int:
+        """How many columns SparseGPT chooses among at once."""
+        pattern = N_OF_M.fullmatch(self.method.resolved_scope)
+        return int(pattern[2]) if pattern else BLOCK
 
     def score_blocks(self, p: Projection) -> Iterator[Float[Tensor, "rows in"]]:
         """Yield what the weights of a projection are worth: some rows at a time where they can be scored by value."""

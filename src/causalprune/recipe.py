@@ -109,7 +109,8 @@ class Shape:
 class Recipe:
     """Dense and every method at every sparsity, on every task.
 
-    A method is written `criterion[:scope][+update]`; one with a pattern such as `wanda:2:4` has its own sparsity. `save` keeps the pruned checkpoints,
+    A method is written `criterion[:scope][+update]`; one with a pattern such as `wanda:2:4` has its own sparsity
+    unless it is graded. `save` keeps the pruned checkpoints,
     `texts` the problems and answers that the report shows.
     `batch_tokens` bounds a forward pass, `tasks` may carry a limit as in `gsm8k_nll:200`.
     """
@@ -144,7 +145,7 @@ class Recipe:
     def cells(self) -> dict[str, Method | None]:
         """Return every row of the table by its label, dense (None) first."""
         pruned = [
-            parse_method(text, None if N_OF_M.search(text) else sparsity, self.seed)
+            parse_method(text, None if N_OF_M.search(text) and "graded" not in text else sparsity, self.seed)
             for text in self.methods
             for sparsity in self.sparsities
         ]
@@ -160,7 +161,7 @@ def label(method: Method) -> str:
 def parse_method(text: str, sparsity: float | None = None, seed: int = 0) -> Method:
     """Return the method that `criterion[:scope][+budgets][+update]` names.
 
-    As `wanda`, `wanda:2:4`, `cap:global+refit` or `wanda+graded+refit`. Without `sparsity`, a pattern's own or
+    As `wanda`, `wanda:2:4`, `cap:global+refit`, `wanda+graded+refit` or `causal:2:4+graded`. Without `sparsity`, a pattern's own or
     `DEFAULT_SPARSITY` is taken.
     """
     name, *words = text.split("+")

@@ -134,7 +134,15 @@ def _doses(figure: Any, own: Mapping[str, Any]) -> None:
     for ax, part in zip(figure.subplots(1, 2, sharey=True), ("attention", "mlp"), strict=True):
         for group in (group for group in own["groups"] if group["part"] == part):
             shade = 0.25 + 0.75 * group["layer"] / depth
-            ax.plot([100 * s for s in own["sparsities"]], group["nats"], color=COLOURS[6], alpha=shade, lw=1)
+            ax.plot(
+                [100 * s for s in own["sparsities"]],
+                group["nats"],
+                color=COLOURS[6],
+                alpha=shade,
+                lw=1,
+                marker=".",
+                ms=3,
+            )
         ax.set_title(part, loc="left", fontweight="bold", fontsize=9)
         ax.set_xlabel("zeros in this part, %")
     figure.axes[0].set_ylabel("nats per token")

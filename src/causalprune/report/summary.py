@@ -307,7 +307,7 @@ def _zeros(run: Evidence) -> dict[str, list[list[Any]]]:
 
 
 def _doses(run: Evidence) -> dict[str, dict[str, Any]]:
-    """Return dose–response curves: `groups` with layer, part and nats per token at every one of `sparsities`."""
+    """Return dose–response curves: `groups` with layer, part, matrices and nats per token at every one of `sparsities`."""
     found = {label: m["run"].get("dose_response") for label, m in run.manifests.items()}
     found |= {
         str(row["label"]): (row.get("pruned") or {}).get("dose_response") or found.get(row["label"])
@@ -320,7 +320,8 @@ def _doses(run: Evidence) -> dict[str, dict[str, Any]]:
             for members, nats in zip(own["members"], own["nats"], strict=True):
                 _, layer, *_, role = members[0].split(".")
                 part = "attention" if role in ("q", "k", "v", "o") else "mlp"
-                groups.append({"layer": int(layer), "part": part, "nats": nats})
+                roles = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in members))
+                groups.append({"layer": int(layer), "part": part, "matrices": roles, "nats": nats})
             curves[label] = {"sparsities": own["sparsities"], "groups": groups}
     return curves
 
