@@ -120,3 +120,27 @@ def test_losses_change_with_the_weights() -> None:
         after = target_nats(decoder, batch_of(examples))
         torch.testing.assert_close(after, naive(decoder, examples), **ROUNDING)
     assert (after - before).abs().min() > 1e-4
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_how_many_positions_are_worked_on_at_once_changes_no_bit(
+    far: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    intact, own = torch.randn(2, 70, 500, generator=generator).mul(3)
+    if far:
+        own[3, 7] += 60  # its probability rises by more than expm1 bears
+    at = torch.arange(70)
+    wanted = losses.Targets(at, at, torch.arange(70), 70, 71)
+    found = []
+    for cached in (1, 500 * 9, 500 * 70):
+        monkeypatch.setattr(losses, "CACHED", cached)
+        own_slope = losses.divergence_slope(intact, own, 0.1)
+        found.append((losses.divergence(intact, at, own), own_slope, losses.cross_entropy(own, wanted)))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    p, q = intact.double().log_softmax(-1), own.double().requires_grad_()
+    expected = (p.exp() * (p - q.log_softmax(-1))).sum(-1)
+    torch.testing.assert_close(found[0][0].double(), expected, rtol=1e-5, atol=1e-5)
+    (slope,) = torch.autograd.grad(expected.sum() * 0.1, q)
+    torch.testing.assert_close(found[0][1].double(), slope, rtol=1e-4, atol=1e-7)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from causalprune.ablation import LayerInputs, capture, entered_at, residual, run_until
 from causalprune.errors import OptionError
-from causalprune.losses import divergence, target_logits, targets
+from causalprune.losses import divergence_slope, target_logits, targets
 from causalprune.types import Batch, Decoder
 
 EPOCHS = 6
@@ -127,8 +127,8 @@ def _gradients(
             teacher = target_logits(decoder, batch, part)
         with torch.enable_grad(), entered_at(decoder, after, LayerInputs({after: leaf}, intact.as_tuple)):
             logits = target_logits(decoder, batch, part)
-            loss = divergence(teacher, torch.arange(len(teacher)), logits).sum() / len(wanted.tokens)
-        loss.backward(inputs=[leaf])
+        slope = divergence_slope(teacher, logits.detach(), 1 / len(wanted.tokens))
+        logits.backward(slope, inputs=[leaf])
     return torch.autograd.grad(hidden, parameters, leaf.grad, allow_unused=True)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from causalprune.ablation import LayerInputs, capture, entered_at, gated, recomputed, residual, run_until
-from causalprune.losses import CHUNK, Targets, by_row, cross_entropy, target_logits, targets
+from causalprune.losses import Targets, by_row, chunk, cross_entropy, target_logits, targets
 from causalprune.statistics import observed
 from causalprune.types import Batch, Decoder, Example, Progress, Projection, silent
 from causalprune.units import Parts, Site, sites
@@ -124,7 +124,7 @@ def uniforms(
 def _labels(logits: Float[Tensor, "target vocab"], values: Float[Tensor, "target"]) -> Int[Tensor, "target"]:
     """Return the label of each position where the cumulated probability passes its uniform number."""
     found = []
-    for part, own in zip(logits.detach().split(CHUNK), values.split(CHUNK), strict=True):
+    for part, own in zip(logits.detach().split(chunk(logits)), values.split(chunk(logits)), strict=True):
         cumulated = part.float().softmax(-1).cumsum(-1)
         wanted = own.to(cumulated)[:, None] * cumulated[:, -1:]
         found.append(torch.searchsorted(cumulated, wanted)[:, 0].clamp_max(part.shape[-1] - 1))

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from causalprune.types import Batch, Decoder
 
 CHUNK = 256
-"""Positions whose softmax is normalised at once: bounds the temporary memory."""
+"""Positions whose softmax is normalised at once, at most: bounds the temporary memory."""
+CACHED = 2**20
+"""Logits that a processor works on at once: they stay in its cache, which is several times faster."""
 FAR = 20.0
 """Above this rise of a log-probability the divergence is summed in its plain form (expm1 would overflow)."""
 
@@ -37,6 +39,13 @@ def targets(batch: Batch) -> Targets:
     """Return the targets of a batch, row by row."""
     rows, positions = target_positions(batch)
     return Targets(rows, positions, batch.tokens[rows, positions + 1], *batch.tokens.shape)
+
+
+def chunk(logits: Float[Tensor, "target vocab"]) -> int:
+    """Return how many positions are normalised at once; what is computed for each does not depend on it."""
+    if logits.device.type != "cpu":
+        return CHUNK
+    return min(CHUNK, max(torch.get_num_threads(), CACHED // logits.shape[1]))
 
 
 def target_positions(batch: Batch) -> tuple[Int[Tensor, "target"], Int[Tensor, "target"]]:
@@ -64,7 +73,7 @@ def target_nats(decoder: Decoder, batch: Batch) -> Float[Tensor, "batch"]:
 
 def cross_entropy(logits: Float[Tensor, "target vocab"], wanted: Targets) -> Float[Tensor, "target"]:
     """Return the cross-entropy of each target token, in nats."""
-    normaliser = torch.cat([part.float().logsumexp(-1) for part in logits.split(CHUNK)])
+    normaliser = torch.cat([part.float().logsumexp(-1) for part in logits.split(chunk(logits))])
     return normaliser - logits.gather(-1, wanted.tokens.to(logits.device)[:, None])[:, 0].float()
 
 
@@ -74,16 +83,34 @@ def divergence(
     """Return KL(intact ‖ masked) of each prediction, in nats, against row `at` of the intact logits.
 
     Summed as `Σ p · (e^d − 1 − d)`, `d = ln q − ln p`: every term is positive, so that small divergences
-    keep their digits and none is negative. It is the KL divergence because `Σ (q − p) = 0`.
+    keep their digits and none is negative. It is the KL divergence because `Σ (q − p) = 0`. Not differentiable:
+    see `divergence_slope`.
     """
-    found = []
-    for start in range(0, len(logits), CHUNK):
-        q = logits[start : start + CHUNK].float().log_softmax(-1)
+    found, size = [], chunk(logits)
+    for start in range(0, len(logits), size):
+        q = logits[start : start + size].float().log_softmax(-1)
         p = intact[at[start : start + len(q)].to(intact.device)].to(q.device).float().log_softmax(-1)
         d = q - p
-        terms = torch.where(d < FAR, p.exp() * (d.expm1() - d), q.exp() - p.exp() * (1 + d))
-        found.append(terms.clamp_min(0).sum(-1))
+        p.exp_()
+        if bool((d < FAR).all()):
+            terms = d.expm1().sub_(d).mul_(p)
+        else:
+            terms = torch.where(d < FAR, p * (d.expm1() - d), q.exp() - p * (1 + d))
+        found.append(terms.clamp_min_(0).sum(-1))
     return torch.cat(found)
+
+
+def divergence_slope(
+    intact: Float[Tensor, "target vocab"], logits: Float[Tensor, "target vocab"], weight: float
+) -> Float[Tensor, "target vocab"]:
+    """Return the gradient of `weight · Σ KL(intact ‖ own)` at its own logits, in their dtype.
+
+    The own probabilities minus the intact ones.
+    """
+    found, size = torch.empty_like(logits), chunk(logits)
+    for part, q, p in zip(found.split(size), logits.split(size), intact.split(size), strict=True):
+        part.copy_(q.float().softmax(-1).sub_(p.to(q.device).float().softmax(-1)).mul_(weight))
+    return found
 
 
 def by_row(values: Float[Tensor, "target"], wanted: Targets) -> Float[Tensor, "batch"]:

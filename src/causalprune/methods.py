@@ -65,10 +65,10 @@ class Method:
                 f"what stays dense: ask for less than {pattern:g}"
             )
         if pattern is not None and self.budgets != "graded" and self.sparsity != pattern:
-            raise OptionError(
-                f"{self.scope} is a sparsity of {pattern:g}, not {self.sparsity:g}"
-                + (": +graded chooses matrices that stay dense" if self.sparsity < pattern else "")
+            less = (
+                "; for less, add +graded, which lets matrices stay dense" if self.sparsity < pattern else ""
             )
+            raise OptionError(f"{self.scope} is a sparsity of {pattern:g}, not {self.sparsity:g}{less}")
 
     @property
     def resolved_scope(self) -> str:
