@@ -335,6 +335,15 @@ def test_a_repetition_penalty_of_the_model_does_not_bend_greedy_answers(folder: 
     )
 
 
+def test_the_output_head_gets_the_last_positions_as_a_copy(folder: Path) -> None:
+    decoder, seen = tiny_decoder(), []
+    head = decoder.model.get_output_embeddings()
+    head.register_forward_hook(lambda _m, args, _o: seen.append((args[0].shape[:2], args[0].is_contiguous())))
+    evaluate(decoder, ["gsm8k_cot:3"], data_dir=folder, max_new_tokens=2)
+    assert seen[0][0] == (3, 1)
+    assert all(whole for _, whole in seen)
+
+
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "mistral", "gpt2", "opt", "qwen3_moe"])
 def test_answers_that_leave_the_batch_are_those_of_generate(
     family: str, monkeypatch: pytest.MonkeyPatch
