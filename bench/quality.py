@@ -99,7 +99,7 @@ TABLES = {
     },
     "gemma": Table((*at(0.5, *BEST), *at(0.2, *BEST)), tasks=(TASKS[0], TASKS[-1]), model="gemma"),
     "qwen": Table(
-        (*at(0.5, *BEST), *at(0.2, *BEST), *at(0.5, "cap"), *at(0.2, "cap")),
+        (*at(0.5, *BEST, "causal+uniform+obs"), *at(0.2, *BEST), *at(0.5, "cap"), *at(0.2, "cap")),
         tasks=QWEN_TASKS,
         model="qwen",
         dtype="bfloat16",  # as it was published, and several times faster where the processor multiplies it
