@@ -21,7 +21,7 @@ from typing import Any
 
 from common import BENCH, RESULTS, ROOT, RUNS, data_folder, write_figures
 from safetensors.torch import load_file
-from tables import LEFT_OUT
+from tables import reported
 
 from causalprune.calibration import calibrate
 from causalprune.checkpoint import load_effects
@@ -50,9 +50,8 @@ def table(full: bool) -> dict[str, float]:
     for label, results in rows_of(record):
         name, _, sparsity = label.rpartition("-")
         suffix = f"{NAMES[name]}_{float(sparsity) * 100:.0f}" if name else NAMES[label]
-        for result in results:
-            if (result.task, result.metric) != LEFT_OUT:
-                figures[f"{MEASURES[result.task]}_{suffix}"] = headline(result)
+        for result in reported(results):
+            figures[f"{MEASURES[result.task]}_{suffix}"] = headline(result)
     return figures
 
 

@@ -25,7 +25,7 @@ from common import BENCH, RESULTS, RUNS, data_folder, write_figures
 from core import oracle_python
 from models import fetched
 from safetensors.torch import load_file
-from tables import LEFT_OUT
+from tables import reported
 
 from causalprune.calibration import calibrate
 from causalprune.embedded import load
@@ -169,8 +169,7 @@ def _last_line(command: list[Any]) -> dict[str, Any]:
 
 
 def _by_label(record: dict[str, Any]) -> dict[str, dict[str, EvalResult]]:
-    rows = rows_of(record)
-    return {k: {r.task: r for r in results if (r.task, r.metric) != LEFT_OUT} for k, results in rows}
+    return {label: {r.task: r for r in reported(results)} for label, results in rows_of(record)}
 
 
 def figures(done: dict[str, Any]) -> dict[str, float | None]:

@@ -44,6 +44,11 @@ def _record(name: str) -> Any:
     return read_json(path) if path.exists() else {"raw": {}, "figures": {}}
 
 
+def reported(results: list[EvalResult]) -> list[EvalResult]:
+    """Return the results that tables and figures go by: one a task."""
+    return [r for r in results if (r.task, r.metric) != LEFT_OUT]
+
+
 def _rows(name: str, step: str, only: tuple[str, ...] = ()) -> str:
     """Return dense and every row of a step, or some of them, with paired intervals."""
     raw = _record(name)["raw"]
@@ -51,8 +56,7 @@ def _rows(name: str, step: str, only: tuple[str, ...] = ()) -> str:
     rows = [row for row in rows if not only or row[0] in only]
     if not rows:
         return "Not measured yet.\n"
-    kept = [(label, [r for r in results if (r.task, r.metric) != LEFT_OUT]) for label, results in rows]
-    return to_markdown(comparison(kept))
+    return to_markdown(comparison([(label, reported(results)) for label, results in rows]))
 
 
 def calibrations() -> str:
@@ -64,10 +68,7 @@ def calibrations() -> str:
             rows |= {"dense": found["dense"], name: found["causal-matrix-0.5"]}
     if len(rows) < 3:
         return "Not measured yet.\n"
-    kept = [
-        (label, [r for r in results if (r.task, r.metric) != LEFT_OUT]) for label, results in rows.items()
-    ]
-    return to_markdown(comparison(kept))
+    return to_markdown(comparison([(label, reported(results)) for label, results in rows.items()]))
 
 
 def draws() -> str:
