@@ -148,3 +148,12 @@ def test_names_of_budgets() -> None:
     for text in ("wanda:2:4+graded", "wanda:global+graded", "wanda+graded+uniform", "wanda+refit+obs"):
         with pytest.raises(OptionError):
             parse_method(text)
+
+
+def test_progress_counts_trials_by_how_far_they_go() -> None:
+    seen: list[tuple[int, int]] = []
+    method = Method("sparsegpt", 0.5, budgets="graded")
+    prune(decoder_of("llama2"), method, calibration=problems(), on_progress=lambda *now: seen.append(now))
+    trials = (9, 6, 3)  # six trials a layer, which go through what is left of three, at half a walk each
+    walked = [1 + sum(trials[:1]), 2 + sum(trials[:2]), 3 + sum(trials)]
+    assert seen == [(done, 24) for done in (*walked, 22, 23, 24)]

@@ -93,6 +93,13 @@ class Method:
         return doses(self.sparsity) if pattern is None else (pattern,)
 
     @property
+    def trials(self) -> int:
+        """How often the examples of graded interventions go through the rest of the model for every layer."""
+        if self.resolved_budgets == "uniform":
+            return 0
+        return 2 * len(DOSES) if pattern_sparsity(self.resolved_scope) is None else FUSED
+
+    @property
     def needs(self) -> frozenset[Need]:
         """What the criterion looks at; gradients at outputs only where rows are compared with each other."""
         own = CRITERIA[self.criterion].needs
@@ -122,12 +129,9 @@ class Method:
         Two for every walk; gradients go back once through every layer; trials of graded budgets take few examples,
         and enter at their layer; training takes three an epoch.
         """
-        graded, slopes = self.resolved_budgets == "graded", "slopes" in self.needs
-        a_layer = 2 * len(DOSES) if pattern_sparsity(self.resolved_scope) is None else FUSED
-        trials = a_layer * (layers + 1) / 2 * min(FEW / examples, 1.0) if graded else 0.0
         return (
             2 * self.walks
-            + trials
-            + SLOPE_PASSES * slopes
+            + self.trials * (layers + 1) / 2 * min(FEW / examples, 1.0)
+            + SLOPE_PASSES * ("slopes" in self.needs)
             + (3 * EPOCHS if self.resolved_update == "distill" else 0)
         )

@@ -125,7 +125,8 @@ def _carried_out(
     for p, kept in work.prune_layers(fixed):
         keep.add(p.name, kept)
     if steps:
-        distill(decoder, keep, steps, intact, seed=method.seed, on_step=work.report_step)
+        step = partial(work.report_part, work.total)
+        distill(decoder, keep, steps, intact, seed=method.seed, on_step=step)
     return keep
 
 
@@ -172,7 +173,8 @@ class Work:
         self._done, self._on_progress = 0, on_progress
         passes = 3 * EPOCHS / 2 if method.resolved_update == "distill" else 0  # a walk is two forward passes
         self._back = round(SLOPE_PASSES / 2 * len(decoder.layers)) if "slopes" in self.needs else 0
-        self._total = self._back + round((max(method.walks, 1) + passes) * len(decoder.layers))
+        self._trials = [0] * len(decoder.layers)  # of graded budgets
+        self.total = self._back + round((max(method.walks, 1) + passes) * len(decoder.layers))
 
     def look_at(self, calibration: Calibration, max_batch_tokens: int) -> None:
         """Let the walks see calibration data, and take gradients on it where scores need them."""
@@ -180,8 +182,11 @@ class Work:
         size = 1 if unpadded else max_batch_tokens
         self.groups = batches(calibration.examples, max_batch_tokens=size)
         self.few = batches(few(calibration.examples), max_batch_tokens=size)
+        part = sum(len(b.tokens) for b in self.few) / len(calibration.examples)
+        self._trials = [round(self.method.trials * part * n / 2) for n in range(len(self._trials), 0, -1)]
+        self.total += sum(self._trials)
         if "slopes" in self.needs:
-            self.slopes = output_slopes(self.decoder, self.groups, partial(self._report_part, self._back))
+            self.slopes = output_slopes(self.decoder, self.groups, partial(self.report_part, self._back))
             self._done = self._back
 
     def unrouted(self) -> tuple[str, ...]:
@@ -379,19 +384,15 @@ class Work:
                     own = inputs[number]
                     hidden = run_layer(decoder, batch.tokens, layer.index, own)
                     inputs[number] = self.hold(LayerInputs({layer.index + 1: hidden}, own.as_tuple))
-            self._report()
+            self._report(1 if advance_pruned else 1 + self._trials[layer.index])
 
-    def _report(self) -> None:
-        self._done += 1
-        self._on_progress(self._done, self._total)
+    def _report(self, units: int = 1) -> None:
+        self._done += units
+        self._on_progress(self._done, self.total)
 
-    def report_step(self, done: int, total: int) -> None:
-        """Report steps of distillation, which are the rest of the work."""
-        self._report_part(self._total, done, total)
-
-    def _report_part(self, stop: int, done: int, total: int) -> None:
+    def report_part(self, stop: int, done: int, total: int) -> None:
         """Report a part of the work up to `stop`, of which `done` of `total` steps are done."""
-        self._on_progress(self._done + (stop - self._done) * done // total, self._total)
+        self._on_progress(self._done + (stop - self._done) * done // total, self.total)
 
     def _see(self, projection: Projection, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
         self.norms.see(projection, inputs, outputs, real)
