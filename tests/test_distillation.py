@@ -141,3 +141,10 @@ def test_steps_are_as_large_as_weights_are() -> None:
         prune(decoder, Method("magnitude", 0.5, update="distill"), calibration=EXAMPLES)
     for a, b in zip(predictions(one), predictions(two), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_steps_do_not_vanish_in_float16() -> None:
+    """More weights are kept than float16 can count."""
+    weight = torch.full((300, 300), 0.5)
+    mask = (torch.arange(90_000) % 5 > 0).view(300, 300).half()
+    assert distillation._root_mean_square(weight, mask) == pytest.approx(0.5)

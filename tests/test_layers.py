@@ -54,7 +54,7 @@ LAYERS: dict[str, set[str]] = {
     "sampling": {"uncertainty"},
     "attribution": {"measuring", "questions", "sampling"},
     "stability": {"attribution", "measuring", "questions", "uncertainty"},
-    "distillation": {"ablation", "losses"},
+    "distillation": {"ablation", "calibration", "losses"},
     "grading": {"ablation", "losses"},
     "methods": {"calibration", "criteria", "distillation", "grading", "obs"},
     "pruning": {
@@ -78,6 +78,7 @@ LAYERS: dict[str, set[str]] = {
         "calibration",
         "checkpoint",
         "criteria",
+        "distillation",
         "pruning",
         "questions",
         "statistics",
@@ -145,7 +146,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "matplotlib": {"report"},
     "lm_eval": {"evaluation", "tasks"},
     "tqdm": {"tasks"},
-    "huggingface_hub": {"card"},
+    "huggingface_hub": {"card", "structure"},
     "yaml": {"card", "data", "evaluation", "recipe"},
     "numpy": {
         "data",

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from causalprune.anatomy import inspect_model
 from causalprune.checkpoint import read_manifest
-from causalprune.errors import OptionError
+from causalprune.errors import ModelError, OptionError
 from causalprune.measuring import Workbench
-from causalprune.shrinking import BY, Shares, Shrunk, _worth, shares_for, shrink
+from causalprune.questions import Estimator
+from causalprune.shrinking import BY, Shares, Shrunk, _worth, ledgers, shares_for, shrink
 from causalprune.types import Calibration, Decoder, Example, quiet, silent
 
 
@@ -99,10 +100,32 @@ def test_experts_go_and_unreached_ones_are_not_free() -> None:
     assert set(found.kept.experts) == {0, 2}
 
 
+def test_training_makes_up_for_experts_that_go_and_nothing_else_does() -> None:
+    shares, tokens, error = Shares(experts=0.3), torch.tensor([problems(1, seed=5).examples[0].tokens]), {}
+    for update in ("none", "refit", "distill"):
+        decoder = decoder_of("qwen3_moe")
+        before = decoder.model(tokens).logits
+        found = shrink(decoder, shares, problems(40), by="random", update=update, stage=quiet)
+        assert found.update == ("distill" if update == "distill" else "none")
+        error[update] = float((found.decoder.model(tokens).logits - before).norm())
+    assert error["refit"] == error["none"]
+    assert error["distill"] < error["none"]
+
+
+def test_what_was_measured_is_kept(tmp_path: Path) -> None:
+    shares, path = Shares(neurons=0.5, kv_groups=0.5), tmp_path / "small.attribution"
+    first = shrunk("llama3", shares, ledger=path)
+    assert {p.name for p in tmp_path.iterdir()} == {ledgers(path)[k].name for k in ("neurons", "kv_groups")}
+    before = [p.read_bytes() for p in ledgers(path).values() if p.exists()]
+    again = shrunk("llama3", shares, ledger=path)
+    assert [p.read_bytes() for p in ledgers(path).values() if p.exists()] == before
+    assert all(torch.equal(a, again.kept.kv_groups[i]) for i, a in first.kept.kv_groups.items())
+
+
 @pytest.mark.parametrize("name", ["mixtral", "olmoe"])
 def test_experts_by_activation_are_ranked_as_reap_does(name: str) -> None:
     decoder, calibration = decoder_of(name), problems()
-    found = _worth(decoder, "experts", "activation", calibration, 0, silent)
+    found = _worth(decoder, "experts", "activation", calibration, Estimator(), silent)
     layer, calls = decoder.layers[1], []
     assert layer.experts is not None
     handle = layer.experts.register_forward_pre_hook(lambda _module, args: calls.append(args))
@@ -134,6 +157,18 @@ def test_experts_by_activation_are_ranked_as_reap_does(name: str) -> None:
 def test_what_cannot_go_is_refused(name: str, shares: dict[str, float], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         shrunk(name, Shares(**shares))
+
+
+def test_what_cannot_be_is_refused_before_anything_is_measured() -> None:
+    stages: list[str] = []
+
+    def seen(label: str) -> object:
+        stages.append(label)
+        return quiet(label)
+
+    with pytest.raises(ModelError, match="cannot lose such units"):
+        shrink(decoder_of("olmoe"), Shares(kv_groups=0.5), problems(), stage=seen)  # type: ignore[arg-type]
+    assert not stages
 
 
 @pytest.mark.parametrize("shares", [{}, {"neurons": 1.0}, {"layers": -0.1}])

@@ -1,5 +1,7 @@
 """Smaller models: what is cut out must be exactly what was removed, in every family."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from families import FAMILIES, VOCAB
@@ -7,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from causalprune.anatomy import inspect_model
 from causalprune.errors import ModelError, OptionError
-from causalprune.structure import Kept, column_keep, smaller
+from causalprune.model import skeleton
+from causalprune.structure import Kept, column_keep, silence, smaller
 from causalprune.types import Decoder
 
 TOKENS = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -64,11 +67,29 @@ def test_a_family_that_cannot_lose_heads_says_so(name: str) -> None:
         smaller(decoder, Kept(kv_groups={i: torch.tensor([0]) for i in range(len(decoder.layers))}))
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen2", "mixtral"])
+def test_a_share_that_would_not_load_is_refused() -> None:
+    decoder = decoder_of("llama2")
+    three = Kept(kv_groups={layer.index: torch.arange(3) for layer in decoder.layers})
+    with pytest.raises(ModelError, match=r"would not load .*not a multiple.*ask for another share"):
+        smaller(decoder, three)
+
+
+def test_masks_are_where_the_weights_are(tmp_path: Path) -> None:
+    FAMILIES["llama3"]().save_pretrained(tmp_path)
+    decoder = skeleton(tmp_path)
+    masks = column_keep(decoder, Kept(layers=(0,), neurons={0: torch.arange(3)}))
+    assert {mask.device.type for mask in masks.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen2", "mixtral", "gpt2", "gpt_neox", "opt"])
 def test_fewer_layers_are_as_zeroed_layers(name: str) -> None:
     decoder = decoder_of(name)
+    for parameter_name, parameter in decoder.model.named_parameters():
+        if parameter_name.endswith("bias"):
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     cut = smaller(decoder, Kept(layers=(0, 2)))
     assert len(cut.layers) == 2
+    silence(decoder, Kept(layers=(0, 2)))
     if name != "mixtral":  # whose experts are not zeroed by columns
         torch.testing.assert_close(logits(cut), masked(decoder, Kept(layers=(0, 2))))
     assert torch.equal(cut.layers[1].projections[0].read(), decoder.layers[2].projections[0].read())

@@ -11,7 +11,7 @@ from causalprune import sweeping
 from causalprune.errors import OptionError
 from causalprune.recipe import CalibrationSpec, ModelSpec, Recipe
 from causalprune.results import headline, paired_difference
-from causalprune.sweeping import sweep, worst_difference
+from causalprune.sweeping import candidates, sweep, worst_difference
 from causalprune.types import EvalResult
 
 RECIPE = Recipe(
@@ -86,3 +86,14 @@ def test_impossible_sweeps_are_refused(tmp_path: Path) -> None:
         sweep(RECIPE, 1.0, tmp_path)
     with pytest.raises(OptionError, match="one method"):
         sweep(dataclasses.replace(RECIPE, methods=("wanda", "magnitude")), 0.9, tmp_path)
+    with pytest.raises(OptionError, match=r"wanda:2:4 has one sparsity, 0\.5, .*add \+graded"):
+        sweep(dataclasses.replace(RECIPE, methods=("wanda:2:4",)), 0.9, tmp_path)
+
+
+def test_a_pattern_with_dense_matrices_is_sought_below_its_own_sparsity() -> None:
+    assert candidates("causal:2:4+graded")[-1] == 0.45
+    assert candidates("wanda:global")[-1] == 0.95
+    recipe = dataclasses.replace(
+        RECIPE, methods=("wanda:1:4+graded",), sparsities=candidates("wanda:1:4+graded")
+    )
+    assert len(recipe.cells()) == 15

@@ -111,5 +111,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         print(f"error: {name}{' '.join(str(error).split())}{hint}", file=sys.stderr)
         code = 2 if known else 1
     if code == STOPPED:  # some releases of typer answer Ctrl-C with this code themselves
-        print("stopped; what was finished is on disk: the same command goes on from there", file=sys.stderr)
+        print(
+            "stopped; finished measurements are on disk: the same command goes on from there", file=sys.stderr
+        )
     sys.exit(code)

@@ -108,6 +108,7 @@ def sweep(
     from causalprune import tables
     from causalprune.progress import shown
     from causalprune.recipe import CalibrationSpec, ModelSpec, Recipe
+    from causalprune.sweeping import candidates
     from causalprune.sweeping import sweep as swept
 
     share = opt.general_share(objective, general)
@@ -115,7 +116,7 @@ def sweep(
         ModelSpec(model, revision, dtype, device, device_map, trust_remote_code),
         CalibrationSpec(tuple(task), n, seed=seed, max_tokens=max_tokens, chat=chat, general=share),
         methods=(method,),
-        sparsities=tuple(round(0.05 * step, 2) for step in range(1, 20)),
+        sparsities=candidates(method),
         tasks=tuple(on),
         seed=seed,
         batch_tokens=batch_tokens,
@@ -160,7 +161,7 @@ def shrink(
     from causalprune.progress import shown
     from causalprune.recipe import CalibrationSpec, ModelSpec
     from causalprune.run import Options, prepared
-    from causalprune.shrinking import Shares, save_shrunk, shares_for
+    from causalprune.shrinking import Shares, ledgers, save_shrunk, shares_for
     from causalprune.shrinking import shrink as smaller
 
     if parameters is not None and any((neurons, kv_groups, experts, layers)):
@@ -179,10 +180,13 @@ def shrink(
         update=update,
         seed=seed,
         max_batch_tokens=batch_tokens,
+        ledger=(ledger := output.with_name(f"{output.name}.attribution")),
         stage=shown,
     )
-    how = {"by": by, "update": update, "seed": seed, "shares": asdict(shares)}
+    how = {"by": by, "seed": seed, "shares": asdict(shares)}
     save_shrunk(shrunk, output, calibration, how, overwrite=overwrite)
+    for path in ledgers(ledger).values():
+        path.unlink(missing_ok=True)
     before, after = shrunk.parameters_before, shrunk.parameters_after
     console.print(f"{before:,} parameters before, {after:,} after ({1 - after / before:.1%} fewer): {output}")
 

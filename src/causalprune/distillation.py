@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import psutil
 import torch
@@ -10,9 +11,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from causalprune.ablation import LayerInputs, capture, entered_at, residual, run_until
+from causalprune.calibration import batches
 from causalprune.errors import OptionError
 from causalprune.losses import divergence_slope, target_logits, targets
-from causalprune.types import Batch, Decoder
+from causalprune.types import Batch, Decoder, Example
 
 EPOCHS = 6
 RATE = 5e-4
@@ -25,6 +27,20 @@ BATCH_TOKENS = 1024
 CHUNK = 256
 """Positions whose logits exist at once: bounds the memory that large vocabularies take."""
 
+Lesson: TypeAlias = tuple[Batch, LayerInputs]
+"""A batch, and the `last_hidden` of the intact model for it: what training follows."""
+
+
+def lessons(decoder: Decoder, examples: Sequence[Example], max_batch_tokens: int) -> list[Lesson]:
+    """Return what training will follow, from a model that is still intact.
+
+    Raises:
+        OptionError: a device has not the memory that training takes.
+    """
+    check_memory(decoder)  # before anything that takes time
+    steps = batches(examples, max_batch_tokens=min(BATCH_TOKENS, max_batch_tokens))
+    return [(batch, last_hidden(decoder, batch)) for batch in steps]
+
 
 def last_hidden(decoder: Decoder, batch: Batch) -> LayerInputs:
     """Return what the last layer sends to the final norm: all that is needed to make the logits again."""
@@ -36,8 +52,7 @@ def last_hidden(decoder: Decoder, batch: Batch) -> LayerInputs:
 def distill(
     decoder: Decoder,
     keep: Mapping[str, Bool[Tensor, "out in"]],
-    groups: Sequence[Batch],
-    intact: Sequence[LayerInputs],
+    followed: Sequence[Lesson],
     *,
     seed: int,
     on_step: Callable[[int, int], None],
@@ -45,7 +60,7 @@ def distill(
     """Train the kept weights of all projections, in place, to predict every token as the intact model did.
 
     Minimises the mean divergence KL(intact ‖ pruned) over all positions, prompts included, by Adam, `EPOCHS` times over
-    the batches; `intact[i]` is the `last_hidden` of batch i. What is zero stays zero. Holds `memory_bytes` beside the
+    the batches that are `followed`. What is zero stays zero. Holds `memory_bytes` beside the
     model; each epoch costs about three forward passes.
     """
     masks = _masks(decoder, keep)
@@ -53,14 +68,15 @@ def distill(
     masters = [parameter.detach().float() for parameter in parameters]  # float32 parameters are their own
     scales = [_root_mean_square(m, masks[p]) for p, m in zip(parameters, masters, strict=True)]
     optimizer = torch.optim.Adam([{"params": [master]} for master in masters], betas=BETAS)
-    generator, done, total = torch.Generator().manual_seed(seed), 0, EPOCHS * len(groups)
+    generator, done, total = torch.Generator().manual_seed(seed), 0, EPOCHS * len(followed)
     frozen = {p: p.requires_grad for p in decoder.model.parameters()}
     try:
         for parameter in frozen:
             parameter.requires_grad_(parameter in masks)
         for _ in range(EPOCHS):
-            for number in torch.randperm(len(groups), generator=generator).tolist():
-                gradients = _gradients(decoder, groups[number], intact[number], parameters)
+            for number in torch.randperm(len(followed), generator=generator).tolist():
+                batch, intact = followed[number]
+                gradients = _gradients(decoder, batch, intact, parameters)
                 for parameter, master, gradient in zip(parameters, masters, gradients, strict=True):
                     if gradient is not None:  # None: an expert stack that no token reached
                         master.grad = gradient.float() * masks[parameter]
@@ -106,7 +122,8 @@ def check_memory(decoder: Decoder) -> None:
 
 
 def _root_mean_square(weight: Tensor, mask: Tensor) -> float:
-    return math.sqrt(float((weight * mask).square().sum()) / max(float(mask.sum()), 1.0))
+    kept = float(mask.count_nonzero())  # a sum would overflow in float16
+    return math.sqrt(float((weight * mask).square().sum()) / max(kept, 1.0))
 
 
 def _rate(part: float, total: int) -> float:

@@ -20,7 +20,7 @@ Model = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Revision on the Hub.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, …")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 DeviceMap = Annotated[
     str | None,
     typer.Option(

@@ -23,7 +23,7 @@ from causalprune.allocation import (
 from causalprune.anatomy import fingerprint
 from causalprune.calibration import batches, few
 from causalprune.criteria import CRITERIA, LOOKS, Evidence, Update
-from causalprune.distillation import BATCH_TOKENS, EPOCHS, check_memory, distill, last_hidden
+from causalprune.distillation import EPOCHS, Lesson, distill, lessons
 from causalprune.errors import ModelError, OptionError
 from causalprune.gradients import output_slopes
 from causalprune.grading import DoseResponse, dose_response
@@ -74,12 +74,10 @@ def prune(
     """
     if method.needs_calibration and calibration is None:
         raise OptionError(f"method {method.criterion!r} needs calibration data")
-    factors: Factors = {}
-    if "effects" in method.needs:
-        factors = head_factors(decoder, effects, fingerprint(decoder.model))
+    causal = "effects" in method.needs
+    factors = head_factors(decoder, effects, fingerprint(decoder.model)) if causal else {}
     _check_finite(decoder)
-    work = Work(decoder, method, factors, on_progress)
-    keep = _carried_out(work, calibration, max_batch_tokens, None)
+    keep = _carried_out(work := Work(decoder, method, factors, on_progress), calibration, max_batch_tokens)
     return Pruned(method, keep, work.unrouted(), work.response)
 
 
@@ -89,44 +87,47 @@ def remove(  # noqa: PLR0913 (what `prune` takes)
     calibration: Calibration,
     *,
     update: Update = "refit",
+    followed: Sequence[Lesson] = (),
     seed: int = 0,
     max_batch_tokens: int = 2048,
     on_progress: Progress = silent,
 ) -> None:
     """Set all weights to zero but those that `keep` names, in place, and update the others on calibration data.
 
-    Matrices that lose nothing are updated by `distill` alone. Costs as in `prune`.
+    Matrices that lose nothing are updated by `distill` alone, which follows what an intact model was `followed` to say,
+    or else this one as it is. Costs as in `prune`.
 
     Raises:
         ModelError: a weight or an input is not finite, or inputs say too little for an update.
     """
     pool = decoder.projections
     share = sum(int((~keep[p.name]).sum()) for p in pool) / sum(p.size for p in pool)
-    if not share:
+    if not share and not (followed and update == "distill"):
         return
     _check_finite(decoder)
-    work = Work(decoder, Method("magnitude", share, seed=seed, update=update), {}, on_progress)
-    _carried_out(work, calibration, max_batch_tokens, iter([keep[p.name] for p in pool]))
+    work = Work(decoder, Method("magnitude", share or 0.5, seed=seed, update=update), {}, on_progress)
+    _carried_out(work, calibration, max_batch_tokens, iter([keep[p.name] for p in pool]), followed)
 
 
 def _carried_out(
-    work: "Work", calibration: Calibration | None, max_batch_tokens: int, fixed: Iterator[Tensor] | None
+    work: "Work",
+    calibration: Calibration | None,
+    max_batch_tokens: int,
+    fixed: Iterator[Tensor] | None = None,
+    followed: Sequence[Lesson] = (),
 ) -> Masks:
     """Prune all layers, train on the intact model's predictions if that is the update, and return what stayed."""
     decoder, method = work.decoder, work.method
-    steps: list[Batch] = []
-    if method.resolved_update == "distill" and calibration is not None:
-        check_memory(decoder)  # before anything that takes time
-        steps = batches(calibration.examples, max_batch_tokens=BATCH_TOKENS)
+    trains = method.resolved_update == "distill"
+    if trains and not followed and calibration is not None:
+        followed = lessons(decoder, calibration.examples, max_batch_tokens)
     if method.needs_calibration and calibration is not None:
         work.look_at(calibration, max_batch_tokens)
-    intact = [last_hidden(decoder, batch) for batch in steps]
     keep = Masks()
     for p, kept in work.prune_layers(fixed):
         keep.add(p.name, kept)
-    if steps:
-        step = partial(work.report_part, work.total)
-        distill(decoder, keep, steps, intact, seed=method.seed, on_step=step)
+    if trains:
+        distill(decoder, keep, followed, seed=method.seed, on_step=partial(work.report_part, work.total))
     return keep
 
 

@@ -13,12 +13,13 @@ from torch import Tensor
 from causalprune.attribution import attribute
 from causalprune.calibration import batches, few
 from causalprune.checkpoint import save
-from causalprune.criteria import UPDATES
-from causalprune.errors import OptionError, unknown
+from causalprune.criteria import UPDATES, Update
+from causalprune.distillation import lessons
+from causalprune.errors import ModelError, OptionError, unknown
 from causalprune.pruning import remove
 from causalprune.questions import Estimator, Question
 from causalprune.statistics import observed
-from causalprune.structure import Kept, column_keep, smaller
+from causalprune.structure import Kept, column_keep, silence, smaller
 from causalprune.types import Calibration, Decoder, Layer, Progress, Projection, Stage
 from causalprune.units import Site, gated_module
 
@@ -55,10 +56,11 @@ class Shares:
 
 @dataclass(frozen=True, eq=False)
 class Shrunk:
-    """A smaller model, what it kept, and its number of parameters before and after."""
+    """A smaller model, what it kept and how that was updated, and its number of parameters before and after."""
 
     decoder: Decoder
     kept: Kept
+    update: Update
     parameters_before: int
     parameters_after: int
 
@@ -87,6 +89,7 @@ def shrink(  # noqa: PLR0913 (the command's options)
     update: str = "refit",
     seed: int = 0,
     max_batch_tokens: int = 2048,
+    ledger: Path | None = None,
     stage: Stage,
 ) -> Shrunk:
     """Return a smaller model without the units that matter least, the others updated to make up for them.
@@ -94,41 +97,51 @@ def shrink(  # noqa: PLR0913 (the command's options)
     All layers lose equally many units of a kind. `by` says what they are worth: `effect` (the divergence from the
     intact model's predictions on the calibration targets without the unit: measured for KV groups, experts and
     layers, predicted to second order for neurons), `activation` (root mean square of what a neuron or the heads of a
-    group send; for experts weighted by the router, which is REAP), `magnitude` (of their weights) or `random`. The decoder that is given is changed on the way.
+    group send; for experts weighted by the router, which is REAP), `magnitude` (of their weights) or `random`. Where only experts
+    go, nothing but `distill` makes up for them. The decoder that is given is changed on the way. Effects that were
+    measured are kept in the `ledgers` of a path, so that a stopped run goes on.
 
     Raises:
         OptionError: a kind the model does not have, a share too small to remove one unit, an unknown `by`.
-        ModelError: the architecture cannot lose units of a kind.
+        ModelError: the architecture cannot lose units of a kind, or some of the model is not in memory.
     """
+    if decoder.offloaded:
+        raise ModelError(
+            f"{decoder.name} is not all in memory, which shrinking needs: leave out --device-map"
+        )
     if by not in BY:
         raise unknown("choice of units (by)", by, BY)
     own = next((u for u in UPDATES if u == update), None)
     if own is None:
         raise unknown("update", update, UPDATES)
     before = sum(p.numel() for p in decoder.model.parameters())
-    chosen: dict[Kind, Any] = {}
-    for kind in KINDS:
-        if share := asdict(shares)[kind]:
-            with stage(f"what {kind.replace('_', ' ')} are worth") as progress:
-                worth = _worth(decoder, kind, by, calibration, seed, progress)
-            chosen[kind] = _kept(kind, worth, share)
-    if "experts" in chosen:  # others take their tokens: what stays is updated for that
+    how = Estimator(seed=seed, max_batch_tokens=max_batch_tokens)
+    chosen = _chosen(decoder, shares, by, calibration, how, ledger=ledger, stage=stage)
+    followed = lessons(decoder, calibration.examples, max_batch_tokens) if own == "distill" else []
+    if "experts" in chosen:
         decoder = smaller(decoder, Kept(experts=chosen["experts"]))
+        own = own if own == "distill" or len(chosen) > 1 else "none"
     kept = Kept(**{**chosen, "experts": {}})
     with stage("updating what stays") as progress:
-        masks = column_keep(decoder, kept)
+        silence(decoder, kept)
         remove(
             decoder,
-            masks,
+            column_keep(decoder, kept),
             calibration,
             update=own,
+            followed=followed,
             seed=seed,
             max_batch_tokens=max_batch_tokens,
             on_progress=progress,
         )
     found = smaller(decoder, kept)
     after = sum(p.numel() for p in found.model.parameters())
-    return Shrunk(found, replace(kept, experts=chosen.get("experts", {})), before, after)
+    return Shrunk(found, replace(kept, experts=chosen.get("experts", {})), own, before, after)
+
+
+def ledgers(path: Path) -> dict[Kind, Path]:
+    """Return the file in which the effects of every kind are kept."""
+    return {kind: path.with_name(f"{path.name}.{kind}") for kind in KINDS}
 
 
 def save_shrunk(
@@ -141,6 +154,7 @@ def save_shrunk(
 ) -> None:
     """Write a smaller model to `folder`; its manifest says what stayed, and by which `options` of `shrink`."""
     own = {kind: getattr(shrunk.kept, kind) for kind in KINDS}
+    options = {**options, "update": shrunk.update}
     kept = {
         k: [*v] if isinstance(v, tuple) else {str(i): x.tolist() for i, x in v.items()}
         for k, v in own.items()
@@ -150,6 +164,29 @@ def save_shrunk(
     data = {**calibration.description, "fingerprint": calibration.fingerprint}
     record = {"shrink": {**options, **sizes, "kept": kept}, "calibration": data}
     save(shrunk.decoder, folder, manifest=record, overwrite=overwrite)
+
+
+def _chosen(  # noqa: PLR0913 (what `shrink` takes)
+    decoder: Decoder,
+    shares: Shares,
+    by: str,
+    calibration: Calibration,
+    how: Estimator,
+    *,
+    ledger: Path | None,
+    stage: Stage,
+) -> dict[Kind, Any]:
+    """Return the indices that stay of every kind that loses some; what cannot be is refused before anything is measured."""
+    wanted = {kind: share for kind in KINDS if (share := asdict(shares)[kind])}
+    some = {kind: {i: torch.zeros(n) for i, n in _sizes(decoder, kind).items()} for kind in wanted}
+    smaller(decoder, Kept(**{kind: _kept(kind, some[kind], share) for kind, share in wanted.items()}))
+    chosen: dict[Kind, Any] = {}
+    for kind, share in wanted.items():
+        with stage(f"what {kind.replace('_', ' ')} are worth") as progress:
+            path = None if ledger is None else ledgers(ledger)[kind]
+            worth = _worth(decoder, kind, by, calibration, how, progress, ledger=path)
+        chosen[kind] = _kept(kind, worth, share)
+    return chosen
 
 
 def _kept(kind: Kind, worth: Scores, share: float) -> Any:
@@ -171,26 +208,39 @@ def _best(worth: Float[Tensor, "unit"], kind: Kind, share: float) -> Tensor:
     return worth.nan_to_num(nan=torch.inf).argsort(descending=True, stable=True)[:left].sort().values
 
 
-def _worth(
-    decoder: Decoder, kind: Kind, by: str, calibration: Calibration, seed: int, on_progress: Progress
-) -> Scores:
+def _sizes(decoder: Decoder, kind: Kind) -> dict[int, int]:
+    """Return the number of units of a kind in every layer that has some."""
     sizes = {layer.index: n for layer in decoder.layers if (n := _count(layer, kind))}
     if not sizes:
         raise OptionError(f"{decoder.name} has no {kind.replace('_', ' ')} that could go")
+    return sizes
+
+
+def _worth(  # noqa: PLR0913 (what `shrink` takes)
+    decoder: Decoder,
+    kind: Kind,
+    by: str,
+    calibration: Calibration,
+    how: Estimator,
+    on_progress: Progress,
+    *,
+    ledger: Path | None = None,
+) -> Scores:
+    sizes = _sizes(decoder, kind)
     if by == "random":
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(how.seed)
         return {layer: torch.rand(n, generator=generator) for layer, n in sizes.items()}
     if by == "magnitude":
         return {i: _magnitude(decoder.layers[i], kind, n) for i, n in sizes.items()}
     if by == "activation":
         return _activation(decoder, kind, calibration, on_progress)
+    question = Question(units=("neurons:1" if kind == "neurons" else kind,), effect="kl")
     if kind == "neurons":
-        question, how = Question(units=("neurons:1",), effect="kl"), Estimator("gradient")
+        how = replace(how, name="gradient")
     else:
-        question, how = Question(units=(kind,), effect="kl"), Estimator()
         some = tuple(few(calibration.examples))
         calibration = Calibration(some, (0,) * len(some))
-    effects = attribute(decoder, calibration, question, how, on_progress=on_progress)
+    effects = attribute(decoder, calibration, question, how, ledger=ledger, on_progress=on_progress)
     values = effects.change_nats() if effects.predicted_nats is None else effects.predicted_nats
     by_layer = torch.tensor([unit.layer for unit in effects.units])
     return {layer: values.sum(1)[by_layer == layer] for layer in sizes}

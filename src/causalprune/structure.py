@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Int
 from torch import Tensor, nn
 
@@ -46,7 +47,10 @@ def smaller(decoder: Decoder, kept: Kept) -> Decoder:
         ModelError: the architecture ties the size of what would go to something that stays.
     """
     config = _configured(decoder, kept)
-    model = type(decoder.model)._from_config(config, dtype=decoder.model.dtype)  # noqa: SLF001
+    try:
+        model = type(decoder.model)._from_config(config, dtype=decoder.model.dtype)  # noqa: SLF001
+    except ValueError as cause:
+        raise ModelError(f"a smaller {config.model_type} cannot be: {cause}") from cause
     wanted, found = model.state_dict(), dict(_cut(decoder, kept))
     for name, weight in wanted.items():
         if name not in found or found[name].shape != weight.shape:
@@ -83,7 +87,7 @@ def column_keep(decoder: Decoder, kept: Kept) -> dict[str, Tensor]:
     stays = set(range(len(decoder.layers)) if kept.layers is None else kept.layers)
     for layer in decoder.layers:
         for p in layer.projections:
-            keep = torch.ones(p.shape, dtype=torch.bool)
+            keep = torch.ones(p.shape, dtype=torch.bool, device=p.device)
             columns = _columns(layer, p, kept)
             if columns is not None:
                 keep[:] = False
@@ -119,7 +123,31 @@ def _configured(decoder: Decoder, kept: Kept) -> Any:
                 setattr(config, name, left)
     if kept.layers is not None:
         _fewer_layers(config, kept.layers)
+    _validate(whole)
+    _validate(config)
     return whole
+
+
+def _validate(config: Any) -> None:
+    """Ask for what saving and loading will ask for; not every configuration has such a check."""
+    try:
+        getattr(config, "validate", lambda: None)()
+    except (ValueError, StrictDataclassError) as cause:
+        said = " ".join(str(cause).split())
+        raise ModelError(
+            f"a smaller {config.model_type} would not load ({said}): ask for another share"
+        ) from cause
+
+
+def silence(decoder: Decoder, kept: Kept) -> None:
+    """Set to zero, in place, what layers that go add to the residual stream without a weight: their output biases."""
+    state = decoder.model.state_dict()
+    for layer in decoder.layers:
+        if kept.layers is not None and layer.index not in kept.layers:
+            for p in layer.projections:
+                name = p.parameter_name.removesuffix("weight") + "bias"
+                if p.role in ("o", "down") and name in state and name != p.parameter_name:
+                    state[name].zero_()
 
 
 def _fewer_layers(config: Any, layers: tuple[int, ...]) -> None:
@@ -188,9 +216,12 @@ def _by_expert(layer: Layer, state: Mapping[str, Tensor]) -> Iterator[str]:
     """Yield the names of the tensors of a layer whose first dimension counts experts."""
     if layer.experts is None or isinstance(layer.experts, nn.ModuleList):
         raise ModelError(f"{layer.name} has no experts in one stack that could be removed")
-    for name, weight in state.items():
-        inner = name.removeprefix(f"{layer.name}.")
-        own = inner != name and (".experts." in f".{inner}" or re.search(_ROUTER, inner))
+    inside = {
+        name: name.removeprefix(f"{layer.name}.") for name in state if name.startswith(f"{layer.name}.")
+    }
+    routers = tuple(inner.removesuffix("weight") for inner in inside.values() if re.search(_ROUTER, inner))
+    for name, inner in inside.items():
+        own, weight = ".experts." in f".{inner}" or inner.startswith(routers), state[name]
         if own and weight.ndim and weight.shape[0] == layer.n_experts:
             yield name
 

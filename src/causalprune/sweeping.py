@@ -5,10 +5,28 @@ import math
 from pathlib import Path
 
 from causalprune.errors import OptionError
+from causalprune.methods import N_OF_M, pattern_sparsity
 from causalprune.recipe import Recipe
 from causalprune.results import HIGHER_IS_BETTER, Tried, headline, paired_difference, rows_of
 from causalprune.run import run
 from causalprune.types import EvalResult, Stage, quiet
+
+
+def candidates(method: str) -> tuple[float, ...]:
+    """Return the sparsities to choose from: steps of 5 %, below that of a pattern, if the method names one.
+
+    Raises:
+        OptionError: the method has no sparsity but its pattern's.
+    """
+    found = N_OF_M.search(method)
+    pattern = pattern_sparsity(found[0]) if found else None
+    if pattern is not None and "graded" not in method.split("+"):
+        raise OptionError(
+            f"{method} has one sparsity, {pattern:g}, so there is none to look for: add +graded, which lets matrices "
+            "stay dense, or leave the pattern out"
+        )
+    steps = (round(0.05 * step, 2) for step in range(1, 20))
+    return tuple(step for step in steps if pattern is None or step < pattern)
 
 
 def sweep(
@@ -34,18 +52,19 @@ def sweep(
         raise OptionError(f"the share to keep must be between 0 and 1 (both excluded), not {keep:g}")
     if len(recipe.methods) != 1:
         raise OptionError(f"a sweep is about one method, not {', '.join(recipe.methods)}")
-    candidates = sorted(recipe.sparsities)
-    below, above, tried = -1, len(candidates), dict[float, Tried]()
+    candidates(recipe.methods[0])  # refuses a pattern that has but one
+    choices = sorted(recipe.sparsities)
+    below, above, tried = -1, len(choices), dict[float, Tried]()
     while above - below > 1:
         middle = (below + above) // 2
-        asked = tuple(sorted({*tried, candidates[middle]}))
+        asked = tuple(sorted({*tried, choices[middle]}))
         record = run(dataclasses.replace(recipe, sparsities=asked), folder, data_dir=data_dir, stage=stage)
         rows = rows_of(record)
         tried = {
             sparsity: _tried(sparsity, results, rows[0][1], keep, certain)
             for sparsity, (_, results) in zip(asked, rows[1:], strict=True)
         }
-        below, above = (middle, above) if tried[candidates[middle]].holds else (below, middle)
+        below, above = (middle, above) if tried[choices[middle]].holds else (below, middle)
     return [tried[sparsity] for sparsity in sorted(tried)]
 
 
