@@ -9,7 +9,16 @@ import torch
 from tinydata import byte_tokenizer, write_data, write_jsonl
 
 from causalprune import calibration, data
-from causalprune.calibration import batches, calibrate, encode, few, split_counts, windows
+from causalprune.calibration import (
+    Reader,
+    batches,
+    calibrate,
+    encode,
+    few,
+    prompt_text,
+    split_counts,
+    windows,
+)
 from causalprune.data import Problem, content_hash, contents, load_problems
 from causalprune.errors import DataError, OptionError
 from causalprune.types import Example
@@ -336,3 +345,17 @@ def test_few_examples_come_from_everywhere(n: int, tokens: int, expected: int) -
     assert chosen == sorted(chosen)
     gaps = [b - a for a, b in itertools.pairwise([-1, *chosen, n])]
     assert max(gaps) <= 1.5 * n / expected + 1
+
+
+def test_every_window_opens_as_a_text_does() -> None:
+    tokenizer, text = byte_tokenizer(bos=True), "abcdefghij"
+    tokens = tokenizer(text)["input_ids"]
+    assert tokens[0] == tokenizer.bos_token_id
+    found = windows(tokenizer, tokens, "text", 4)
+    assert [e.tokens for e in found] == [(tokens[0], *tokens[i : i + 3]) for i in (1, 4, 7)]
+
+
+def test_models_that_could_think_first_do_not() -> None:
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ messages[0].content }}{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
+    assert prompt_text(Reader(tokenizer, chat=True, max_tokens=9), "Say 7") == "Say 7"

@@ -123,6 +123,7 @@ LAYERS: dict[str, set[str]] = {
 }
 TOP = (
     "traces",
+    "cells",
     "run",
     "sweeping",
     "cli_measuring",

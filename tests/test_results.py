@@ -186,3 +186,10 @@ def test_resampled_values_are_those_of_drawing_examples_one_by_one() -> None:
     picks = np.random.default_rng(3).integers(0, 3, size=(50, 3))
     expected = np.exp(np.array(own.values)[picks].sum(1) / np.array(own.weights)[picks].sum(1))
     assert resampled(own, resamples=50, seed=3) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("key", ["chat_template", "generation", "window", "task_version"])
+def test_different_settings_cannot_be_compared(key: str) -> None:
+    one, other = (replace(result([1.0, 2.0]), description={key: value}) for value in ("this", "that"))
+    with pytest.raises(MismatchError, match=f"{key} is 'this' and 'that'"):
+        paired_difference(one, other)

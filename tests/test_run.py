@@ -1,5 +1,6 @@
 import gc
 import json
+import math
 import weakref
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,14 @@ import pytest
 import torch
 from tinydata import tiny_decoder, write_data, write_jsonl
 
+from causalprune import cells
 from causalprune import run as running
 from causalprune.checkpoint import read_manifest
 from causalprune.errors import CheckpointError, DataError, MismatchError
-from causalprune.evaluation import evaluate
-from causalprune.recipe import CalibrationSpec, ModelSpec, Recipe, Shape
+from causalprune.evaluation import Settings, evaluate
+from causalprune.evidence import read_run
+from causalprune.pruning import prune
+from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec, Recipe, Shape
 from causalprune.results import load_rows, paired_difference
 from causalprune.verification import verify
 
@@ -98,7 +102,7 @@ def test_stopped_run_goes_on_with_the_same_results(
             raise KeyboardInterrupt
         return evaluate(decoder, tasks, *rest, **options)
 
-    monkeypatch.setattr(running, "evaluate", stops_at_the_fifth)
+    monkeypatch.setattr(cells, "evaluate", stops_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
         running.run(wanted, tmp_path / "stopped", data_dir=data)
     assert [label for label, _ in load_rows(tmp_path / "stopped")] == ["dense", "magnitude-matrix-0.5"]
@@ -119,10 +123,10 @@ def test_a_saved_checkpoint_is_measured_further_without_pruning_again(
         return evaluate(decoder, tasks, *rest, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "evaluate", stops_at_the_last)
+        patch.setattr(cells, "evaluate", stops_at_the_last)
         with pytest.raises(KeyboardInterrupt):
             running.run(wanted, tmp_path / "stopped", data_dir=data)
-    monkeypatch.setattr(running, "prune", None)  # it may not be called
+    monkeypatch.setattr(cells, "prune", None)  # it may not be called
     resumed = running.run(wanted, tmp_path / "stopped", data_dir=data)
     assert values(resumed) == values(calm)
     description = resumed["rows"][1]["results"][1]["description"]
@@ -143,6 +147,7 @@ def test_one_model_is_in_memory_at_a_time(
         return decoder
 
     monkeypatch.setattr(running, "load", counts)
+    monkeypatch.setattr(cells, "load", counts)
     running.run(recipe(model_folder, methods=("magnitude", "wanda")), tmp_path / "run", data_dir=data)
     assert len(seen) == 3
 
@@ -208,3 +213,95 @@ def test_cap_measures_first_where_no_effects_are_given(
 def values(record: dict[str, Any]) -> list[Any]:
     """Return all that a run measured, without its timings."""
     return [(row["label"], [result["values"] for result in row["results"]]) for row in record["rows"]]
+
+
+def test_checkpoints_of_an_earlier_run_are_replaced(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """As after a refusal, whose advice is to delete the ledger."""
+    folder, found = tmp_path / "run", []
+    for seed in (0, 1):
+        own = CalibrationSpec(("gsm8k",), n=6, subsets=3, seed=seed)
+        wanted = recipe(model_folder, methods=("wanda",), calibration=own, save=True)
+        running.run(wanted, folder, data_dir=data)
+        (folder / "results.ledger").unlink()
+        found.append(read_manifest(folder / "checkpoints" / "wanda-row-0.5")["run"]["calibration"])
+    assert found[0]["fingerprint"] != found[1]["fingerprint"]
+
+
+def test_a_checkpoint_of_an_earlier_run_is_not_measured_for_this_one(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was saved by a run whose ledger is gone, when this one does not save."""
+    folder, other = tmp_path / "run", CalibrationSpec(("gsm8k",), n=6, subsets=3, seed=1)
+    running.run(recipe(model_folder, methods=("wanda",), save=True), folder, data_dir=data)
+    (folder / "results.ledger").unlink()
+    wanted = recipe(model_folder, methods=("wanda",), calibration=other)
+    calm = running.run(wanted, tmp_path / "calm", data_dir=data)
+
+    calls: list[str] = []
+
+    def stops_at_the_last(decoder: Any, tasks: list[str], *rest: Any, **options: Any) -> Any:
+        calls.append(tasks[0])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return evaluate(decoder, tasks, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "evaluate", stops_at_the_last)
+        with pytest.raises(KeyboardInterrupt):
+            running.run(wanted, folder, data_dir=data)
+    assert values(running.run(wanted, folder, data_dir=data)) == values(calm)
+
+
+def test_another_attribution_in_the_same_folder_is_refused(
+    model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    running.run(recipe(model_folder, methods=("cap",)), tmp_path / "run", data_dir=data)
+    (tmp_path / "run" / "attribution.ledger").unlink()
+    other = recipe(model_folder, methods=("cap",), attribution=AttributionSpec(ablation="mean"))
+    with pytest.raises(MismatchError, match=r"attribution in .* was .*zero.* is now .*mean"):
+        running.run(other, tmp_path / "run", data_dir=data)
+
+
+def test_a_broken_model_does_not_stop_the_run(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(decoder: Any, method: Any, **options: Any) -> Any:
+        pruned = prune(decoder, method, **options)
+        decoder.projections[0].parameter.data.fill_(float("nan"))
+        return pruned
+
+    monkeypatch.setattr(cells, "prune", breaks)
+    tasks = ("gsm8k_nll:4", "strategyqa", "gsm8k_cot:4")
+    record = running.run(
+        recipe(model_folder, methods=("wanda",), tasks=tasks), tmp_path / "run", data_dir=data
+    )
+    for own in (record["rows"], read_run(tmp_path / "run").rows):
+        for dense, broken in zip(own[0]["results"], own[1]["results"], strict=True):
+            assert not any(map(math.isnan, dense["values"]))
+            assert all(map(math.isnan, broken["values"]))
+    assert values(
+        running.run(recipe(model_folder, methods=("wanda",), tasks=tasks), tmp_path / "run", data_dir=data)
+    )
+
+
+def test_a_stopped_evaluation_goes_on(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, spec, calls = tmp_path / "found.json", ModelSpec(str(model_folder)), list[str]()
+    settings = Settings(data_dir=data)
+
+    def stops_once(decoder: Any, tasks: list[str], *rest: Any, **options: Any) -> Any:
+        calls.append(tasks[0])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(decoder, tasks, *rest, **options)
+
+    monkeypatch.setattr(running, "evaluate", stops_once)
+    tasks = ("gsm8k_nll:4", "strategyqa_nll")
+    with pytest.raises(KeyboardInterrupt):
+        running.evaluate_model(spec, tasks, settings, out)
+    assert not out.exists()
+    found = running.evaluate_model(spec, tasks, settings, out)
+    assert calls == ["gsm8k_nll:4", "strategyqa_nll", "strategyqa_nll"]
+    assert [r.task for r in found] == ["gsm8k_nll", "strategyqa_nll"]
+    assert {path.name for path in tmp_path.iterdir()} == {"found.json"}

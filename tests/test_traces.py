@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tinydata import tiny_decoder, write_data
+from tinydata import tiny_decoder, write_data, write_jsonl
 
 from causalprune.calibration import Reader, draw
 from causalprune.errors import DataError, OptionError
@@ -75,7 +75,7 @@ def test_answers_without_an_end_are_left_out(
     silent, _ = speaking(monkeypatch, endless=10**6)
     other = Reader(silent.tokenizer, chat=False, max_tokens=399, data_dir=data)
     monkeypatch.setattr("causalprune.traces._answers", lambda _decoder, some, _most: [""] * len(some))
-    with pytest.raises(DataError, match=r"own:gsm8k: of 20 answers 0 end within 399 tokens"):
+    with pytest.raises(DataError, match=r"own:gsm8k: of 12 answers 0 end within 399 tokens"):
         own_answers(silent, other, "gsm8k", 5)
 
 
@@ -104,3 +104,15 @@ def test_general_text_takes_its_share(data: Path) -> None:
     assert all(e.target_start == 1 for e in text)
     with pytest.raises(OptionError, match="general text"):
         CalibrationSpec(("gsm8k",), general=1.0)
+
+
+def test_own_answers_to_problems_of_a_file(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    decoder, _ = speaking(monkeypatch)
+    file = data / "gsm8k" / "train.jsonl"
+    rows = [
+        {"prompt": json.loads(line)["question"], "target": "no matter"}
+        for line in file.read_text().splitlines()
+    ]
+    own = write_jsonl(data / "own.jsonl", rows)
+    found = calibrated(decoder, CalibrationSpec((f"own:{own}",), n=4, subsets=2, max_tokens=400))
+    assert all(decoder.tokenizer.decode(e.tokens[e.target_start :]) == ANSWER for e in found.examples)

@@ -198,7 +198,12 @@ def prompt_text(reader: Reader, prompt: str) -> str:
     if not reader.chat:
         return f"{prompt}\n\n"
     messages = [{"role": "user", "content": prompt}]
-    return str(reader.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    options = {
+        "tokenize": False,
+        "add_generation_prompt": True,
+        "enable_thinking": False,
+    }  # if it knows that word
+    return str(reader.tokenizer.apply_chat_template(messages, **options))
 
 
 def encode(reader: Reader, problem: Problem) -> Example:
@@ -229,9 +234,12 @@ def text_tokens(
 def windows(tokenizer: Any, tokens: Sequence[int], source: str, size: int) -> list[Example]:
     """Cut tokens into windows of `size` that do not overlap; the rest at the end is left out.
 
-    All tokens of a window but the first are predicted.
+    All tokens of a window but the first are predicted. Where the tokenizer opens a text with a token of its own, every
+    window begins with it: some models, such as Gemma, predict nothing well without.
     """
-    cuts = [tuple(tokens[i : i + size]) for i in range(0, len(tokens) - size + 1, size)]
+    opens = list(tokens[:1]) if tokens and tokens[0] == tokenizer.bos_token_id else []
+    text, step = tokens[len(opens) :], size - len(opens)
+    cuts = [(*opens, *text[i : i + step]) for i in range(0, len(text) - step + 1, step)]
     return [Example(cut, 1, source, content_hash(tokenizer.decode(cut))) for cut in cuts]
 
 

@@ -25,8 +25,8 @@ def inspect(
     """Show what was found in a model: layers, heads, what is prunable, what is left out and why."""
     from causalprune import tables
     from causalprune.anatomy import summary
+    from causalprune.cells import load
     from causalprune.recipe import ModelSpec
-    from causalprune.run import load
 
     found = summary(
         load(ModelSpec(model, revision, dtype, device, device_map, trust_remote_code, allow_pickle))

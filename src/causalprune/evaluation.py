@@ -32,7 +32,7 @@ class Settings:
 
     `limit` is the number of problems (tokens for perplexity) of tasks that name none; which ones is
     fixed by `seed`. `max_tokens` bounds a sequence of a solution loss, `window` is the length of a
-    perplexity window. A batch holds up to `batch_tokens` tokens, in the harness `batch_size`
+    perplexity window, or the model's positions where it has fewer. A batch holds up to `batch_tokens` tokens, in the harness `batch_size`
     sequences. `max_new_tokens` overrides the task files' length of generated answers.
     """
 
@@ -166,20 +166,19 @@ def _perplexity(decoder: Decoder, name: str, settings: Settings, on_progress: Pr
     """Perplexity by the usual convention: text tokenised once, windows that do not overlap."""
     source = name.removesuffix("_ppl")
     longest = getattr(decoder.model.config, "max_position_embeddings", None)
-    if longest and settings.window > longest:
-        raise OptionError(f"{name}: window {settings.window} is longer than the model's {longest} positions")
+    window = min(settings.window, longest or settings.window)
     tokens = calibration.text_tokens(decoder.tokenizer, source, "evaluation", data_dir=settings.data_dir)
     tokens = tokens[: settings.limit]
-    examples = calibration.windows(decoder.tokenizer, tokens, source, settings.window)
+    examples = calibration.windows(decoder.tokenizer, tokens, source, window)
     if not examples:
         raise DataError(
-            f"{name}: {len(tokens)} tokens do not fill one window of {settings.window}; "
+            f"{name}: {len(tokens)} tokens do not fill one window of {window}; "
             f"its limit counts tokens, as in {name}:40000"
         )
     description = _description(decoder, settings) | {
-        "window": settings.window,
+        "window": window,
         "tokens": len(tokens),
-        "tokens_in_windows": len(examples) * settings.window,
+        "tokens_in_windows": len(examples) * window,
         "chat_template": False,
     }
     nats = _nats(decoder, examples, settings, on_progress)

@@ -169,6 +169,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return dict(record)
 
 
+def kept_rows(results: Sequence[EvalResult]) -> list[dict[str, Any]]:
+    """Return results as a ledger keeps them, where numbers that are not finite have no place."""
+    return [_encoded(asdict(result)) for result in results]
+
+
+def results_in(rows: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
+    """Return the results that `kept_rows` made."""
+    return [_result(row) for row in _decoded(rows)]
+
+
 def _result(row: Mapping[str, Any]) -> EvalResult:
     columns = {name: tuple(row[name]) for name in ("values", "weights", "examples", "texts")}
     shown = {name: tuple(row.get(name, ())) for name in ("prompts", "golds")}  # absent in older files
@@ -264,6 +274,11 @@ def _check_pair(a: EvalResult, b: EvalResult) -> None:
             f"{a.task}: results on different examples ({len(a.examples)} and {len(b.examples)}, {shared} shared); "
             "evaluate both models with the same limit, seed and data"
         )
+    for key in ("chat_template", "generation", "window", "task_version"):
+        if (one := a.description.get(key)) != (other := b.description.get(key)):
+            raise MismatchError(
+                f"{a.task}: results of different settings ({key} is {one!r} and {other!r}): evaluate both models alike"
+            )
 
 
 def _verdict(difference: float, low: float, high: float, metric: str) -> Verdict:

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from causalprune import embedded
 from causalprune.attribution import attribute as measure
+from causalprune.cells import Cells, load
 from causalprune.checkpoint import EFFECTS, check_destination, describe, load_effects, save, save_effects
 from causalprune.cluster import Cluster, fill
-from causalprune.errors import CheckpointError, OptionError
+from causalprune.errors import CheckpointError, MismatchError, OptionError
 from causalprune.evaluation import Settings, check_tasks, evaluate, evaluation_contents
-from causalprune.evidence import CHECKPOINTS, achieved
+from causalprune.evidence import CHECKPOINTS
 from causalprune.ledger import Ledger
 from causalprune.measuring import Workbench
 from causalprune.methods import Method
@@ -30,7 +30,7 @@ from causalprune.provenance import git_commit, peak_bytes, versions
 from causalprune.pruning import Pruned, manifest, prune
 from causalprune.questions import Estimator, Question
 from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec, Recipe
-from causalprune.results import RESULTS, rows_of, write_json, write_results
+from causalprune.results import RESULTS, kept_rows, results_in, rows_of, write_json, write_results
 from causalprune.stability import DRAWS, Pairs, stability
 from causalprune.streaming import Seen, Streamed, prune_stream
 from causalprune.traces import calibrated
@@ -108,12 +108,12 @@ def run(
         effects = _effects(recipe, decoder, calibration, folder, stage, book)
         if effects is not None:
             record["attribution"] = described(effects) | book.rows.get("attribution", {})
-        bench = _Bench(recipe, folder, calibration, effects, settings, stage, book)
+        cells = Cells(recipe, folder, calibration, effects, settings, stage, book)
         loaded = [decoder]
         del decoder  # one model in memory at a time
         for name, method in recipe.cells().items():
-            bench.measure(name, method, loaded.pop() if method is None else None)
-            record["rows"] = [bench.row(*cell) for cell in recipe.cells().items() if bench.finished(cell[0])]
+            cells.measure(name, method, loaded.pop() if method is None else None)
+            record["rows"] = [cells.row(*cell) for cell in recipe.cells().items() if cells.finished(cell[0])]
             write_json(folder / RESULTS, record)
             describe(folder / CHECKPOINTS / name, rows_of(record), name)
     return record
@@ -168,6 +168,7 @@ def check_stability(
         folder,
         question=attribution.question(),
         pairs=Pairs(top, min(wanted.n, Pairs().sequences)),
+        max_batch_tokens=options.batch_tokens,
         stage=options.stage,
     )
     description = {"model": spec.name, "sources": list(wanted.sources), "versions": versions()}
@@ -256,99 +257,27 @@ def evaluate_model(
     output: Path,
     options: Options = Options(),
 ) -> list[EvalResult]:
-    """Measure a model on tasks and write the results to the JSON file `output`, also when stopped between tasks."""
+    """Measure a model on tasks and write the results to the JSON file `output`.
+
+    Finished tasks are kept in `<output>.ledger` until all are there: when stopped, the same call goes on after the last.
+    """
     check_tasks(tasks)
     if output.exists() and not options.overwrite:
         raise CheckpointError(f"{output} exists: choose another name, or pass --overwrite")
     with options.stage("loading model"):
         decoder = load(spec)
-    results: list[EvalResult] = []
-    for task in tasks:
-        with options.stage(task) as progress:
-            results += evaluate(decoder, [task], settings, on_progress=progress)
-        write_results(
-            output, results, {"model": spec.name, "versions": versions(), "git_commit": git_commit()}
-        )
+    how = {key: value for key, value in dataclasses.asdict(settings).items() if key != "data_dir"}
+    path = output.with_name(f"{output.name}.ledger")
+    with Ledger(path, {"model": decoder.fingerprint, "settings": how}) as book:
+        for task in tasks:
+            if task not in book.rows:
+                with options.stage(task) as progress:
+                    found = evaluate(decoder, [task], settings, on_progress=progress)
+                book.append(task, kept_rows(found))
+        results = [result for task in tasks for result in results_in(book.rows[task])]
+    write_results(output, results, {"model": spec.name, "versions": versions(), "git_commit": git_commit()})
+    path.unlink()
     return results
-
-
-def load(spec: ModelSpec) -> Decoder:
-    """Load the model that a recipe or the command line names."""
-    arguments = dataclasses.asdict(spec)
-    return embedded.load(arguments.pop("name"), **arguments)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Bench:
-    """Measures the cells of a run, one after the other, each with a freshly loaded model."""
-
-    recipe: Recipe
-    folder: Path
-    calibration: Calibration
-    effects: Effects | None
-    settings: Settings
-    stage: Stage
-    book: Ledger
-
-    def missing(self, name: str) -> list[str]:
-        return [task for task in self.recipe.tasks if f"{name}/{task}" not in self.book.rows]
-
-    def finished(self, name: str) -> bool:
-        return not self.missing(name)
-
-    def measure(self, name: str, method: Method | None, decoder: Decoder | None) -> None:
-        missing = self.missing(name)
-        if not missing:
-            return
-        checkpoint = self.folder / CHECKPOINTS / name
-        if f"{name}/pruned" in self.book.rows and checkpoint.exists():  # stopped while it was being measured
-            decoder = load(dataclasses.replace(self.recipe.model, name=str(checkpoint), revision=None))
-        else:
-            decoder = decoder or load(self.recipe.model)
-            if method is not None:
-                self._prune(name, method, decoder)
-        for task in missing:
-            with self.stage(f"{name}: {task}") as progress:
-                results = evaluate(decoder, [task], self.settings, on_progress=progress)
-            found = [dataclasses.asdict(result) for result in results]
-            for result in found:
-                result["description"] |= {"peak_bytes": peak_bytes()}
-                if method is not None or not self.recipe.texts:  # the row of the intact model has them
-                    result |= {"prompts": (), "golds": ()}
-                if not self.recipe.texts:
-                    result["texts"] = ()
-            self.book.append(f"{name}/{task}", found)
-
-    def _prune(self, name: str, method: Method, decoder: Decoder) -> None:
-        start = time.perf_counter()
-        with self.stage(f"{name}: pruning") as progress:
-            own = self.effects if "effects" in method.needs else None
-            batch_tokens = self.recipe.batch_tokens
-            pruned = prune(
-                decoder,
-                method,
-                calibration=self.calibration,
-                effects=own,
-                max_batch_tokens=batch_tokens,
-                on_progress=progress,
-            )
-        checkpoint = self.folder / CHECKPOINTS / name
-        if self.recipe.save and not checkpoint.exists():
-            record = manifest(pruned, self.calibration, own)
-            save(decoder, checkpoint, manifest=record, keep=pruned.keep, effects=own)
-        if f"{name}/pruned" not in self.book.rows:
-            passes = method.passes(len(decoder.layers), len(self.calibration.examples))
-            walked = round(passes * self.calibration.description["tokens"]) if method.needs_calibration else 0
-            cost = {"seconds": time.perf_counter() - start, "tokens_forwarded": walked}
-            found = {**manifest(pruned, None, None), **achieved(decoder, pruned.keep), **cost}
-            self.book.append(f"{name}/pruned", {**found, "peak_bytes": peak_bytes()})
-
-    def row(self, name: str, method: Method | None) -> dict[str, Any]:
-        described: dict[str, Any] = {"label": name, "criterion": "dense", "scope": None, "sparsity": 0.0}
-        if method is not None:
-            described |= {"criterion": method.criterion, "scope": method.resolved_scope}
-            described |= {"sparsity": method.sparsity, "pruned": self.book.rows[f"{name}/pruned"]}
-        return {**described, "results": [r for t in self.recipe.tasks for r in self.book.rows[f"{name}/{t}"]]}
 
 
 def _effects(
@@ -357,11 +286,20 @@ def _effects(
     if not any(method is not None and "effects" in method.needs for method in recipe.cells().values()):
         return None
     options = Options(batch_tokens=recipe.batch_tokens, stage=stage)
+    own = {
+        k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(recipe.attribution).items()
+    }
+    if (was := book.rows.get("attribution_spec", own)) != own:
+        raise MismatchError(
+            f"attribution in {folder} was {was}, and is now {own}: choose another folder, or delete its ledgers"
+        )
     begun, start = (folder / "attribution.ledger").exists(), time.perf_counter()
     effects = _measured(decoder, calibration, folder, options, recipe.attribution)
     if "attribution" not in book.rows and not begun:  # else the time of an earlier session is not known
         seconds = time.perf_counter() - start
         book.append("attribution", {"seconds": seconds, "peak_bytes": peak_bytes()})
+    if "attribution_spec" not in book.rows:
+        book.append("attribution_spec", own)
     return effects
 
 

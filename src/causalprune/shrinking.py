@@ -154,7 +154,6 @@ def save_shrunk(
 ) -> None:
     """Write a smaller model to `folder`; its manifest says what stayed, and by which `options` of `shrink`."""
     own = {kind: getattr(shrunk.kept, kind) for kind in KINDS}
-    options = {**options, "update": shrunk.update}
     kept = {
         k: [*v] if isinstance(v, tuple) else {str(i): x.tolist() for i, x in v.items()}
         for k, v in own.items()
@@ -162,7 +161,7 @@ def save_shrunk(
     }
     sizes = {"parameters_before": shrunk.parameters_before, "parameters_after": shrunk.parameters_after}
     data = {**calibration.description, "fingerprint": calibration.fingerprint}
-    record = {"shrink": {**options, **sizes, "kept": kept}, "calibration": data}
+    record = {"shrink": {**options, "update": shrunk.update, **sizes, "kept": kept}, "calibration": data}
     save(shrunk.decoder, folder, manifest=record, overwrite=overwrite)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from causalprune.attribution import attribute
 from causalprune.measuring import Workbench
-from causalprune.questions import Question
+from causalprune.questions import Estimator, Question
 from causalprune.types import Calibration, Decoder, Effects, Progress, Stage, silent
 from causalprune.uncertainty import agreement, reliability, spearman, top_overlap
 
@@ -33,13 +33,14 @@ class Pairs:
     sequences: int = 4
 
 
-def stability(
+def stability(  # noqa: PLR0913 (the command's options)
     decoder: Decoder,
     calibrations: Mapping[str, Calibration],
     folder: Path,
     *,
     question: Question = Question(),
     pairs: Pairs = Pairs(),
+    max_batch_tokens: int = 2048,
     stage: Stage,
 ) -> dict[str, Any]:
     """Measure effects on every calibration, and return how they agree within and between them.
@@ -48,11 +49,12 @@ def stability(
     compared with, and where pairs are removed. Costs an exact measurement of each, and about
     `top · (top − 1) / 2` passes per sequence for the pairs. Resumable: every job is in a ledger in `folder`.
     """
+    how = Estimator(max_batch_tokens=max_batch_tokens)
     measured: dict[str, Effects] = {}
     for name, calibration in calibrations.items():
         with stage(f"effects on {name}") as progress:
             path = folder / f"{Path(name).name}.ledger"
-            measured[name] = attribute(decoder, calibration, question, ledger=path, on_progress=progress)
+            measured[name] = attribute(decoder, calibration, question, how, ledger=path, on_progress=progress)
     first, *others = measured
     found: dict[str, Any] = {
         "within": {name: draws(effects) for name, effects in measured.items()},
@@ -60,7 +62,7 @@ def stability(
         "swaps": {name: swapped(measured[first], measured[name]) for name in others},
     }
     with stage(f"pairs of units on {first}") as progress:
-        work = Workbench(decoder, _first(calibrations[first], pairs.sequences), question)
+        work = Workbench(decoder, _first(calibrations[first], pairs.sequences), question, how)
         found["interactions"] = interactions(
             work, measured[first], pairs.top, ledger=folder / "pairs.ledger", on_progress=progress
         )

@@ -18,8 +18,7 @@ def candidates(method: str) -> tuple[float, ...]:
     Raises:
         OptionError: the method has no sparsity but its pattern's.
     """
-    found = N_OF_M.search(method)
-    pattern = pattern_sparsity(found[0]) if found else None
+    pattern = pattern_sparsity(found[0]) if (found := N_OF_M.search(method)) else None
     if pattern is not None and "graded" not in method.split("+"):
         raise OptionError(
             f"{method} has one sparsity, {pattern:g}, so there is none to look for: add +graded, which lets matrices "

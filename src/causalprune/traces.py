@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from causalprune.calibration import Reader, calibrate, draw, encode, uses_chat
-from causalprune.data import OWN, Problem, contents, load_problems
+from causalprune.data import OWN, Problem, contents, is_file, load_problems
 from causalprune.embedded import cache_folder
 from causalprune.errors import DataError, OptionError
 from causalprune.ledger import Ledger
@@ -94,10 +94,12 @@ def own_answers(
     }
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / "answers"
-    exclude = contents(source, "evaluation", data_dir=reader.data_dir) if exclude is None else exclude
+    if exclude is None and not is_file(source):  # which has no evaluation problems apart
+        exclude = contents(source, "evaluation", data_dir=reader.data_dir)
     problems = {p.content: p for p in load_problems(source, "calibration", data_dir=reader.data_dir)}
-    drawn = draw(reader, source, "calibration", exclude=exclude)
+    drawn = draw(reader, source, "calibration", exclude=exclude or frozenset())
     kept: list[dict[str, str]] = []
+    tried = 0
     with Ledger(folder / f"{name}.ledger", identity) as book:
         for examples in _batched(islice(drawn, TRIES * count)):
             missing = [e for e in examples if e.content not in book.rows]
@@ -105,6 +107,7 @@ def own_answers(
                 own = Problem(source, problems[example.content].prompt, answer)
                 fits = bool(answer.strip()) and len(encode(reader, own).tokens) <= reader.max_tokens
                 book.append(example.content, answer if fits else None)
+            tried += len(examples)
             for example in examples:
                 answer = book.rows[example.content]
                 if answer is not None:
@@ -114,7 +117,7 @@ def own_answers(
                 break
     if len(kept) < count:
         raise DataError(
-            f"own:{source}: of {TRIES * count} answers {len(kept)} end within {reader.max_tokens} tokens, and {count} are "
+            f"own:{source}: of {tried} answers {len(kept)} end within {reader.max_tokens} tokens, and {count} are "
             "wanted: raise --max-tokens, ask for fewer, or take the worked solutions (without own:)"
         )
     path = folder / f"{name}-{count}.jsonl"

@@ -4,6 +4,7 @@ import copy
 import importlib.metadata
 import inspect
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -64,6 +65,8 @@ def run(
 ) -> tuple[list[dict[str, Any]], int]:
     """Return the harness's records of the chosen examples (ascending positions), zero-shot, and the tokens read and written.
 
+    Models that could think first do not. Where predictions are not numbers, no metric is.
+
     Raises DataError where an example does not fit the model's positions; nothing is cut.
     """
     with plain_generation(decoder.model), torch.random.fork_rng():
@@ -74,7 +77,9 @@ def run(
             tokenizer=copy.deepcopy(decoder.tokenizer),  # the harness sets a padding token
             batch_size=batch_size * (AT_ONCE if task.OUTPUT_TYPE == "generate_until" else 1),
             add_bos_token=False if chat else None,
+            enable_thinking=False,
         )
+        engine._device = decoder.device  # noqa: SLF001 (the harness takes that of the first parameter, which may be on disk)
         engine.set_cache_hook(_Progress(engine, on_progress))
         record = lm_eval.evaluator.evaluate(
             lm=engine,
@@ -84,6 +89,9 @@ def run(
             apply_chat_template=chat,
         )
     samples: list[dict[str, Any]] = record["samples"][task.task_name]
+    if engine.broken:  # an accuracy would say that the first option was chosen
+        for sample in samples:
+            sample.update(dict.fromkeys(sample["metrics"], math.nan))
     return samples, engine.tokens
 
 
@@ -163,6 +171,8 @@ class _Engine(HFLM):  # type: ignore[misc]  # the harness has no type stubs
 
     total = 0
     tokens = 0
+    broken = False
+    """Whether some prediction was not a number."""
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
         self.total = len(requests)
@@ -197,7 +207,9 @@ class _Engine(HFLM):  # type: ignore[misc]  # the harness has no type stubs
         lengths = [len(context) + len(choice) for _, context, choice in requests]
         self._check(max(lengths), self.max_length)
         self.tokens += sum(lengths)
-        return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        found = super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        self.broken |= any(math.isnan(value) for value, _ in found)
+        return found
 
     @staticmethod
     def _check(longest: int, room: int | None) -> None:
@@ -235,7 +247,9 @@ def greedy(
         extra = {"position_ids": places, "logits_to_keep": 1}
         extra = {name: value for name, value in extra.items() if name in known}
         output = model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
-        cache, token = output.past_key_values, output.logits[:, -1].argmax(-1)
+        cache, last = output.past_key_values, output.logits[:, -1]
+        engine.broken |= bool(last.amax(-1).isnan().any())
+        token = last.argmax(-1)
         found[rows[running], at] = token[running.to(token.device)]
         shown = words.batch_decode(found[rows, max(at + 1 - tail, context.shape[1]) : at + 1])
         stopped = torch.tensor([any(text in own for text in stop) for own in shown])
@@ -247,10 +261,10 @@ def greedy(
         places, step = places[:, -1:] + 1, token[:, None]
         can_leave = all(hasattr(layer, "batch_select_indices") for layer in getattr(cache, "layers", [None]))
         if can_leave and int(running.sum()) <= LEAVE * len(running):
-            keep = running.nonzero()[:, 0].to(context.device)
+            keep = running.nonzero()[:, 0]  # on the CPU: layers of the cache may lie on several devices
             cache.batch_select_indices(keep)
             mask, places, step = mask[keep], places[keep], step[keep]
-            rows, running = rows[keep.cpu()], running[keep.cpu()]
+            rows, running = rows[keep], running[keep]
     return found[:, : at + 1]
 
 

@@ -1,0 +1,110 @@
+"""The cells of a comparison: a model is pruned and measured, and every finished task is on disk before the next."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from causalprune import embedded
+from causalprune.checkpoint import read_manifest, save
+from causalprune.evaluation import Settings, evaluate
+from causalprune.evidence import CHECKPOINTS, achieved
+from causalprune.ledger import Ledger
+from causalprune.methods import Method
+from causalprune.provenance import peak_bytes
+from causalprune.pruning import manifest, prune
+from causalprune.recipe import ModelSpec, Recipe
+from causalprune.results import kept_rows, results_in
+from causalprune.types import Calibration, Decoder, Effects, Stage
+
+
+def load(spec: ModelSpec) -> Decoder:
+    """Load the model that a recipe or the command line names."""
+    arguments = dataclasses.asdict(spec)
+    return embedded.load(arguments.pop("name"), **arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cells:
+    """Measures the cells of a run, one after the other, each with a freshly loaded model.
+
+    `book` holds what is finished.
+    """
+
+    recipe: Recipe
+    folder: Path
+    calibration: Calibration
+    effects: Effects | None
+    settings: Settings
+    stage: Stage
+    book: Ledger
+
+    def missing(self, name: str) -> list[str]:
+        """Return the tasks of a cell that are not measured yet."""
+        return [task for task in self.recipe.tasks if f"{name}/{task}" not in self.book.rows]
+
+    def finished(self, name: str) -> bool:
+        """Tell whether all tasks of a cell are measured."""
+        return not self.missing(name)
+
+    def measure(self, name: str, method: Method | None, decoder: Decoder | None) -> None:
+        """Measure what is missing of a cell, with the intact `decoder` if it is there already."""
+        missing = self.missing(name)
+        if not missing:
+            return
+        checkpoint = self.folder / CHECKPOINTS / name
+        if self._saved(name, checkpoint):  # stopped while it was being measured
+            decoder = load(dataclasses.replace(self.recipe.model, name=str(checkpoint), revision=None))
+        else:
+            decoder = decoder or load(self.recipe.model)
+            if method is not None:
+                self._prune(name, method, decoder)
+        for task in missing:
+            with self.stage(f"{name}: {task}") as progress:
+                results = evaluate(decoder, [task], self.settings, on_progress=progress)
+            for result in results:
+                result.description["peak_bytes"] = peak_bytes()
+            if method is not None or not self.recipe.texts:  # the row of the intact model has them
+                results = [dataclasses.replace(result, prompts=(), golds=()) for result in results]
+            if not self.recipe.texts:
+                results = [dataclasses.replace(result, texts=()) for result in results]
+            self.book.append(f"{name}/{task}", kept_rows(results))
+
+    def _saved(self, name: str, checkpoint: Path) -> bool:
+        """Tell whether the model of a cell that was pruned is saved, and not one of an earlier run in this folder."""
+        known = f"{name}/pruned" in self.book.rows and checkpoint.exists()
+        own = read_manifest(checkpoint).get("run", {}).get("calibration", {}) if known else {}
+        return bool(own.get("fingerprint") == self.calibration.fingerprint)
+
+    def _prune(self, name: str, method: Method, decoder: Decoder) -> None:
+        start = time.perf_counter()
+        with self.stage(f"{name}: pruning") as progress:
+            own = self.effects if "effects" in method.needs else None
+            batch_tokens = self.recipe.batch_tokens
+            pruned = prune(
+                decoder,
+                method,
+                calibration=self.calibration,
+                effects=own,
+                max_batch_tokens=batch_tokens,
+                on_progress=progress,
+            )
+        checkpoint = self.folder / CHECKPOINTS / name
+        if self.recipe.save:  # in place of what an earlier run has left there
+            record = manifest(pruned, self.calibration, own)
+            save(decoder, checkpoint, manifest=record, keep=pruned.keep, effects=own, overwrite=True)
+        if f"{name}/pruned" not in self.book.rows:
+            passes = method.passes(len(decoder.layers), len(self.calibration.examples))
+            walked = round(passes * self.calibration.description["tokens"]) if method.needs_calibration else 0
+            cost = {"seconds": time.perf_counter() - start, "tokens_forwarded": walked}
+            found = {**manifest(pruned, None, None), **achieved(decoder, pruned.keep), **cost}
+            self.book.append(f"{name}/pruned", {**found, "peak_bytes": peak_bytes()})
+
+    def row(self, name: str, method: Method | None) -> dict[str, Any]:
+        """Return a finished cell as a row of the table."""
+        described: dict[str, Any] = {"label": name, "criterion": "dense", "scope": None, "sparsity": 0.0}
+        if method is not None:
+            described |= {"criterion": method.criterion, "scope": method.resolved_scope}
+            described |= {"sparsity": method.sparsity, "pruned": self.book.rows[f"{name}/pruned"]}
+        found = (self.book.rows[f"{name}/{task}"] for task in self.recipe.tasks)
+        return {**described, "results": [dataclasses.asdict(r) for rows in found for r in results_in(rows)]}
