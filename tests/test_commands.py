@@ -83,9 +83,6 @@ def test_the_commands_of_the_guides_run_in_order(
         if words[0] == "demo":
             continue  # `make demo`; too long for a test
         monkeypatch.setenv("CAUSALPRUNE_DATA", str(place))
-        if words[0] == "compare" and page == "README":  # the model itself, measured as the pruned one was
-            tasks = [word for own in commands(path) if own[0] == "evaluate" for word in own[2:-2]]
-            assert run("evaluate", "MODEL", *tasks, "-o", "dense.json", "--data-dir", place)[0] == 0
         takes_data = words[0] in ("attribute", "stability", "prune", "shrink", "evaluate", "run")
         code, _, err = run(*words, *(("--data-dir", place) if takes_data else ()))
         lost = (
