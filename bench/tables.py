@@ -350,6 +350,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "half": partial(_rows, "quality", "gsm8k", HALF),
     "mix": partial(_rows, "quality", "mix"),
     "qwen": partial(_rows, "quality", "qwen"),
+    "qwen_own": partial(_rows, "quality", "qwen_own"),
     "gemma": partial(_rows, "quality", "gemma"),
     "calibrations": calibrations,
     "draws": draws,
