@@ -72,9 +72,7 @@ DataDir = Annotated[
     Path | None,
     typer.Option(envvar="CAUSALPRUNE_DATA", help="Local data folder instead of the Hub."),
 ]
-BatchTokens = Annotated[
-    int, typer.Option(help="Tokens in one forward pass; generation takes 64 prompts at once.", min=1)
-]
+BatchTokens = Annotated[int, typer.Option(help="Tokens in one forward pass; not of generation.", min=1)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Stream = Annotated[
     bool,
