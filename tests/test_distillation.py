@@ -130,13 +130,13 @@ def test_steps_smaller_than_bfloat16_can_hold_add_up(monkeypatch: pytest.MonkeyP
 def test_steps_are_as_large_as_weights_are() -> None:
     """The same function from MLP weights a sixteenth as large is trained in the same way."""
     one, two = fresh("llama3"), fresh("llama3")
-    halved = 0
+    scaled = 0
     for a, b in zip(one.projections, two.projections, strict=True):
         if a.role in ("up", "down"):
             factor = 16.0 if a.role == "up" else 1 / 16
             b.write(a.read() * factor)
-            halved += 1
-    assert halved
+            scaled += 1
+    assert scaled
     for decoder in (one, two):
         prune(decoder, Method("magnitude", 0.5, update="distill"), calibration=EXAMPLES)
     for a, b in zip(predictions(one), predictions(two), strict=True):

@@ -35,6 +35,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def stops_at(number: int, calls: list[str]) -> Any:
+    """Return what takes the place of `evaluate`: Ctrl-C at this call of it, of all that `calls` lists by their tasks."""
+
+    def evaluates(decoder: Any, tasks: list[str], *rest: Any, **options: Any) -> Any:
+        calls.append(tasks[0])
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return evaluate(decoder, tasks, *rest, **options)
+
+    return evaluates
+
+
 def recipe(model_folder: Path, **changes: Any) -> Recipe:
     values: dict[str, Any] = {
         "model": ModelSpec(str(model_folder)),
@@ -95,14 +107,7 @@ def test_stopped_run_goes_on_with_the_same_results(
     wanted = recipe(model_folder)
     calm = running.run(wanted, tmp_path / "calm", data_dir=data)
     calls: list[str] = []
-
-    def stops_at_the_fifth(decoder: Any, tasks: list[str], *rest: Any, **options: Any) -> Any:
-        calls.append(tasks[0])
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return evaluate(decoder, tasks, *rest, **options)
-
-    monkeypatch.setattr(cells, "evaluate", stops_at_the_fifth)
+    monkeypatch.setattr(cells, "evaluate", stops_at(5, calls))
     with pytest.raises(KeyboardInterrupt):
         running.run(wanted, tmp_path / "stopped", data_dir=data)
     assert [label for label, _ in load_rows(tmp_path / "stopped")] == ["dense", "magnitude-matrix-0.5"]
@@ -117,13 +122,8 @@ def test_a_saved_checkpoint_is_measured_further_without_pruning_again(
     wanted = recipe(model_folder, save=True, methods=("wanda",))
     calm = running.run(wanted, tmp_path / "calm", data_dir=data)
 
-    def stops_at_the_last(decoder: Any, tasks: list[str], *rest: Any, **options: Any) -> Any:
-        if "wanda-row-0.5/gsm8k_nll:4" in (tmp_path / "stopped" / "results.ledger").read_text():
-            raise KeyboardInterrupt
-        return evaluate(decoder, tasks, *rest, **options)
-
     with monkeypatch.context() as patch:
-        patch.setattr(cells, "evaluate", stops_at_the_last)
+        patch.setattr(cells, "evaluate", stops_at(4, []))
         with pytest.raises(KeyboardInterrupt):
             running.run(wanted, tmp_path / "stopped", data_dir=data)
     monkeypatch.setattr(cells, "prune", None)  # it may not be called
@@ -237,16 +237,8 @@ def test_a_checkpoint_of_an_earlier_run_is_not_measured_for_this_one(
     wanted = recipe(model_folder, methods=("wanda",), calibration=other)
     calm = running.run(wanted, tmp_path / "calm", data_dir=data)
 
-    calls: list[str] = []
-
-    def stops_at_the_last(decoder: Any, tasks: list[str], *rest: Any, **options: Any) -> Any:
-        calls.append(tasks[0])
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return evaluate(decoder, tasks, *rest, **options)
-
     with monkeypatch.context() as patch:
-        patch.setattr(cells, "evaluate", stops_at_the_last)
+        patch.setattr(cells, "evaluate", stops_at(4, []))
         with pytest.raises(KeyboardInterrupt):
             running.run(wanted, folder, data_dir=data)
     assert values(running.run(wanted, folder, data_dir=data)) == values(calm)
@@ -290,13 +282,7 @@ def test_a_stopped_evaluation_goes_on(
     out, spec, calls = tmp_path / "found.json", ModelSpec(str(model_folder)), list[str]()
     settings = Settings(data_dir=data)
 
-    def stops_once(decoder: Any, tasks: list[str], *rest: Any, **options: Any) -> Any:
-        calls.append(tasks[0])
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return evaluate(decoder, tasks, *rest, **options)
-
-    monkeypatch.setattr(running, "evaluate", stops_once)
+    monkeypatch.setattr(running, "evaluate", stops_at(2, calls))
     tasks = ("gsm8k_nll:4", "strategyqa_nll")
     with pytest.raises(KeyboardInterrupt):
         running.evaluate_model(spec, tasks, settings, out)

@@ -198,11 +198,8 @@ def prompt_text(reader: Reader, prompt: str) -> str:
     if not reader.chat:
         return f"{prompt}\n\n"
     messages = [{"role": "user", "content": prompt}]
-    options = {
-        "tokenize": False,
-        "add_generation_prompt": True,
-        "enable_thinking": False,
-    }  # if it knows that word
+    # Templates that do not know of thinking ignore the word.
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     return str(reader.tokenizer.apply_chat_template(messages, **options))
 
 

@@ -14,7 +14,7 @@ from causalprune.methods import Method
 from causalprune.provenance import peak_bytes
 from causalprune.pruning import manifest, prune
 from causalprune.recipe import ModelSpec, Recipe
-from causalprune.results import kept_rows, results_in
+from causalprune.results import decoded, kept_rows
 from causalprune.types import Calibration, Decoder, Effects, Stage
 
 
@@ -80,13 +80,12 @@ class Cells:
         start = time.perf_counter()
         with self.stage(f"{name}: pruning") as progress:
             own = self.effects if "effects" in method.needs else None
-            batch_tokens = self.recipe.batch_tokens
             pruned = prune(
                 decoder,
                 method,
                 calibration=self.calibration,
                 effects=own,
-                max_batch_tokens=batch_tokens,
+                max_batch_tokens=self.recipe.batch_tokens,
                 on_progress=progress,
             )
         checkpoint = self.folder / CHECKPOINTS / name
@@ -106,5 +105,5 @@ class Cells:
         if method is not None:
             described |= {"criterion": method.criterion, "scope": method.resolved_scope}
             described |= {"sparsity": method.sparsity, "pruned": self.book.rows[f"{name}/pruned"]}
-        found = (self.book.rows[f"{name}/{task}"] for task in self.recipe.tasks)
-        return {**described, "results": [dataclasses.asdict(r) for rows in found for r in results_in(rows)]}
+        found = (decoded(self.book.rows[f"{name}/{task}"]) for task in self.recipe.tasks)
+        return {**described, "results": [result for results in found for result in results]}

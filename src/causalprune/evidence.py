@@ -5,7 +5,7 @@ No model is loaded. A run that is not finished, or that an older release wrote, 
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from causalprune.checkpoint import (
 from causalprune.errors import CheckpointError
 from causalprune.importance import head_importance
 from causalprune.ledger import read_rows
-from causalprune.results import RESULTS, read_json, results_in
+from causalprune.results import RESULTS, decoded, read_json
 from causalprune.types import Decoder, Effects, Unit
 from causalprune.uncertainty import estimate, reliability, scores
 
@@ -120,7 +120,7 @@ def rows_of_ledger(ledger: Mapping[str, Any]) -> list[dict[str, Any]]:
         if task == "pruned":
             row["pruned"] = value
         else:
-            row["results"] += [asdict(result) for result in results_in(value)]
+            row["results"] += decoded(value)
     return list(rows.values())
 
 

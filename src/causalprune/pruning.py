@@ -94,19 +94,19 @@ def remove(  # noqa: PLR0913 (what `prune` takes)
 ) -> None:
     """Set all weights to zero but those that `keep` names, in place, and update the others on calibration data.
 
-    Matrices that lose nothing are updated by `distill` alone, which follows what an intact model was `followed` to say,
-    or else this one as it is. Costs as in `prune`.
+    Matrices that lose nothing are updated by `distill` alone, on what is `followed`, or else this model as it is. Costs as in `prune`.
 
     Raises:
         ModelError: a weight or an input is not finite, or inputs say too little for an update.
     """
     pool = decoder.projections
     share = sum(int((~keep[p.name]).sum()) for p in pool) / sum(p.size for p in pool)
-    if not share and not (followed and update == "distill"):
-        return
     _check_finite(decoder)
-    work = Work(decoder, Method("magnitude", share or 0.5, seed=seed, update=update), {}, on_progress)
-    _carried_out(work, calibration, max_batch_tokens, iter([keep[p.name] for p in pool]), followed)
+    if share:
+        work = Work(decoder, Method("magnitude", share, seed=seed, update=update), {}, on_progress)
+        _carried_out(work, calibration, max_batch_tokens, iter([keep[p.name] for p in pool]), followed)
+    elif followed:
+        distill(decoder, keep, followed, seed=seed, on_step=on_progress)
 
 
 def _carried_out(

@@ -160,7 +160,7 @@ def write_text(path: Path, text: str) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return a record written by `write_json`; CheckpointError for another version or a damaged file."""
     try:
-        record = _decoded(json.loads(path.read_text(encoding="utf-8")))
+        record = decoded(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as cause:
         raise CheckpointError(f"cannot read {path}: {cause}") from cause
     version = record.get("version") if isinstance(record, dict) else None
@@ -176,7 +176,7 @@ def kept_rows(results: Sequence[EvalResult]) -> list[dict[str, Any]]:
 
 def results_in(rows: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
     """Return the results that `kept_rows` made."""
-    return [_result(row) for row in _decoded(rows)]
+    return [_result(row) for row in decoded(rows)]
 
 
 def _result(row: Mapping[str, Any]) -> EvalResult:
@@ -206,12 +206,13 @@ def _encoded(value: Any) -> Any:
     return [_encoded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _decoded(value: Any) -> Any:
+def decoded(value: Any) -> Any:
+    """Return a record as it was before it was written where numbers that are not finite have no place."""
     if isinstance(value, dict):
         if value.keys() == {"float"} and value["float"] in ("nan", "inf", "-inf"):
             return float(value["float"])
-        return {key: _decoded(item) for key, item in value.items()}
-    return [_decoded(item) for item in value] if isinstance(value, list) else value
+        return {key: decoded(item) for key, item in value.items()}
+    return [decoded(item) for item in value] if isinstance(value, list) else value
 
 
 def _arrays(result: EvalResult) -> tuple[Floats, Floats]:

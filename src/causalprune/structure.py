@@ -145,9 +145,13 @@ def silence(decoder: Decoder, kept: Kept) -> None:
     for layer in decoder.layers:
         if kept.layers is not None and layer.index not in kept.layers:
             for p in layer.projections:
-                name = p.parameter_name.removesuffix("weight") + "bias"
-                if p.role in ("o", "down") and name in state and name != p.parameter_name:
+                if p.role in ("o", "down") and (name := _bias(p)) in state:
                     state[name].zero_()
+
+
+def _bias(p: Projection) -> str:
+    """Return the name that the bias of a projection has, if there is one."""
+    return p.parameter_name.removesuffix("weight") + "bias"
 
 
 def _fewer_layers(config: Any, layers: tuple[int, ...]) -> None:
@@ -203,7 +207,7 @@ def _picks(layer: Layer, kept: Kept, state: Mapping[str, Tensor]) -> dict[str, d
             rows.setdefault(p.parameter_name, []).append(own if stays is None else own[stays])
             index = torch.cat(rows[p.parameter_name]).sort().values
             picks.setdefault(p.parameter_name, {})[out] = index
-            picks[p.parameter_name.removesuffix("weight") + "bias"] = {0: index}
+            picks[_bias(p)] = {0: index}
         if (columns := _columns(layer, p, kept)) is not None:
             picks.setdefault(p.parameter_name, {})[into] = columns
     if (experts := kept.experts.get(layer.index)) is not None:
