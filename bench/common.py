@@ -1,6 +1,7 @@
 """What every measuring program writes beside its figures: machine, versions, commit, data."""
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -38,11 +39,16 @@ def write_figures(name: str, figures: dict[str, float | None], raw: dict[str, An
         "changed_files": _git("status", "--porcelain", "--untracked-files=no").splitlines(),
         "seeds": seeds,
         "data_sha256": _data_hashes(),
-        "raw": raw,
+        "raw": _elsewhere(raw),
     }
     path.parent.mkdir(exist_ok=True)
     write_json(path, record)
     return path
+
+
+def _elsewhere(raw: Any) -> Any:
+    """Return what was measured without the home folder of this machine, as `~` in paths of models."""
+    return json.loads(json.dumps(raw).replace(json.dumps(f"{Path.home()}/")[:-1], '"~/'))
 
 
 def _cpu() -> str:

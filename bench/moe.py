@@ -3,19 +3,21 @@
     python bench/moe.py    # trains (some minutes, kept), prunes and shrinks; rows that are there are not done again
 
 The model has the architecture of Qwen3-MoE: 4 layers, 16 experts, 2 of them for a token. Five kinds of problems with worked
-solutions, on bytes. Pruned to 50 % by every method on the same 128 problems; a quarter and a half of the experts removed by their
-effect, by REAP's criterion (`activation`), by magnitude and at random; nothing makes up for an expert that is gone.
+solutions, on bytes. Pruned to 50 and 75 % by every method on the same 128 problems; a quarter and a half of the experts removed by
+their effect, by REAP's criterion (`activation`), by magnitude and at random; nothing makes up for an expert that is gone.
 """
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RUNS, write_figures
+from common import RESULTS, RUNS, write_figures
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -26,14 +28,14 @@ from causalprune.model import load
 from causalprune.progress import shown
 from causalprune.pruning import prune
 from causalprune.recipe import parse_method
-from causalprune.results import headline, paired_difference, read_json, write_json
+from causalprune.results import headline, paired_difference, read_json
 from causalprune.shrinking import Shares, shrink
 from causalprune.types import Calibration, Decoder, EvalResult, quiet
 
 FOLDER = RUNS / "moe"
 METHODS = ("magnitude", "wanda", "cap", "sparsegpt", "causal")
 CHOICES = ("effect", "activation", "magnitude", "random")
-SHARES = (0.25, 0.5)
+SPARSITIES, SHARES = (0.5, 0.75), (0.25, 0.5)
 EXAMPLES, TEST = 128, 400
 STEPS, BATCH, RATE = 1500, 96, 2e-3
 ITEMS = (3, 6)
@@ -70,7 +72,7 @@ def write_problems() -> tuple[Path, Path]:
             if row["prompt"] not in seen:
                 seen.add(row["prompt"])
                 rows.append(row)
-        files.append(FOLDER / f"{name}.jsonl")
+        files.append(Path(f"{name}.jsonl"))
         files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return files[0], files[1]
 
@@ -141,11 +143,11 @@ def _batch(words: Any, rows: list[dict[str, str]]) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "labels": labels, "attention_mask": (tokens > 0).long()}
 
 
-def pruned(model: Path, calibration: Calibration, method: str) -> Decoder:
-    """Return the model pruned to 50 %."""
+def pruned(model: Path, calibration: Calibration, sparsity: float, method: str) -> Decoder:
+    """Return the model with a share of its weights set to zero."""
     decoder = load(str(model))
     effects = attribute(decoder, calibration) if method == "cap" else None
-    prune(decoder, parse_method(method, 0.5), calibration=calibration, effects=effects)
+    prune(decoder, parse_method(method, sparsity), calibration=calibration, effects=effects)
     return decoder
 
 
@@ -159,7 +161,7 @@ def figures(rows: dict[str, EvalResult]) -> dict[str, float]:
     found = {f"nll_{label}".replace(" ", "_"): headline(result) for label, result in rows.items()}
     for label, result in rows.items():
         kind, *rest = label.split()
-        base = "prune causal" if kind == "prune" else " ".join([kind, CHOICES[0], *rest[1:]])
+        base = " ".join([kind, "causal" if kind == "prune" else CHOICES[0], *rest[1:]])
         if kind != "dense" and base in rows and base != label:
             difference = paired_difference(rows[base], result)
             found[f"{base.split()[1]}_minus_{label}_high".replace(" ", "_")] = difference.high
@@ -169,20 +171,22 @@ def figures(rows: dict[str, EvalResult]) -> dict[str, float]:
 def main() -> None:
     """Train, measure what is missing, and write `results/moe.json`."""
     FOLDER.mkdir(parents=True, exist_ok=True)
+    os.chdir(FOLDER)  # so that results name no folder of this machine
     source, test = write_problems()
-    model, task = FOLDER / "model", f"{test}_nll"
+    model, task = Path("model"), f"{test}_nll"
     if not (model / "config.json").exists():
         train(model, test)
-    path = FOLDER / "rows.json"
-    known = read_json(path)["rows"] if path.exists() else {}
+    path = RESULTS / "moe.json"
+    known = read_json(path)["raw"]["rows"] if path.exists() else {}
     rows = {label: _tuples(row) for label, row in known.items()}
     calibration = calibrate(load(str(model)).tokenizer, [f"{source}"], n=EXAMPLES)
     cells: dict[str, Callable[[], Decoder]] = {"dense": lambda: load(str(model))}
-    cells |= {f"prune {m}": lambda m=m: pruned(model, calibration, m) for m in METHODS}
+    steps = (("prune", pruned, SPARSITIES, METHODS), ("shrink", shrunk, SHARES, CHOICES))
     cells |= {
-        f"shrink {by} {share:g}": lambda share=share, by=by: shrunk(model, calibration, share, by)
-        for share in SHARES
-        for by in CHOICES
+        f"{kind} {name} {share:g}": partial(make, model, calibration, share, name)
+        for kind, make, shares, names in steps
+        for share in shares
+        for name in names
     }
     for label, make in cells.items():
         if label in rows:
@@ -192,7 +196,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         rows[label] = evaluate(decoder, [task])[0]
         print(f"{label}: {headline(rows[label]):.4f} nats per token, {seconds:.0f} s", flush=True)
-        write_json(path, {"rows": {k: vars(v) for k, v in rows.items()}})
+        rows = {label: rows[label] for label in cells if label in rows}
         raw = {"rows": {k: vars(v) for k, v in rows.items()}}
         write_figures("moe", figures(rows), raw, seeds=[0, 1])
 

@@ -164,11 +164,13 @@ def moe() -> str:
         for label, row in rows.items()
     }
     dense = results["dense"]
-    lines = ["| | nats/token | paired difference to dense, 95 % interval |", "|---|---:|---:|"]
+    lines = ["| | nats/token | over dense | over `causal` or `effect` |", "|---|---:|---:|---:|"]
     for label, result in results.items():
-        own = paired_difference(result, dense)
-        bounds = f"{own.difference:+.4f} [{own.low:+.4f}, {own.high:+.4f}]" if label != "dense" else ""
-        lines.append(f"| {label} | {headline(result):.4f} | {bounds} |")
+        kind, *rest = label.split()
+        best = results.get(" ".join([kind, "causal" if kind == "prune" else "effect", *rest[1:]]), result)
+        pairs = [paired_difference(result, other) if other is not result else None for other in (dense, best)]
+        bounds = [f"{own.difference:+.4f} [{own.low:+.4f}, {own.high:+.4f}]" if own else "" for own in pairs]
+        lines.append(f"| {label} | {headline(result):.4f} | {' | '.join(bounds)} |")
     return "\n".join(lines) + "\n"
 
 
