@@ -337,7 +337,9 @@ def test_real_data_has_the_rows_it_should(data_dir: Path) -> None:
     assert sum(row[0] == "1" for row in labels) == 22
 
 
-@pytest.mark.parametrize(("n", "tokens", "expected"), [(3, 5, 3), (48, 100, 8), (48, 40, 15), (48, 5, 48)])
+@pytest.mark.parametrize(
+    ("n", "tokens", "expected"), [(3, 5, 3), (48, 100, 8), (48, 40, 15), (20, 5, 20), (48, 5, 32)]
+)
 def test_few_examples_come_from_everywhere(n: int, tokens: int, expected: int) -> None:
     examples = [Example(tuple(range(tokens + 1)), 1, "s", str(i)) for i in range(n)]
     chosen = [int(e.content) for e in few(examples)]

@@ -1,5 +1,6 @@
 """Training on the intact model's predictions: the same logits, fewer nats between them, and zeros that stay."""
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,12 +9,14 @@ import torch
 from families import FAMILIES
 from reference import calibration, fresh, restored, shared
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from causalprune import distillation
 from causalprune.ablation import entered_at
+from causalprune.anatomy import inspect_model
 from causalprune.calibration import batches
 from causalprune.distillation import last_hidden
-from causalprune.errors import OptionError
+from causalprune.errors import ModelError, OptionError
 from causalprune.losses import divergence, target_logits, targets
 from causalprune.methods import Method
 from causalprune.pruning import prune
@@ -86,7 +89,35 @@ def test_gradients_in_pieces_are_those_of_the_whole_loss(
     for one, other in zip(distillation._gradients(decoder, batch, intact, parameters), expected, strict=True):
         assert (one is None) == (other is None)
         if one is not None and other is not None:
-            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(one / distillation.SCALE, other, rtol=1e-3, atol=1e-6)
+
+
+def test_gradients_survive_float16() -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=30_000, initializer_range=0.2, **shape)
+    model, found = (
+        LlamaForCausalLM(config),
+        [],
+    )  # of so many tokens each has a chance too small to divide in float16
+    batch = batches(calibration([(200, 5)] * 5).examples, max_batch_tokens=1000)[0]
+    for dtype in (torch.float32, torch.float16):
+        decoder = inspect_model(copy.deepcopy(model).to(dtype), None, name="llama")
+        intact, parameters = last_hidden(decoder, batch), [p.parameter for p in decoder.projections]
+        for parameter in parameters:
+            parameter.data.mul_(0.5)
+            parameter.requires_grad_()
+        gradients = distillation._gradients(decoder, batch, intact, parameters)
+        found.append(torch.cat([g.float().flatten() for g in gradients if g is not None]))
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.05
+
+
+@pytest.mark.parametrize("family", ["llama3", "mixtral"])
+def test_nothing_is_written_where_inputs_are_not_numbers(family: str) -> None:
+    decoder = fresh(family)
+    decoder.model.get_input_embeddings().weight.data[:] = torch.nan
+    with pytest.raises(ModelError, match="not finite"):
+        prune(decoder, Method("magnitude", 0.5, update="refit"), calibration=EXAMPLES)
 
 
 def test_training_that_does_not_fit_is_refused_before_anything_changes(

@@ -1,7 +1,5 @@
 """Graded interventions: measured as they are meant, and nothing left behind."""
 
-from typing import Any
-
 import pytest
 import torch
 from families import FAMILIES, VOCAB
@@ -10,7 +8,7 @@ from causalprune.anatomy import fingerprint, inspect_model
 from causalprune.calibration import batches
 from causalprune.checkpoint import count_zeros
 from causalprune.errors import OptionError
-from causalprune.grading import dose_response, fused_groups, groups_of
+from causalprune.grading import dose_response, doses, groups_of
 from causalprune.methods import Method
 from causalprune.pruning import Work, manifest, prune
 from causalprune.recipe import label, parse_method
@@ -72,24 +70,32 @@ def test_trials_side_by_side_are_those_one_by_one() -> None:
         torch.testing.assert_close(alone, found, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("groups", [groups_of, fused_groups])
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", ["qwen2_moe", "gpt2", "llama3"])
-def test_groups_are_all_matrices_once(name: str, groups: Any) -> None:
+def test_groups_are_all_matrices_once(name: str, fused: bool) -> None:
     decoder = decoder_of(name)
-    names = [p.name for layer in decoder.layers for group in groups(layer) for p in group]
+    names = [p.name for layer in decoder.layers for group in groups_of(layer, fused=fused) for p in group]
     assert sorted(names) == sorted(p.name for p in decoder.projections)
 
 
+def test_some_groups_may_lose_more_than_the_others_however_much_all_lose() -> None:
+    assert doses(0.5) == (0.3, 0.5, 0.7)
+    for sparsity in (0.75, 0.95, 0.97):
+        low, middle, high = doses(sparsity)
+        assert low < middle == sparsity < high < 1
+
+
 @pytest.mark.parametrize("text", ["causal", "wanda+graded", "magnitude+graded+refit", "wanda:matrix+graded"])
-def test_graded_budgets_keep_the_count(text: str) -> None:
+@pytest.mark.parametrize("sparsity", [0.5, 0.97])
+def test_graded_budgets_keep_the_count(text: str, sparsity: float) -> None:
     decoder = decoder_of("llama3")
-    pruned = prune(decoder, parse_method(text, 0.5), calibration=problems())
+    pruned = prune(decoder, parse_method(text, sparsity), calibration=problems())
     found, total = count_zeros(decoder), sum(p.size for p in decoder.projections)
     assert found["zeros"] == sum(int((~k).sum()) for k in pruned.keep.values())
-    assert found["zeros"] == int(0.5 * total + 0.5)
+    assert found["zeros"] == int(sparsity * total + 0.5)
     shares = {name: 1 - float(k.float().mean()) for name, k in pruned.keep.items()}
-    assert max(shares.values()) > 0.52
-    assert min(shares.values()) < 0.48
+    assert max(shares.values()) > sparsity + 0.02 * (1 - sparsity)
+    assert min(shares.values()) < sparsity - 0.02 * (1 - sparsity)
 
 
 def test_what_the_task_can_spare_loses_more() -> None:

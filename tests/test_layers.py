@@ -25,7 +25,6 @@ LAYERS: dict[str, set[str]] = {
     "obs": set(),
     "results": {"provenance"},
     "progress": set(),
-    "options": set(),
     "data": set(),
     "units": set(),
     "uncertainty": set(),
@@ -108,6 +107,7 @@ LAYERS: dict[str, set[str]] = {
     "heatmap": {"evidence"},
     "report": {"evidence", "provenance", "results"},
     "recipe": {"calibration", "criteria", "methods", "questions"},
+    "options": {"recipe"},
     "plan": {
         "calibration",
         "checkpoint",

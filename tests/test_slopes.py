@@ -146,6 +146,31 @@ def test_an_expert_without_tokens_is_worth_what_its_siblings_are() -> None:
             torch.testing.assert_close(work.score(p), p.read().abs() * factor.float(), rtol=1e-4, atol=0)
 
 
+def test_unseen_experts_are_worth_what_their_siblings_are_to_sparsegpt() -> None:
+    decoder = shared("mixtral")
+    work = Work(decoder, Method("sparsegpt", 0.5, "global"), {}, silent)
+    work.look_at(ONE_ROUTE, 2048)
+    layer = next(iter(work.walk(advance_pruned=False, moments=True)))
+    downs = [p for p in layer.projections if p.role == "down"]
+    seen = [work.moments.hessians[p.name].diagonal() for p in downs if work.moments.tokens.get(p.name)]
+    known = torch.cat(seen).double().square().mean().sqrt().float()
+    for p in downs:
+        if not work.moments.tokens.get(p.name):
+            torch.testing.assert_close(work.score(p), p.read().square() * known * 1.01, rtol=1e-4, atol=0)
+    assert 0 < len(seen) < len(downs)
+
+
+def test_outputs_that_the_loss_does_not_depend_on_are_unknown() -> None:
+    decoder = fresh("mixtral")
+    layer = decoder.layers[-1]
+    for p in layer.projections:
+        if p.role == "down":
+            p.write(torch.zeros(p.shape))  # nothing that leads to them matters any more
+    found = output_slopes(decoder, batches(EXAMPLES.examples, max_batch_tokens=64))
+    own = {p.role for p in layer.projections if p.name in found}
+    assert own == {"q", "k", "v", "o", "down"}
+
+
 def same_masks(one: Method, other: Method, monkeypatch: pytest.MonkeyPatch, slope: float) -> bool:
     """Return whether two methods keep the same weights where gradients are the same at all outputs."""
 

@@ -6,6 +6,8 @@ from families import FAMILIES
 from reference import calibration, fresh, restored, shared, weights
 
 from causalprune.ablation import capture
+from causalprune.anatomy import fingerprint
+from causalprune.errors import OptionError
 from causalprune.methods import Method
 from causalprune.pruning import prune
 from causalprune.types import Calibration, Example
@@ -74,3 +76,22 @@ def test_a_ranking_can_do_without_an_update() -> None:
         if scope == "global":
             updated = prune(two, Method("sparsegpt", 0.5, scope), calibration=EXAMPLES)
             assert all(torch.equal(keep, updated.keep[name]) for name, keep in bare.keep.items())
+
+
+def test_a_pattern_that_does_not_fit_is_refused_before_anything_changes() -> None:
+    decoder = fresh("llama3")
+    before = fingerprint(decoder.model)
+    with pytest.raises(
+        OptionError, match=r"a pattern of 7 needs a multiple of 7 inputs, and layers\.0\.\w+ has"
+    ):
+        prune(decoder, Method("wanda", 5 / 7, "2:7"), calibration=EXAMPLES)
+    assert fingerprint(decoder.model) == before
+
+
+def test_much_damping_makes_sparsegpt_magnitude() -> None:
+    kept = [
+        prune(fresh("llama3"), Method(name, 0.5, damping=damping), calibration=EXAMPLES).keep
+        for name, damping in (("magnitude", 0.01), ("sparsegpt", 1e6), ("sparsegpt", 0.01))
+    ]
+    assert all(torch.equal(keep, kept[1][name]) for name, keep in kept[0].items())
+    assert not all(torch.equal(keep, kept[2][name]) for name, keep in kept[0].items())

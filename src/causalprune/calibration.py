@@ -244,10 +244,10 @@ def few(examples: Sequence[Example]) -> list[Example]:
     """Return the examples on which divergences are measured: few are enough (docs/attribution.md).
 
     Taken evenly from the whole list, so that every source has its share: at least `FEW`, and as many more as it takes
-    to have `FEW_TOKENS` target tokens.
+    to have `FEW_TOKENS` target tokens, up to four times `FEW`.
     """
     n = len(examples)
-    for k in range(min(FEW, n), n + 1):
+    for k in range(min(FEW, n), min(4 * FEW, n) + 1):
         chosen = [examples[(2 * i + 1) * n // (2 * k)] for i in range(k)]
         if sum(e.target_tokens for e in chosen) >= FEW_TOKENS:
             break

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,36 +10,32 @@ from causalprune import options as opt
 from causalprune.errors import OptionError
 from causalprune.options import app, console
 
+if TYPE_CHECKING:
+    from causalprune.recipe import ModelSpec
+
 
 @app.command()
+@opt.of_model
 def inspect(
-    model: opt.Model,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "cpu",
-    device_map: opt.DeviceMap = None,
-    trust_remote_code: opt.Trust = False,
-    allow_pickle: opt.Pickle = False,
+    spec: "ModelSpec",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what was found in a model: layers, heads, what is prunable, what is left out and why."""
     from causalprune import tables
     from causalprune.anatomy import summary
     from causalprune.cells import load
-    from causalprune.recipe import ModelSpec
 
-    found = summary(
-        load(ModelSpec(model, revision, dtype, device, device_map, trust_remote_code, allow_pickle))
-    )
+    found = summary(load(spec))
     if as_json:
         print(json.dumps(found, indent=1))
     else:
-        console.print(tables.inspection(model, found))
+        console.print(tables.inspection(spec.name, found))
 
 
 @app.command()
+@opt.of_model
 def attribute(
-    model: opt.Model,
+    spec: "ModelSpec",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for effects.json and the ledger.")],
     task: opt.Task = ["gsm8k"],  # noqa: B006
     n: opt.N = 128,
@@ -60,12 +56,6 @@ def attribute(
     executor: opt.Executor = "serial",
     workers: opt.Workers = 2,
     address: opt.Address = None,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "cpu",
-    device_map: opt.DeviceMap = None,
-    trust_remote_code: opt.Trust = False,
-    allow_pickle: opt.Pickle = False,
 ) -> None:
     """Measure every attention head (or other units): how much does the loss rise when it is removed?
 
@@ -74,11 +64,10 @@ def attribute(
     from causalprune import tables
     from causalprune.cluster import Cluster
     from causalprune.progress import shown
-    from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec
+    from causalprune.recipe import AttributionSpec, CalibrationSpec
     from causalprune.run import Options
     from causalprune.run import attribute as measure
 
-    spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code, allow_pickle)
     calibration = CalibrationSpec(tuple(task), n, subsets, seed, max_tokens, chat)
     name = estimator or ("adaptive" if budget or until_certain else "exact")
     wanted = AttributionSpec(
@@ -115,8 +104,9 @@ def merge(
 
 
 @app.command()
+@opt.of_model
 def stability(
-    model: opt.Model,
+    spec: "ModelSpec",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for stability.json and ledgers.")],
     task: Annotated[
         list[str],
@@ -131,20 +121,13 @@ def stability(
     units: opt.Units = ["heads"],  # noqa: B006
     effect: opt.EffectName = "ce",
     top: Annotated[int, typer.Option(help="Strongest units that are removed in pairs.", min=2)] = 20,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "cpu",
-    device_map: opt.DeviceMap = None,
-    trust_remote_code: opt.Trust = False,
-    allow_pickle: opt.Pickle = False,
 ) -> None:
     """Show how far effects can be trusted: between draws, tasks and plain text, and for pairs of units."""
     from causalprune import tables
     from causalprune.progress import shown
-    from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec
+    from causalprune.recipe import AttributionSpec, CalibrationSpec
     from causalprune.run import Options, check_stability
 
-    spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code, allow_pickle)
     calibration = CalibrationSpec(tuple(task), n, seed=seed, max_tokens=max_tokens, chat=chat)
     wanted = AttributionSpec(tuple(units), effect)
     found = check_stability(
@@ -156,8 +139,9 @@ def stability(
 
 
 @app.command()
+@opt.of_model
 def evaluate(
-    model: opt.Model,
+    spec: "ModelSpec",
     task: Annotated[
         list[str],
         typer.Option(
@@ -178,25 +162,17 @@ def evaluate(
     chat: opt.Chat = "auto",
     data_dir: opt.DataDir = None,
     batch_tokens: opt.BatchTokens = 4096,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "cpu",
-    device_map: opt.DeviceMap = None,
-    trust_remote_code: opt.Trust = False,
-    allow_pickle: opt.Pickle = False,
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Measure a model on tasks, and keep the value of every example."""
     from causalprune import tables
     from causalprune.evaluation import Settings
     from causalprune.progress import shown
-    from causalprune.recipe import ModelSpec
     from causalprune.run import Options, evaluate_model
 
-    spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code, allow_pickle)
     settings = Settings(limit, data_dir, seed, max_tokens, chat=chat, batch_tokens=batch_tokens)
     results = evaluate_model(spec, tuple(task), settings, output, Options(overwrite=overwrite, stage=shown))
-    console.print(tables.comparison([(model, results)]))
+    console.print(tables.comparison([(spec.name, results)]))
     console.print(f"results: {output}")
 
 

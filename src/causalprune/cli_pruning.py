@@ -1,7 +1,8 @@
 """Commands that make and check pruned checkpoints."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,16 +10,23 @@ from causalprune import options as opt
 from causalprune.errors import OptionError
 from causalprune.options import app, console
 
+if TYPE_CHECKING:
+    from causalprune.recipe import ModelSpec
+
 
 @app.command()
+@opt.of_model
 def prune(
-    model: opt.Model,
+    spec: "ModelSpec",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pruned checkpoint.")],
     method: opt.MethodOrOwn = None,
     sparsity: Annotated[
         str | None,
         typer.Option(help="Share of the prunable weights set to zero (default 0.2, or the pattern's own)."),
     ] = None,
+    damping: Annotated[
+        float, typer.Option(help="Of SparseGPT and `obs`; more where they ask for it.")
+    ] = 0.01,
     effects: Annotated[
         Path | None, typer.Option(help="effects.json of `attribute` (cap; else measured first).")
     ] = None,
@@ -32,12 +40,6 @@ def prune(
     general: opt.General = None,
     data_dir: opt.DataDir = None,
     batch_tokens: opt.BatchTokens = 2048,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "cpu",
-    device_map: opt.DeviceMap = None,
-    trust_remote_code: opt.Trust = False,
-    allow_pickle: opt.Pickle = False,
     overwrite: opt.Overwrite = False,
     stream: opt.Stream = False,
     cache_gib: opt.HiddenGib = 1.0,
@@ -48,13 +50,13 @@ def prune(
     """
     from causalprune import tables
     from causalprune.progress import shown
-    from causalprune.recipe import CalibrationSpec, ModelSpec, parse_method
+    from causalprune.recipe import CalibrationSpec, parse_method
     from causalprune.run import Options, prune_checkpoint, prune_streamed
 
-    spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code, allow_pickle)
     share = opt.general_share(objective, general)
     calibration = CalibrationSpec(tuple(task), n, subsets, seed, max_tokens, chat, share)
     wanted = parse_method(method or ("causal" if effects is None else "cap"), _sparsity(sparsity), seed)
+    wanted = replace(wanted, damping=damping)
     if effects is not None and "effects" not in wanted.needs:
         raise OptionError(f"--effects are for cap, and {wanted.criterion} does not use them: leave them out")
     options = Options(data_dir, batch_tokens, overwrite, shown, cache_gib=cache_gib)
@@ -71,8 +73,9 @@ def prune(
 
 
 @app.command()
+@opt.of_model
 def sweep(
-    model: opt.Model,
+    spec: "ModelSpec",
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Run folder; a stopped sweep goes on there.")
     ],
@@ -95,11 +98,6 @@ def sweep(
     general: opt.General = None,
     data_dir: opt.DataDir = None,
     batch_tokens: opt.BatchTokens = 2048,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "cpu",
-    device_map: opt.DeviceMap = None,
-    trust_remote_code: opt.Trust = False,
 ) -> None:
     """Find the highest sparsity, in steps of 5 %, that keeps a share of the task: at most five prunings.
 
@@ -107,13 +105,13 @@ def sweep(
     """
     from causalprune import tables
     from causalprune.progress import shown
-    from causalprune.recipe import CalibrationSpec, ModelSpec, Recipe
+    from causalprune.recipe import CalibrationSpec, Recipe
     from causalprune.sweeping import candidates
     from causalprune.sweeping import sweep as swept
 
     share = opt.general_share(objective, general)
     recipe = Recipe(
-        ModelSpec(model, revision, dtype, device, device_map, trust_remote_code),
+        spec,
         CalibrationSpec(tuple(task), n, seed=seed, max_tokens=max_tokens, chat=chat, general=share),
         methods=(method,),
         sparsities=candidates(method),
@@ -124,13 +122,16 @@ def sweep(
     tried = swept(recipe, keep, output, certain=certain, data_dir=data_dir, stage=shown)
     console.print(tables.swept(tried))
     best = max((one.sparsity for one in tried if one.holds), default=None)
-    found = "no sparsity keeps it" if best is None else f"--method {method} --sparsity {best:g} keeps it"
+    found = (
+        "no sparsity keeps it" if best is None else f"--method {method} --sparsity {best:g} -n {n} keeps it"
+    )
     console.print(f"{found}; all results: {output / 'results.json'}")
 
 
 @app.command()
+@opt.of_model
 def shrink(
-    model: opt.Model,
+    spec: "ModelSpec",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the smaller checkpoint.")],
     parameters: opt.FewerParameters = None,
     neurons: opt.FewerNeurons = 0.0,
@@ -146,12 +147,6 @@ def shrink(
     chat: opt.Chat = "auto",
     data_dir: opt.DataDir = None,
     batch_tokens: opt.BatchTokens = 2048,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "cpu",
-    device_map: opt.DeviceMap = None,
-    trust_remote_code: opt.Trust = False,
-    allow_pickle: opt.Pickle = False,
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Remove units for good: a smaller and faster model that every runtime loads, chosen by effect on the task."""
@@ -159,7 +154,7 @@ def shrink(
 
     from causalprune.checkpoint import check_destination
     from causalprune.progress import shown
-    from causalprune.recipe import CalibrationSpec, ModelSpec
+    from causalprune.recipe import CalibrationSpec
     from causalprune.run import Options, prepared
     from causalprune.shrinking import Shares, ledgers, save_shrunk, shares_for
     from causalprune.shrinking import shrink as smaller
@@ -168,7 +163,6 @@ def shrink(
         raise OptionError("--parameters chooses the share of neurons itself: leave the other shares out")
     shares = None if parameters is not None else Shares(neurons, kv_groups, experts, layers)
     check_destination(output, overwrite)
-    spec = ModelSpec(model, revision, dtype, device, device_map, trust_remote_code, allow_pickle)
     wanted = CalibrationSpec(tuple(task), n, subsets=1, seed=seed, max_tokens=max_tokens, chat=chat)
     decoder, calibration = prepared(spec, wanted, Options(data_dir, batch_tokens, stage=shown))
     shares = shares or shares_for(decoder, parameters or 0.0)

@@ -24,6 +24,8 @@ WARM_UP = 0.1
 BETAS = (0.9, 0.95)
 BATCH_TOKENS = 1024
 """Tokens of one step: small batches, as a few dozen problems have to give some dozens of steps."""
+SCALE = 1024.0
+"""Slopes are multiplied by this on their way back and gradients divided by it: a mean over many tokens is too small for float16."""
 CHUNK = 256
 """Positions whose logits exist at once: bounds the memory that large vocabularies take."""
 
@@ -79,10 +81,12 @@ def distill(
                 gradients = _gradients(decoder, batch, intact, parameters)
                 for parameter, master, gradient in zip(parameters, masters, gradients, strict=True):
                     if gradient is not None:  # None: an expert stack that no token reached
-                        master.grad = gradient.float() * masks[parameter]
+                        master.grad = gradient.float() * masks[parameter] / SCALE
                 for own, scale in zip(optimizer.param_groups, scales, strict=True):
                     own["lr"] = RATE * scale * _rate(done / total, total)
                 optimizer.step()
+                optimizer.zero_grad()  # no memory beside the next gradients, nor a step for experts that no token reaches
+                del gradients, gradient
                 with torch.no_grad():
                     for parameter, master in zip(parameters, masters, strict=True):
                         parameter.copy_(master)
@@ -109,6 +113,7 @@ def check_memory(decoder: Decoder) -> None:
     """Raise `OptionError` where a device has not the memory that `distill` will hold, before anything is changed."""
     for device, needed in memory_bytes(decoder).items():
         if device.type == "cuda":
+            torch.cuda.empty_cache()  # what earlier work has left there counts as free
             free = torch.cuda.mem_get_info(device)[0]
         elif device.type == "cpu":
             free = psutil.virtual_memory().available
@@ -134,7 +139,7 @@ def _rate(part: float, total: int) -> float:
 def _gradients(
     decoder: Decoder, batch: Batch, intact: LayerInputs, parameters: Sequence[nn.Parameter]
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the mean divergence over all positions of a batch.
+    """Return `SCALE` times the gradients of the mean divergence over all positions of a batch.
 
     Back to the last layer's output some positions at a time, from there through all layers at once.
     """
@@ -151,7 +156,7 @@ def _gradients(
             teacher = target_logits(decoder, batch, part)
         with torch.enable_grad(), entered_at(decoder, after, LayerInputs({after: leaf}, intact.as_tuple)):
             logits = target_logits(decoder, batch, part)
-        slope = divergence_slope(teacher, logits.detach(), 1 / len(wanted.tokens))
+        slope = divergence_slope(teacher, logits.detach(), SCALE / len(wanted.tokens))
         logits.backward(slope, inputs=[leaf])
     return torch.autograd.grad(hidden, parameters, leaf.grad, allow_unused=True)
 

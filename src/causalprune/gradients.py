@@ -75,7 +75,7 @@ def output_slopes(
     """Return the root mean square of the gradient of the batches' target loss at every projection's outputs.
 
     Nats per unit of activation; the mean is over all tokens, so what few tokens reach has small slopes, and what none
-    reaches is not there. Goes back layer by layer and runs each again for that: beside the inputs of all layers it holds
+    reaches from which the loss depends is not there. Goes back layer by layer and runs each again for that: beside the inputs of all layers it holds
     what one layer needs, and no gradient of a weight. Costs about three forward passes.
     """
     squares: dict[str, Tensor] = {}
@@ -102,7 +102,7 @@ def output_slopes(
                 hidden = residual(run_until(decoder, batch.tokens, layer.index))
             (slope,) = torch.autograd.grad(hidden, [leaf], slope)
         on_progress(done, len(groups))
-    return {name: (own / count).sqrt() for name, own in squares.items()}
+    return {name: (own / count).sqrt() for name, own in squares.items() if bool(own.any())}
 
 
 def _unseen(*_: object) -> None:

@@ -19,6 +19,7 @@ from causalprune.types import Batch, Decoder, Layer, Projection
 DOSES = (0.6, 1.0, 1.4)
 """Sparsities at which a group is pruned, in multiples of the one that is wanted."""
 MOST = 0.95
+"""No group loses more, but where so much is wanted of all: then half of what that leaves may go."""
 FUSED = 4
 """Groups of a layer where a pattern decides: matrices that inference engines fuse are sparse together or not at all."""
 
@@ -38,7 +39,7 @@ class DoseResponse:
 
 def doses(sparsity: float) -> tuple[float, ...]:
     """Return the sparsities to try for one that is wanted."""
-    return tuple(min(dose * sparsity, MOST) for dose in DOSES)
+    return tuple(min(dose * sparsity, max(MOST, (1 + sparsity) / 2)) for dose in DOSES)
 
 
 def dose_response(
@@ -73,7 +74,7 @@ def dose_response(
     groups: list[tuple[Projection, ...]] = []
     rows: list[list[float]] = []
     for layer in layers:
-        for group in fused_groups(layer) if fused else groups_of(layer):
+        for group in groups_of(layer, fused=fused):
             groups.append(group)
             before = [p.read().clone() for p in group]
             trials = zip(*(pruned(p, sparsities) for p in group), strict=True)
@@ -96,14 +97,8 @@ def dose_response(
     return DoseResponse(members, sizes, tuple(sparsities), torch.tensor(rows, dtype=torch.float64))
 
 
-def groups_of(layer: Layer) -> list[tuple[Projection, ...]]:
-    """Return the matrices of a layer's attention, and those of its MLP or experts."""
-    attention = tuple(p for p in layer.projections if p.role in ("q", "k", "v", "o"))
-    return [attention, tuple(p for p in layer.projections if p not in attention)]
-
-
-def fused_groups(layer: Layer) -> list[tuple[Projection, ...]]:
-    """Return the matrices of a layer in groups as inference engines fuse them, those of all experts together."""
-    roles = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-    found = [tuple(p for p in layer.projections if p.role in own) for own in roles]
+def groups_of(layer: Layer, *, fused: bool) -> list[tuple[Projection, ...]]:
+    """Return the matrices of a layer's attention, and those of its MLP with all experts; `fused`, as inference engines fuse them."""
+    roles = ("q k v", "o", "gate up", "down") if fused else ("q k v o", "gate up down")
+    found = [tuple(p for p in layer.projections if p.role in own.split()) for own in roles]
     return [group for group in found if group]

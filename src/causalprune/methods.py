@@ -8,7 +8,7 @@ from causalprune.criteria import BUDGETS, CRITERIA, LOOKS, SCOPES, UPDATES, Budg
 from causalprune.distillation import EPOCHS
 from causalprune.errors import OptionError, unknown
 from causalprune.grading import DOSES, FUSED, doses
-from causalprune.obs import BLOCK
+from causalprune.obs import BLOCK, DAMPING
 
 SLOPE_PASSES = 3
 """What gradients at all outputs cost, in forward passes: two forward, and one back."""
@@ -35,7 +35,8 @@ class Method:
     `budgets` are the same share for all matrices (`uniform`), or more where graded interventions show that the task
     can spare more (`graded`; not with scope `global`). A pattern cannot give a matrix more or less: there `graded` lets
     those stay dense that the task needs most, until no more than `sparsity` has to go, which must be less than the
-    pattern's. Where one of the three is None, the criterion's own holds, under a pattern `uniform`.
+    pattern's. Where one of the three is None, the criterion's own holds, under a pattern `uniform`. `damping` is what SparseGPT
+    and `obs` add to the diagonal of the inputs' second moments, as a share of its mean.
     """
 
     criterion: str
@@ -44,6 +45,7 @@ class Method:
     seed: int = 0
     update: str | None = None
     budgets: str | None = None
+    damping: float = DAMPING
 
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
@@ -74,6 +76,12 @@ class Method:
     def resolved_scope(self) -> str:
         """The scope asked for, or the criterion's own."""
         return self.scope or CRITERIA[self.criterion].scope
+
+    @property
+    def group(self) -> int:
+        """How many neighbouring inputs SparseGPT chooses among at once: those of the pattern, or `BLOCK`."""
+        pattern = N_OF_M.fullmatch(self.resolved_scope)
+        return int(pattern[2]) if pattern else BLOCK
 
     @property
     def resolved_update(self) -> Update:

@@ -30,16 +30,15 @@ Choose = Callable[[Float[Tensor, "out group"], int], Bool[Tensor, "out group"]]
 def inverse_factor(hessian: Float[Tensor, "in in"], damping: float, name: str) -> Float[Tensor, "in in"]:
     """Return U, upper triangular, with `UᵀU = (H + damping · mean(diag H) · 1)⁻¹`.
 
-    Features that never had an input get a one on the diagonal, so that they stay apart.
+    Features that never had an input have the damping alone; where none had, it is relative to one.
 
     Raises:
         ModelError: H is not positive definite with this damping; names one that would do.
     """
-    scale = float(hessian.diagonal().mean())
-    absent, factor = (hessian.diagonal() == 0).float(), damping
+    scale, factor = float(hessian.diagonal().mean()) or 1.0, damping
     while True:
         own = hessian.float().clone()
-        own.diagonal().add_(absent + factor * scale)
+        own.diagonal().add_(factor * scale)
         own, failed = torch.linalg.cholesky_ex(own)
         if not int(failed):
             break
@@ -49,7 +48,7 @@ def inverse_factor(hessian: Float[Tensor, "in in"], damping: float, name: str) -
     if factor != damping:
         raise ModelError(
             f"{name}: second moments of its inputs are not positive definite with damping {damping:g}: "
-            f"use more calibration tokens, or a damping of {factor:g}"
+            f"use more calibration tokens, or --damping {factor:g}"
         )
     own = torch.cholesky_inverse(own)  # one matrix of this size less in memory at a time
     upper: Tensor = torch.linalg.cholesky(own, upper=True)
@@ -98,11 +97,13 @@ def refit(
     """Return the kept weights that best give the output of the whole matrix back.
 
     Minimises `tr (W − Ŵ) (H + damping · median(diag H) · 1) (W − Ŵ)ᵀ` over Ŵ that is zero outside `keep`, by
-    conjugate gradients on each row, preconditioned by the diagonal. The damping draws Ŵ towards W.
+    conjugate gradients on each row, preconditioned by the diagonal. The damping draws Ŵ towards W; its median is over
+    features that had an input.
     Costs `ITERATIONS · out · in²` multiplications.
     """
     stays, hessian = keep.float(), hessian.float().clone()
-    hessian.diagonal().add_(damping * hessian.diagonal().median())
+    had = hessian.diagonal()[hessian.diagonal() > 0]
+    hessian.diagonal().add_(damping * had.median().nan_to_num(0.0))
     diagonal, found = hessian.diagonal().clamp_min(TINY), weight.float() * stays
     residual = ((weight.float() - found) @ hessian) * stays
     scaled = residual / diagonal

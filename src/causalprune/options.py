@@ -1,13 +1,16 @@
 """The app, its console, and options that several commands share: type, name and help, written once."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 app = typer.Typer(
-    help="Prune language models by what their attention heads are measured to do, and see what it costs.",
+    help="Prune language models by what their parts are measured to do for a task, and see what it costs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -32,6 +35,38 @@ Pickle = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Read weights that are there as a pickle only: it could run code."),
 ]
+MODEL = {
+    "model": (Model, inspect.Parameter.empty),
+    "revision": (Revision, None),
+    "dtype": (Dtype, "auto"),
+    "device": (Device, "cpu"),
+    "device_map": (DeviceMap, None),
+    "trust_remote_code": (Trust, False),
+    "allow_pickle": (Pickle, False),
+}
+"""Annotations and defaults of what names a model, in the order of the fields of `ModelSpec`."""
+
+
+def of_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `MODEL` in place of its first parameter, which gets the `ModelSpec`."""
+
+    @functools.wraps(command)
+    def called(**given: Any) -> None:
+        from causalprune.recipe import ModelSpec
+
+        command(ModelSpec(*(given.pop(name) for name in MODEL)), **given)
+
+    named = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
+        for name, (kind, default) in MODEL.items()
+    ]
+    own = [p.replace(kind=p.kind.KEYWORD_ONLY) for p in inspect.signature(command).parameters.values()]
+    parameters = [named[0], *own[1:], *named[1:]]
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {p.name: p.annotation for p in parameters}
+    return called
+
+
 Task = Annotated[
     list[str],
     typer.Option(

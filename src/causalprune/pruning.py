@@ -30,7 +30,7 @@ from causalprune.grading import DoseResponse, dose_response
 from causalprune.importance import Factors, head_factors
 from causalprune.memory import Masks
 from causalprune.methods import N_OF_M, SLOPE_PASSES, Method, pattern_sparsity
-from causalprune.obs import BLOCK, DAMPING, inverse_factor, refit, sparsegpt
+from causalprune.obs import inverse_factor, refit, sparsegpt
 from causalprune.statistics import InputNorms, Moments, observed
 from causalprune.types import Batch, Calibration, Decoder, Effects, Layer, Progress, Projection, bands, silent
 
@@ -68,15 +68,14 @@ def prune(
     `distillation.distill` for what that costs.
 
     Raises:
-        OptionError: calibration or effects are missing for a method that needs them.
+        OptionError: calibration or effects are missing, or a matrix has not the multiple of inputs that a pattern needs.
         MismatchError: the effects were measured on another model.
         ModelError: a weight or an input is not finite, or inputs say too little for an update.
     """
     if method.needs_calibration and calibration is None:
         raise OptionError(f"method {method.criterion!r} needs calibration data")
-    causal = "effects" in method.needs
-    factors = head_factors(decoder, effects, fingerprint(decoder.model)) if causal else {}
-    _check_finite(decoder)
+    factors = head_factors(decoder, effects, fingerprint(decoder.model)) if "effects" in method.needs else {}
+    _check(decoder, method.group if N_OF_M.fullmatch(method.resolved_scope) else 1)
     keep = _carried_out(work := Work(decoder, method, factors, on_progress), calibration, max_batch_tokens)
     return Pruned(method, keep, work.unrouted(), work.response)
 
@@ -101,7 +100,7 @@ def remove(  # noqa: PLR0913 (what `prune` takes)
     """
     pool = decoder.projections
     share = sum(int((~keep[p.name]).sum()) for p in pool) / sum(p.size for p in pool)
-    _check_finite(decoder)
+    _check(decoder)
     if share:
         work = Work(decoder, Method("magnitude", share, seed=seed, update=update), {}, on_progress)
         _carried_out(work, calibration, max_batch_tokens, iter([keep[p.name] for p in pool]), followed)
@@ -146,13 +145,17 @@ def manifest(pruned: Pruned, calibration: Calibration | None, effects: Effects |
     return record
 
 
-def _check_finite(decoder: Decoder) -> None:
+def _check(decoder: Decoder, group: int = 1) -> None:
     if decoder.offloaded:
         raise ModelError(f"{decoder.name} is not all in memory: prune its files, with --stream")
     for p in decoder.projections:
         if not bool(torch.isfinite(p.read()).all()):
             raise ModelError(
                 f"{p.parameter_name} ({p.name}) has weights that are not finite: load an intact copy"
+            )
+        if p.shape[1] % group:
+            raise OptionError(
+                f"a pattern of {group} needs a multiple of {group} inputs, and {p.name} has {p.shape[1]}"
             )
 
 
@@ -276,7 +279,8 @@ class Work:
 
         many, slope = p.read().repeat(times, 1), self._slope(p)
         rows = None if slope is None else slope.repeat(times)
-        return sparsegpt(many, self._inverse(p), choose_all, group=self._group, rows=rows)[0].chunk(times)
+        found, _ = sparsegpt(many, self._inverse(p), choose_all, group=self.method.group, rows=rows)
+        return found.to(p.parameter.dtype).chunk(times)
 
     def _solved(
         self, p: Projection, choose: Callable[[Tensor, int], Tensor], keep: Tensor | None
@@ -285,22 +289,16 @@ class Work:
         weight, update, solved = p.read(), self.method.resolved_update, None
         if keep is None and "moments" in self.needs:
             rows, upper = self._slope(p), self._inverse(p)
-            solved, keep = sparsegpt(weight, upper, choose, group=self._group, rows=rows)
+            solved, keep = sparsegpt(weight, upper, choose, group=self.method.group, rows=rows)
         stays = choose(self.score(p), 0) if keep is None else keep
         if update == "none" or not self.moments.tokens.get(p.name) or bool(stays.all()):
             return None, stays
         if update != "obs":
-            return refit(weight, stays, self.moments.hessians[p.name]), stays
+            return refit(weight, stays, self._finite(p, self.moments.hessians[p.name])), stays
         if solved is None:
             upper = self._inverse(p)
             solved, _ = sparsegpt(weight, upper, lambda score, at: stays[:, at : at + score.shape[1]])
         return solved, stays
-
-    @property
-    def _group(self) -> int:
-        """How many columns SparseGPT chooses among at once."""
-        pattern = N_OF_M.fullmatch(self.method.resolved_scope)
-        return int(pattern[2]) if pattern else BLOCK
 
     def score_blocks(self, p: Projection) -> Iterator[Float[Tensor, "rows in"]]:
         """Yield what the weights of a projection are worth: some rows at a time where they can be scored by value."""
@@ -355,11 +353,13 @@ class Work:
 
     def _inverse(self, p: Projection) -> Float[Tensor, "in in"]:
         """Return the factor of the inverse second moments, made once for projections that share inputs."""
-        hessian = self.moments.hessians.get(p.name)
-        if hessian is None:  # an expert that no token reached
-            hessian = p.parameter.new_zeros(p.shape[1], p.shape[1])
+        seen, tokens = self.moments.hessians, self.moments.tokens
+        hessian = seen.get(p.name)
+        if hessian is None or not tokens.get(p.name):  # an expert that no token reached
+            known = self._known(p, lambda q: seen[q.name].diagonal() if tokens.get(q.name) else None)
+            hessian = known.float().expand(p.shape[1]).diag()
         if self._factor is None or self._factor[0] is not hessian:
-            self._factor = hessian, inverse_factor(hessian, DAMPING, p.parameter_name)
+            self._factor = hessian, inverse_factor(hessian, self.method.damping, p.parameter_name)
         return self._factor[1]
 
     def walk(self, *, advance_pruned: bool, moments: bool) -> Iterator[Layer]:

@@ -109,7 +109,7 @@ class Shape:
 class Recipe:
     """Dense and every method at every sparsity, on every task.
 
-    A method is written `criterion[:scope][+update]`; one with a pattern such as `wanda:2:4` has its own sparsity
+    A method is written `criterion[:scope][+budgets][+update]`; one with a pattern such as `wanda:2:4` has its own sparsity
     unless it is graded. `save` keeps the pruned checkpoints,
     `texts` the problems and answers that the report shows.
     `batch_tokens` bounds a forward pass, `tasks` may carry a limit as in `gsm8k_nll:200`.
