@@ -9,7 +9,7 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 SOURCES = sorted((REPOSITORY / "src").rglob("*.py"))
 FILES = [*SOURCES, *sorted((REPOSITORY / "tests").rglob("*.py"))]
-FILE_LINES, FUNCTION_LINES, PACKAGE_LINES = 400, 60, 9000
+FILE_LINES, FUNCTION_LINES, PACKAGE_LINES = 400, 60, 9200
 
 
 def lines(path: Path) -> int:

@@ -10,7 +10,8 @@ from causalprune.checkpoint import count_zeros
 from causalprune.errors import OptionError
 from causalprune.grading import dose_response, doses, groups_of
 from causalprune.methods import Method
-from causalprune.pruning import Work, manifest, prune
+from causalprune.pruned import manifest
+from causalprune.pruning import Work, prune
 from causalprune.recipe import label, parse_method
 from causalprune.types import Calibration, Decoder, Example, silent
 

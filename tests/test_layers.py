@@ -53,9 +53,11 @@ LAYERS: dict[str, set[str]] = {
     "sampling": {"uncertainty"},
     "attribution": {"measuring", "questions", "sampling"},
     "stability": {"attribution", "measuring", "questions", "uncertainty"},
-    "distillation": {"ablation", "calibration", "losses"},
-    "grading": {"ablation", "losses"},
+    "resuming": set(),
+    "distillation": {"ablation", "calibration", "losses", "resuming"},
+    "grading": {"ablation", "losses", "resuming"},
     "methods": {"calibration", "criteria", "distillation", "grading", "obs"},
+    "pruned": {"grading", "methods"},
     "pruning": {
         "ablation",
         "allocation",
@@ -69,8 +71,10 @@ LAYERS: dict[str, set[str]] = {
         "memory",
         "methods",
         "obs",
-    }
-    | {"statistics"},
+        "pruned",
+        "resuming",
+        "statistics",
+    },
     "structure": {"anatomy"},
     "shrinking": {
         "attribution",
@@ -98,6 +102,7 @@ LAYERS: dict[str, set[str]] = {
         "memory",
         "methods",
         "model",
+        "pruned",
         "pruning",
         "residence",
     }

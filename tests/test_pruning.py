@@ -29,7 +29,8 @@ from causalprune.attribution import attribute
 from causalprune.criteria import CRITERIA, SCOPES, Evidence, wanda
 from causalprune.errors import MismatchError, ModelError, OptionError
 from causalprune.methods import Method
-from causalprune.pruning import Pruned, prune
+from causalprune.pruned import Pruned
+from causalprune.pruning import prune
 from causalprune.statistics import InputNorms
 from causalprune.types import Calibration, Decoder, Effects, Example, Unit
 

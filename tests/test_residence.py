@@ -17,7 +17,8 @@ from causalprune import checkpoint
 from causalprune.ablation import LayerInputs
 from causalprune.methods import Method
 from causalprune.model import load, skeleton
-from causalprune.pruning import manifest, prune
+from causalprune.pruned import manifest
+from causalprune.pruning import prune
 from causalprune.residence import HiddenStates, Residence
 from causalprune.streaming import Seen, prune_stream
 from causalprune.verification import verify

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tinydata import tiny_decoder, write_data, write_jsonl
 
 from causalprune import cells
@@ -15,6 +16,7 @@ from causalprune.checkpoint import read_manifest
 from causalprune.errors import CheckpointError, DataError, MismatchError
 from causalprune.evaluation import Settings, evaluate
 from causalprune.evidence import read_run
+from causalprune.methods import Method
 from causalprune.pruning import prune
 from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec, Recipe, Shape
 from causalprune.results import load_rows, paired_difference
@@ -131,6 +133,45 @@ def test_a_saved_checkpoint_is_measured_further_without_pruning_again(
     assert values(resumed) == values(calm)
     description = resumed["rows"][1]["results"][1]["description"]
     assert description["model"] == str(tmp_path / "stopped" / "checkpoints" / "wanda-row-0.5")
+
+
+def test_a_stopped_prune_goes_on(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, options = Method("causal", 0.5), running.Options(data)
+    given = ModelSpec(str(model_folder)), method, tmp_path / "out", CalibrationSpec(("gsm8k",), n=6)
+    running.prune_checkpoint(*given[:2], tmp_path / "calm", given[3], None, options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("causalprune.pruning.distill", lambda *_, **__: raised(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            running.prune_checkpoint(*given, None, options)
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.pruning"]
+    monkeypatch.setattr("causalprune.pruning.output_slopes", None)  # it may not be called
+    running.prune_checkpoint(*given, None, options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calm", "out"]
+    calm, own = (load_file(tmp_path / name / "model.safetensors") for name in ("calm", "out"))
+    assert all(torch.equal(weight, own[name]) for name, weight in calm.items())
+
+
+def test_what_pruning_had_finished_stays_until_its_cell_is_measured(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = recipe(model_folder, methods=("causal",))
+    calm = running.run(wanted, tmp_path / "calm", data_dir=data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "evaluate", stops_at(4, []))
+        with pytest.raises(KeyboardInterrupt):
+            running.run(wanted, tmp_path / "stopped", data_dir=data)
+    assert list((tmp_path / "stopped").glob("*.pruning"))
+    monkeypatch.setattr("causalprune.pruning.output_slopes", None)  # it may not be called
+    assert values(running.run(wanted, tmp_path / "stopped", data_dir=data)) == values(calm)
+    assert not list((tmp_path / "stopped").glob("*.pruning"))
+
+
+def raised(error: type[BaseException]) -> None:
+    raise error
 
 
 def test_one_model_is_in_memory_at_a_time(

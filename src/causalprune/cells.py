@@ -12,7 +12,8 @@ from causalprune.evidence import CHECKPOINTS, achieved
 from causalprune.ledger import Ledger
 from causalprune.methods import Method
 from causalprune.provenance import peak_bytes
-from causalprune.pruning import manifest, prune
+from causalprune.pruned import manifest
+from causalprune.pruning import prune
 from causalprune.recipe import ModelSpec, Recipe
 from causalprune.results import decoded, kept_rows
 from causalprune.types import Calibration, Decoder, Effects, Stage
@@ -69,6 +70,7 @@ class Cells:
             if not self.recipe.texts:
                 results = [dataclasses.replace(result, texts=()) for result in results]
             self.book.append(f"{name}/{task}", kept_rows(results))
+        (self.folder / f"{name}.pruning").unlink(missing_ok=True)
 
     def _saved(self, name: str, checkpoint: Path) -> bool:
         """Tell whether the model of a cell that was pruned is saved, and not one of an earlier run in this folder."""
@@ -86,6 +88,7 @@ class Cells:
                 calibration=self.calibration,
                 effects=own,
                 max_batch_tokens=self.recipe.batch_tokens,
+                kept_in=self.folder / f"{name}.pruning",
                 on_progress=progress,
             )
         checkpoint = self.folder / CHECKPOINTS / name

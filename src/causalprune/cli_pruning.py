@@ -46,7 +46,7 @@ def prune(
 ) -> None:
     """Prune a model and save it as a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
-    With `cap` and no `--effects`, the heads are measured first; that part survives a kill.
+    With `cap` and no `--effects`, the heads are measured first. A stopped run goes on where it was.
     """
     from causalprune import tables
     from causalprune.progress import shown

@@ -14,6 +14,7 @@ from causalprune.ablation import LayerInputs, capture, entered_at, residual, run
 from causalprune.calibration import batches
 from causalprune.errors import OptionError
 from causalprune.losses import divergence_slope, target_logits, targets
+from causalprune.resuming import State
 from causalprune.types import Batch, Decoder, Example
 
 EPOCHS = 6
@@ -58,43 +59,68 @@ def distill(
     *,
     seed: int,
     on_step: Callable[[int, int], None],
+    state: State | None = None,
 ) -> None:
     """Train the kept weights of all projections, in place, to predict every token as the intact model did.
 
     Minimises the mean divergence KL(intact ‖ pruned) over all positions, prompts included, by Adam, `EPOCHS` times over
-    the batches that are `followed`. What is zero stays zero. Holds `memory_bytes` beside the
+    the batches that are `followed`. What is zero stays zero. Goes on from the `state` of a stopped run. Holds `memory_bytes` beside the
     model; each epoch costs about three forward passes.
     """
-    masks = _masks(decoder, keep)
+    masks, state = _masks(decoder, keep), state or State()
     parameters = list(masks)
     masters = [parameter.detach().float() for parameter in parameters]  # float32 parameters are their own
     scales = [_root_mean_square(m, masks[p]) for p, m in zip(parameters, masters, strict=True)]
     optimizer = torch.optim.Adam([{"params": [master]} for master in masters], betas=BETAS)
-    generator, done, total = torch.Generator().manual_seed(seed), 0, EPOCHS * len(followed)
+    generator, total, first = torch.Generator().manual_seed(seed), EPOCHS * len(followed), 0
+    if begun := state.values.pop("training", None):
+        first, scales = begun["epoch"], begun["scales"]
+        generator.set_state(begun["generator"])
+        optimizer.load_state_dict(begun["optimizer"])
+        for parameter, master, weight in zip(parameters, masters, begun["masters"], strict=True):
+            parameter.data.copy_(master.copy_(weight))
     frozen = {p: p.requires_grad for p in decoder.model.parameters()}
     try:
         for parameter in frozen:
             parameter.requires_grad_(parameter in masks)
-        for _ in range(EPOCHS):
-            for number in torch.randperm(len(followed), generator=generator).tolist():
-                batch, intact = followed[number]
-                gradients = _gradients(decoder, batch, intact, parameters)
-                for parameter, master, gradient in zip(parameters, masters, gradients, strict=True):
-                    if gradient is not None:  # None: an expert stack that no token reached
-                        master.grad = gradient.float() * masks[parameter] / SCALE
-                for own, scale in zip(optimizer.param_groups, scales, strict=True):
-                    own["lr"] = RATE * scale * _rate(done / total, total)
-                optimizer.step()
-                optimizer.zero_grad()  # no memory beside the next gradients, nor a step for experts that no token reaches
-                del gradients, gradient
-                with torch.no_grad():
-                    for parameter, master in zip(parameters, masters, strict=True):
-                        parameter.copy_(master)
-                done += 1
-                on_step(done, total)
+        for epoch in range(first, EPOCHS):
+            if state.due():
+                own = {
+                    "epoch": epoch,
+                    "scales": scales,
+                    "generator": generator.get_state(),
+                    "masters": masters,
+                }
+                state.keep(training={**own, "optimizer": optimizer.state_dict()})
+            for done, number in enumerate(
+                torch.randperm(len(followed), generator=generator).tolist(), epoch * len(followed)
+            ):
+                for group, scale in zip(optimizer.param_groups, scales, strict=True):
+                    group["lr"] = RATE * scale * _rate(done / total, total)
+                _step(decoder, followed[number], masks, masters, optimizer)
+                on_step(done + 1, total)
     finally:
         for parameter, before in frozen.items():
             parameter.requires_grad_(before)
+
+
+def _step(
+    decoder: Decoder,
+    lesson: Lesson,
+    masks: Mapping[nn.Parameter, Tensor],
+    masters: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Move the masters by the gradients of a batch, and the parameters with them."""
+    gradients = _gradients(decoder, *lesson, list(masks))
+    for mask, master, gradient in zip(masks.values(), masters, gradients, strict=True):
+        if gradient is not None:  # None: an expert stack that no token reached
+            master.grad = gradient.float() * mask / SCALE
+    optimizer.step()
+    optimizer.zero_grad()  # no memory beside the next gradients, nor a step for experts that no token reaches
+    with torch.no_grad():
+        for parameter, master in zip(masks, masters, strict=True):
+            parameter.copy_(master)
 
 
 def memory_bytes(decoder: Decoder) -> dict[torch.device, int]:

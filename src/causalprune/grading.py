@@ -14,6 +14,7 @@ from torch import Tensor
 
 from causalprune.ablation import LayerInputs, capture, entered_at, run_layer
 from causalprune.losses import divergence, target_logits, targets
+from causalprune.resuming import State
 from causalprune.types import Batch, Decoder, Layer, Projection
 
 DOSES = (0.6, 1.0, 1.4)
@@ -42,7 +43,7 @@ def doses(sparsity: float) -> tuple[float, ...]:
     return tuple(min(dose * sparsity, max(MOST, (1 + sparsity) / 2)) for dose in DOSES)
 
 
-def dose_response(
+def dose_response(  # noqa: PLR0913 (what a trial is made of)
     decoder: Decoder,
     layers: Iterable[Layer],
     batches: Sequence[Batch],
@@ -50,11 +51,12 @@ def dose_response(
     pruned: Callable[[Projection, Sequence[float]], Sequence[Float[Tensor, "out in"]]],
     *,
     fused: bool = False,
+    state: State | None = None,
 ) -> DoseResponse:
     """Prune group after group, each alone and at every sparsity, and measure the divergence on the batches.
 
     `layers` yields every layer in order, at a time when `pruned` can say what becomes of its matrices at every sparsity. The model is
-    as it was after each trial. Costs `groups · sparsities` passes through the rest of the model for every layer, with
+    as it was after each trial. Every group is kept in the `state`, and not tried again. Costs `groups · sparsities` passes through the rest of the model for every layer, with
     two groups or, `fused`, up to four.
     """
     wanted = [targets(batch) for batch in batches]
@@ -72,10 +74,14 @@ def dose_response(
         return total / n
 
     groups: list[tuple[Projection, ...]] = []
-    rows: list[list[float]] = []
+    state = state or State()
+    rows = state.values.get("trials", [])
+    known = len(rows)
     for layer in layers:
         for group in groups_of(layer, fused=fused):
             groups.append(group)
+            if len(groups) <= known:
+                continue
             before = [p.read().clone() for p in group]
             trials = zip(*(pruned(p, sparsities) for p in group), strict=True)
             row = []
@@ -88,6 +94,7 @@ def dose_response(
                 for p, weight in zip(group, before, strict=True):
                     p.write(weight)
             rows.append(row)
+            state.keep(trials=rows)
         inputs = [
             LayerInputs({layer.index + 1: run_layer(decoder, batch.tokens, layer.index, own)}, own.as_tuple)
             for batch, own in zip(batches, inputs, strict=True)

@@ -121,11 +121,6 @@ def by_row(values: Float[Tensor, "target"], wanted: Targets) -> Float[Tensor, "b
     return table.index_put(at, values.to(wide)).sum(1)  # index_add would not be deterministic on CUDA
 
 
-def repeated(batch: Batch, times: int) -> Batch:
-    """Return the batch `times` over, as rows of one larger batch."""
-    return selected(batch, list(range(len(batch.tokens))) * times)
-
-
 def selected(batch: Batch, rows: list[int]) -> Batch:
     """Return these rows of a batch, which may repeat, as a batch."""
     return replace(

@@ -2,10 +2,10 @@
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from itertools import chain
-from typing import Any
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,35 +28,23 @@ from causalprune.errors import ModelError, OptionError
 from causalprune.gradients import output_slopes
 from causalprune.grading import DoseResponse, dose_response
 from causalprune.importance import Factors, head_factors
-from causalprune.memory import Masks
+from causalprune.memory import Masks, packed, unpacked
 from causalprune.methods import N_OF_M, SLOPE_PASSES, Method, pattern_sparsity
 from causalprune.obs import inverse_factor, refit, sparsegpt
+from causalprune.pruned import Pruned
+from causalprune.resuming import State
 from causalprune.statistics import InputNorms, Moments, observed
 from causalprune.types import Batch, Calibration, Decoder, Effects, Layer, Progress, Projection, bands, silent
 
 
-@dataclass(frozen=True, eq=False)
-class Pruned:
-    """What a pruning run kept, and what it has to say.
-
-    `keep[name]` is True where a weight stays. `unrouted` names experts' matrices that no calibration
-    token reached: their inputs are unknown, so they were scored by magnitude alone and not updated.
-    `response` is what graded budgets were made from.
-    """
-
-    method: Method
-    keep: Mapping[str, Bool[Tensor, "out in"]]
-    unrouted: tuple[str, ...]
-    response: DoseResponse | None = None
-
-
-def prune(
+def prune(  # noqa: PLR0913 (the command's options)
     decoder: Decoder,
     method: Method,
     *,
     calibration: Calibration | None = None,
     effects: Effects | None = None,
     max_batch_tokens: int = 2048,
+    kept_in: Path | None = None,
     on_progress: Progress = silent,
 ) -> Pruned:
     """Set the least important weights of the decoder to exactly zero, in place, and update the others.
@@ -65,19 +53,24 @@ def prune(
     `global` all scores must exist before the first weight goes, so there the inputs are the intact model's,
     and only updates see pruned ones. Costs about two forward passes over the calibration tokens for each walk
     through the layers, and for updates `out · in²` multiplications for every matrix, some times over; see
-    `distillation.distill` for what that costs.
+    `distillation.distill` for what that costs. What takes long is kept in the file `kept_in` as soon as it is finished (training every ten
+    minutes): a stopped run that begins again with the same arguments goes on from there. The caller removes the file.
 
     Raises:
         OptionError: calibration or effects are missing, or a matrix has not the multiple of inputs that a pattern needs.
-        MismatchError: the effects were measured on another model.
+        MismatchError: the effects were measured on another model, or `kept_in` is of another pruning.
         ModelError: a weight or an input is not finite, or inputs say too little for an update.
     """
     if method.needs_calibration and calibration is None:
         raise OptionError(f"method {method.criterion!r} needs calibration data")
     factors = head_factors(decoder, effects, fingerprint(decoder.model)) if "effects" in method.needs else {}
     _check(decoder, method.group if N_OF_M.fullmatch(method.resolved_scope) else 1)
-    keep = _carried_out(work := Work(decoder, method, factors, on_progress), calibration, max_batch_tokens)
-    return Pruned(method, keep, work.unrouted(), work.response)
+    examples, measured = calibration and calibration.fingerprint, effects and effects.calibration_fingerprint
+    identity = (
+        [fingerprint(decoder.model), asdict(method), examples, measured, max_batch_tokens] if kept_in else []
+    )
+    work = Work(decoder, method, factors, on_progress, State(kept_in, identity))
+    return _carried_out(work, calibration, max_batch_tokens)
 
 
 def remove(  # noqa: PLR0913 (what `prune` takes)
@@ -114,35 +107,29 @@ def _carried_out(
     max_batch_tokens: int,
     fixed: Iterator[Tensor] | None = None,
     followed: Sequence[Lesson] = (),
-) -> Masks:
+) -> Pruned:
     """Prune all layers, train on the intact model's predictions if that is the update, and return what stayed."""
-    decoder, method = work.decoder, work.method
+    decoder, method, keep, known = work.decoder, work.method, Masks(), work.state.values
     trains = method.resolved_update == "distill"
     if trains and not followed and calibration is not None:
         followed = lessons(decoder, calibration.examples, max_batch_tokens)
-    if method.needs_calibration and calibration is not None:
-        work.look_at(calibration, max_batch_tokens)
-    keep = Masks()
-    for p, kept in work.prune_layers(fixed):
-        keep.add(p.name, kept)
+    if "training" in known:  # of a stopped run, which had pruned all layers
+        for p in decoder.projections:
+            keep.add(p.name, unpacked(known["keep"][p.name].numpy(), p.shape).to(p.device))
+        response = DoseResponse(**known["response"]) if known["response"] else None
+        pruned = Pruned(method, keep, known["unrouted"], response)
+    else:
+        if method.needs_calibration and calibration is not None:
+            work.look_at(calibration, max_batch_tokens)
+        for p, kept in work.prune_layers(fixed):
+            keep.add(p.name, kept)
+        pruned = Pruned(method, keep, work.unrouted(), work.response)
     if trains:
-        distill(decoder, keep, followed, seed=method.seed, on_step=partial(work.report_part, work.total))
-    return keep
-
-
-def manifest(pruned: Pruned, calibration: Calibration | None, effects: Effects | None) -> dict[str, Any]:
-    """Return what a checkpoint's manifest says of the way it was pruned."""
-    own = pruned.method
-    method = {**asdict(own), "scope": own.resolved_scope, "update": own.resolved_update}
-    method["budgets"] = own.resolved_budgets
-    record: dict[str, Any] = {"method": method, "unrouted": list(pruned.unrouted)}
-    if pruned.response is not None:
-        record["dose_response"] = {**asdict(pruned.response), "nats": pruned.response.nats.tolist()}
-    if calibration is not None:
-        record["calibration"] = {**calibration.description, "fingerprint": calibration.fingerprint}
-    if effects is not None:
-        record["effects"] = {**effects.description, "fingerprint": effects.calibration_fingerprint}
-    return record
+        known["keep"] = {name: torch.from_numpy(packed(kept)) for name, kept in keep.items()}
+        known |= {"unrouted": pruned.unrouted, "response": pruned.response and asdict(pruned.response)}
+        on_step = partial(work.report_part, work.total)
+        distill(decoder, keep, followed, seed=method.seed, on_step=on_step, state=work.state)
+    return pruned
 
 
 def _check(decoder: Decoder, group: int = 1) -> None:
@@ -162,8 +149,15 @@ def _check(decoder: Decoder, group: int = 1) -> None:
 class Work:
     """The loops of one pruning run, and what it has seen of the inputs."""
 
-    def __init__(self, decoder: Decoder, method: Method, factors: Factors, on_progress: Progress) -> None:
-        self.decoder, self.method, self.factors = decoder, method, factors
+    def __init__(
+        self,
+        decoder: Decoder,
+        method: Method,
+        factors: Factors,
+        on_progress: Progress,
+        state: State | None = None,
+    ) -> None:
+        self.decoder, self.method, self.factors, self.state = decoder, method, factors, state or State()
         self.groups: list[Batch] = []
         self.few: list[Batch] = []  # for graded interventions
         self.hold: Callable[[LayerInputs], LayerInputs] = lambda inputs: inputs
@@ -190,8 +184,10 @@ class Work:
         self._trials = [round(self.method.trials * part * n / 2) for n in range(len(self._trials), 0, -1)]
         self.total += sum(self._trials)
         if "slopes" in self.needs:
-            self.slopes = output_slopes(self.decoder, self.groups, partial(self.report_part, self._back))
-            self._done = self._back
+            if "slopes" not in self.state.values:
+                found = output_slopes(self.decoder, self.groups, partial(self.report_part, self._back))
+                self.state.keep(slopes=found)
+            self.slopes, self._done = self.state.values["slopes"], self._back
 
     def unrouted(self) -> tuple[str, ...]:
         """Return the projections that no token of the calibration reached."""
@@ -252,7 +248,9 @@ class Work:
         layers = self.walk(advance_pruned=False, moments="moments" in self.needs)
         wanted, pattern = self.method.sparsity, pattern_sparsity(self.method.resolved_scope)
         tried, fused = self.method.doses, pattern is not None
-        found = dose_response(self.decoder, layers, self.few, tried, self._tried, fused=fused)
+        found = dose_response(
+            self.decoder, layers, self.few, tried, self._tried, fused=fused, state=self.state
+        )
         self.response = found
         if pattern is not None:
             shares = dense_shares(found.nats[:, 0], found.sizes, pattern, wanted)

@@ -27,7 +27,8 @@ from causalprune.measuring import Workbench
 from causalprune.methods import Method
 from causalprune.model import skeleton, tokenizer_of
 from causalprune.provenance import git_commit, peak_bytes, versions
-from causalprune.pruning import Pruned, manifest, prune
+from causalprune.pruned import Pruned, manifest
+from causalprune.pruning import prune
 from causalprune.questions import Estimator, Question
 from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec, Recipe
 from causalprune.results import RESULTS, kept_rows, results_in, rows_of, write_json, write_results
@@ -186,7 +187,8 @@ def prune_checkpoint(
 ) -> Pruned:
     """Prune a model and save it; heads that `cap` needs are measured first where `effects_path` is None.
 
-    The ledger of such a measurement lies beside the output, in `<output>.attribution`.
+    The ledger of such a measurement lies beside the output, in `<output>.attribution`; what a stopped pruning had finished in
+    `<output>.pruning`, until the output is there.
     """
     check_destination(output, options.overwrite)
     needs = method.needs
@@ -200,6 +202,7 @@ def prune_checkpoint(
         effects = load_effects(effects_path, decoder)
     elif "effects" in needs and calibration is not None:
         effects = _measured(decoder, calibration, output.with_name(f"{output.name}.attribution"), options)
+    kept_in = output.with_name(f"{output.name}.pruning")
     with options.stage("pruning") as progress:
         pruned = prune(
             decoder,
@@ -207,11 +210,13 @@ def prune_checkpoint(
             calibration=calibration,
             effects=effects,
             max_batch_tokens=options.batch_tokens,
+            kept_in=kept_in,
             on_progress=progress,
         )
     with options.stage("saving"):
         record = manifest(pruned, calibration, effects)
         save(decoder, output, manifest=record, keep=pruned.keep, effects=effects, overwrite=options.overwrite)
+    kept_in.unlink(missing_ok=True)
     return pruned
 
 

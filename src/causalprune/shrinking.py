@@ -1,6 +1,6 @@
 """Which units go for good, and what the others do to make up for them: a smaller and faster standard model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from causalprune.distillation import lessons
 from causalprune.errors import ModelError, OptionError, unknown
 from causalprune.pruning import remove
 from causalprune.questions import Estimator, Question
-from causalprune.statistics import observed
+from causalprune.statistics import InputNorms, See, observed
 from causalprune.structure import Kept, column_keep, silence, smaller
 from causalprune.types import Calibration, Decoder, Layer, Progress, Projection, Stage
 from causalprune.units import Site, gated_module
@@ -277,18 +277,27 @@ def _activation(decoder: Decoder, kind: Kind, calibration: Calibration, on_progr
         return _router_weighted(decoder, calibration, on_progress)
     if kind == "layers":
         raise OptionError("layers cannot be chosen by activation: by effect, magnitude or random")
-    place: Literal["mlp", "heads"] = "mlp" if kind == "neurons" else "heads"
+    norms, role = InputNorms(), "down" if kind == "neurons" else "o"
+    _shown(decoder, decoder.layers, calibration, norms.see, on_progress)
     sums: dict[int, Tensor] = {}
+    for layer in decoder.layers:
+        if n := _count(layer, kind):
+            squares = norms.squares[f"layers.{layer.index}.{role}"]
+            sums[layer.index] = squares.view(n, -1).sum(1).cpu()
+    return sums
+
+
+def _shown(
+    decoder: Decoder, layers: Sequence[Layer], calibration: Calibration, see: See, on_progress: Progress
+) -> None:
+    """Run the calibration examples, and let `see` look at the projections of these layers."""
     groups = batches(calibration.examples, max_batch_tokens=1)  # one by one: no padding
-    with ExitStack() as stack, torch.inference_mode():
-        for layer in decoder.layers:
-            if n := _count(layer, kind):
-                module = gated_module(decoder, Site(layer.index, place))
-                stack.callback(module.register_forward_pre_hook(_adding(sums, layer.index, n)).remove)
-        for done, batch in enumerate(groups, start=1):
+    for done, batch in enumerate(groups, start=1):
+        with ExitStack() as stack, torch.inference_mode():
+            for layer in layers:
+                stack.enter_context(observed(layer, batch.real, see))
             decoder.model(input_ids=batch.tokens.to(decoder.device), use_cache=False)
-            on_progress(done, len(groups))
-    return {layer: own.cpu() for layer, own in sums.items()}
+        on_progress(done, len(groups))
 
 
 def _router_weighted(decoder: Decoder, calibration: Calibration, on_progress: Progress) -> Scores:
@@ -313,23 +322,9 @@ def _router_weighted(decoder: Decoder, calibration: Calibration, on_progress: Pr
             norms = (gates * outputs.float().norm(dim=-1)).double().sum()
             sums[p.layer][:, p.expert] += torch.stack([norms.cpu(), torch.tensor(float(len(gates)))])
 
-    groups = batches(calibration.examples, max_batch_tokens=1)  # one by one: no padding
-    with ExitStack() as stack, torch.inference_mode():
+    with ExitStack() as stack:
         for layer in layers:
             module = gated_module(decoder, Site(layer.index, "experts"))
             stack.callback(module.register_forward_pre_hook(route(layer.index)).remove)
-        for done, batch in enumerate(groups, start=1):
-            with ExitStack() as own:
-                for layer in layers:
-                    own.enter_context(observed(layer, batch.real, see))
-                decoder.model(input_ids=batch.tokens.to(decoder.device), use_cache=False)
-            on_progress(done, len(groups))
+        _shown(decoder, layers, calibration, see, on_progress)
     return {layer: total / tokens for layer, (total, tokens) in sums.items()}
-
-
-def _adding(sums: dict[int, Tensor], layer: int, n: int) -> Callable[..., None]:
-    def hook(module: Any, args: tuple[Tensor, ...]) -> None:
-        own = args[0].flatten(0, -2).float().square().sum(0).view(n, -1).sum(1)
-        sums[layer] = sums.get(layer, 0) + own
-
-    return hook

@@ -22,7 +22,8 @@ from causalprune.importance import Factors, head_factors
 from causalprune.memory import packed
 from causalprune.methods import Method
 from causalprune.model import auto_dtype, skeleton
-from causalprune.pruning import Pruned, Work, manifest
+from causalprune.pruned import Pruned, manifest
+from causalprune.pruning import Work
 from causalprune.residence import HiddenStates, Residence
 from causalprune.shards import INDEX, Entry, ShardWriter, inside, layout, open_checkpoint
 from causalprune.spectra import Spectra
