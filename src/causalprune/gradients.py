@@ -74,9 +74,9 @@ def output_slopes(
 ) -> dict[str, Float[Tensor, "out"]]:
     """Return the root mean square of the gradient of the batches' target loss at every projection's outputs.
 
-    Nats per unit of activation; the mean is over all tokens, so what few tokens reach has small slopes, and what none
-    reaches from which the loss depends is not there. Goes back layer by layer and runs each again for that: beside the inputs of all layers it holds
-    what one layer needs, and no gradient of a weight. Costs about three forward passes.
+    Nats per unit of activation; the mean is over all tokens, so what few tokens reach has small slopes; outputs that no token
+    reaches, or on which the loss does not depend, are not there. Goes back layer by layer and runs each again for that: beside the
+    inputs of all layers it holds what one layer needs, and no gradient of a weight. Costs about three forward passes.
     """
     squares: dict[str, Tensor] = {}
     after, count = len(decoder.layers), sum(int(batch.real.sum()) for batch in groups)

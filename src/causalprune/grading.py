@@ -56,8 +56,8 @@ def dose_response(  # noqa: PLR0913 (what a trial is made of)
     """Prune group after group, each alone and at every sparsity, and measure the divergence on the batches.
 
     `layers` yields every layer in order, at a time when `pruned` can say what becomes of its matrices at every sparsity. The model is
-    as it was after each trial. Every group is kept in the `state`, and not tried again. Costs `groups · sparsities` passes through the rest of the model for every layer, with
-    two groups or, `fused`, up to four.
+    as it was after each trial. Every group is kept in the `state`, and not tried again. Costs `groups · sparsities` passes
+    through the rest of the model for every layer, with two groups or, `fused`, up to four.
     """
     wanted = [targets(batch) for batch in batches]
     with torch.no_grad():

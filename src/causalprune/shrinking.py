@@ -278,7 +278,7 @@ def _activation(decoder: Decoder, kind: Kind, calibration: Calibration, on_progr
     if kind == "layers":
         raise OptionError("layers cannot be chosen by activation: by effect, magnitude or random")
     norms, role = InputNorms(), "down" if kind == "neurons" else "o"
-    _shown(decoder, decoder.layers, calibration, norms.see, on_progress)
+    _look(decoder, decoder.layers, calibration, norms.see, on_progress)
     sums: dict[int, Tensor] = {}
     for layer in decoder.layers:
         if n := _count(layer, kind):
@@ -287,7 +287,7 @@ def _activation(decoder: Decoder, kind: Kind, calibration: Calibration, on_progr
     return sums
 
 
-def _shown(
+def _look(
     decoder: Decoder, layers: Sequence[Layer], calibration: Calibration, see: See, on_progress: Progress
 ) -> None:
     """Run the calibration examples, and let `see` look at the projections of these layers."""
@@ -326,5 +326,5 @@ def _router_weighted(decoder: Decoder, calibration: Calibration, on_progress: Pr
         for layer in layers:
             module = gated_module(decoder, Site(layer.index, "experts"))
             stack.callback(module.register_forward_pre_hook(route(layer.index)).remove)
-        _shown(decoder, layers, calibration, see, on_progress)
+        _look(decoder, layers, calibration, see, on_progress)
     return {layer: total / tokens for layer, (total, tokens) in sums.items()}
