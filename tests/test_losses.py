@@ -7,7 +7,7 @@ from reference import ROUNDING, calibration, fresh, nats, restored, shared
 
 from causalprune import losses
 from causalprune.calibration import batches
-from causalprune.losses import repeated, target_logits, target_nats, target_positions, targets
+from causalprune.losses import selected, target_logits, target_nats, target_positions, targets
 from causalprune.types import Batch, Calibration, Decoder
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -90,7 +90,7 @@ def test_positions_by_hand() -> None:
         (2, 0),
         (2, 1),
     ]
-    twice = repeated(batch, 2)
+    twice = selected(batch, [0, 1, 2, 0, 1, 2])
     assert twice.tokens.tolist() == batch.tokens.tolist() * 2
     assert twice.lengths.tolist() == [4, 2, 3, 4, 2, 3]
     assert twice.target_starts.tolist() == [2, 1, 1, 2, 1, 1]
@@ -99,7 +99,10 @@ def test_positions_by_hand() -> None:
 
 def test_repeated_rows_lose_the_same() -> None:
     decoder, batch = shared("mistral"), batch_of(calibration())
-    once, thrice = target_nats(decoder, batch), target_nats(decoder, repeated(batch, 3))
+    once, thrice = (
+        target_nats(decoder, batch),
+        target_nats(decoder, selected(batch, list(range(len(batch.tokens))) * 3)),
+    )
     torch.testing.assert_close(thrice, once.repeat(3), **ROUNDING)
 
 
