@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, RUNS, write_figures
+from tables import ours
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -160,9 +161,8 @@ def figures(rows: dict[str, EvalResult]) -> dict[str, float]:
     """Return losses, and how `causal` and `effect` compare with the others in pairs."""
     found = {f"nll_{label}".replace(" ", "_"): headline(result) for label, result in rows.items()}
     for label, result in rows.items():
-        kind, *rest = label.split()
-        base = " ".join([kind, "causal" if kind == "prune" else CHOICES[0], *rest[1:]])
-        if kind != "dense" and base in rows and base != label:
+        base = ours(label)
+        if label != "dense" and base in rows and base != label:
             difference = paired_difference(rows[base], result)
             found[f"{base.split()[1]}_minus_{label}_high".replace(" ", "_")] = difference.high
     return found

@@ -154,6 +154,12 @@ def speed() -> str:
     return "\n".join(lines) + "\n"
 
 
+def ours(label: str) -> str:
+    """Return the label of the row of a mixture of experts that another row is compared with."""
+    kind, *rest = label.split()
+    return " ".join([kind, "causal" if kind == "prune" else "effect", *rest[1:]])
+
+
 def moe() -> str:
     """Loss of a small mixture of experts, pruned by every method and shrunk by every choice of experts."""
     rows = _record("moe")["raw"].get("rows", {})
@@ -166,8 +172,7 @@ def moe() -> str:
     dense = results["dense"]
     lines = ["| | nats/token | over dense | over `causal` or `effect` |", "|---|---:|---:|---:|"]
     for label, result in results.items():
-        kind, *rest = label.split()
-        best = results.get(" ".join([kind, "causal" if kind == "prune" else "effect", *rest[1:]]), result)
+        best = results.get(ours(label), result)
         pairs = [paired_difference(result, other) if other is not result else None for other in (dense, best)]
         bounds = [f"{own.difference:+.4f} [{own.low:+.4f}, {own.high:+.4f}]" if own else "" for own in pairs]
         lines.append(f"| {label} | {headline(result):.4f} | {' | '.join(bounds)} |")

@@ -70,7 +70,11 @@ class Cells:
             if not self.recipe.texts:
                 results = [dataclasses.replace(result, texts=()) for result in results]
             self.book.append(f"{name}/{task}", kept_rows(results))
-        (self.folder / f"{name}.pruning").unlink(missing_ok=True)
+        self._kept_in(name).unlink(missing_ok=True)
+
+    def _kept_in(self, name: str) -> Path:
+        """Return the file of what pruning a cell has finished."""
+        return self.folder / f"{name}.pruning"
 
     def _saved(self, name: str, checkpoint: Path) -> bool:
         """Tell whether the model of a cell that was pruned is saved, and not one of an earlier run in this folder."""
@@ -88,7 +92,7 @@ class Cells:
                 calibration=self.calibration,
                 effects=own,
                 max_batch_tokens=self.recipe.batch_tokens,
-                kept_in=self.folder / f"{name}.pruning",
+                kept_in=self._kept_in(name),
                 on_progress=progress,
             )
         checkpoint = self.folder / CHECKPOINTS / name

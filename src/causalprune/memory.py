@@ -48,6 +48,10 @@ class Masks(Mapping[str, Tensor]):
         out, into = keep.shape
         self._packed[name] = packed(keep), (out, into), keep.device
 
+    def stored(self) -> dict[str, UInt8[Tensor, "byte"]]:
+        """Return the bits of every mask, as `unpacked` takes them."""
+        return {name: torch.from_numpy(data) for name, (data, *_) in self._packed.items()}
+
     def __getitem__(self, name: str) -> Bool[Tensor, "out in"]:
         data, shape, device = self._packed[name]
         return unpacked(data, shape).to(device)

@@ -119,6 +119,12 @@ class Method:
         return self.walks > 0
 
     @property
+    def takes_long(self) -> bool:
+        """Whether there are gradients, interventions or training, which are worth keeping of a stopped run."""
+        graded, trains = self.resolved_budgets == "graded", self.resolved_update == "distill"
+        return graded or trains or "slopes" in self.needs
+
+    @property
     def walks(self) -> int:
         """How often the calibration tokens go through all layers.
 

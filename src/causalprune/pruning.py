@@ -28,8 +28,8 @@ from causalprune.errors import ModelError, OptionError
 from causalprune.gradients import output_slopes
 from causalprune.grading import DoseResponse, dose_response
 from causalprune.importance import Factors, head_factors
-from causalprune.memory import Masks, packed, unpacked
-from causalprune.methods import N_OF_M, SLOPE_PASSES, Method, pattern_sparsity
+from causalprune.memory import Masks, unpacked
+from causalprune.methods import SLOPE_PASSES, Method, pattern_sparsity
 from causalprune.obs import inverse_factor, refit, sparsegpt
 from causalprune.pruned import Pruned
 from causalprune.resuming import State
@@ -64,11 +64,11 @@ def prune(  # noqa: PLR0913 (the command's options)
     if method.needs_calibration and calibration is None:
         raise OptionError(f"method {method.criterion!r} needs calibration data")
     factors = head_factors(decoder, effects, fingerprint(decoder.model)) if "effects" in method.needs else {}
-    _check(decoder, method.group if N_OF_M.fullmatch(method.resolved_scope) else 1)
+    _check(decoder, method.group if pattern_sparsity(method.resolved_scope) else 1)
     examples, measured = calibration and calibration.fingerprint, effects and effects.calibration_fingerprint
-    identity = (
-        [fingerprint(decoder.model), asdict(method), examples, measured, max_batch_tokens] if kept_in else []
-    )
+    identity: list[object] = []
+    if kept_in and (method.takes_long or kept_in.exists()):  # a fingerprint reads the whole model
+        identity = [fingerprint(decoder.model), asdict(method), examples, measured, max_batch_tokens]
     work = Work(decoder, method, factors, on_progress, State(kept_in, identity))
     return _carried_out(work, calibration, max_batch_tokens)
 
@@ -116,8 +116,8 @@ def _carried_out(
     if "training" in known:  # of a stopped run, which had pruned all layers
         for p in decoder.projections:
             keep.add(p.name, unpacked(known["keep"][p.name].numpy(), p.shape).to(p.device))
-        response = DoseResponse(**known["response"]) if known["response"] else None
-        pruned = Pruned(method, keep, known["unrouted"], response)
+        curves = DoseResponse(**known["response"]) if known["response"] else None
+        pruned = Pruned(method, keep, known["unrouted"], curves)
     else:
         if method.needs_calibration and calibration is not None:
             work.look_at(calibration, max_batch_tokens)
@@ -125,8 +125,8 @@ def _carried_out(
             keep.add(p.name, kept)
         pruned = Pruned(method, keep, work.unrouted(), work.response)
     if trains:
-        known["keep"] = {name: torch.from_numpy(packed(kept)) for name, kept in keep.items()}
-        known |= {"unrouted": pruned.unrouted, "response": pruned.response and asdict(pruned.response)}
+        response = pruned.response and asdict(pruned.response)
+        known |= {"keep": keep.stored(), "unrouted": pruned.unrouted, "response": response}
         on_step = partial(work.report_part, work.total)
         distill(decoder, keep, followed, seed=method.seed, on_step=on_step, state=work.state)
     return pruned
