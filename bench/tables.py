@@ -357,7 +357,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "half": partial(_rows, "quality", "gsm8k", HALF),
     "mix": partial(_rows, "quality", "mix"),
     "qwen": partial(_rows, "quality", "qwen"),
-    "qwen_own": partial(_rows, "quality", "qwen_own"),
+    "qwen_worked": partial(_rows, "quality", "qwen_worked"),
     "gemma": partial(_rows, "quality", "gemma"),
     "calibrations": calibrations,
     "draws": draws,
