@@ -167,7 +167,7 @@ def test_verify_fails_where_zeros_were_lost(run: Run, model: Path, tmp_path: Pat
     assert "layers.1.up lost its zeros" in out
 
 
-def recipe_for(model: Path, **changes: Any) -> dict[str, Any]:
+def recipe_for(model: Path, /, **changes: Any) -> dict[str, Any]:
     return {
         "model": {"name": str(model)},
         "calibration": {"sources": ["gsm8k"], "n": 6},
@@ -311,6 +311,8 @@ def test_effects_of_another_model(run: Run, model: Path, data: Path, tmp_path: P
         ({"methodes": []}, "did you mean 'methods'"),
         ({"tasks": ["gsm8k_nl"]}, "did you mean 'gsm8k_nll'"),
         ({"calibration": {"sources": ["gsm8k"], "n": 5000}}, "5000"),
+        ({"model": {"name": "embedded", "dtype": "fp16"}}, "fp16"),
+        ({"model": {"name": "embedded", "device": "abacus"}}, "abacus"),
     ],
 )
 @pytest.mark.parametrize("mode", [("--dry-run",), ()])

@@ -95,6 +95,24 @@ def test_more_gate_values_integrate_along_the_path() -> None:
     torch.testing.assert_close(both, (one + half) / 2, **ROUNDING)
 
 
+def test_the_intact_loss_is_that_of_open_gates() -> None:
+    open_gates, half = (
+        attribute(shared("llama3"), EXAMPLES, UNITS, Estimator("gradient", draws=0, gates=gates)).intact_nats
+        for gates in ((1.0,), (0.5,))
+    )
+    torch.testing.assert_close(half, open_gates, **ROUNDING)
+
+
+def test_the_first_cells_of_a_unit_are_the_first_of_the_order() -> None:
+    effects, _ = made_up(2, 1, 0.0)
+    order = torch.randperm(2, generator=torch.Generator().manual_seed(0)).tolist()
+    lengths = torch.zeros(2, dtype=torch.long)
+    lengths[order] = torch.tensor([100, 1])  # only the second is within the room
+    plan = Allocation(torch.zeros(200, dtype=torch.long), lengths, depth=4, seed=0)
+    assert next_cells(effects, plan, 50.0) == []
+    assert {sequence for _, sequence in next_cells(effects, plan, 500.0)} == set(order)
+
+
 def test_adaptive_keeps_to_its_budget_and_approaches_exact(tmp_path: Path) -> None:
     decoder = shared("gemma2")
     exact = attribute(decoder, EXAMPLES, UNITS)

@@ -344,6 +344,16 @@ def test_the_output_head_gets_the_last_positions_as_a_copy(folder: Path) -> None
     assert all(whole for _, whole in seen)
 
 
+def test_a_model_need_not_say_what_ends_an_answer() -> None:
+    from causalprune.tasks import harness
+
+    own = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    assert harness.ends_of(own, SimpleNamespace(eos_token_id=None)) == set()
+    assert harness.ends_of(own, SimpleNamespace(eos_token_id=2)) == {2}
+    own.generation_config.eos_token_id = [2, 7]
+    assert harness.ends_of(own, SimpleNamespace(eos_token_id=None)) == {2, 7}
+
+
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "mistral", "gpt2", "opt", "qwen3_moe"])
 def test_answers_that_leave_the_batch_are_those_of_generate(
     family: str, monkeypatch: pytest.MonkeyPatch

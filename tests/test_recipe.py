@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ def test_cells_are_dense_and_every_method_at_every_sparsity(tmp_path: Path) -> N
 
 
 def test_without_limits_drops_only_limits(tmp_path: Path) -> None:
-    assert without_limits(read_recipe(written(tmp_path, MINIMAL))).tasks == ("gsm8k_nll", "strategyqa")
+    found = without_limits(read_recipe(written(tmp_path, MINIMAL)))
+    assert found.tasks == ("gsm8k_nll", "strategyqa")
+    assert without_limits(replace(found, tasks=("my:task.yaml",))).tasks == ("my:task.yaml",)
 
 
 def test_label_names_the_scope_that_is_used() -> None:

@@ -1,6 +1,7 @@
 """A pruning that was stopped anywhere goes on, and ends with the bytes of an undisturbed one."""
 
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from reference import calibration, fresh
 
 from causalprune import distillation, grading, pruning, resuming
 from causalprune.anatomy import fingerprint
+from causalprune.attribution import attribute
 from causalprune.errors import MismatchError
 from causalprune.methods import Method
 from causalprune.pruning import prune
@@ -96,6 +98,20 @@ def test_what_is_kept_of_another_pruning_is_refused(tmp_path: Path, monkeypatch:
         MismatchError, match=r"out\.pruning is of a stopped pruning with other options: delete it"
     ):
         prune(fresh("llama3"), Method("causal", 0.4), calibration=EXAMPLES, kept_in=file)
+
+
+def test_what_is_kept_with_other_effects_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, file = Method("cap", 0.5, update="distill"), tmp_path / "out.pruning"
+    effects = attribute(fresh("llama3"), EXAMPLES)
+    others = replace(effects, masked_nats=effects.masked_nats.flip(0))
+    counted(monkeypatch, "_gradients", 1)
+    given = {"calibration": EXAMPLES, "kept_in": file}
+    with pytest.raises(StoppedError):
+        prune(fresh("llama3"), method, effects=effects, **given)
+    with pytest.raises(MismatchError, match="other options"):
+        prune(fresh("llama3"), method, effects=others, **given)
+    counted(monkeypatch)
+    prune(fresh("llama3"), method, effects=effects, **given)
 
 
 def test_without_room_it_goes_on_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

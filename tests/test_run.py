@@ -13,7 +13,7 @@ from tinydata import tiny_decoder, write_data, write_jsonl
 from causalprune import cells
 from causalprune import run as running
 from causalprune.checkpoint import read_manifest
-from causalprune.errors import CheckpointError, DataError, MismatchError
+from causalprune.errors import CheckpointError, DataError, MismatchError, OptionError
 from causalprune.evaluation import Settings, evaluate
 from causalprune.evidence import read_run
 from causalprune.methods import Method
@@ -249,6 +249,14 @@ def test_cap_measures_first_where_no_effects_are_given(
     assert json.loads(effects.read_text()) == json.loads((tmp_path / "alone" / "effects.json").read_text())
     given = running.prune_checkpoint(spec, method, tmp_path / "given", wanted, effects, options)
     assert all(torch.equal(alone.keep[name], given.keep[name]) for name in given.keep)
+
+
+def test_work_is_shared_out_in_one_way(model_folder: Path, tmp_path: Path) -> None:
+    options = running.Options(share=(1, 2), cluster=running.Cluster(2))
+    with pytest.raises(OptionError, match=r"leave out --shard, or --executor ray"):
+        running.attribute(
+            ModelSpec(str(model_folder)), CalibrationSpec(("gsm8k",), n=6), tmp_path / "out", options
+        )
 
 
 def values(record: dict[str, Any]) -> list[Any]:

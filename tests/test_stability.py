@@ -82,8 +82,8 @@ def test_draws_agree_as_far_as_their_noise_allows() -> None:
 
 def test_a_whole_run_is_resumed(tmp_path: Path) -> None:
     decoder = shared("llama3")
-    calibrations = {"one": EXAMPLES, "other": Calibration(EXAMPLES.examples[::-1], EXAMPLES.subset)}
+    calibrations = {"a/own": EXAMPLES, "b/own": Calibration(EXAMPLES.examples[::-1], EXAMPLES.subset)}
     runs = [stability(decoder, calibrations, tmp_path, pairs=Pairs(3, 2), stage=quiet) for _ in range(2)]
     assert runs[0] == runs[1]
-    assert runs[0]["between"]["other"]["spearman"] == pytest.approx(1.0, abs=0.02)
-    assert {path.name for path in tmp_path.iterdir()} == {"one.ledger", "other.ledger", "pairs.ledger"}
+    assert runs[0]["between"]["b/own"]["spearman"] == pytest.approx(1.0, abs=0.02)
+    assert {path.name for path in tmp_path.iterdir()} == {"a%2Fown.ledger", "b%2Fown.ledger", "pairs.ledger"}

@@ -33,7 +33,9 @@ def speaking(monkeypatch: pytest.MonkeyPatch, endless: int = 0) -> tuple[Any, li
     decoder, calls = tiny_decoder(), []
 
     def generate(tokens: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
-        assert options["max_new_tokens"] == 400 - tokens.shape[1]
+        assert options["max_new_tokens"] == 400 - int(attention_mask.sum(1).min()), (
+            "the shortest has most room"
+        )
         assert bool((attention_mask.sum(1) > 0).all())
         own = [*decoder.tokenizer(ANSWER)["input_ids"], decoder.tokenizer.eos_token_id]
         rows = []
@@ -102,6 +104,10 @@ def test_general_text_takes_its_share(data: Path) -> None:
     text = [e for e in found.examples if e.source == "wikitext2"]
     assert len(text) == 2
     assert all(e.target_start == 1 for e in text)
+    for share, counts in ((0.0, {}), (0.25, {"wikitext2": 2})):
+        spec = CalibrationSpec(("gsm8k:4", "arc_challenge:2"), subsets=2, max_tokens=200, general=share)
+        assert spec.counts() == {"gsm8k": 4, "arc_challenge": 2} | counts, "all say how many: n is not asked"
+        assert calibrated(decoder, spec, data).description["sources"] == spec.counts()
     with pytest.raises(OptionError, match="general text"):
         CalibrationSpec(("gsm8k",), general=1.0)
 

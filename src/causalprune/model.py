@@ -48,7 +48,7 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
     None for a local folder without tokenizer files. Weights that are there as a pickle only are refused unless
     `allow_pickle` is given; even then they are read as plain tensors (`weights_only`), never as code.
     """
-    _check_options(dtype, device)
+    check_options(dtype, device)
     folder, gguf = _source(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if gguf is not None:
@@ -87,7 +87,8 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
     return inspect_model(model, tokenizer, name=name, revision=revision)
 
 
-def _check_options(dtype: str, device: str) -> None:
+def check_options(dtype: str, device: str) -> None:
+    """Raise `OptionError` where a dtype is unknown, or a device cannot be used here."""
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     try:

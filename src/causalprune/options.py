@@ -95,7 +95,10 @@ MethodName = Annotated[str, typer.Option(help=METHODS)]
 MethodOrOwn = Annotated[
     str | None, typer.Option(help=f"{METHODS} Default: causal, or cap where --effects are given.")
 ]
-N = Annotated[int, typer.Option("-n", help="Number of calibration examples.", min=1)]
+N = Annotated[
+    int,
+    typer.Option("-n", help="Number of calibration examples, unless every source says it (gsm8k:32).", min=1),
+]
 Subsets = Annotated[int, typer.Option(help="Disjoint subsets K of the calibration set.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 MaxTokens = Annotated[int, typer.Option(help="Longer examples are left out, and counted.", min=2)]

@@ -16,7 +16,7 @@ from causalprune.data import OWN, TEXT_SOURCES, Split, load_problems, load_texts
 from causalprune.embedded import resolve
 from causalprune.errors import DataError, OptionError
 from causalprune.evaluation import check_tasks, output_type, source_of
-from causalprune.model import read_shape
+from causalprune.model import check_options, read_shape
 from causalprune.questions import DEFAULT_BUDGET
 from causalprune.recipe import ModelSpec, Recipe, Shape
 
@@ -62,6 +62,8 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
         CausalPruneError: names, data, model configuration or output folder are not in order.
     """
     check_tasks(recipe.tasks)
+    device = recipe.model.device  # a GPU may be where the plan is carried out
+    check_options(recipe.model.dtype, "meta" if device.startswith("cuda") else device)
     if not folder.exists():
         check_destination(folder)
     shape = recipe.shape or _read_shape(recipe.model)
@@ -72,7 +74,11 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
     if any("effects" in m.needs for m in methods):
         units = shape.layers * shape.heads
         jobs.append(Job("attribution", units, int(calibration * _attribution_passes(recipe, shape))))
-    passes = [m.passes(shape.layers, recipe.calibration.n) for m in methods if m.needs_calibration]
+    passes = [
+        m.passes(shape.layers, sum(recipe.calibration.counts().values()))
+        for m in methods
+        if m.needs_calibration
+    ]
     if passes:
         jobs.append(Job("pruning on calibration data", len(passes), int(calibration * sum(passes))))
     for task in recipe.tasks:

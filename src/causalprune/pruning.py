@@ -65,7 +65,7 @@ def prune(  # noqa: PLR0913 (the command's options)
         raise OptionError(f"method {method.criterion!r} needs calibration data")
     factors = head_factors(decoder, effects, fingerprint(decoder.model)) if "effects" in method.needs else {}
     _check(decoder, method.group if pattern_sparsity(method.resolved_scope) else 1)
-    examples, measured = calibration and calibration.fingerprint, effects and effects.calibration_fingerprint
+    examples, measured = calibration and calibration.fingerprint, effects and effects.fingerprint
     identity: list[object] = []
     if kept_in and (method.takes_long or kept_in.exists()):  # a fingerprint reads the whole model
         identity = [fingerprint(decoder.model), asdict(method), examples, measured, max_batch_tokens]

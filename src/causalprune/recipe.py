@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from causalprune.calibration import Chat, split_counts
+from causalprune.calibration import Chat, split_counts, with_limit
 from causalprune.criteria import BUDGETS
 from causalprune.errors import MismatchError, OptionError, unknown
 from causalprune.methods import N_OF_M, Method, pattern_sparsity
@@ -39,7 +39,8 @@ class CalibrationSpec:
     """Which examples the methods see: the arguments of `causalprune.calibration.calibrate`, and more.
 
     A source `own:NAME` is problems of NAME with the model's own answers; `general` is the share of the examples that
-    are general text instead, to protect what the task does not need.
+    are general text instead, to protect what the task does not need. `n` is the number of all examples, unless every
+    source says its own as in `gsm8k:32`.
     """
 
     sources: tuple[str, ...]
@@ -58,8 +59,10 @@ class CalibrationSpec:
 
     def counts(self) -> dict[str, int]:
         """Return the number of examples of every source, that of general text among them."""
-        text = round(self.general * self.n)
-        return split_counts((*self.sources, f"{GENERAL}:{text}") if text else self.sources, self.n)
+        own = [with_limit(source)[1] or 0 for source in self.sources]
+        n = self.n if 0 in own else round(sum(own) / (1 - self.general))
+        text = round(self.general * n) if 0 in own else n - sum(own)
+        return split_counts((*self.sources, f"{GENERAL}:{text}") if text else self.sources, n)
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ def find_recipe(name: str) -> Path:
 
 def without_limits(recipe: Recipe) -> Recipe:
     """Return the recipe with every task on all of its examples."""
-    return dataclasses.replace(recipe, tasks=tuple(task.rpartition(":")[0] or task for task in recipe.tasks))
+    return dataclasses.replace(recipe, tasks=tuple(with_limit(task)[0] for task in recipe.tasks))
 
 
 def read_recipe(path: Path) -> Recipe:

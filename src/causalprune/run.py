@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from causalprune.attribution import attribute as measure
+from causalprune.calibration import with_limit
 from causalprune.cells import Cells, load
 from causalprune.checkpoint import EFFECTS, check_destination, describe, load_effects, save, save_effects
 from causalprune.cluster import Cluster, fill
@@ -128,6 +129,8 @@ def attribute(
     attribution: AttributionSpec = AttributionSpec(),
 ) -> Effects:
     """Measure the units of a model and leave `effects.json` and the ledger in `folder`."""
+    if options.cluster is not None and options.share[1] > 1:
+        raise OptionError("a cluster does all jobs of a run: leave out --shard, or --executor ray")
     decoder, calibration = prepared(spec, wanted, options)
     if options.cluster is not None:
         how = attribution.method(options.batch_tokens)
@@ -135,7 +138,8 @@ def attribute(
         make = functools.partial(_workbench, spec, calibration, question, how)
         with options.stage("attribution on the cluster") as progress:
             work = Workbench(decoder, calibration, question, how)
-            fill(work, folder / "attribution.ledger", make, options.cluster, progress)
+            cluster = dataclasses.replace(options.cluster, gpus=float(spec.device.startswith("cuda")))
+            fill(work, folder / "attribution.ledger", make, cluster, progress)
     return _measured(decoder, calibration, folder, options, attribution)
 
 
@@ -161,7 +165,9 @@ def check_stability(
     with options.stage("calibration data") as progress:
         calibrations = {}
         for source in wanted.sources:
-            own = dataclasses.replace(wanted, sources=(source,), n=wanted.n * DRAWS, subsets=DRAWS)
+            name, count = with_limit(source)
+            n = (count or wanted.n) * DRAWS
+            own = dataclasses.replace(wanted, sources=(name,), n=n, subsets=DRAWS)
             calibrations[source] = calibrated(decoder, own, options.data_dir, on_progress=progress)
     found = stability(
         decoder,

@@ -44,9 +44,8 @@ def next_cells(effects: Effects, plan: Allocation, room: float) -> list[tuple[in
         nonlocal spent
         sequence = order[at]
         cost = float(plan.lengths[sequence] * share[unit])
-        cost += (
-            0.0 if sequence in touched else 2.0 * float(plan.lengths[sequence])
-        )  # its intact pass and walk
+        if sequence not in touched:  # its intact pass and walk
+            cost += 2.0 * float(plan.lengths[sequence])
         if spent + cost > room:
             return False
         spent += cost
@@ -56,8 +55,8 @@ def next_cells(effects: Effects, plan: Allocation, room: float) -> list[tuple[in
 
     if not bool(measured.any()):
         for unit in _pilot(effects, generator):
-            for at in range(min(PILOT_CELLS, len(order))):
-                afford(unit, at)
+            # Up to the first that is too dear: what a unit has is always the first of the order.
+            all(afford(unit, at) for at in range(min(PILOT_CELLS, len(order))))
         return chosen
     counts, n = measured.sum(1).double(), len(order)
     assert effects.predicted_nats is not None

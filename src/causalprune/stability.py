@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def stability(  # noqa: PLR0913 (the command's options)
     measured: dict[str, Effects] = {}
     for name, calibration in calibrations.items():
         with stage(f"effects on {name}") as progress:
-            path = folder / f"{Path(name).name}.ledger"
+            path = folder / f"{quote(name, safe=':')}.ledger"
             measured[name] = attribute(decoder, calibration, question, how, ledger=path, on_progress=progress)
     first, *others = measured
     found: dict[str, Any] = {

@@ -132,10 +132,10 @@ def _answers(decoder: Decoder, examples: Sequence[Example], max_tokens: int) -> 
     """Return the greedy answers to the prompts of some examples; empty where one does not end."""
     if not examples:
         return []
-    from causalprune.tasks.harness import plain_generation  # noqa: PLC0415 (takes seconds)
+    from causalprune.tasks.harness import ends_of, plain_generation  # noqa: PLC0415 (takes seconds)
 
     prompts = [list(e.tokens[: e.target_start]) for e in examples]
-    longest = max(map(len, prompts))
+    longest, shortest = max(map(len, prompts)), min(map(len, prompts))
     padding = decoder.tokenizer.pad_token_id or decoder.tokenizer.eos_token_id or 0
     tokens = torch.tensor([[padding] * (longest - len(p)) + p for p in prompts])
     real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -143,15 +143,14 @@ def _answers(decoder: Decoder, examples: Sequence[Example], max_tokens: int) -> 
         found = decoder.model.generate(
             tokens.to(decoder.device),
             attention_mask=real.to(decoder.device),
-            max_new_tokens=max(max_tokens - longest, 1),
+            max_new_tokens=max(max_tokens - shortest, 1),
             pad_token_id=padding,
         )
-    ends = decoder.model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), decoder.tokenizer.eos_token_id}
+    ends = ends_of(decoder.model, decoder.tokenizer)
     return [_ended(decoder.tokenizer, row[longest:].tolist(), ends) for row in found]
 
 
-def _ended(tokenizer: Any, tokens: Sequence[int], ends: Set[int | None]) -> str:
+def _ended(tokenizer: Any, tokens: Sequence[int], ends: Set[int]) -> str:
     """Return the text before the first token that ends an answer; empty if there is none."""
     at = next((i for i, token in enumerate(tokens) if token in ends), None)
     return "" if at is None else str(tokenizer.decode(tokens[:at], skip_special_tokens=True))

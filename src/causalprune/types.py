@@ -313,6 +313,12 @@ class Effects:
     predicted_nats: Float[Tensor, "unit sequence"] | None = None
     curvature_nats: Float[Tensor, "unit"] | None = None
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the effect of every unit."""
+        named = zip(self.units, self.delta_nats().tolist(), strict=True)
+        return hashlib.sha256(repr([(vars(unit), delta) for unit, delta in named]).encode()).hexdigest()
+
     def change_nats(self) -> Float[Tensor, "unit sequence"]:
         """Return what removing the unit changed, by this record's effect; NaN where not measured."""
         return self.masked_nats - self.intact_nats if self.kl_nats is None else self.kl_nats

@@ -159,6 +159,12 @@ def plain_generation(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
+def ends_of(model: Any, tokenizer: Any) -> set[int]:
+    """Return the tokens that end an answer, by the tokenizer and by the model's generation file; there may be none."""
+    own = model.generation_config.eos_token_id
+    return {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+
+
 def _scorer(kind: AnswerKind) -> Callable[[Mapping[str, Any], Sequence[str]], dict[str, float]]:
     def score(row: Mapping[str, Any], generated: Sequence[str]) -> dict[str, float]:
         return {"exact_match": float(is_correct(generated[0], kind, row["answer"], row.get("labels", ())))}
@@ -233,10 +239,7 @@ def greedy(
     have ended, where the cache lets them.
     """
     model, words = engine.model, engine.tokenizer
-    ends = model.generation_config.eos_token_id
-    ends = torch.tensor(
-        [words.eos_token_id, *(ends if isinstance(ends, list) else [ends])], device=context.device
-    )
+    ends = torch.tensor(sorted(ends_of(model, words)), dtype=torch.long, device=context.device)
     found = torch.full((len(context), max_length), words.pad_token_id, device=context.device)
     found[:, : context.shape[1]] = context
     rows, running = torch.arange(len(context)), torch.ones(len(context), dtype=torch.bool)
