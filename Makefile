@@ -38,7 +38,7 @@ static: $(INSTALLED)  ## format, lint, types and bandit
 	$(BIN)/mypy
 	$(BIN)/bandit -q -r src -c pyproject.toml
 
-bench: $(INSTALLED)  ## run the benchmarks, one after the other
+bench: $(INSTALLED)  ## all measurements, one after the other (many hours; what is finished is kept)
 	set -e; for name in $(BENCHES); do echo "== $$name"; $(BIN)/python bench/$$name.py; done
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -121,3 +121,18 @@ def test_a_plan_counts_what_the_estimator_costs(tmp_path: Path) -> None:
     whole = tokens["exact"] / 6  # 8 heads, of which each pass sees three quarters of the model
     assert tokens["gradient"] == pytest.approx(5 * whole, rel=0.01)
     assert tokens["adaptive"] == pytest.approx(8 / 1.5 * whole, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "each"),
+    [("embedded", "auto", 4), ("x.gguf", "auto", 4), ("embedded", "bfloat16", 2), ("org/x", "auto", 2)],
+)
+def test_a_plan_knows_what_is_unpacked_to_float32(tmp_path: Path, name: str, dtype: str, each: int) -> None:
+    path, data = tmp_path / "recipe.yaml", write_data(tmp_path / "data")
+    own = {"model": {"name": name, "dtype": dtype}, "methods": ["wanda"], "sparsities": [0.2], "save": True}
+    shape = {"layers": 30, "heads": 9, "parameters": 1e8}
+    calibration = {"sources": ["gsm8k"], "n": 6}
+    values = {**own, "tasks": ["gsm8k_nll:3"], "shape": shape, "calibration": calibration}
+    path.write_text(yaml.safe_dump(values))
+    found = plan(read_recipe(path), tmp_path / "run", data_dir=data)
+    assert found.disk_bytes == pytest.approx(each * 1e8, rel=0.1)

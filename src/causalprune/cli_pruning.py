@@ -28,7 +28,10 @@ def prune(
         float, typer.Option(help="Of SparseGPT and `obs`; more where they ask for it.")
     ] = 0.01,
     effects: Annotated[
-        Path | None, typer.Option(help="effects.json of `attribute` (cap; else measured first).")
+        Path | None,
+        typer.Option(
+            help="effects.json that `attribute` wrote; for --method cap, which else measures all heads first (long)."
+        ),
     ] = None,
     task: opt.Task = ["gsm8k"],  # noqa: B006
     n: opt.N = 128,
@@ -193,7 +196,7 @@ def verify(
         typer.Option(help="The pruned checkpoint that FOLDER was made from (fine-tuned, merged)."),
     ] = None,
 ) -> None:
-    """Recount the zeros of a checkpoint against its manifest; exit code 1 if any were lost."""
+    """Recount the zeros of a checkpoint and compare its files with the manifest; exit code 1 if zeros were lost, not for a file that changed."""
     from causalprune import tables
     from causalprune.verification import verify as check
 

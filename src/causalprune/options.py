@@ -117,7 +117,7 @@ Stream = Annotated[
     typer.Option(
         "--stream",
         help="From file to file, without loading the model (local folder): matrix by matrix, or layer by layer where "
-        "a method looks at inputs or updates weights.",
+        "a method looks at inputs or updates weights. Not for causal, fisher, +graded, +distill, or scope global with inputs.",
     ),
 ]
 HiddenGib = Annotated[

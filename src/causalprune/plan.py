@@ -13,7 +13,7 @@ import torch
 from causalprune.calibration import with_limit
 from causalprune.checkpoint import check_destination
 from causalprune.data import OWN, TEXT_SOURCES, Split, load_problems, load_texts
-from causalprune.embedded import resolve
+from causalprune.embedded import EMBEDDED, resolve
 from causalprune.errors import DataError, OptionError
 from causalprune.evaluation import check_tasks, output_type, source_of
 from causalprune.model import check_options, read_shape
@@ -85,7 +85,11 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
         tokens = len(cells) * _task_tokens(task, data_dir)
         jobs.append(Job(task, len(cells), tokens))
     flops = 2 * shape.parameters * sum(job.tokens for job in jobs)
-    size = shape.parameters * BYTES[recipe.model.dtype]
+    unpacked = recipe.model.name == EMBEDDED or recipe.model.name.endswith(".gguf")
+    size = (
+        shape.parameters
+        * BYTES["float32" if unpacked and recipe.model.dtype == "auto" else recipe.model.dtype]
+    )
     return Plan(
         recipe=recipe,
         shape=shape,
