@@ -203,7 +203,7 @@ def test_effects_that_are_not_finite_leave_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["new", "overwrite"])
-@pytest.mark.parametrize("step", ["_write_model", "write_keep", "_write_json", "_sync", "_replace"])
+@pytest.mark.parametrize("step", ["_write_model", "write_keep", "_write_json", "sync", "_replace"])
 def test_a_full_disk_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, before: bool
 ) -> None:

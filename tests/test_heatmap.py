@@ -17,6 +17,12 @@ def made(layers: int = 3, heads: int = 5) -> Measured:
     return measured(made_effects(layers, heads, others=["mlp"]))[0]
 
 
+def with_values(*values: float) -> Measured:
+    own = made(1, 5)
+    units = [unit | {"delta": value} for unit, value in zip(own.units, values, strict=True)]
+    return replace(own, units=units)
+
+
 @pytest.mark.parametrize("width", [8, 12, 40, 200])
 @pytest.mark.parametrize("colour", [False, True])
 def test_every_head_has_a_cell_and_no_line_is_too_wide(width: int, colour: bool) -> None:
@@ -27,13 +33,13 @@ def test_every_head_has_a_cell_and_no_line_is_too_wide(width: int, colour: bool)
 
 
 def test_digits_grow_with_the_effect_and_carry_its_sign() -> None:
-    own = replace(made(1, 5), value=(0.9, -0.5, 0.0, math.nan, 0.1, 7.0))
+    own = with_values(0.9, -0.5, 0.0, math.nan, 0.1, 7.0)
     line = [line.plain for line in heatmap(own, width=80, colour=False)][2]
     assert line.split() == ["0", "9-5", "0", "·", "1"]
 
 
 def test_colours_tell_harm_from_help() -> None:
-    own = replace(made(1, 5), value=(0.9, -0.9, 0.01, -0.01, math.nan, 7.0))
+    own = with_values(0.9, -0.9, 0.01, -0.01, math.nan, 7.0)
     spans = {
         line.plain[s.start : s.end]: str(s.style)
         for line in heatmap(own, width=80, colour=True)
@@ -51,7 +57,7 @@ def test_colours_tell_harm_from_help() -> None:
 
 
 def test_nothing_measured_is_said() -> None:
-    own = replace(made(1, 5), value=(math.nan,) * 6)
+    own = with_values(*(math.nan,) * 6)
     assert [line.plain for line in heatmap(own, width=80, colour=True)] == [
         "head: nothing measured",
         "mlp: nothing measured",

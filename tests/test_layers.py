@@ -32,7 +32,7 @@ LAYERS: dict[str, set[str]] = {
     "ablation": {"units"},
     "statistics": {"ablation"},
     "card": {"results"},
-    "checkpoint": {"card", "memory", "model", "provenance", "results"},
+    "checkpoint": {"card", "ledger", "memory", "model", "provenance", "results"},
     "embedded": {"card", "checkpoint", "model", "results"},
     "verification": {"checkpoint", "model"},
     "losses": {"ablation"},

@@ -115,8 +115,7 @@ def capture(decoder: Decoder, tokens: Int[Tensor, "batch time"], *, stop: int) -
 
     with ExitStack() as stack:
         for layer in decoder.layers[: stop + 1]:
-            handle = layer.module.register_forward_pre_hook(keep(layer.index), with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.enter_context(layer.module.register_forward_pre_hook(keep(layer.index), with_kwargs=True))
         stack.enter_context(torch.inference_mode())
         output = run_until(decoder, tokens, last)
     if stop > last:
@@ -145,8 +144,8 @@ def entered_at(decoder: Decoder, layer: int, inputs: LayerInputs) -> Iterator[No
         for earlier in decoder.layers[:layer]:
             stack.enter_context(replaced_forward(earlier.module, skip))
         if layer < len(decoder.layers):
-            handle = decoder.layers[layer].module.register_forward_pre_hook(enter, with_kwargs=True)
-            stack.callback(handle.remove)
+            module = decoder.layers[layer].module
+            stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
         yield
 
 
@@ -173,13 +172,11 @@ def run_until(decoder: Decoder, tokens: Int[Tensor, "batch time"], stop: int) ->
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         raise _LeftModelError(output)
 
-    handle = decoder.layers[stop].module.register_forward_hook(leave)
-    try:
-        decoder.model(input_ids=tokens.to(decoder.device), use_cache=False)
-    except _LeftModelError as left:
-        return left.output
-    finally:
-        handle.remove()
+    with decoder.layers[stop].module.register_forward_hook(leave):
+        try:
+            decoder.model(input_ids=tokens.to(decoder.device), use_cache=False)
+        except _LeftModelError as left:
+            return left.output
     raise RuntimeError(f"the forward pass of {decoder.name} never reached {decoder.layers[stop].name}")
 
 

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from causalprune.card import write_card
 from causalprune.errors import CausalPruneError, CheckpointError, MismatchError
+from causalprune.ledger import sync
 from causalprune.memory import packed, unpacked, zeros_in
 from causalprune.provenance import git_commit, versions
 from causalprune.results import Row
@@ -112,7 +113,7 @@ def complete(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
+            sync(path)
         _replace(temporary, place, overwrite)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -178,9 +179,9 @@ def save_effects(effects: Effects, path: Path) -> None:
     temporary = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         _write_json(temporary, record)
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, ValueError) as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write effects to {path}: {error}") from error
@@ -366,20 +367,11 @@ def _replace(temporary: Path, folder: Path, overwrite: bool) -> None:
         if replaced:
             old.rename(folder)
         raise
-    _sync(folder.parent)
+    sync(folder.parent)
     if replaced:
         shutil.rmtree(old, ignore_errors=True)
         if old.exists():
             warnings.warn(f"{folder} was replaced, but {old} could not be deleted", stacklevel=3)
-
-
-def _sync(path: Path) -> None:
-    """Make the bytes of a file, or the entries of a folder, durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _existing(folder: Path) -> Path:

@@ -69,12 +69,20 @@ class Problem:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the rows of a data set are: files below the data folder, and the names on the hub."""
+    """Where the rows of a data set are: names on the hub, and a folder below the data folder (else of its own name).
+
+    Files and splits of the hub come as for calibration and for evaluation.
+    """
 
     parse: Callable[[Row], dict[str, Any]]
-    files: dict[Split, str]
     hub: tuple[str, str | None]
-    splits: dict[Split, str]
+    files: tuple[str, str] = ("train.jsonl", "test.jsonl")
+    splits: tuple[str, str] = ("train", "test")
+    folder: str = ""
+
+    def path(self, name: str, split: Split) -> str:
+        """Return the file of a split below the data folder."""
+        return f"{self.folder or name}/{self.files[split == 'evaluation']}"
 
 
 def content_hash(text: str) -> str:
@@ -124,41 +132,16 @@ def _text(row: Row) -> dict[str, Any]:
     return {"target": row["completion"] if "completion" in row else row["text"]}
 
 
-TRAIN_TEST: dict[Split, str] = {"calibration": "train", "evaluation": "test"}
-
-
-def _files(folder: str, calibration: str, evaluation: str) -> dict[Split, str]:
-    return {"calibration": f"{folder}/{calibration}", "evaluation": f"{folder}/{evaluation}"}
-
-
-SOURCES: dict[str, Source] = {
-    "gsm8k": Source(
-        _gsm8k, _files("gsm8k", "train.jsonl", "test.jsonl"), ("openai/gsm8k", "main"), TRAIN_TEST
-    ),
-    "strategyqa": Source(
-        _strategyqa,
-        _files("strategyqa", "train.jsonl", "dev.jsonl"),
-        ("ChilleD/StrategyQA", None),
-        TRAIN_TEST,
-    ),
-    "arc_challenge": Source(
-        _arc,
-        _files("arc_challenge", "train.jsonl", "test.jsonl"),
-        ("allenai/ai2_arc", "ARC-Challenge"),
-        TRAIN_TEST,
-    ),
-    "gsm_symbolic": Source(_gsm_symbolic, {}, ("reasoning-gym", "gsm_symbolic"), {}),
+SOURCES = {
+    "gsm8k": Source(_gsm8k, ("openai/gsm8k", "main")),
+    "strategyqa": Source(_strategyqa, ("ChilleD/StrategyQA", None), ("train.jsonl", "dev.jsonl")),
+    "arc_challenge": Source(_arc, ("allenai/ai2_arc", "ARC-Challenge")),
+    "gsm_symbolic": Source(_gsm_symbolic, ("reasoning-gym", "gsm_symbolic")),  # made, not read
     "wikitext2": Source(
-        _text,
-        _files("wikitext2", "wiki.train.slice.txt", "wiki.test.raw"),
-        ("Salesforce/wikitext", "wikitext-2-raw-v1"),
-        TRAIN_TEST,
+        _text, ("Salesforce/wikitext", "wikitext-2-raw-v1"), ("wiki.train.slice.txt", "wiki.test.raw")
     ),
     "c4": Source(
-        _text,
-        _files("c4_sample", "c4_excerpts.jsonl", "c4_excerpts.jsonl"),
-        ("allenai/c4", "en"),
-        {"calibration": "train", "evaluation": "validation"},
+        _text, ("allenai/c4", "en"), ("c4_excerpts.jsonl",) * 2, ("train", "validation"), "c4_sample"
     ),
 }
 TEXT_SOURCES = ("wikitext2", "c4")
@@ -249,11 +232,11 @@ def _rows(name: str, split: Split, data_dir: Path | None) -> Iterator[tuple[str,
     elif data_dir is None:
         yield from _hub_rows(name, split)
     elif name == "wikitext2":
-        path = data_dir / SOURCES[name].files[split]
+        path = data_dir / SOURCES[name].path(name, split)
         for number, line in enumerate(_read_text(path).removesuffix("\n").split("\n"), 1):
             yield f"{path}:{number}", {"text": line + "\n" if line.strip() else ""}
     else:
-        rows = _read_jsonl(data_dir / SOURCES[name].files[split])
+        rows = _read_jsonl(data_dir / SOURCES[name].path(name, split))
         if name == "c4":  # one file serves both splits: alternate rows
             rows = itertools.islice(rows, 0 if split == "calibration" else 1, None, 2)
         yield from rows
@@ -299,9 +282,9 @@ def _hub_rows(name: str, split: Split) -> Iterator[tuple[str, Row]]:
     import datasets  # noqa: PLC0415
 
     source = SOURCES[name]
-    path, configuration = source.hub
+    (path, configuration), own = source.hub, source.splits[split == "evaluation"]
     try:
-        rows = datasets.load_dataset(path, configuration, split=source.splits[split], streaming=name == "c4")
+        rows = datasets.load_dataset(path, configuration, split=own, streaming=name == "c4")
         limit = C4_DOCUMENTS if name == "c4" else None
         for number, row in enumerate(itertools.islice(rows, limit)):
             yield f"{path} {split} row {number}", row

@@ -26,7 +26,7 @@ from causalprune.errors import CheckpointError
 from causalprune.importance import head_importance
 from causalprune.ledger import read_rows
 from causalprune.results import RESULTS, decoded, read_json
-from causalprune.types import Decoder, Effects, Unit
+from causalprune.types import Decoder, Effects
 from causalprune.uncertainty import estimate, reliability, scores
 
 CHECKPOINTS, LEDGER, STABILITY = "checkpoints", "results.ledger", "stability.json"
@@ -36,17 +36,14 @@ CHECKPOINTS, LEDGER, STABILITY = "checkpoints", "results.ledger", "stability.jso
 class Measured:
     """Effects of units as one file of a run gives them, in nats per target token; NaN where nothing is known.
 
-    `exact` is False for estimates. `importance` is the factor I of heads (method §2), NaN for other units.
+    `exact` is False for estimates. Every unit has `layer`, `index`, `kind`, `delta`, `low`, `high` and `importance`, the factor I
+    of heads (method §2), NaN for other units.
     """
 
     name: str
     exact: bool
     effect: str
-    units: tuple[Unit, ...]
-    value: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    importance: tuple[float, ...]
+    units: list[dict[str, Any]]
     reliability: Mapping[str, float]
 
 
@@ -145,17 +142,13 @@ def _measured(effects: Effects, name: str, *, exact: bool) -> Measured:
         at = [i for i, unit in enumerate(effects.units) if unit.kind == "head"]
         for i, value in zip(at, head_importance(scores(heads)).tolist(), strict=True):
             factor[i] = value
-    return Measured(
-        name,
-        exact,
-        effects.effect,
-        effects.units,
-        value=tuple(found.value.tolist()),
-        low=tuple(found.low.tolist()),
-        high=tuple(found.high.tolist()),
-        importance=tuple(factor),
-        reliability=reliability(effects),
-    )
+    columns = found.value.tolist(), found.low.tolist(), found.high.tolist(), factor
+    names = "delta", "low", "high", "importance"
+    units = [
+        {"layer": unit.layer, "index": unit.index, "kind": unit.kind, **dict(zip(names, row, strict=True))}
+        for unit, *row in zip(effects.units, *columns, strict=True)
+    ]
+    return Measured(name, exact, effects.effect, units, reliability(effects))
 
 
 def achieved(decoder: Decoder, keep: Mapping[str, Bool[Tensor, "_ _"]]) -> dict[str, Any]:
@@ -204,7 +197,7 @@ def _name(path: Path, folder: Path) -> str | None:
 
 def _head_counts(effects: tuple[Measured, ...]) -> list[int]:
     for own in effects:
-        layers = [unit.layer for unit in own.units if unit.kind == "head"]
+        layers = [unit["layer"] for unit in own.units if unit["kind"] == "head"]
         if layers:
             return [layers.count(layer) for layer in range(max(layers) + 1)]
     return []

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from rich.text import Text
 
 from causalprune.evidence import Measured
-from causalprune.types import Unit
 
 POSITIVE = ("#fde0d2", "#f6b08c", "#e8764f", "#c8401f", "#8f1d0c")
 NEGATIVE = ("#d6e6f5", "#9cc4e6", "#5b9bd0", "#2a6fae", "#114a82")
@@ -22,27 +21,28 @@ def heatmap(own: Measured, *, width: int, colour: bool) -> Iterator[Text]:
     where it lowers it; a sign in it says the same. Without, it is a digit from 0 to 9 for the size, after a minus
     where removing helps. Heads that do not fit side by side are continued in another block.
     """
-    for kind in dict.fromkeys(unit.kind for unit in own.units):
-        cells = {u: v for u, v in zip(own.units, own.value, strict=True) if u.kind == kind}
+    for kind in dict.fromkeys(unit["kind"] for unit in own.units):
+        cells = {(u["layer"], u["index"]): u["delta"] for u in own.units if u["kind"] == kind}
         sizes = sorted(abs(value) for value in cells.values() if math.isfinite(value))
         if not sizes:
             yield Text(f"{kind}: nothing measured")
             continue
         top = sizes[math.ceil(0.98 * (len(sizes) - 1))] or sizes[-1] or 1.0
         yield Text(f"{kind}, Δ in nats per token; the strongest shade is {top:.3g} or more", style="bold")
-        indices = sorted({unit.index for unit in cells})
+        indices = sorted({index for _, index in cells})
         room = max((width - MARGIN) // 2, 1)
         for start in range(0, len(indices), room):
             yield from _block(cells, indices[start : start + room], top, colour=colour)
 
 
-def _block(cells: dict[Unit, float], indices: Sequence[int], top: float, *, colour: bool) -> Iterator[Text]:
-    kind = next(iter(cells)).kind
+def _block(
+    cells: dict[tuple[int, int], float], indices: Sequence[int], top: float, *, colour: bool
+) -> Iterator[Text]:
     yield Text(" " * MARGIN + "".join(f"{i % 100:>2}" for i in indices), style="dim")
-    for layer in sorted({unit.layer for unit in cells}):
+    for layer in sorted({layer for layer, _ in cells}):
         line = Text().append(f"{layer:>{MARGIN - 1}} ", "dim")
         for index in indices:
-            value = cells.get(Unit(layer, index, kind), math.nan)
+            value = cells.get((layer, index), math.nan)
             line.append(*(_patch(value, top) if colour else (_digit(value, top), "")))
         yield line
 

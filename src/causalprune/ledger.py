@@ -24,7 +24,6 @@ import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from causalprune.errors import CheckpointError, MismatchError
@@ -63,9 +62,7 @@ class Ledger:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the file and release the lock."""
         self.close()
 
@@ -102,7 +99,7 @@ class Ledger:
         if header.startswith(data) and data != header:  # new, or killed while the header was written
             os.ftruncate(fd, 0)
             self._write(fd, header)
-            _sync_folder(self.path.parent)
+            sync(self.path.parent)
             return
         lines = data.splitlines(keepends=True)
         self._check_header(lines[0])
@@ -203,9 +200,9 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the entries of `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Make the bytes of a file, or the entries of a folder, durable."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

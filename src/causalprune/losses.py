@@ -5,8 +5,6 @@ vocabularies they would otherwise cost more than the decoder (SmolLM2: a quarter
 Softmax and sums run in float32 or wider, whatever the dtype of the model, on the device of the logits.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,7 +56,12 @@ def target_positions(batch: Batch) -> tuple[Int[Tensor, "target"], Int[Tensor, "
 
 def target_logits(decoder: Decoder, batch: Batch, wanted: Targets) -> Float[Tensor, "target vocab"]:
     """Return the logits of every prediction of a target token. One forward pass."""
-    with _head_at(decoder, wanted.rows, wanted.positions):
+
+    def select(module: nn.Module, args: tuple[Tensor, ...]) -> Any:
+        hidden = args[0]
+        return (hidden[wanted.rows.to(hidden.device), wanted.positions.to(hidden.device)][None], *args[1:])
+
+    with decoder.model.get_output_embeddings().register_forward_pre_hook(select):
         output = decoder.model(input_ids=batch.tokens.to(decoder.device), use_cache=False)
     logits: Tensor = output.logits[0]
     return logits
@@ -130,16 +133,3 @@ def selected(batch: Batch, rows: list[int]) -> Batch:
         target_starts=batch.target_starts[rows],
         indices=tuple(batch.indices[row] for row in rows),
     )
-
-
-@contextmanager
-def _head_at(decoder: Decoder, rows: Tensor, positions: Tensor) -> Iterator[None]:
-    def select(module: nn.Module, args: tuple[Tensor, ...]) -> Any:
-        hidden = args[0]
-        return (hidden[rows.to(hidden.device), positions.to(hidden.device)][None], *args[1:])
-
-    handle = decoder.model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -5,7 +5,7 @@ is copied bit for bit. Scores, thresholds and masks are made by `pruning`, so th
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -142,10 +142,10 @@ def _write(
             stack.callback(store.writers[source].close)
         stack.callback(store.settle)
         keep_file = next(iter(targets.values())).with_name(checkpoint.KEEP)
-        keeps = stack.enter_context(KeepWriter(keep_file, pool))
+        write_keep = stack.enter_context(keep_writer(keep_file, pool))
         for p, keep in pruned:
             rows.append(checkpoint.count(p))
-            keeps.write(p.name, keep)
+            write_keep(p.name, keep)
         store.flush()
         touched = {p.entry.name for p in pool}
         for entry in entries.values():
@@ -193,24 +193,14 @@ def _residence(
         yield residence
 
 
-class KeepWriter:
-    """`keep_masks.safetensors`, written mask by mask."""
-
-    def __init__(self, path: Path, projections: Sequence[Projection]) -> None:
-        sizes = {p.name: (p.size + 7) // 8 for p in projections}
-        metadata = {p.name: f"{p.shape[0]},{p.shape[1]}" for p in projections}
-        header, self._places, size = layout(sizes, metadata)
-        self._file = ShardWriter(path, header, size)
-
-    def __enter__(self) -> "KeepWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, name: str, keep: Tensor) -> None:
-        """Write what stays of a projection."""
-        self._file.write(self._places[name], packed(keep))
+@contextmanager
+def keep_writer(path: Path, projections: Sequence[Projection]) -> Iterator[Callable[[str, Tensor], None]]:
+    """Hand out what writes `keep_masks.safetensors` mask by mask, given a projection's name and what stays of it."""
+    sizes = {p.name: (p.size + 7) // 8 for p in projections}
+    metadata = {p.name: f"{p.shape[0]},{p.shape[1]}" for p in projections}
+    header, places, size = layout(sizes, metadata)
+    with closing(ShardWriter(path, header, size)) as file:
+        yield lambda name, keep: file.write(places[name], packed(keep))
 
 
 def _survey(decoder: Decoder, sources: Sources, dtype: torch.dtype, spectra: Spectra) -> str:

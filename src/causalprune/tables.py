@@ -16,12 +16,8 @@ from causalprune.verification import Verification
 
 STYLES = {"better": "green", "worse": "red"}
 STRONGEST = 10
-UNITS = {
-    "nats_per_token": "nats/token",
-    "perplexity": "perplexity",
-    "accuracy": "accuracy",
-    "acc_norm": "acc_norm",
-}
+UNITS = {"nats_per_token": "nats/token"}
+"""What a metric is shown as, where that is not its name."""
 
 
 def comparison(rows: Sequence[Row], *, against: str | None = None) -> Table:
@@ -39,7 +35,7 @@ def comparison(rows: Sequence[Row], *, against: str | None = None) -> Table:
     table = Table(caption=f"value (paired difference to {labels[base_row]}, 95 % interval)")
     table.add_column("model", no_wrap=True)
     for task, metric in columns:
-        table.add_column(f"{task}\n{UNITS[metric]}", justify="right", overflow="fold")
+        table.add_column(f"{task}\n{UNITS.get(metric, metric)}", justify="right", overflow="fold")
     for i, (label, results) in enumerate(rows):
         own = {_column(result): result for result in results}
         table.add_row(label, *(_cell(own.get(c), base.get(c), i == base_row) for c in columns))

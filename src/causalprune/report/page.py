@@ -82,7 +82,6 @@ def _environment() -> Environment:
         "bounds": bounds,
         "slug": lambda verdict: "none" if verdict == "no difference shown" else verdict,
         "mark": lambda verdict: MARKS.get(verdict, "undefined"),
-        "by_sparsity": _by_sparsity,
         "per_model": per_model,
         "extremes": _extremes,
         "by_label": _by_label,
@@ -183,13 +182,6 @@ def _facts(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 def _reasons(run: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     model = next(m for m in run["models"] if m["label"] == run["recommended"]["label"])
     return [(task, model["cells"][task["key"]]) for task in run["tasks"] if task["key"] in model["cells"]]
-
-
-def _by_sparsity(models: Iterable[Mapping[str, Any]]) -> list[tuple[float, list[Mapping[str, Any]]]]:
-    groups: dict[float, list[Mapping[str, Any]]] = {}
-    for model in models:
-        groups.setdefault(model["sparsity"], []).append(model)
-    return sorted(groups.items())
 
 
 def _extremes(units: Sequence[Mapping[str, Any]]) -> list[tuple[list[Mapping[str, Any]], str]]:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from causalprune.errors import MismatchError
-from causalprune.evidence import CHECKPOINTS, Evidence, Measured, by_matrix
+from causalprune.evidence import CHECKPOINTS, Evidence, by_matrix
 from causalprune.provenance import versions
 from causalprune.report.examples import flips
 from causalprune.results import HIGHER_IS_BETTER, Floats, difference_of, interval_of, resampled, rows_of
@@ -61,7 +61,7 @@ def _run(name: str, run: Evidence) -> dict[str, Any]:
         "against_wanda": _against_wanda(models),
         "missing": _missing(run, models, tasks),
         "cost": _cost(run, rows),
-        "effects": [_effects(own) for own in run.effects],
+        "effects": [{k: v for k, v in vars(own).items() if k != "reliability"} for own in run.effects],
         "zeros": _zeros(run),
         "heads": run.heads,
         "doses": _doses(run),
@@ -280,22 +280,6 @@ def _step(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _effects(own: Measured) -> dict[str, Any]:
-    units = [
-        {
-            "layer": u.layer,
-            "index": u.index,
-            "kind": u.kind,
-            "delta": v,
-            "low": low,
-            "high": high,
-            "importance": i,
-        }
-        for u, v, low, high, i in zip(own.units, own.value, own.low, own.high, own.importance, strict=True)
-    ]
-    return {"name": own.name, "exact": own.exact, "effect": own.effect, "units": units}
-
-
 def _zeros(run: Evidence) -> dict[str, list[list[Any]]]:
     """Return `[layer, matrix, weights, zeros]` of every pruned model."""
     found = {
@@ -367,15 +351,6 @@ def _comparison(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for run in runs:
         labels = ["dense", run["recommended"]["label"]]
-        found += [
-            {
-                "run": run["name"],
-                "model": run["model"],
-                "label": m["label"],
-                "sparsity": m["sparsity"],
-                "cells": m["cells"],
-            }
-            for m in run["models"]
-            if m["label"] in labels
-        ]
+        named = {"run": run["name"], "model": run["model"]}
+        found += [m | named for m in run["models"] if m["label"] in labels]
     return found
