@@ -65,9 +65,9 @@ def prune(  # noqa: PLR0913 (the command's options)
         raise OptionError(f"method {method.criterion!r} needs calibration data")
     factors = head_factors(decoder, effects, fingerprint(decoder.model)) if "effects" in method.needs else {}
     _check(decoder, method.group if pattern_sparsity(method.resolved_scope) else 1)
-    examples, measured = calibration and calibration.fingerprint, effects and effects.fingerprint
     identity: list[object] = []
     if kept_in and (method.takes_long or kept_in.exists()):  # a fingerprint reads the whole model
+        examples, measured = calibration and calibration.fingerprint, effects and effects.fingerprint
         identity = [fingerprint(decoder.model), asdict(method), examples, measured, max_batch_tokens]
     work = Work(decoder, method, factors, on_progress, State(kept_in, identity))
     return _carried_out(work, calibration, max_batch_tokens)

@@ -60,8 +60,11 @@ class CalibrationSpec:
     def counts(self) -> dict[str, int]:
         """Return the number of examples of every source, that of general text among them."""
         own = [with_limit(source)[1] or 0 for source in self.sources]
-        n = self.n if 0 in own else round(sum(own) / (1 - self.general))
-        text = round(self.general * n) if 0 in own else n - sum(own)
+        if 0 in own:
+            n, text = self.n, round(self.general * self.n)
+        else:
+            n = round(sum(own) / (1 - self.general))
+            text = n - sum(own)
         return split_counts((*self.sources, f"{GENERAL}:{text}") if text else self.sources, n)
 
 

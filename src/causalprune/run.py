@@ -138,7 +138,8 @@ def attribute(
         make = functools.partial(_workbench, spec, calibration, question, how)
         with options.stage("attribution on the cluster") as progress:
             work = Workbench(decoder, calibration, question, how)
-            cluster = dataclasses.replace(options.cluster, gpus=float(spec.device.startswith("cuda")))
+            gpus = options.cluster.gpus or float(spec.device.startswith("cuda"))
+            cluster = dataclasses.replace(options.cluster, gpus=gpus)
             fill(work, folder / "attribution.ledger", make, cluster, progress)
     return _measured(decoder, calibration, folder, options, attribution)
 

@@ -325,6 +325,6 @@ def _router_weighted(decoder: Decoder, calibration: Calibration, on_progress: Pr
     with ExitStack() as stack:
         for layer in layers:
             module = gated_module(decoder, Site(layer.index, "experts"))
-            stack.callback(module.register_forward_pre_hook(route(layer.index)).remove)
+            stack.enter_context(module.register_forward_pre_hook(route(layer.index)))
         _look(decoder, layers, calibration, see, on_progress)
     return {layer: total / tokens for layer, (total, tokens) in sums.items()}
