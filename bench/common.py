@@ -32,7 +32,7 @@ def write_figures(name: str, figures: dict[str, float | None], raw: dict[str, An
     path = RESULTS / f"{name}.json"
     record = {
         "figures": figures,
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": machine(),
         "system": platform.platform(),
         "versions": versions(),
         "commit": _git("rev-parse", "HEAD"),
@@ -44,6 +44,12 @@ def write_figures(name: str, figures: dict[str, float | None], raw: dict[str, An
     path.parent.mkdir(exist_ok=True)
     write_json(path, record)
     return path
+
+
+def machine() -> dict[str, Any]:
+    """Return what this machine computes with."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
 def _elsewhere(raw: Any) -> Any:

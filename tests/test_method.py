@@ -1,7 +1,7 @@
 import pytest
 
 from causalprune.criteria import CRITERIA, SCOPES
-from causalprune.distillation import EPOCHS
+from causalprune.distillation import EPOCHS, FEWEST
 from causalprune.errors import OptionError
 from causalprune.methods import Method
 
@@ -77,6 +77,7 @@ def test_passes_count_walks_trials_and_training() -> None:
     assert Method("wanda", 0.5).passes(30, 48) == 2
     assert Method("wanda", 0.5, "global", update="refit").passes(30, 48) == 4
     assert Method("sparsegpt", 0.5, update="distill").passes(30, 48) == 2 + 3 * EPOCHS
+    assert Method("sparsegpt", 0.5, update="distill").passes(30, 1000) == 2 + 3 * FEWEST
     trials = 3 * 2 * 31 / 2 * 8 / 48
     slopes = 3
     assert Method("causal", 0.5, update="refit").passes(30, 48) == pytest.approx(4 + slopes + trials)

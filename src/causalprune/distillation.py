@@ -17,7 +17,8 @@ from causalprune.losses import divergence_slope, target_logits, targets
 from causalprune.resuming import State
 from causalprune.types import Batch, Decoder, Example
 
-EPOCHS = 6
+EPOCHS, FEWEST, STEPS = 6, 2, 72
+"""Times that all batches are gone through: as many as make up the steps, within these bounds. More brought nothing (docs/log.md)."""
 RATE = 5e-4
 """Largest step of the optimizer, in root mean squares of a matrix's kept weights, which differ tenfold among models."""
 WARM_UP = 0.1
@@ -45,6 +46,11 @@ def lessons(decoder: Decoder, examples: Sequence[Example], max_batch_tokens: int
     return [(batch, last_hidden(decoder, batch)) for batch in steps]
 
 
+def epochs(steps: int) -> int:
+    """Return how often training goes through all batches, from the number of steps that an epoch has."""
+    return min(EPOCHS, max(FEWEST, math.ceil(STEPS / max(steps, 1))))
+
+
 def last_hidden(decoder: Decoder, batch: Batch) -> LayerInputs:
     """Return what the last layer sends to the final norm: all that is needed to make the logits again."""
     after = len(decoder.layers)
@@ -63,7 +69,7 @@ def distill(
 ) -> None:
     """Train the kept weights of all projections, in place, to predict every token as the intact model did.
 
-    Minimises the mean divergence KL(intact ‖ pruned) over all positions, prompts included, by Adam, `EPOCHS` times over
+    Minimises the mean divergence KL(intact ‖ pruned) over all positions, prompts included, by Adam, `epochs` times over
     the batches that are `followed`. What is zero stays zero. Goes on from the `state` of a stopped run. Holds `memory_bytes` beside the
     model; each epoch costs about three forward passes.
     """
@@ -72,7 +78,8 @@ def distill(
     masters = [parameter.detach().float() for parameter in parameters]  # float32 parameters are their own
     scales = [_root_mean_square(m, masks[p]) for p, m in zip(parameters, masters, strict=True)]
     optimizer = torch.optim.Adam([{"params": [master]} for master in masters], betas=BETAS)
-    generator, total, first = torch.Generator().manual_seed(seed), EPOCHS * len(followed), 0
+    last, first = epochs(len(followed)), 0
+    generator, total = torch.Generator().manual_seed(seed), last * len(followed)
     if begun := state.values.pop("training", None):
         first, scales = begun["epoch"], begun["scales"]
         generator.set_state(begun["generator"])
@@ -83,7 +90,7 @@ def distill(
     try:
         for parameter in frozen:
             parameter.requires_grad_(parameter in masks)
-        for epoch in range(first, EPOCHS):
+        for epoch in range(first, last):
             if state.due():
                 own = {
                     "epoch": epoch,

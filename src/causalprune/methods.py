@@ -1,17 +1,20 @@
 """What names a way to prune: criterion, scope, update and sparsity."""
 
+import math
 import re
 from dataclasses import dataclass
 
 from causalprune.calibration import FEW
 from causalprune.criteria import BUDGETS, CRITERIA, LOOKS, SCOPES, UPDATES, Budgets, Need, Update
-from causalprune.distillation import EPOCHS
+from causalprune.distillation import epochs
 from causalprune.errors import OptionError, unknown
 from causalprune.grading import DOSES, FUSED, doses
 from causalprune.obs import BLOCK, DAMPING
 
 SLOPE_PASSES = 3
 """What gradients at all outputs cost, in forward passes: two forward, and one back."""
+FILL = 4
+"""Problems that make up a training step, about: what `passes` reckons with before any is read."""
 N_OF_M = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
@@ -147,5 +150,5 @@ class Method:
             2 * self.walks
             + self.trials * (layers + 1) / 2 * min(FEW / examples, 1.0)
             + SLOPE_PASSES * ("slopes" in self.needs)
-            + (3 * EPOCHS if self.resolved_update == "distill" else 0)
+            + (3 * epochs(math.ceil(examples / FILL)) if self.resolved_update == "distill" else 0)
         )

@@ -23,7 +23,7 @@ from causalprune.allocation import (
 from causalprune.anatomy import fingerprint
 from causalprune.calibration import batches, few
 from causalprune.criteria import CRITERIA, LOOKS, Evidence, Update
-from causalprune.distillation import EPOCHS, Lesson, distill, lessons
+from causalprune.distillation import Lesson, distill, epochs, lessons
 from causalprune.errors import ModelError, OptionError
 from causalprune.gradients import output_slopes
 from causalprune.grading import DoseResponse, dose_response
@@ -113,6 +113,8 @@ def _carried_out(
     trains = method.resolved_update == "distill"
     if trains and not followed and calibration is not None:
         followed = lessons(decoder, calibration.examples, max_batch_tokens)
+    if trains:  # a walk is two forward passes, an epoch three
+        work.total += round(3 / 2 * epochs(len(followed)) * len(decoder.layers))
     if "training" in known:  # of a stopped run, which had pruned all layers
         for p in decoder.projections:
             keep.add(p.name, unpacked(known["keep"][p.name].numpy(), p.shape).to(p.device))
@@ -169,10 +171,9 @@ class Work:
         self.needs = method.needs
         self._factor: tuple[Tensor, Tensor] | None = None
         self._done, self._on_progress = 0, on_progress
-        passes = 3 * EPOCHS / 2 if method.resolved_update == "distill" else 0  # a walk is two forward passes
         self._back = round(SLOPE_PASSES / 2 * len(decoder.layers)) if "slopes" in self.needs else 0
         self._trials = [0] * len(decoder.layers)  # of graded budgets
-        self.total = self._back + round((max(method.walks, 1) + passes) * len(decoder.layers))
+        self.total = self._back + max(method.walks, 1) * len(decoder.layers)
 
     def look_at(self, calibration: Calibration, max_batch_tokens: int) -> None:
         """Let the walks see calibration data, and take gradients on it where scores need them."""
