@@ -131,7 +131,7 @@ def speed() -> str:
         "| model | parameters | MB on disk | prefill, tokens/s | decoding, tokens/s | nats/token: effect | activation | magnitude | random |"
     ]
     lines.append("|---|" + "---:|" * 8)
-    for label, row in rows.items():
+    for label, row in sorted(rows.items(), key=lambda item: item[0].replace("whole", "effect")):
         model, by, *share = label.split()
         if by not in ("whole", "effect"):
             continue
@@ -144,9 +144,11 @@ def speed() -> str:
         if not share:
             shown[0] = f"{whole['nll']:.3f} (whole)"
         fast = [
-            f"{row['speed'][p]['smaller_tokens_per_second']:.0f} ({row['speed'][p]['speedup']:.2f}×)"
+            "{whole_tokens_per_second:.0f} → {smaller_tokens_per_second:.0f} ({speedup:.2f}×)".format(
+                **row["speed"][p]
+            )
             if share
-            else "1.00×"
+            else ""
             for p in ("prefill", "decode")
         ]
         name = f"{model} −{float(share[0]):.0%}" if share else model
