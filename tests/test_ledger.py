@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +226,20 @@ def test_rows_can_be_read_while_another_process_writes(tmp_path: Path) -> None:
         read_rows(path)
     with pytest.raises(CheckpointError, match="cannot read"):
         read_rows(tmp_path / "nowhere")
+
+
+def test_a_ledger_in_use_is_waited_for_where_asked(tmp_path: Path) -> None:
+    path, rows = tmp_path / "ledger.jsonl", list[dict[str, Any]]()
+
+    def other() -> None:
+        with Ledger(path, IDENTITY, wait=True) as ledger:
+            rows.append(dict(ledger.rows))
+
+    with Ledger(path, IDENTITY) as ledger:
+        waiting = threading.Thread(target=other)
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+        ledger.append("late", 1)
+    waiting.join(10)
+    assert rows == [{"late": 1}]

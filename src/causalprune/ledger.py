@@ -37,11 +37,12 @@ class Ledger:
 
     `identity` is everything the values depend on: model and calibration fingerprints, method,
     options. A file that was begun with another identity raises `MismatchError`; a file that another
-    process (or another `Ledger` of this one) holds open, or that is damaged, `CheckpointError`.
+    process (or another `Ledger` of this one) holds open, or that is damaged, `CheckpointError`. With `wait`,
+    the other is waited for.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path, identity: Mapping[str, Any], *, wait: bool = False) -> None:
+        self.path, self._wait = path, wait
         self.rows: dict[str, Any] = {}
         self._identity = json.loads(_dump(dict(identity), f"the identity of {path}"))
         self._fd: int | None = None
@@ -87,7 +88,7 @@ class Ledger:
 
     def _lock(self, fd: int) -> None:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise CheckpointError(
                 f"ledger {self.path} is in use by another run: wait for it or choose another folder"

@@ -69,22 +69,24 @@ def sparsegpt(
     for everything before them (SparseGPT, Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1); `rows` says how much
     the error of each output counts there, all alike without. Costs `out · in²` multiplications.
     """
-    weight, keep = weight.float().clone(), torch.ones_like(weight, dtype=torch.bool)
+    found = weight.float().T.clone(memory_format=torch.contiguous_format)  # a column is one piece of memory
+    keep = torch.ones_like(found, dtype=torch.bool)
     width = BLOCK // group * group if group < BLOCK else group
-    for start in range(0, weight.shape[1], width):
-        block, own = weight[:, start : start + width], upper[start : start + width, start : start + width]
-        errors = torch.zeros_like(block)
-        for j in range(block.shape[1]):
+    for start in range(0, len(found), width):
+        block, own = found[start : start + width], upper[start : start + width, start : start + width]
+        errors, gone = torch.empty_like(block), torch.empty_like(block)
+        for j, column in enumerate(block):
             if j % group == 0:
-                scores = (block[:, j : j + group] / own.diagonal()[j : j + group]).square()
-                scores = scores if rows is None else scores * rows[:, None]
-                keep[:, start + j : start + j + group] = choose(scores, start + j)
-            column, stays = block[:, j], keep[:, start + j]
-            errors[:, j] = torch.where(stays, 0.0, column / own[j, j])
-            block[:, j + 1 :] -= errors[:, j, None] * own[j, j + 1 :]
-            block[:, j] = torch.where(stays, column, 0.0)
-        weight[:, start + width :] -= errors @ upper[start : start + width, start + width :]
-    return weight, keep
+                at, scale = slice(j, j + group), own.diagonal()[j : j + group, None]
+                scores = (block[at] / scale).square()
+                scores = scores if rows is None else scores * rows
+                keep[start:][at] = choose(scores.T, start + j).T
+                gone[at] = ~keep[start:][at] / scale
+            torch.mul(column, gone[j], out=errors[j])
+            block[j + 1 :].addr_(own[j, j + 1 :], errors[j], alpha=-1)
+        block *= keep[start : start + width]
+        found[start + width :] -= upper[start : start + width, start + width :].T @ errors
+    return found.T.contiguous(), keep.T.contiguous()
 
 
 def refit(

@@ -100,7 +100,7 @@ def own_answers(
     drawn = draw(reader, source, "calibration", exclude=exclude or frozenset())
     kept: list[dict[str, str]] = []
     tried = 0
-    with Ledger(folder / f"{name}.ledger", identity) as book:
+    with Ledger(folder / f"{name}.ledger", identity, wait=True) as book:  # another run may be writing them
         for examples in _batched(islice(drawn, TRIES * count)):
             missing = [e for e in examples if e.content not in book.rows]
             for example, answer in zip(missing, _answers(decoder, missing, reader.max_tokens), strict=True):
