@@ -118,8 +118,9 @@ TABLES = {
 }
 
 
-def measured(name: str, device: str = "cpu") -> Iterator[dict[str, Any]]:
-    """Measure the rows of a table, and yield what is there after each."""
+def measured(name: str, device: str, before: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Measure the rows of a table, and yield what is there after each; rows that were there `before` keep where they come from."""
+    known = {row["label"]: row for row in before.get("rows", ())}
     folder, rows = RUNS / ("quality" if name == "gsm8k" else f"quality_{name}"), {}
     folder.mkdir(parents=True, exist_ok=True)
     if name == "gsm8k":  # rows of the core table count here too
@@ -128,8 +129,11 @@ def measured(name: str, device: str = "cpu") -> Iterator[dict[str, Any]]:
                 shutil.copy(RUNS / "core" / file, folder / file)
     for cell in TABLES[name].cells:
         record = run(TABLES[name].recipe(*cell, device), folder, data_dir=data_folder(), stage=shown)
-        rows |= {row["label"]: row for row in record["rows"]}
-        yield {**record, "rows": list(rows.values()), "machine": machine()}
+        made = {"machine": machine(), "versions": record["versions"], "git_commit": record["git_commit"]}
+        for row in record["rows"]:
+            was = known.get(row["label"], {"results": None})
+            rows[row["label"]] = was if was["results"] == row["results"] else {**row, "made": made}
+        yield {**record, "rows": list(rows.values())}
 
 
 def oracle() -> dict[str, Any]:
@@ -292,7 +296,9 @@ def main() -> None:
     done: dict[str, Any] = read_json(path)["raw"] if path.exists() else {}
     for name in arguments.steps or steps:
         print(f"== {name}", flush=True)
-        for record in [apart[name]()] if name in apart else measured(name, arguments.device):
+        for record in (
+            [apart[name]()] if name in apart else measured(name, arguments.device, done.get(name, {}))
+        ):
             done[name] = record
             print(write_figures("quality", figures(done), done, seeds=[*range(5)]), flush=True)
 
