@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from tables import reported
 
 from causalprune.calibration import calibrate
-from causalprune.embedded import load
+from causalprune.embedded import cache_folder, load
 from causalprune.progress import shown
 from causalprune.recipe import CalibrationSpec, ModelSpec, Recipe
 from causalprune.results import headline, paired_difference, read_json, rows_of
@@ -127,6 +127,12 @@ def measured(name: str, device: str, before: dict[str, Any]) -> Iterator[dict[st
         for file in ("results.ledger", "attribution.ledger"):
             if not (folder / file).exists():
                 shutil.copy(RUNS / "core" / file, folder / file)
+    for written in (folder / "answers").glob(
+        "*.ledger"
+    ):  # the model's own, as rounding decides what it writes
+        if not (answers := cache_folder() / "answers" / written.name).exists():
+            answers.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(written, answers)
     for cell in TABLES[name].cells:
         record = run(TABLES[name].recipe(*cell, device), folder, data_dir=data_folder(), stage=shown)
         made = {"machine": machine(), "versions": record["versions"], "git_commit": record["git_commit"]}
