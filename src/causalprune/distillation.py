@@ -18,7 +18,7 @@ from causalprune.resuming import State
 from causalprune.types import Batch, Decoder, Example
 
 EPOCHS, FEWEST, STEPS = 6, 2, 72
-"""Times that all batches are gone through: as many as make up the steps, within these bounds. More brought nothing (docs/log.md)."""
+"""Times that all batches are gone through: as many as make up the steps, within these bounds. More brought little (docs/log.md)."""
 RATE = 5e-4
 """Largest step of the optimizer, in root mean squares of a matrix's kept weights, which differ tenfold among models."""
 WARM_UP = 0.1
