@@ -1,6 +1,6 @@
 """What pruning costs by every method, past the paper; each row is kept, so a stopped bench goes on.
 
-    python bench/quality.py                 # all steps that are not there yet (many hours)
+    python bench/quality.py                 # all steps; finished rows are not measured again (many hours)
     python bench/quality.py gsm8k mix       # some of them
     python bench/quality.py --device cuda   # tables on a GPU (minutes a row)
 
@@ -119,27 +119,29 @@ TABLES = {
 
 
 def measured(name: str, device: str, before: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Measure the rows of a table, and yield what is there after each; rows that were there `before` keep where they come from."""
-    known = {row["label"]: row for row in before.get("rows", ())}
-    folder, rows = RUNS / ("quality" if name == "gsm8k" else f"quality_{name}"), {}
+    """Measure the rows of a table, and yield all that are there after each; those that were there `before` stay as they are."""
+    table, folder = TABLES[name], RUNS / ("quality" if name == "gsm8k" else f"quality_{name}")
+    rows = {row["label"]: row for row in before.get("rows", ())}
+    order = dict.fromkeys(label for cell in table.cells for label in table.recipe(*cell, device).cells())
     folder.mkdir(parents=True, exist_ok=True)
-    if name == "gsm8k":  # rows of the core table count here too
-        for file in ("results.ledger", "attribution.ledger"):
-            if not (folder / file).exists():
-                shutil.copy(RUNS / "core" / file, folder / file)
-    for written in (folder / "answers").glob(
-        "*.ledger"
-    ):  # the model's own, as rounding decides what it writes
-        if not (answers := cache_folder() / "answers" / written.name).exists():
-            answers.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(written, answers)
-    for cell in TABLES[name].cells:
-        record = run(TABLES[name].recipe(*cell, device), folder, data_dir=data_folder(), stage=shown)
+    for written in (folder / "answers").glob("*.ledger"):
+        _into_cache(written)
+    for cell in table.cells:
+        record = run(table.recipe(*cell, device), folder, data_dir=data_folder(), stage=shown)
         made = {"machine": machine(), "versions": record["versions"], "git_commit": record["git_commit"]}
         for row in record["rows"]:
-            was = known.get(row["label"], {"results": None})
-            rows[row["label"]] = was if was["results"] == row["results"] else {**row, "made": made}
-        yield {**record, "rows": list(rows.values())}
+            if rows.get(row["label"], {}).get("results") != row["results"]:
+                rows[row["label"]] = {**row, "made": made}
+        yield {**record, "rows": [rows[label] for label in order if label in rows]}
+
+
+def _into_cache(written: Path) -> None:
+    """Give causalprune the answers that a model wrote when its rows were made: on another machine rounding may change them."""
+    to = cache_folder() / "answers" / written.name
+    if not to.exists():
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(written, draft := to.with_suffix(".copy"))
+        draft.replace(to)
 
 
 def oracle() -> dict[str, Any]:
@@ -297,7 +299,7 @@ def main() -> None:
     apart = {"oracle": oracle, "predicted": predicted.predicted}
     steps = [*TABLES, *apart]
     parser.add_argument("steps", nargs="*", metavar="STEP", help=", ".join(steps))
-    parser.add_argument("--device", default="cpu", help="Where models are pruned and measured.")
+    parser.add_argument("--device", default="cpu", help="Where the models of tables are pruned and measured.")
     arguments, path = parser.parse_args(), RESULTS / "quality.json"
     done: dict[str, Any] = read_json(path)["raw"] if path.exists() else {}
     for name in arguments.steps or steps:

@@ -131,7 +131,7 @@ def speed() -> str:
         "| model | parameters | MB on disk | prefill, tokens/s | decoding, tokens/s | nats/token: effect | activation | magnitude | random |"
     ]
     lines.append("|---|" + "---:|" * 8)
-    for label, row in sorted(rows.items(), key=lambda item: item[0].replace("whole", "effect")):
+    for label, row in sorted(rows.items(), key=lambda item: (item[0].split()[0], -item[1]["parameters"])):
         model, by, *share = label.split()
         if by not in ("whole", "effect"):
             continue

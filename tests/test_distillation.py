@@ -148,7 +148,7 @@ def test_steps_smaller_than_bfloat16_can_hold_add_up(monkeypatch: pytest.MonkeyP
     decoder = fresh("llama3")
     decoder.model.to(torch.bfloat16)
     monkeypatch.setattr(distillation, "RATE", 2e-3)
-    monkeypatch.setattr(distillation, "EPOCHS", 40)
+    monkeypatch.setattr(distillation, "MOST", 40)
     intact, distances = predictions(decoder), []
     with restored(decoder):
         prune(decoder, Method("magnitude", 0.5, update="refit"), calibration=EXAMPLES)

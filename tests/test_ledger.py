@@ -232,7 +232,8 @@ def test_a_ledger_in_use_is_waited_for_where_asked(tmp_path: Path) -> None:
     path, rows = tmp_path / "ledger.jsonl", list[dict[str, Any]]()
 
     def other() -> None:
-        with Ledger(path, IDENTITY, wait=True) as ledger:
+        waits = pytest.warns(UserWarning, match=r"waiting for another run, which writes .*ledger\.jsonl")
+        with waits, Ledger(path, IDENTITY, wait=True) as ledger:
             rows.append(dict(ledger.rows))
 
     with Ledger(path, IDENTITY) as ledger:
@@ -243,3 +244,22 @@ def test_a_ledger_in_use_is_waited_for_where_asked(tmp_path: Path) -> None:
         ledger.append("late", 1)
     waiting.join(10)
     assert rows == [{"late": 1}]
+
+
+def test_a_ledger_that_is_removed_while_waited_for_takes_no_rows(tmp_path: Path) -> None:
+    path, errors = tmp_path / "ledger.jsonl", list[str]()
+
+    def other() -> None:
+        try:
+            with pytest.warns(UserWarning, match="waiting"), Ledger(path, IDENTITY, wait=True):
+                errors.append("entered")
+        except CheckpointError as error:
+            errors.append(str(error))
+
+    with Ledger(path, IDENTITY):
+        waiting = threading.Thread(target=other)
+        waiting.start()
+        waiting.join(0.2)
+        path.unlink()
+    waiting.join(10)
+    assert errors == [f"ledger {path} was removed meanwhile: run this again"]

@@ -1,7 +1,7 @@
 import pytest
 
 from causalprune.criteria import CRITERIA, SCOPES
-from causalprune.distillation import EPOCHS, FEWEST
+from causalprune.distillation import FEWEST, MOST, TOKENS, epochs
 from causalprune.errors import OptionError
 from causalprune.methods import Method
 
@@ -72,15 +72,23 @@ def test_walks_through_the_layers(criterion: str, scope: str | None, update: str
     assert Method(criterion, 0.5, scope, update=update).walks == walks
 
 
+def test_training_sees_so_many_tokens_within_bounds() -> None:
+    found = {tokens: epochs(tokens) for tokens in (0, 10_162, 14_793, 26_676, 44_670, 10**6)}
+    assert found == {0: 6, 10_162: 6, 14_793: 4, 26_676: 3, 44_670: 2, 10**6: 2}
+    assert all(n in (FEWEST, MOST) or TOKENS <= n * tokens < TOKENS + tokens for tokens, n in found.items())
+
+
 def test_passes_count_walks_trials_and_training() -> None:
-    assert Method("magnitude", 0.5).passes(30, 48) == 0
-    assert Method("wanda", 0.5).passes(30, 48) == 2
-    assert Method("wanda", 0.5, "global", update="refit").passes(30, 48) == 4
-    assert Method("sparsegpt", 0.5, update="distill").passes(30, 48) == 2 + 3 * EPOCHS
-    assert Method("sparsegpt", 0.5, update="distill").passes(30, 1000) == 2 + 3 * FEWEST
+    assert Method("magnitude", 0.5).passes(30, 48, 10_000) == 0
+    assert Method("wanda", 0.5).passes(30, 48, 10_000) == 2
+    assert Method("wanda", 0.5, "global", update="refit").passes(30, 48, 10_000) == 4
+    assert Method("sparsegpt", 0.5, update="distill").passes(30, 48, 10_000) == 2 + 3 * MOST
+    assert Method("sparsegpt", 0.5, update="distill").passes(30, 1000, 10**6) == 2 + 3 * FEWEST
     trials = 3 * 2 * 31 / 2 * 8 / 48
     slopes = 3
-    assert Method("causal", 0.5, update="refit").passes(30, 48) == pytest.approx(4 + slopes + trials)
-    assert Method("causal", 0.5, update="refit").passes(30, 4) == pytest.approx(4 + slopes + trials * 6)
-    assert Method("fisher", 0.5, "row").passes(30, 48) == 2
-    assert Method("fisher", 0.5).passes(30, 48) == 2 + slopes
+    assert Method("causal", 0.5, update="refit").passes(30, 48, 10_000) == pytest.approx(4 + slopes + trials)
+    assert Method("causal", 0.5, update="refit").passes(30, 4, 10_000) == pytest.approx(
+        4 + slopes + trials * 6
+    )
+    assert Method("fisher", 0.5, "row").passes(30, 48, 10_000) == 2
+    assert Method("fisher", 0.5).passes(30, 48, 10_000) == 2 + slopes

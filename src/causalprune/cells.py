@@ -100,8 +100,9 @@ class Cells:
             record = manifest(pruned, self.calibration, own)
             save(decoder, checkpoint, manifest=record, keep=pruned.keep, effects=own, overwrite=True)
         if f"{name}/pruned" not in self.book.rows:
-            passes = method.passes(len(decoder.layers), len(self.calibration.examples))
-            walked = round(passes * self.calibration.description["tokens"]) if method.needs_calibration else 0
+            tokens = self.calibration.description["tokens"]
+            passes = method.passes(len(decoder.layers), len(self.calibration.examples), tokens)
+            walked = round(passes * tokens) if method.needs_calibration else 0
             cost = {"seconds": time.perf_counter() - start, "tokens_forwarded": walked}
             found = {**manifest(pruned, None, None), **achieved(decoder, pruned.keep), **cost}
             self.book.append(f"{name}/pruned", {**found, "peak_bytes": peak_bytes()})

@@ -17,8 +17,8 @@ from causalprune.losses import divergence_slope, target_logits, targets
 from causalprune.resuming import State
 from causalprune.types import Batch, Decoder, Example
 
-EPOCHS, FEWEST, STEPS = 6, 2, 72
-"""Times that all batches are gone through: as many as make up the steps, within these bounds. More brought little (docs/log.md)."""
+TOKENS, FEWEST, MOST = 54_000, 2, 6
+"""Training goes through all examples until it has seen so many tokens, between so few and so many times. More brought little (docs/log.md)."""
 RATE = 5e-4
 """Largest step of the optimizer, in root mean squares of a matrix's kept weights, which differ tenfold among models."""
 WARM_UP = 0.1
@@ -46,9 +46,14 @@ def lessons(decoder: Decoder, examples: Sequence[Example], max_batch_tokens: int
     return [(batch, last_hidden(decoder, batch)) for batch in steps]
 
 
-def epochs(steps: int) -> int:
-    """Return how often training goes through all batches, from the number of steps that an epoch has."""
-    return min(EPOCHS, max(FEWEST, math.ceil(STEPS / max(steps, 1))))
+def epochs(tokens: int) -> int:
+    """Return how often training goes through examples that have so many tokens."""
+    return min(MOST, max(FEWEST, math.ceil(TOKENS / max(tokens, 1))))
+
+
+def rounds(followed: Sequence[Lesson]) -> int:
+    """Return how often training goes through these lessons."""
+    return epochs(sum(int(batch.lengths.sum()) for batch, _ in followed))
 
 
 def last_hidden(decoder: Decoder, batch: Batch) -> LayerInputs:
@@ -69,7 +74,7 @@ def distill(
 ) -> None:
     """Train the kept weights of all projections, in place, to predict every token as the intact model did.
 
-    Minimises the mean divergence KL(intact ‖ pruned) over all positions, prompts included, by Adam, `epochs` times over
+    Minimises the mean divergence KL(intact ‖ pruned) over all positions, prompts included, by Adam, `rounds` times over
     the batches that are `followed`. What is zero stays zero. Goes on from the `state` of a stopped run. Holds `memory_bytes` beside the
     model; each epoch costs about three forward passes.
     """
@@ -78,15 +83,15 @@ def distill(
     masters = [parameter.detach().float() for parameter in parameters]  # float32 parameters are their own
     scales = [_root_mean_square(m, masks[p]) for p, m in zip(parameters, masters, strict=True)]
     optimizer = torch.optim.Adam([{"params": [master]} for master in masters], betas=BETAS)
-    last, first = epochs(len(followed)), 0
-    generator, total = torch.Generator().manual_seed(seed), last * len(followed)
+    first, last, generator = 0, rounds(followed), torch.Generator().manual_seed(seed)
     if begun := state.values.pop("training", None):
-        first, scales = begun["epoch"], begun["scales"]
+        first, last, scales = begun["epoch"], begun["epochs"], begun["scales"]
         generator.set_state(begun["generator"])
         optimizer.load_state_dict(begun["optimizer"])
         for parameter, master, weight in zip(parameters, masters, begun["masters"], strict=True):
             parameter.data.copy_(master.copy_(weight))
     frozen = {p: p.requires_grad for p in decoder.model.parameters()}
+    total = last * len(followed)
     try:
         for parameter in frozen:
             parameter.requires_grad_(parameter in masks)
@@ -94,6 +99,7 @@ def distill(
             if state.due():
                 own = {
                     "epoch": epoch,
+                    "epochs": last,
                     "scales": scales,
                     "generator": generator.get_state(),
                     "masters": masters,

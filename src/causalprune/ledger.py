@@ -21,6 +21,7 @@ import fcntl
 import json
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ class Ledger:
     `identity` is everything the values depend on: model and calibration fingerprints, method,
     options. A file that was begun with another identity raises `MismatchError`; a file that another
     process (or another `Ledger` of this one) holds open, or that is damaged, `CheckpointError`. With `wait`,
-    the other is waited for.
+    the other is waited for, with a warning; one that this thread holds would be waited for in vain.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], *, wait: bool = False) -> None:
@@ -88,11 +89,16 @@ class Ledger:
 
     def _lock(self, fd: int) -> None:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise CheckpointError(
-                f"ledger {self.path} is in use by another run: wait for it or choose another folder"
-            ) from error
+            if not self._wait:
+                raise CheckpointError(
+                    f"ledger {self.path} is in use by another run: wait for it or choose another folder"
+                ) from error
+            warnings.warn(f"waiting for another run, which writes {self.path}", stacklevel=2)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if not self.path.exists() or not os.path.samestat(os.fstat(fd), self.path.stat()):
+                raise CheckpointError(f"ledger {self.path} was removed meanwhile: run this again") from error
 
     def _recover(self, fd: int) -> None:
         data = self.path.read_bytes()

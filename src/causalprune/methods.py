@@ -1,6 +1,5 @@
 """What names a way to prune: criterion, scope, update and sparsity."""
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -13,8 +12,6 @@ from causalprune.obs import BLOCK, DAMPING
 
 SLOPE_PASSES = 3
 """What gradients at all outputs cost, in forward passes: two forward, and one back."""
-FILL = 4
-"""Problems that make up a training step, about: what `passes` reckons with before any is read."""
 N_OF_M = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
@@ -140,7 +137,7 @@ class Method:
             return looks + updates
         return graded + int(looks or updates)
 
-    def passes(self, layers: int, examples: int) -> float:
+    def passes(self, layers: int, examples: int, tokens: int) -> float:
         """Return how many passes of all calibration tokens through the model pruning costs, a backward pass as two.
 
         Two for every walk; gradients go back once through every layer; trials of graded budgets take few examples,
@@ -150,5 +147,5 @@ class Method:
             2 * self.walks
             + self.trials * (layers + 1) / 2 * min(FEW / examples, 1.0)
             + SLOPE_PASSES * ("slopes" in self.needs)
-            + (3 * epochs(math.ceil(examples / FILL)) if self.resolved_update == "distill" else 0)
+            + (3 * epochs(tokens) if self.resolved_update == "distill" else 0)
         )

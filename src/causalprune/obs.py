@@ -67,25 +67,28 @@ def sparsegpt(
 
     `choose` sees the scores `w² / U_jj²` of `group` columns at a time, whose weights have been updated
     for everything before them (SparseGPT, Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1); `rows` says how much
-    the error of each output counts there, all alike without. Costs `out · in²` multiplications.
+    the error of each output counts there, all alike without. The scores may be a strided view. Costs `out · in²` multiplications.
     """
-    found = weight.float().T.clone(memory_format=torch.contiguous_format)  # a column is one piece of memory
+    found = weight.float().T.clone(
+        memory_format=torch.contiguous_format
+    )  # columns are one piece of memory each
     keep = torch.ones_like(found, dtype=torch.bool)
     width = BLOCK // group * group if group < BLOCK else group
     for start in range(0, len(found), width):
-        block, own = found[start : start + width], upper[start : start + width, start : start + width]
-        errors, gone = torch.empty_like(block), torch.empty_like(block)
+        block, stays = found[start : start + width], keep[start : start + width]
+        own, scale = upper[start : start + width], upper.diagonal()[start : start + width, None]
+        errors, dropped = torch.empty_like(block), torch.empty_like(block)
         for j, column in enumerate(block):
             if j % group == 0:
-                at, scale = slice(j, j + group), own.diagonal()[j : j + group, None]
-                scores = (block[at] / scale).square()
+                at = slice(j, j + group)
+                scores = (block[at] / scale[at]).square()
                 scores = scores if rows is None else scores * rows
-                keep[start:][at] = choose(scores.T, start + j).T
-                gone[at] = ~keep[start:][at] / scale
-            torch.mul(column, gone[j], out=errors[j])
-            block[j + 1 :].addr_(own[j, j + 1 :], errors[j], alpha=-1)
-        block *= keep[start : start + width]
-        found[start + width :] -= upper[start : start + width, start + width :].T @ errors
+                stays[at] = choose(scores.T, start + j).T
+                dropped[at] = ~stays[at] / scale[at]  # 1 / U_jj where a weight goes, else 0
+            torch.mul(column, dropped[j], out=errors[j])
+            block[j + 1 :].addr_(own[j, start + j + 1 : start + width], errors[j], alpha=-1)
+        block.masked_fill_(~stays, 0.0)
+        found[start + width :].addmm_(own[:, start + width :].T, errors, alpha=-1)
     return found.T.contiguous(), keep.T.contiguous()
 
 

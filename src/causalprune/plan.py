@@ -75,7 +75,7 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
         units = shape.layers * shape.heads
         jobs.append(Job("attribution", units, int(calibration * _attribution_passes(recipe, shape))))
     passes = [
-        m.passes(shape.layers, sum(recipe.calibration.counts().values()))
+        m.passes(shape.layers, sum(recipe.calibration.counts().values()), calibration)
         for m in methods
         if m.needs_calibration
     ]

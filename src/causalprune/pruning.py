@@ -23,7 +23,7 @@ from causalprune.allocation import (
 from causalprune.anatomy import fingerprint
 from causalprune.calibration import batches, few
 from causalprune.criteria import CRITERIA, LOOKS, Evidence, Update
-from causalprune.distillation import Lesson, distill, epochs, lessons
+from causalprune.distillation import Lesson, distill, lessons, rounds
 from causalprune.errors import ModelError, OptionError
 from causalprune.gradients import output_slopes
 from causalprune.grading import DoseResponse, dose_response
@@ -114,7 +114,7 @@ def _carried_out(
     if trains and not followed and calibration is not None:
         followed = lessons(decoder, calibration.examples, max_batch_tokens)
     if trains:  # a walk is two forward passes, an epoch three
-        work.total += round(3 / 2 * epochs(len(followed)) * len(decoder.layers))
+        work.total += round(3 / 2 * rounds(followed) * len(decoder.layers))
     if "training" in known:  # of a stopped run, which had pruned all layers
         for p in decoder.projections:
             keep.add(p.name, unpacked(known["keep"][p.name].numpy(), p.shape).to(p.device))

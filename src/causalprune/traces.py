@@ -100,7 +100,8 @@ def own_answers(
     drawn = draw(reader, source, "calibration", exclude=exclude or frozenset())
     kept: list[dict[str, str]] = []
     tried = 0
-    with Ledger(folder / f"{name}.ledger", identity, wait=True) as book:  # another run may be writing them
+    # One run at a time: another may be writing the same answers.
+    with Ledger(folder / f"{name}.ledger", identity, wait=True) as book:
         for examples in _batched(islice(drawn, TRIES * count)):
             missing = [e for e in examples if e.content not in book.rows]
             for example, answer in zip(missing, _answers(decoder, missing, reader.max_tokens), strict=True):
@@ -115,16 +116,16 @@ def own_answers(
             on_progress(min(len(kept), count), count)
             if len(kept) >= count:
                 break
-    if len(kept) < count:
-        raise DataError(
-            f"own:{source}: of {tried} answers {len(kept)} end within {reader.max_tokens} tokens, and {count} are "
-            "wanted: raise --max-tokens, ask for fewer, or take the worked solutions (without own:)"
-        )
-    path = folder / f"{name}-{count}.jsonl"
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept[:count])
-    draft = path.with_suffix(".tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+        if len(kept) < count:
+            raise DataError(
+                f"own:{source}: of {tried} answers {len(kept)} end within {reader.max_tokens} tokens, and {count} are "
+                "wanted: raise --max-tokens, ask for fewer, or take the worked solutions (without own:)"
+            )
+        path = folder / f"{name}-{count}.jsonl"
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept[:count])
+        draft = path.with_suffix(".tmp")
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
     return path
 
 
