@@ -290,13 +290,13 @@ class Work:
             rows, upper = self._slope(p), self._inverse(p)
             solved, keep = sparsegpt(weight, upper, choose, group=self.method.group, rows=rows)
         stays = choose(self.score(p), 0) if keep is None else keep
-        if update == "none" or not self.moments.tokens.get(p.name) or bool(stays.all()):
+        mixed = bool((stays.any(1) & ~stays.all(1)).any())  # nothing makes up for rows that go whole
+        if update == "none" or not self.moments.tokens.get(p.name) or not mixed:
             return None, stays
         if update != "obs":
             return refit(weight, stays, self._finite(p, self.moments.hessians[p.name])), stays
         if solved is None:
-            upper = self._inverse(p)
-            solved, _ = sparsegpt(weight, upper, lambda score, at: stays[:, at : at + score.shape[1]])
+            solved, _ = sparsegpt(weight, self._inverse(p), lambda s, at: stays[:, at : at + s.shape[1]])
         return solved, stays
 
     def score_blocks(self, p: Projection) -> Iterator[Float[Tensor, "rows in"]]:
