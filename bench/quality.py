@@ -68,7 +68,7 @@ class Table:
     model: str = "embedded"
     dtype: str = "auto"
 
-    def recipe(self, method: str, sparsity: float | None, device: str = "cpu") -> Recipe:
+    def recipe(self, method: str, sparsity: float | None, device: str) -> Recipe:
         """Return the recipe of one row."""
         name = "embedded" if self.model == "embedded" else str(fetched(self.model))
         model = ModelSpec(name, dtype=self.dtype, device=device)
@@ -122,12 +122,13 @@ def measured(name: str, device: str, before: dict[str, Any]) -> Iterator[dict[st
     """Measure the rows of a table, and yield all that are there after each; those that were there `before` stay as they are."""
     table, folder = TABLES[name], RUNS / ("quality" if name == "gsm8k" else f"quality_{name}")
     rows = {row["label"]: row for row in before.get("rows", ())}
-    order = dict.fromkeys(label for cell in table.cells for label in table.recipe(*cell, device).cells())
+    recipes = [table.recipe(*cell, device) for cell in table.cells]
+    order = dict.fromkeys(label for recipe in recipes for label in recipe.cells())
     folder.mkdir(parents=True, exist_ok=True)
     for written in (folder / "answers").glob("*.ledger"):
         _into_cache(written)
-    for cell in table.cells:
-        record = run(table.recipe(*cell, device), folder, data_dir=data_folder(), stage=shown)
+    for recipe in recipes:
+        record = run(recipe, folder, data_dir=data_folder(), stage=shown)
         made = {"machine": machine(), "versions": record["versions"], "git_commit": record["git_commit"]}
         for row in record["rows"]:
             if rows.get(row["label"], {}).get("results") != row["results"]:

@@ -172,7 +172,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(MODELS))
-    parser.add_argument("--speeds", action="store_true")
+    parser.add_argument("--speeds", action="store_true", help="Only the speeds of rows that are there.")
     arguments = parser.parse_args()
     path = RUNS / "speed.json"
     rows: dict[str, Any] = read_json(path)["rows"] if path.exists() else {}

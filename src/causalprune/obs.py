@@ -69,9 +69,8 @@ def sparsegpt(
     for everything before them (SparseGPT, Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1); `rows` says how much
     the error of each output counts there, all alike without. The scores may be a strided view. Costs `out · in²` multiplications.
     """
-    found = weight.float().T.clone(
-        memory_format=torch.contiguous_format
-    )  # columns are one piece of memory each
+    # Transposed: every column is one piece of memory.
+    found = weight.float().T.clone(memory_format=torch.contiguous_format)
     keep = torch.ones_like(found, dtype=torch.bool)
     width = BLOCK // group * group if group < BLOCK else group
     for start in range(0, len(found), width):
@@ -90,6 +89,11 @@ def sparsegpt(
         block.masked_fill_(~stays, 0.0)
         found[start + width :].addmm_(own[:, start + width :].T, errors, alpha=-1)
     return found.T.contiguous(), keep.T.contiguous()
+
+
+def incomplete(keep: Bool[Tensor, "out in"]) -> bool:
+    """Tell whether any row loses some of its weights and keeps others: only those can make up for something."""
+    return bool((keep.any(1) & ~keep.all(1)).any())
 
 
 def refit(

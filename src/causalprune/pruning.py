@@ -30,7 +30,7 @@ from causalprune.grading import DoseResponse, dose_response
 from causalprune.importance import Factors, head_factors
 from causalprune.memory import Masks, unpacked
 from causalprune.methods import SLOPE_PASSES, Method, pattern_sparsity
-from causalprune.obs import inverse_factor, refit, sparsegpt
+from causalprune.obs import incomplete, inverse_factor, refit, sparsegpt
 from causalprune.pruned import Pruned
 from causalprune.resuming import State
 from causalprune.statistics import InputNorms, Moments, observed
@@ -290,8 +290,7 @@ class Work:
             rows, upper = self._slope(p), self._inverse(p)
             solved, keep = sparsegpt(weight, upper, choose, group=self.method.group, rows=rows)
         stays = choose(self.score(p), 0) if keep is None else keep
-        mixed = bool((stays.any(1) & ~stays.all(1)).any())  # nothing makes up for rows that go whole
-        if update == "none" or not self.moments.tokens.get(p.name) or not mixed:
+        if update == "none" or not self.moments.tokens.get(p.name) or not incomplete(stays):
             return None, stays
         if update != "obs":
             return refit(weight, stays, self._finite(p, self.moments.hessians[p.name])), stays

@@ -16,6 +16,7 @@ from causalprune.embedded import cache_folder
 from causalprune.errors import DataError, OptionError
 from causalprune.ledger import Ledger
 from causalprune.recipe import CalibrationSpec
+from causalprune.results import write_text
 from causalprune.types import Calibration, Decoder, Example, Progress, silent
 
 BATCH = 16
@@ -123,9 +124,7 @@ def own_answers(
             )
         path = folder / f"{name}-{count}.jsonl"
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept[:count])
-        draft = path.with_suffix(".tmp")
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
+        write_text(path, text)
     return path
 
 
