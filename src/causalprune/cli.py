@@ -108,6 +108,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         known = isinstance(error, CausalPruneError)
         hint = "" if known else " (unexpected: run again as `causalprune --debug …` to see where)"
         name = "" if known else f"{type(error).__name__}: "
+        if isinstance(error, RuntimeError):
+            from causalprune.memory import out_of_memory
+
+            if out_of_memory(error):
+                hint = (
+                    " (fewer tokens in a pass take less: --batch-tokens, or batch_tokens in a recipe; "
+                    "--device-map auto spreads a model over devices)"
+                )
         print(f"error: {name}{' '.join(str(error).split())}{hint}", file=sys.stderr)
         code = 2 if known else 1
     if code == STOPPED:  # some releases of typer answer Ctrl-C with this code themselves

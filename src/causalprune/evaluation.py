@@ -5,6 +5,7 @@ gold solutions and `<text>_ppl` for perplexity. `name:limit` bounds one task: pr
 perplexity. Every result keeps per-example values, so that models are compared in pairs.
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +18,9 @@ import yaml
 from causalprune import calibration, losses
 from causalprune.data import SOURCES, TASK_FILES, TEXT_SOURCES, contents, is_file, load_problems
 from causalprune.errors import DataError, OptionError, unknown
+from causalprune.memory import AtOnce
 from causalprune.tasks.answers import KINDS
-from causalprune.types import Decoder, EvalResult, Example, Progress, silent
+from causalprune.types import Batch, Decoder, EvalResult, Example, Progress, silent
 
 Metric = Literal["accuracy", "acc_norm", "nats_per_token", "perplexity"]
 
@@ -189,14 +191,22 @@ def _nats(
     decoder: Decoder, examples: Sequence[Example], settings: Settings, on_progress: Progress
 ) -> list[float]:
     nats = [0.0] * len(examples)
-    done = 0
+    done, at_once = 0, AtOnce()
     on_progress(done, len(examples))
     for batch in calibration.batches(examples, max_batch_tokens=settings.batch_tokens):
-        for i, value in zip(batch.indices, losses.target_nats(decoder, batch).tolist(), strict=True):
+        found = at_once(
+            len(batch.indices), batch.tokens.shape[1], functools.partial(_batch_nats, decoder, batch)
+        )
+        for i, value in zip(batch.indices, itertools.chain(*found), strict=True):
             nats[i] = value
         done += len(batch.indices)
         on_progress(done, len(examples))
     return nats
+
+
+def _batch_nats(decoder: Decoder, batch: Batch, rows: list[int]) -> list[float]:
+    """Return the losses of rows of a batch."""
+    return losses.target_nats(decoder, losses.selected(batch, rows)).tolist()
 
 
 def _loss_result(

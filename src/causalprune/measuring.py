@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from causalprune.errors import ModelError, OptionError
 from causalprune.gradients import expansion, neuron_effects, uniforms
 from causalprune.ledger import Ledger
 from causalprune.losses import by_row, cross_entropy, divergence, selected, target_logits, targets
+from causalprune.memory import AtOnce
 from causalprune.questions import ELSEWHERE, Estimator, Question
 from causalprune.types import Batch, Calibration, Decoder, Effects, Progress, Remarked, Unit
 from causalprune.units import Parts, Site, closing, grouped_by_effect, list_units, sites
@@ -58,7 +58,7 @@ class Workbench:
         self.masked = torch.full(shape, math.nan, dtype=torch.float64)
         self.kl = torch.full(shape, math.nan, dtype=torch.float64)
         self.intact = torch.zeros(shape[1], dtype=torch.float64)
-        self._room = estimator.max_batch_tokens
+        self._at_once = AtOnce(estimator.max_batch_tokens)
         self._cell_tokens = 0.0
         self._intact_done: set[int] = set()
         self._walked: set[int] = set()
@@ -201,21 +201,11 @@ class Workbench:
         donated = self._instead(number, layer, inputs)
         if self.question.effect == "kl" and self._intact_logits_of != number:
             self.intact_row(number)  # now: inside a masked pass it would be masked too
-        found: list[Tensor] = []
-        start = 0
-        while start < len(cells):
-            at_once = max(1, self._room // self.groups[number].tokens.shape[1])
-            some = cells[start : start + at_once]
-            try:
-                found.append(self._losses(number, layer, some, inputs, donated))
-            except RuntimeError as error:
-                if not out_of_memory(error) or len(some) == 1:
-                    raise
-                self._room = len(some) // 2 * self.groups[number].tokens.shape[1]
-                message = f"out of memory with {len(some)} sequences at once: going on with {len(some) // 2}"
-                warnings.warn(message, stacklevel=2)
-                continue
-            start += len(some)
+
+        def losses(at: list[int]) -> Tensor:
+            return self._losses(number, layer, [cells[i] for i in at], inputs, donated)
+
+        found = self._at_once(len(cells), self.groups[number].tokens.shape[1], losses)
         both = torch.cat(found, 1).cpu()  # the only wait for the device in a job
         return {name: values.tolist() for name, values in zip(("ce", "kl"), both, strict=False)}
 
@@ -365,11 +355,6 @@ class Workbench:
         positions = sum(len(example.tokens) for example in self.calibration.examples)
         self._means = {site: (total / positions).view(1, 1, -1) for site, total in sums.items()}
         return self._means
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Tell whether a device, or this machine, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _in_company(groups: Sequence[Batch], calibration: Calibration) -> list[Batch]:

@@ -1,7 +1,9 @@
-"""Room for large matrices, counting their zeros, and keep masks at eight weights a byte."""
+"""Room for large matrices, counting their zeros, keep masks at eight weights a byte, and going on where memory runs out."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -9,6 +11,8 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from causalprune.types import bands, bits_of
+
+Found = TypeVar("Found")
 
 
 def room(size: int) -> UInt8[Tensor, "byte"]:
@@ -61,3 +65,39 @@ class Masks(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._packed)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether a device, or this machine, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+class AtOnce:
+    """Works on as many sequences at once as fit `tokens`; half as many from where memory runs out, with a warning."""
+
+    def __init__(self, tokens: int = sys.maxsize) -> None:
+        self.tokens = tokens
+
+    def __call__(self, count: int, width: int, work: Callable[[list[int]], Found]) -> list[Found]:
+        """Return what `work` finds for sequences 0 to `count`, `width` tokens each, some at a time.
+
+        Raises:
+            RuntimeError: there is no memory for a single one.
+        """
+        found: list[Found] = []
+        start = 0
+        while start < count:
+            rows = list(range(start, min(count, start + max(1, self.tokens // width))))
+            try:
+                found.append(work(rows))
+            except RuntimeError as error:
+                if not out_of_memory(error) or len(rows) == 1:
+                    raise
+                fewer = len(rows) // 2
+                self.tokens = fewer * width
+                warnings.warn(
+                    f"out of memory with {len(rows)} sequences at once: going on with {fewer}", stacklevel=2
+                )
+                continue
+            start += len(rows)
+        return found

@@ -17,10 +17,12 @@ import tqdm
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import GenerationConfig
 
 from causalprune.data import content_hash
 from causalprune.errors import DataError
+from causalprune.memory import AtOnce, out_of_memory
 from causalprune.tasks.answers import AnswerKind, is_correct
 from causalprune.types import Decoder, Progress
 
@@ -132,6 +134,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", "out of memory with ")  # ours
             yield
     finally:
         tqdm.std.tqdm.__init__ = start
@@ -175,13 +178,14 @@ def _scorer(kind: AnswerKind) -> Callable[[Mapping[str, Any], Sequence[str]], di
 class _Engine(HFLM):  # type: ignore[misc]  # the harness has no type stubs
     """The harness's Hugging Face model, which here refuses what the original cuts with a log line."""
 
+    batch_size_per_gpu: int
     total = 0
     tokens = 0
     broken = False
     """Whether some prediction was not a number."""
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        self.total = len(requests)
+        self.total, self.at_once = len(requests), AtOnce()
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
     def _model_generate(
@@ -191,8 +195,17 @@ class _Engine(HFLM):  # type: ignore[misc]  # the harness has no type stubs
         if options.get("do_sample"):
             options["attention_mask"] = attention_mask
             return super()._model_generate(context, max_length, stop, **options)  # type: ignore[no-any-return]
+
+        def answers(rows: list[int]) -> Tensor:
+            def ended(count: int) -> None:
+                self.cache_hook.ended(rows[0] + count)
+
+            return greedy(self, context[rows], attention_mask[rows], max_length, stop, ended)
+
         with torch.inference_mode():
-            return greedy(self, context, attention_mask, max_length, stop, self.cache_hook.ended)
+            found = self.at_once(len(context), max_length, answers)
+        longest, padding = max(part.shape[1] for part in found), self.tokenizer.pad_token_id
+        return torch.cat([pad(part, (0, longest - part.shape[1]), value=padding) for part in found])
 
     def tok_batch_encode(
         self,
@@ -213,7 +226,17 @@ class _Engine(HFLM):  # type: ignore[misc]  # the harness has no type stubs
         lengths = [len(context) + len(choice) for _, context, choice in requests]
         self._check(max(lengths), self.max_length)
         self.tokens += sum(lengths)
-        found = super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        found = None
+        while found is None:
+            try:
+                found = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            except RuntimeError as error:
+                own = self.batch_size_per_gpu
+                if not out_of_memory(error) or own == 1:
+                    raise
+                message = f"out of memory with {own} sequences at once: starting again with {own // 2}"
+                warnings.warn(message, stacklevel=2)
+                self.batch_size_per_gpu, self.cache_hook.done = own // 2, 0
         self.broken |= any(math.isnan(value) for value, _ in found)
         return found
 
