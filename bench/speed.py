@@ -2,15 +2,18 @@
 
     python bench/speed.py                # SmolLM2 and Qwen2.5-Coder-0.5B at 10, 20, 30 % fewer parameters
     python bench/speed.py smollm2        # one of them
-    python bench/speed.py --speeds       # the speeds of the rows that are there again, as on a quieter machine
+    python bench/speed.py --speeds       # speeds and memory of the rows that are there again, as on a quieter machine
 
 Every smaller model is made from the same 48 GSM8K problems, its units chosen by effect, activation, magnitude or at random, all
 updated alike, and measured on the same test solutions. Speeds are medians of rounds in which the whole and the
-smaller model take turns in one process: prefill of 512 tokens, and greedy decoding after it, batch of one.
+smaller model take turns in one process: prefill of 512 tokens, and greedy decoding after it, batch of one. Memory is the
+most that a process of its own holds which loads a checkpoint with transformers and reads those 512 tokens.
 """
 
 import argparse
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,6 +38,17 @@ SHARES = (0.2, 0.1, 0.3)
 CHOICES = ("effect", "activation", "magnitude", "random")
 EXAMPLES, TEST = 48, "gsm8k_nll:100"
 PREFILL_TOKENS, NEW_TOKENS, ROUNDS = 512, 32, 7
+LOADED = f"""
+import sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+with torch.inference_mode():
+    model(torch.arange(100, 100 + {PREFILL_TOKENS})[None], logits_to_keep=1)
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+"""
+"""Prints the most KiB that were resident; what getrusage says would count the parent's too."""
 
 
 def shrunk(name: str, share: float, by: str) -> tuple[Decoder, EvalResult]:
@@ -72,6 +86,19 @@ def speeds(whole: Decoder, smaller: Decoder) -> dict[str, Any]:
             ),
         }
     return found
+
+
+def compared(whole: Decoder, smaller: Decoder) -> dict[str, Any]:
+    """Return what a smaller model gains: speeds, and the most memory of a process that holds either."""
+    memory = {"whole": _resident(whole), "smaller": _resident(smaller)}
+    return {"resident_bytes": memory, "speed": speeds(whole, smaller)}
+
+
+def _resident(decoder: Decoder) -> int:
+    with tempfile.TemporaryDirectory() as scratch:
+        save(decoder, Path(scratch) / "model", manifest={})
+        command = [sys.executable, "-c", LOADED, str(Path(scratch) / "model")]
+        return 1024 * int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
 
 
 def _prefill(decoder: Decoder, prompt: torch.Tensor) -> float:
@@ -118,13 +145,13 @@ def measured(model: str, rows: dict[str, Any], keep: Callable[[], None]) -> None
             row = {**_bytes(decoder), "nll": headline(result), "result": vars(result)}
             if by == CHOICES[0]:  # all have the same shapes
                 whole = whole or load(name)
-                row["speed"] = speeds(whole, decoder)
+                row |= compared(whole, decoder)
             rows[label] = row
             keep()
 
 
 def timed_again(model: str, rows: dict[str, Any], keep: Callable[[], None]) -> None:
-    """Measure the speeds of a model's rows again; they depend on shapes alone, so units are chosen and left as is quickest."""
+    """Measure speeds and memory of a model's rows again; they depend on shapes alone, so units are chosen and left as is quickest."""
     whole = load(MODELS[model]())
     calibration = calibrate(whole.tokenizer, ["gsm8k"], n=1, subsets=1, data_dir=data_folder())
     for share in SHARES:
@@ -132,7 +159,7 @@ def timed_again(model: str, rows: dict[str, Any], keep: Callable[[], None]) -> N
             decoder = load(MODELS[model]())
             shares = shares_for(decoder, share)
             decoder = shrink(decoder, shares, calibration, by="magnitude", update="none", stage=shown).decoder
-            row["speed"] = speeds(whole, decoder)
+            row |= compared(whole, decoder)
             keep()
 
 
@@ -149,6 +176,10 @@ def figures(rows: dict[str, Any]) -> dict[str, float]:
         found[f"nll_{by}_{suffix}"] = row["nll"]
         if "speed" in row:
             found[f"removed_{suffix}"] = removed
+            if memory := row.get("resident_bytes"):
+                found[f"memory_saved_over_share_{suffix}"] = (
+                    1 - memory["smaller"] / memory["whole"]
+                ) / removed
             for phase in ("prefill", "decode"):
                 faster = 1 - 1 / row["speed"][phase]["speedup"]
                 found[f"{phase}_speedup_{suffix}"] = row["speed"][phase]["speedup"]
@@ -172,7 +203,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(MODELS))
-    parser.add_argument("--speeds", action="store_true", help="Only the speeds of rows that are there.")
+    parser.add_argument(
+        "--speeds", action="store_true", help="Only speeds and memory of rows that are there."
+    )
     arguments = parser.parse_args()
     path = RUNS / "speed.json"
     rows: dict[str, Any] = read_json(path)["rows"] if path.exists() else {}

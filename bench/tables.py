@@ -122,21 +122,33 @@ def predicted() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _held(rows: dict[str, Any], label: str) -> str:
+    """Return the most memory of a process that holds a model; of the whole one as measured beside a smaller one."""
+    model, by, *_ = label.split()
+    which, of = ("whole", f"{model} ") if by == "whole" else ("smaller", label)
+    found = (
+        row["resident_bytes"][which]
+        for name, row in rows.items()
+        if name.startswith(of) and "resident_bytes" in row
+    )
+    return next((f"{size / 1e6:.0f}" for size in found), "–")
+
+
 def speed() -> str:
     """Size, speed and loss of smaller models, by what their units were chosen."""
     rows = _record("speed")["raw"].get("rows", {})
     if not rows:
         return "Not measured yet.\n"
     lines = [
-        "| model | parameters | MB on disk | prefill, tokens/s | decoding, tokens/s | nats/token: effect | activation | magnitude | random |"
+        "| model | parameters | MB on disk | MB in memory | prefill, tokens/s | decoding, tokens/s | nats/token: effect | activation | magnitude | random |"
     ]
-    lines.append("|---|" + "---:|" * 8)
+    lines.append("|---|" + "---:|" * 9)
     for label, row in sorted(rows.items(), key=lambda item: (item[0].split()[0], -item[1]["parameters"])):
         model, by, *share = label.split()
         if by not in ("whole", "effect"):
             continue
         whole = rows[f"{model} whole"]
-        size = f"{row['parameters']:,} | {row['disk_bytes'] / 1e6:.0f}"
+        size = f"{row['parameters']:,} | {row['disk_bytes'] / 1e6:.0f} | {_held(rows, label)}"
         losses = [
             rows.get(f"{model} {name} {share[0]}", {}).get("nll") if share else None for name in CHOICES
         ]

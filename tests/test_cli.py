@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ COMMANDS = (
     "attribute",
     "stability",
     "prune",
+    "sweep",
     "shrink",
     "evaluate",
     "compare",

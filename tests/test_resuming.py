@@ -13,7 +13,7 @@ from reference import calibration, fresh
 from causalprune import distillation, grading, pruning, resuming
 from causalprune.anatomy import fingerprint
 from causalprune.attribution import attribute
-from causalprune.errors import MismatchError
+from causalprune.errors import CheckpointError, MismatchError
 from causalprune.methods import Method
 from causalprune.pruning import prune
 from causalprune.resuming import State
@@ -98,6 +98,15 @@ def test_what_is_kept_of_another_pruning_is_refused(tmp_path: Path, monkeypatch:
         MismatchError, match=r"out\.pruning is of a stopped pruning with other options: delete it"
     ):
         prune(fresh("llama3"), Method("causal", 0.4), calibration=EXAMPLES, kept_in=file)
+
+
+def test_what_is_kept_and_damaged_is_an_error_that_names_it(tmp_path: Path) -> None:
+    State(tmp_path / "kept", ["a"]).keep(values=torch.ones(9))
+    data = (tmp_path / "kept").read_bytes()
+    for damaged in (b"", b"no archive", data[: len(data) // 2]):
+        (tmp_path / "kept").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"kept.*cannot be read: delete it"):
+            State(tmp_path / "kept", ["a"])
 
 
 def test_what_is_kept_with_other_effects_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

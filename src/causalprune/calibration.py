@@ -148,9 +148,18 @@ def with_limit(name: str) -> tuple[str, int | None]:
 
 def uses_chat(tokenizer: Any, chat: Chat) -> bool:
     """Tell whether prompts go through the tokenizer's chat template."""
+    check_tokenizer(tokenizer)
     if chat == "on" and not tokenizer.chat_template:
         raise OptionError("the tokenizer has no chat template: use chat 'off' or 'auto'")
     return chat != "off" and bool(tokenizer.chat_template)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise `DataError` for a model that came without one."""
+    if tokenizer is None:
+        raise DataError(
+            "the model's folder has no tokenizer, which calibration and tasks need: copy its files there (tokenizer.json, …)"
+        )
 
 
 def draw(
@@ -222,6 +231,7 @@ def text_tokens(
     tokenizer: Any, name: str, split: Split, *, data_dir: Path | None = None, exclude: Set[str] = frozenset()
 ) -> list[int]:
     """Return running text as tokens: rows joined by two newlines, tokenised once."""
+    check_tokenizer(tokenizer)
     rows = load_texts(name, split, data_dir=data_dir)
     if exclude:
         rows = [r for r in rows if len(r) < SHORTEST_LEAK or content_hash(r) not in exclude]

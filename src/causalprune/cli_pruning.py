@@ -24,9 +24,7 @@ def prune(
         str | None,
         typer.Option(help="Share of the prunable weights set to zero (default 0.2, or the pattern's own)."),
     ] = None,
-    damping: Annotated[
-        float, typer.Option(help="Of SparseGPT and `obs`; more where they ask for it.")
-    ] = 0.01,
+    damping: opt.Damping = 0.01,
     effects: Annotated[
         Path | None,
         typer.Option(
@@ -99,6 +97,7 @@ def sweep(
     chat: opt.Chat = "auto",
     objective: opt.Objective = "task",
     general: opt.General = None,
+    damping: opt.Damping = 0.01,
     data_dir: opt.DataDir = None,
     batch_tokens: opt.BatchTokens = 2048,
 ) -> None:
@@ -121,6 +120,7 @@ def sweep(
         tasks=tuple(on),
         seed=seed,
         batch_tokens=batch_tokens,
+        damping=damping,
     )
     tried = swept(recipe, keep, output, certain=certain, data_dir=data_dir, stage=shown)
     console.print(tables.swept(tried))
@@ -148,6 +148,8 @@ def shrink(
     seed: opt.Seed = 0,
     max_tokens: opt.MaxTokens = 512,
     chat: opt.Chat = "auto",
+    objective: opt.Objective = "task",
+    general: opt.General = None,
     data_dir: opt.DataDir = None,
     batch_tokens: opt.BatchTokens = 2048,
     overwrite: opt.Overwrite = False,
@@ -166,7 +168,8 @@ def shrink(
         raise OptionError("--parameters chooses the share of neurons itself: leave the other shares out")
     shares = None if parameters is not None else Shares(neurons, kv_groups, experts, layers)
     check_destination(output, overwrite)
-    wanted = CalibrationSpec(tuple(task), n, subsets=1, seed=seed, max_tokens=max_tokens, chat=chat)
+    share = opt.general_share(objective, general)
+    wanted = CalibrationSpec(tuple(task), n, 1, seed, max_tokens, chat, share)
     decoder, calibration = prepared(spec, wanted, Options(data_dir, batch_tokens, stage=shown))
     shares = shares or shares_for(decoder, parameters or 0.0)
     shrunk = smaller(
@@ -185,6 +188,9 @@ def shrink(
     for path in ledgers(ledger).values():
         path.unlink(missing_ok=True)
     before, after = shrunk.parameters_before, shrunk.parameters_after
+    if shrunk.unrouted:
+        named = ", ".join(shrunk.unrouted[:5]) + (", …" if len(shrunk.unrouted) > 5 else "")
+        console.print(f"{len(shrunk.unrouted)} experts got no calibration token and stay: {named}")
     console.print(f"{before:,} parameters before, {after:,} after ({1 - after / before:.1%} fewer): {output}")
 
 

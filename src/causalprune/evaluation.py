@@ -282,10 +282,12 @@ def _task_file(name: str) -> dict[str, Any]:
         raise OptionError(f"cannot read the task file {path}: {cause}") from cause
     if not isinstance(config, dict) or not {"task", "output_type", "doc_to_text"} <= config.keys():
         raise OptionError(f"{path}: a task file needs at least task, output_type and doc_to_text")
-    config.setdefault("metadata", {})
+    config["metadata"] = config.get("metadata") or {}
     answer = config["metadata"].get("answer")
     if answer is not None and answer not in KINDS:
         raise unknown(f"answer in {path}", str(answer), KINDS)
+    if not ({"dataset_path", "custom_dataset"} & config.keys() or config["metadata"].get("source")):
+        raise OptionError(f"{path}: a task file names its data: dataset_path, or source in its metadata")
     return config
 
 

@@ -59,6 +59,8 @@ class Method:
             raise unknown("budgets", self.budgets, BUDGETS)
         if self.budgets == "graded" and self.resolved_scope == "global":
             raise OptionError("graded budgets need scores compared within rows or matrices, not global")
+        if not 0 <= self.damping < float("inf"):
+            raise OptionError(f"damping must be a number of at least 0, such as 0.01, not {self.damping:g}")
         if not 0 < self.sparsity < 1:
             raise OptionError(f"sparsity must be between 0 and 1 (both excluded), not {self.sparsity}")
         if pattern is not None and self.budgets == "graded" and self.sparsity >= pattern:

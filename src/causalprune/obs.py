@@ -48,7 +48,7 @@ def inverse_factor(hessian: Float[Tensor, "in in"], damping: float, name: str) -
     if factor != damping:
         raise ModelError(
             f"{name}: second moments of its inputs are not positive definite with damping {damping:g}: "
-            f"use more calibration tokens, or --damping {factor:g}"
+            f"use more calibration tokens, or --damping {factor:g} (in a recipe: damping)"
         )
     own = torch.cholesky_inverse(own)  # one matrix of this size less in memory at a time
     upper: Tensor = torch.linalg.cholesky(own, upper=True)

@@ -80,17 +80,27 @@ Task = Annotated[
 Objective = Annotated[
     Literal["task", "balanced"],
     typer.Option(
-        help="task: calibrate on the task alone; balanced: a quarter of the examples is general text."
+        help="task: calibrate on the task alone; balanced: a quarter of the examples is general text (WikiText-2), "
+        "which protects other abilities."
     ),
 ]
 General = Annotated[
     float | None, typer.Option(help="Share of the examples that is general text, in place of --objective.")
 ]
 METHODS = (
-    "causal, sparsegpt, wanda, fisher, magnitude, cap or random; with a scope as in magnitude:global or a pattern "
-    "as in wanda:2:4; with graded budgets, an update of the kept weights (obs, refit, distill), or both, as in "
-    "wanda+graded+refit. causal:2:4+graded at a sparsity below 0.5 lets the matrices stay dense that the task needs most."
+    "causal, sparsegpt, wanda, fisher, magnitude, cap or random. A scope says among which weights scores are compared: "
+    "row, matrix or global, as in magnitude:global, or a pattern as in wanda:2:4. +graded measures which layers can lose more "
+    "(+uniform: all lose the same). An update lets kept weights make up for the others: +obs column by column, +refit by least "
+    "squares, +distill by training after that (minutes, 20 bytes a weight), +none. causal has graded budgets and distill of its own. "
+    "causal:2:4+graded at a sparsity below 0.5 lets the matrices stay dense that the task needs most."
 )
+Damping = Annotated[
+    float,
+    typer.Option(
+        help="What SparseGPT, causal and +obs add to the diagonal of the inputs' second moments, as a share of its mean; "
+        "more where an error asks for it."
+    ),
+]
 MethodName = Annotated[str, typer.Option(help=METHODS)]
 MethodOrOwn = Annotated[
     str | None, typer.Option(help=f"{METHODS} Default: causal, or cap where --effects are given.")
@@ -99,7 +109,10 @@ N = Annotated[
     int,
     typer.Option("-n", help="Number of calibration examples, unless every source says it (gsm8k:32).", min=1),
 ]
-Subsets = Annotated[int, typer.Option(help="Disjoint subsets K of the calibration set.", min=1)]
+Subsets = Annotated[
+    int,
+    typer.Option(help="Disjoint subsets K of the calibration set, over which effects are averaged.", min=1),
+]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 MaxTokens = Annotated[int, typer.Option(help="Longer examples are left out, and counted.", min=2)]
 Chat = Annotated[
@@ -108,7 +121,9 @@ Chat = Annotated[
 ]
 DataDir = Annotated[
     Path | None,
-    typer.Option(envvar="CAUSALPRUNE_DATA", help="Local data folder instead of the Hub."),
+    typer.Option(
+        envvar="CAUSALPRUNE_DATA", help="Local data folder instead of the Hub, a folder for each data set."
+    ),
 ]
 BatchTokens = Annotated[int, typer.Option(help="Tokens in one forward pass; not of generation.", min=1)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
@@ -199,8 +214,13 @@ FewerExperts = Annotated[
 ]
 FewerLayers = Annotated[float, typer.Option("--layers", help="Share of the layers that goes.")]
 By = Annotated[
-    str, typer.Option(help="What units are worth: effect (on the task), activation, magnitude or random.")
+    Literal["effect", "activation", "magnitude", "random"],
+    typer.Option(
+        help="What units are worth: effect (on the task), activation (for experts as REAP ranks them; not for layers), "
+        "magnitude or random."
+    ),
 ]
 Update = Annotated[
-    str, typer.Option(help="What stays makes up for what goes: refit, distill after that, obs, or none.")
+    Literal["none", "obs", "refit", "distill"],
+    typer.Option(help="What stays makes up for what goes: refit, distill after that, obs, or none."),
 ]

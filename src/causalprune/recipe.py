@@ -56,15 +56,17 @@ class CalibrationSpec:
             raise OptionError(
                 f"the share of general text must be at least 0 and below 1, not {self.general:g}"
             )
+        if self.general and GENERAL in [with_limit(source)[0] for source in self.sources]:
+            raise OptionError(f"{GENERAL} is general text itself: leave out the share of general text")
 
     def counts(self) -> dict[str, int]:
         """Return the number of examples of every source, that of general text among them."""
         own = [with_limit(source)[1] or 0 for source in self.sources]
         if 0 in own:
-            n, text = self.n, round(self.general * self.n)
+            n, text = self.n, max(round(self.general * self.n), int(self.general > 0))
         else:
-            n = round(sum(own) / (1 - self.general))
-            text = n - sum(own)
+            text = max(round(sum(own) / (1 - self.general)) - sum(own), int(self.general > 0))
+            n = sum(own) + text
         return split_counts((*self.sources, f"{GENERAL}:{text}") if text else self.sources, n)
 
 
@@ -118,7 +120,7 @@ class Recipe:
     A method is written `criterion[:scope][+budgets][+update]`; one with a pattern such as `wanda:2:4` has its own sparsity
     unless it is graded. `save` keeps the pruned checkpoints,
     `texts` the problems and answers that the report shows.
-    `batch_tokens` bounds a forward pass, `tasks` may carry a limit as in `gsm8k_nll:200`.
+    `damping` is that of `Method`, `batch_tokens` bounds a forward pass, `tasks` may carry a limit as in `gsm8k_nll:200`.
     """
 
     model: ModelSpec
@@ -128,6 +130,7 @@ class Recipe:
     tasks: tuple[str, ...]
     seed: int = 0
     batch_tokens: int = 2048
+    damping: float = Method.damping
     save: bool = False
     texts: bool = True
     attribution: AttributionSpec = field(default=AttributionSpec())
@@ -151,7 +154,12 @@ class Recipe:
     def cells(self) -> dict[str, Method | None]:
         """Return every row of the table by its label, dense (None) first."""
         pruned = [
-            parse_method(text, None if N_OF_M.search(text) and "graded" not in text else sparsity, self.seed)
+            dataclasses.replace(
+                parse_method(
+                    text, None if N_OF_M.search(text) and "graded" not in text else sparsity, self.seed
+                ),
+                damping=self.damping,
+            )
             for text in self.methods
             for sparsity in self.sparsities
         ]

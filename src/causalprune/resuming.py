@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from causalprune.errors import MismatchError
+from causalprune.errors import CheckpointError, MismatchError
 
 SELDOM = 600.0
 """Seconds between two times that something large is kept."""
@@ -23,6 +23,7 @@ class State:
     depend on. What cannot be written is lost with the process, and a warning says so.
 
     Raises:
+        CheckpointError: the file is damaged.
         MismatchError: the file is of another identity.
     """
 
@@ -30,7 +31,12 @@ class State:
         self.path, self.values = path, dict[str, Any]()
         self._identity, self._kept = json.dumps(identity, sort_keys=True), time.monotonic()
         if path is not None and path.exists():
-            found = torch.load(path, weights_only=True, mmap=True)
+            try:
+                found = torch.load(path, weights_only=True, mmap=True)
+            except Exception as cause:  # torch has many for a damaged file
+                raise CheckpointError(
+                    f"{path}, kept of a stopped pruning, cannot be read: delete it to begin again"
+                ) from cause
             if found["identity"] != self._identity:
                 raise MismatchError(
                     f"{path} is of a stopped pruning with other options: delete it, or choose another output"

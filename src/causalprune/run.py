@@ -34,7 +34,7 @@ from causalprune.questions import Estimator, Question
 from causalprune.recipe import AttributionSpec, CalibrationSpec, ModelSpec, Recipe
 from causalprune.results import RESULTS, kept_rows, results_in, rows_of, write_json, write_results
 from causalprune.stability import DRAWS, Pairs, stability
-from causalprune.streaming import Seen, Streamed, prune_stream
+from causalprune.streaming import Seen, Streamed, check_streams, prune_stream
 from causalprune.traces import calibrated
 from causalprune.types import Calibration, Decoder, Effects, EvalResult, Stage, quiet
 from causalprune.uncertainty import described
@@ -75,7 +75,8 @@ def run(
     `command` is what the user typed, for the record. Methods, sparsities and tasks may be added to a recipe whose folder exists: what is there is not done again.
 
     Raises:
-        MismatchError: the folder holds a run of another model, calibration, seed or batch size.
+        CheckpointError: the folder is a file, or cannot be written.
+        MismatchError: the folder holds a run of another model, calibration, seed, damping or batch size.
     """
     settings = Settings(
         data_dir=data_dir,
@@ -85,15 +86,15 @@ def run(
         batch_tokens=recipe.batch_tokens,
     )
     check_tasks(recipe.tasks)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file, and a run needs a folder: choose another name")
     with stage("loading model"):
         decoder = load(recipe.model)
     recipe.check_shape(decoder.name, len(decoder.layers), decoder.layers[0].attention.n_heads)
     with stage("calibration data") as progress:
         exclude = evaluation_contents(recipe.tasks, settings, decoder.tokenizer)
         calibration = calibrated(decoder, recipe.calibration, data_dir, exclude, progress)
-    own, wanted = calibration.fingerprint, recipe.calibration
-    identity: dict[str, Any] = {"model": decoder.fingerprint, "calibration": own, "seed": recipe.seed}
-    identity |= {"chat": wanted.chat, "max_tokens": wanted.max_tokens, "batch_tokens": recipe.batch_tokens}
+    identity = _identity(recipe, decoder, calibration)
     folder.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "recipe": dataclasses.asdict(recipe),
@@ -119,6 +120,20 @@ def run(
             write_json(folder / RESULTS, record)
             describe(folder / CHECKPOINTS / name, rows_of(record), name)
     return record
+
+
+def _identity(recipe: Recipe, decoder: Decoder, calibration: Calibration) -> dict[str, Any]:
+    """Return what the rows of a run depend on, besides their method and task."""
+    wanted = recipe.calibration
+    return {
+        "model": decoder.fingerprint,
+        "calibration": calibration.fingerprint,
+        "seed": recipe.seed,
+        "chat": wanted.chat,
+        "max_tokens": wanted.max_tokens,
+        "batch_tokens": recipe.batch_tokens,
+        **({} if recipe.damping == Method.damping else {"damping": recipe.damping}),
+    }
 
 
 def attribute(
@@ -245,6 +260,7 @@ def prune_streamed(
         effects = load_effects(effects_path)
     folder, seen = Path(spec.name).expanduser(), None
     check_destination(output, options.overwrite)
+    check_streams(method)
     if method.needs_calibration:
         with options.stage("calibration data"):
             bare = dataclasses.replace(skeleton(folder), tokenizer=tokenizer_of(folder))

@@ -56,13 +56,17 @@ class Shares:
 
 @dataclass(frozen=True, eq=False)
 class Shrunk:
-    """A smaller model, what it kept and how that was updated, and its number of parameters before and after."""
+    """A smaller model, what it kept and how that was updated, and its number of parameters before and after.
+
+    `unrouted` names experts that no token reached where their worth was measured: it is unknown, so they stay before others.
+    """
 
     decoder: Decoder
     kept: Kept
     update: Update
     parameters_before: int
     parameters_after: int
+    unrouted: tuple[str, ...] = ()
 
 
 def shares_for(decoder: Decoder, parameters: float) -> Shares:
@@ -116,7 +120,7 @@ def shrink(  # noqa: PLR0913 (the command's options)
         raise unknown("update", update, UPDATES)
     before = sum(p.numel() for p in decoder.model.parameters())
     how = Estimator(seed=seed, max_batch_tokens=max_batch_tokens)
-    chosen = _chosen(decoder, shares, by, calibration, how, ledger=ledger, stage=stage)
+    chosen, unrouted = _chosen(decoder, shares, by, calibration, how, ledger=ledger, stage=stage)
     followed = lessons(decoder, calibration.examples, max_batch_tokens) if own == "distill" else []
     if "experts" in chosen:
         decoder = smaller(decoder, Kept(experts=chosen["experts"]))
@@ -136,7 +140,7 @@ def shrink(  # noqa: PLR0913 (the command's options)
         )
     found = smaller(decoder, kept)
     after = sum(p.numel() for p in found.model.parameters())
-    return Shrunk(found, replace(kept, experts=chosen.get("experts", {})), own, before, after)
+    return Shrunk(found, replace(kept, experts=chosen.get("experts", {})), own, before, after, unrouted)
 
 
 def ledgers(path: Path) -> dict[Kind, Path]:
@@ -161,7 +165,8 @@ def save_shrunk(
     }
     sizes = {"parameters_before": shrunk.parameters_before, "parameters_after": shrunk.parameters_after}
     data = {**calibration.description, "fingerprint": calibration.fingerprint}
-    record = {"shrink": {**options, "update": shrunk.update, **sizes, "kept": kept}, "calibration": data}
+    how = {**options, "update": shrunk.update, **sizes, "unrouted": list(shrunk.unrouted), "kept": kept}
+    record = {"shrink": how, "calibration": data}
     save(shrunk.decoder, folder, manifest=record, overwrite=overwrite)
 
 
@@ -174,18 +179,24 @@ def _chosen(  # noqa: PLR0913 (what `shrink` takes)
     *,
     ledger: Path | None,
     stage: Stage,
-) -> dict[Kind, Any]:
-    """Return the indices that stay of every kind that loses some; what cannot be is refused before anything is measured."""
+) -> tuple[dict[Kind, Any], tuple[str, ...]]:
+    """Return the indices that stay of every kind that loses some, and the experts that no token reached.
+
+    What cannot be is refused before anything is measured.
+    """
     wanted = {kind: share for kind in KINDS if (share := asdict(shares)[kind])}
     some = {kind: {i: torch.zeros(n) for i, n in _sizes(decoder, kind).items()} for kind in wanted}
     smaller(decoder, Kept(**{kind: _kept(kind, some[kind], share) for kind, share in wanted.items()}))
     chosen: dict[Kind, Any] = {}
+    unrouted: list[str] = []
     for kind, share in wanted.items():
         with stage(f"what {kind.replace('_', ' ')} are worth") as progress:
             path = None if ledger is None else ledgers(ledger)[kind]
             worth = _worth(decoder, kind, by, calibration, how, progress, ledger=path)
         chosen[kind] = _kept(kind, worth, share)
-    return chosen
+        for layer, own in worth.items():
+            unrouted += [f"layers.{layer}.experts.{i}" for i in own.isnan().nonzero()[:, 0].tolist()]
+    return chosen, tuple(unrouted)
 
 
 def _kept(kind: Kind, worth: Scores, share: float) -> Any:

@@ -73,7 +73,7 @@ def prune_stream(  # noqa: PLR0913 (what `prune` and `save` take)
         MismatchError: the effects were measured on another model.
     """
     checkpoint.check_destination(output, overwrite)
-    _check_method(method, seen)
+    check_streams(method, data=seen is not None)
     files, entries = open_checkpoint(source)
     size = sum(e.stop - e.start for e in entries.values())
     with closing(Store(2 * size, on_progress)) as store:
@@ -112,7 +112,7 @@ def prune_stream(  # noqa: PLR0913 (what `prune` and `save` take)
     return Streamed(weights, zeros, work.unrouted())
 
 
-def _check_method(method: Method, seen: Seen | None) -> None:
+def check_streams(method: Method, *, data: bool = True) -> None:
     """Raise `OptionError` for a method that has to see all layers at once, or lacks calibration data."""
     if not method.walks:
         return
@@ -120,9 +120,9 @@ def _check_method(method: Method, seen: Seen | None) -> None:
     if "slopes" in method.needs or scope == "global" or update == "distill" or budgets == "graded":
         raise OptionError(
             f"{method.criterion!r} with scope {scope}, update {update} and {budgets} budgets needs the whole "
-            "model in memory: leave out --stream"
+            "model in memory: leave out --stream, or take another method"
         )
-    if seen is None:
+    if not data:
         raise OptionError(f"method {method.criterion!r} needs calibration data")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from causalprune.calibration import Reader, calibrate, draw, encode, uses_chat
-from causalprune.data import OWN, Problem, contents, is_file, load_problems
+from causalprune.data import OWN, TEXT_SOURCES, Problem, contents, is_file, load_problems
 from causalprune.embedded import cache_folder
 from causalprune.errors import DataError, OptionError
 from causalprune.ledger import Ledger
@@ -84,8 +84,7 @@ def own_answers(
     Raises:
         DataError: too few answers come to an end.
     """
-    if decoder.device.type == "meta":
-        raise OptionError(f"{OWN}{source} needs a model that writes: leave out --stream, or take {source}")
+    _check_can_answer(decoder, source)
     identity = {
         "model": decoder.fingerprint,
         "source": source,
@@ -126,6 +125,15 @@ def own_answers(
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept[:count])
         write_text(path, text)
     return path
+
+
+def _check_can_answer(decoder: Decoder, source: str) -> None:
+    if source in TEXT_SOURCES:
+        raise OptionError(
+            f"{OWN}{source}: {source} is running text, with nothing to answer: take it without {OWN}"
+        )
+    if decoder.device.type == "meta":
+        raise OptionError(f"{OWN}{source} needs a model that writes: leave out --stream, or take {source}")
 
 
 def _answers(decoder: Decoder, examples: Sequence[Example], max_tokens: int) -> list[str]:
