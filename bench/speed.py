@@ -34,7 +34,7 @@ from causalprune.shrinking import shares_for, shrink
 from causalprune.types import Decoder, EvalResult
 
 MODELS = {"smollm2": lambda: "embedded", "qwen": lambda: str(fetched("qwen"))}
-SHARES = (0.2, 0.1, 0.3)
+SHARES = (0.2, 0.3, 0.1)
 CHOICES = ("effect", "activation", "magnitude", "random")
 EXAMPLES, TEST = 48, "gsm8k_nll:100"
 PREFILL_TOKENS, NEW_TOKENS, ROUNDS = 512, 32, 7
