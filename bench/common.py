@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from causalprune.provenance import versions
+from causalprune.provenance import git_commit, versions
 from causalprune.results import write_json
 
 BENCH = Path(__file__).parent
@@ -50,6 +50,11 @@ def machine() -> dict[str, Any]:
     """Return what this machine computes with."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def made() -> dict[str, Any]:
+    """Return where a row is measured: rows of one file may be of several machines and commits."""
+    return {"machine": machine(), "versions": versions(), "git_commit": git_commit()}
 
 
 def _elsewhere(raw: Any) -> Any:

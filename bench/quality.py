@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import predicted
-from common import BENCH, RESULTS, RUNS, data_folder, machine, write_figures
+from common import BENCH, RESULTS, RUNS, data_folder, made, write_figures
 from core import oracle_python
 from models import fetched
 from safetensors.torch import load_file
@@ -129,10 +129,9 @@ def measured(name: str, device: str, before: dict[str, Any]) -> Iterator[dict[st
         _into_cache(written)
     for recipe in recipes:
         record = run(recipe, folder, data_dir=data_folder(), stage=shown)
-        made = {"machine": machine(), "versions": record["versions"], "git_commit": record["git_commit"]}
         for row in record["rows"]:
             if rows.get(row["label"], {}).get("results") != row["results"]:
-                rows[row["label"]] = {**row, "made": made}
+                rows[row["label"]] = {**row, "made": made()}
         yield {**record, "rows": [rows[label] for label in order if label in rows]}
 
 
@@ -306,7 +305,9 @@ def main() -> None:
     for name in arguments.steps or steps:
         print(f"== {name}", flush=True)
         for record in (
-            [apart[name]()] if name in apart else measured(name, arguments.device, done.get(name, {}))
+            [apart[name]() | {"made": made()}]
+            if name in apart
+            else measured(name, arguments.device, done.get(name, {}))
         ):
             done[name] = record
             print(write_figures("quality", figures(done), done, seeds=[*range(5)]), flush=True)

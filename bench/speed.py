@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RUNS, data_folder, write_figures
+from common import RUNS, data_folder, made, write_figures
 from models import fetched
 
 from causalprune.calibration import calibrate
@@ -91,7 +91,7 @@ def speeds(whole: Decoder, smaller: Decoder) -> dict[str, Any]:
 def compared(whole: Decoder, smaller: Decoder) -> dict[str, Any]:
     """Return what a smaller model gains: speeds, and the most memory of a process that holds either."""
     memory = {"whole": _resident(whole), "smaller": _resident(smaller)}
-    return {"resident_bytes": memory, "speed": speeds(whole, smaller)}
+    return {"resident_bytes": memory, "speed": speeds(whole, smaller), "timed": made()}
 
 
 def _resident(decoder: Decoder) -> int:
@@ -142,7 +142,7 @@ def measured(model: str, rows: dict[str, Any], keep: Callable[[], None]) -> None
             if label in rows:
                 continue
             decoder, result = shrunk(name, share, by)
-            row = {**_bytes(decoder), "nll": headline(result), "result": vars(result)}
+            row = {**_bytes(decoder), "nll": headline(result), "result": vars(result), "made": made()}
             if by == CHOICES[0]:  # all have the same shapes
                 whole = whole or load(name)
                 row |= compared(whole, decoder)
