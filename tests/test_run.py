@@ -200,6 +200,17 @@ def test_methods_may_be_added_to_a_finished_run(model_folder: Path, data: Path, 
     assert more["rows"][-1]["label"] == "random-matrix-0.5"
 
 
+def test_a_run_that_goes_on_with_other_versions_says_so(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = recipe(model_folder, methods=("magnitude",))
+    running.run(small, tmp_path / "run", data_dir=data)
+    newer = {**running.versions(), "torch": "99.0"}
+    monkeypatch.setattr(running, "versions", lambda: newer)
+    with pytest.warns(UserWarning, match=r"was begun with torch .* \(now 99\.0\): its rows may not compare"):
+        running.run(small, tmp_path / "run", data_dir=data)
+
+
 def test_another_calibration_in_the_same_folder_is_refused(
     model_folder: Path, data: Path, tmp_path: Path
 ) -> None:

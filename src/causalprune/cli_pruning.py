@@ -1,6 +1,5 @@
 """Commands that make and check pruned checkpoints."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,8 +55,8 @@ def prune(
 
     share = opt.general_share(objective, general)
     calibration = CalibrationSpec(tuple(task), n, subsets, seed, max_tokens, chat, share)
-    wanted = parse_method(method or ("causal" if effects is None else "cap"), _sparsity(sparsity), seed)
-    wanted = replace(wanted, damping=damping)
+    named = method or ("causal" if effects is None else "cap")
+    wanted = parse_method(named, _sparsity(sparsity), seed, damping)
     if effects is not None and "effects" not in wanted.needs:
         raise OptionError(f"--effects are for cap, and {wanted.criterion} does not use them: leave them out")
     options = Options(data_dir, batch_tokens, overwrite, shown, cache_gib=cache_gib)

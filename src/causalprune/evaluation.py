@@ -5,7 +5,6 @@ gold solutions and `<text>_ppl` for perplexity. `name:limit` bounds one task: pr
 perplexity. Every result keeps per-example values, so that models are compared in pairs.
 """
 
-import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -194,19 +193,16 @@ def _nats(
     done, at_once = 0, AtOnce()
     on_progress(done, len(examples))
     for batch in calibration.batches(examples, max_batch_tokens=settings.batch_tokens):
-        found = at_once(
-            len(batch.indices), batch.tokens.shape[1], functools.partial(_batch_nats, decoder, batch)
-        )
+
+        def some(rows: list[int], own: Batch = batch) -> list[float]:
+            return losses.target_nats(decoder, losses.selected(own, rows)).tolist()
+
+        found = at_once(len(batch.indices), batch.tokens.shape[1], some)
         for i, value in zip(batch.indices, itertools.chain(*found), strict=True):
             nats[i] = value
         done += len(batch.indices)
         on_progress(done, len(examples))
     return nats
-
-
-def _batch_nats(decoder: Decoder, batch: Batch, rows: list[int]) -> list[float]:
-    """Return the losses of rows of a batch."""
-    return losses.target_nats(decoder, losses.selected(batch, rows)).tolist()
 
 
 def _loss_result(

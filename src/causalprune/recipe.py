@@ -154,13 +154,9 @@ class Recipe:
     def cells(self) -> dict[str, Method | None]:
         """Return every row of the table by its label, dense (None) first."""
         pruned = [
-            dataclasses.replace(
-                parse_method(
-                    text, None if N_OF_M.search(text) and "graded" not in text else sparsity, self.seed
-                ),
-                damping=self.damping,
-            )
+            parse_method(text, None if fixed else sparsity, self.seed, self.damping)
             for text in self.methods
+            for fixed in [N_OF_M.search(text) and "graded" not in text]
             for sparsity in self.sparsities
         ]
         return {"dense": None, **{label(method): method for method in pruned}}
@@ -172,7 +168,9 @@ def label(method: Method) -> str:
     return f"{method.criterion}{words}-{method.resolved_scope}-{method.sparsity:g}"
 
 
-def parse_method(text: str, sparsity: float | None = None, seed: int = 0) -> Method:
+def parse_method(
+    text: str, sparsity: float | None = None, seed: int = 0, damping: float = Method.damping
+) -> Method:
     """Return the method that `criterion[:scope][+budgets][+update]` names.
 
     As `wanda`, `wanda:2:4`, `cap:global+refit`, `wanda+graded+refit` or `causal:2:4+graded`. Without `sparsity`, a pattern's own or
@@ -189,7 +187,7 @@ def parse_method(text: str, sparsity: float | None = None, seed: int = 0) -> Met
             f"the method {text!r} has two words for the same: one of {BUDGETS} and one update are allowed"
         )
     update, own = (words[0] if words else None for words in (updates, budgets))
-    return Method(criterion, sparsity, scope or None, seed, update, own)
+    return Method(criterion, sparsity, scope or None, seed, update, own, damping)
 
 
 def find_recipe(name: str) -> Path:

@@ -11,6 +11,7 @@
 import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,7 @@ def run(
         "rows": [],
     }
     with Ledger(folder / "results.ledger", identity) as book:
+        _note_versions(book)
         effects = _effects(recipe, decoder, calibration, folder, stage, book)
         if effects is not None:
             record["attribution"] = described(effects) | book.rows.get("attribution", {})
@@ -134,6 +136,18 @@ def _identity(recipe: Recipe, decoder: Decoder, calibration: Calibration) -> dic
         "batch_tokens": recipe.batch_tokens,
         **({} if recipe.damping == Method.damping else {"damping": recipe.damping}),
     }
+
+
+def _note_versions(book: Ledger) -> None:
+    """Keep the versions that a run was begun with; warn where it goes on with others."""
+    now = versions()
+    if "versions" not in book.rows:
+        book.append("versions", now)
+    if (was := book.rows["versions"]) != now:
+        changed = ", ".join(
+            f"{name} {was.get(name)} (now {now[name]})" for name in now if was.get(name) != now[name]
+        )
+        warnings.warn(f"{book.path} was begun with {changed}: its rows may not compare", stacklevel=2)
 
 
 def attribute(
