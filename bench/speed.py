@@ -134,7 +134,12 @@ def measured(model: str, rows: dict[str, Any], keep: Callable[[], None]) -> None
     whole: Decoder | None = None
     if f"{model} whole" not in rows:
         whole, result = shrunk(name, 0.0, "whole")
-        rows[f"{model} whole"] = {**_bytes(whole), "nll": headline(result), "result": vars(result)}
+        rows[f"{model} whole"] = {
+            **_bytes(whole),
+            "nll": headline(result),
+            "result": vars(result),
+            "made": made(),
+        }
         keep()
     for share in SHARES:
         for by in CHOICES:

@@ -112,7 +112,7 @@ LAYERS: dict[str, set[str]] = {
     "evidence": {"checkpoint", "importance", "ledger", "results", "uncertainty"},
     "heatmap": {"evidence"},
     "report": {"evidence", "provenance", "results"},
-    "recipe": {"calibration", "criteria", "methods", "questions"},
+    "recipe": {"calibration", "criteria", "data", "methods", "questions"},
     "options": {"recipe"},
     "plan": {
         "calibration",

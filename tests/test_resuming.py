@@ -103,10 +103,15 @@ def test_what_is_kept_of_another_pruning_is_refused(tmp_path: Path, monkeypatch:
 def test_what_is_kept_and_damaged_is_an_error_that_names_it(tmp_path: Path) -> None:
     State(tmp_path / "kept", ["a"]).keep(values=torch.ones(9))
     data = (tmp_path / "kept").read_bytes()
-    for damaged in (b"", b"no archive", data[: len(data) // 2]):
+    torch.save([1], tmp_path / "other")
+    for damaged in (b"", b"no archive", data[: len(data) // 2], (tmp_path / "other").read_bytes()):
         (tmp_path / "kept").write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"kept.*cannot be read: delete it"):
+        with pytest.raises(CheckpointError, match=r"kept.*is damaged: delete it"):
             State(tmp_path / "kept", ["a"])
+    (tmp_path / "kept").unlink()
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot read .*kept"):
+        State(tmp_path / "kept", ["a"])
 
 
 def test_what_is_kept_with_other_effects_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

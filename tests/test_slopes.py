@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from reference import ONE_ROUTE, calibration, fresh, shared, with_expert_modules
+from reference import ONE_ROUTE, calibration, fresh, restored, shared, with_expert_modules
 from torch import Tensor, nn
 
 from causalprune.allocation import keep_matrix, keep_rows
@@ -97,6 +97,11 @@ def test_equal_slopes_within_rows_are_wanda() -> None:
     assert torch.equal(keep_rows(rows, counts), keep_rows(score, counts)), (
         "within a row a slope is a constant"
     )
+    one, two = shared("llama2"), fresh("llama2")
+    with restored(one):
+        kept = prune(one, Method("fisher", 0.5, "row"), calibration=EXAMPLES).keep
+        other = prune(two, Method("wanda", 0.5), calibration=EXAMPLES).keep
+        assert all(torch.equal(keep, other[name]) for name, keep in kept.items())
 
 
 def predicted(decoder: Decoder, row: int, column: int) -> float:

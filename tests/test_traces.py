@@ -76,9 +76,28 @@ def test_answers_without_an_end_are_left_out(
     assert not set(first) & set(shown)
     silent, _ = speaking(monkeypatch, endless=10**6)
     other = Reader(silent.tokenizer, chat=False, max_tokens=399, data_dir=data)
-    monkeypatch.setattr("causalprune.traces._answers", lambda _decoder, some, _most: [""] * len(some))
+    monkeypatch.setattr("causalprune.traces._answers", lambda _decoder, _some, _most, rows: [""] * len(rows))
     with pytest.raises(DataError, match=r"own:gsm8k: of 12 answers 0 end within 399 tokens"):
         own_answers(silent, other, "gsm8k", 5)
+
+
+def test_without_memory_fewer_answers_are_written_at_once(
+    monkeypatch: pytest.MonkeyPatch, data: Path
+) -> None:
+    decoder, calls = speaking(monkeypatch)
+    own = decoder.model.generate
+
+    def crowded(tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        if len(tokens) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(tokens, **options)
+
+    monkeypatch.setattr(decoder.model, "generate", crowded)
+    reader = Reader(decoder.tokenizer, chat=False, max_tokens=400, data_dir=data)
+    with pytest.warns(UserWarning, match="out of memory"):
+        rows = own_answers(decoder, reader, "gsm8k", 4).read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 4
+    assert max(calls) == 3
 
 
 def test_evaluation_problems_are_never_answered(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:

@@ -112,10 +112,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             from causalprune.memory import out_of_memory
 
             if out_of_memory(error):
-                hint = (
-                    " (fewer tokens in a pass take less: --batch-tokens, or batch_tokens in a recipe; "
-                    "--device-map auto spreads a model over devices)"
-                )
+                hint = " (fewer --batch-tokens, batch_tokens in a recipe, take less, and so does --dtype bfloat16)"
         print(f"error: {name}{' '.join(str(error).split())}{hint}", file=sys.stderr)
         code = 2 if known else 1
     if code == STOPPED:  # some releases of typer answer Ctrl-C with this code themselves

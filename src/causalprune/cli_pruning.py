@@ -125,7 +125,9 @@ def sweep(
     console.print(tables.swept(tried))
     best = max((one.sparsity for one in tried if one.holds), default=None)
     found = (
-        "no sparsity keeps it" if best is None else f"--method {method} --sparsity {best:g} -n {n} keeps it"
+        "no sparsity keeps it"
+        if best is None
+        else f"--method {method} --sparsity {best:g}, with the same other options, keeps it"
     )
     console.print(f"{found}; all results: {output / 'results.json'}")
 
@@ -187,9 +189,9 @@ def shrink(
     for path in ledgers(ledger).values():
         path.unlink(missing_ok=True)
     before, after = shrunk.parameters_before, shrunk.parameters_after
-    if shrunk.unrouted:
-        named = ", ".join(shrunk.unrouted[:5]) + (", …" if len(shrunk.unrouted) > 5 else "")
-        console.print(f"{len(shrunk.unrouted)} experts got no calibration token and stay: {named}")
+    if unknown := shrunk.unrouted:
+        text = f"{len(unknown)} experts, put before others, got no token that tells their worth"
+        console.print(f"{text}: {', '.join(unknown[:5])}")
     console.print(f"{before:,} parameters before, {after:,} after ({1 - after / before:.1%} fewer): {output}")
 
 

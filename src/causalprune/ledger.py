@@ -23,7 +23,7 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +111,13 @@ class Ledger:
         lines = data.splitlines(keepends=True)
         self._check_header(lines[0])
         self._end = len(lines[0])
-        for number, line in enumerate(lines[1:], start=2):
-            row = _parse(line)
-            if row is None and number == len(lines):
-                break  # the row that was being written when the run was killed
-            self._take(row, number)
-            self._end += len(line)
+        for number, size, row in _intact(lines, self.path):
+            if row["key"] in self.rows:
+                raise CheckpointError(
+                    f"{self.path}, line {number}: second row for job {row['key']!r}: delete one of them"
+                )
+            self.rows[row["key"]] = row["value"]
+            self._end += size
         os.ftruncate(fd, self._end)
         os.fsync(fd)
 
@@ -135,18 +136,6 @@ class Ledger:
                     f"ledger {self.path} belongs to another run: {key} was {was!r} and is now {now!r}: "
                     "delete the file to start again, or choose another folder"
                 )
-
-    def _take(self, row: dict[str, Any] | None, number: int) -> None:
-        if row is None or row.keys() != {"key", "value"}:
-            raise CheckpointError(
-                f"{self.path}, line {number}: damaged row (checksum or form is wrong): "
-                f"restore the file, or delete line {number} and what follows to redo those jobs"
-            )
-        if row["key"] in self.rows:
-            raise CheckpointError(
-                f"{self.path}, line {number}: second row for job {row['key']!r}: delete one of them"
-            )
-        self.rows[row["key"]] = row["value"]
 
     def _write(self, fd: int, line: bytes) -> None:
         try:
@@ -173,15 +162,21 @@ def read_rows(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read ledger {path}: {error.strerror}") from error
     if not lines or (_parse(lines[0]) or {}).get("format") != FORMAT:
         raise CheckpointError(f"{path}, line 1: not a ledger of this version of causalprune")
-    rows: dict[str, Any] = {}
+    return {row["key"]: row["value"] for _, _, row in _intact(lines, path)}
+
+
+def _intact(lines: Sequence[bytes], path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yield number, bytes and content of the rows after the header, up to one that was being written."""
     for number, line in enumerate(lines[1:], start=2):
         row = _parse(line)
         if row is None and number == len(lines):
-            break  # being written, or cut short by a kill
+            return  # being written, or cut short by a kill
         if row is None or row.keys() != {"key", "value"}:
-            raise CheckpointError(f"{path}, line {number}: damaged row (checksum or form is wrong)")
-        rows[row["key"]] = row["value"]
-    return rows
+            raise CheckpointError(
+                f"{path}, line {number}: damaged row (checksum or form is wrong): "
+                f"restore the file, or delete line {number} and what follows to redo those jobs"
+            )
+        yield number, len(line), row
 
 
 def _dump(value: Json, what: str) -> str:

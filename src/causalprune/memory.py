@@ -13,6 +13,8 @@ from torch import Tensor
 from causalprune.types import bands, bits_of
 
 Found = TypeVar("Found")
+NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+"""What errors of CUDA, of torch on a CPU, and of cuBLAS say."""
 
 
 def room(size: int) -> UInt8[Tensor, "byte"]:
@@ -69,7 +71,7 @@ class Masks(Mapping[str, Tensor]):
 
 def out_of_memory(error: BaseException) -> bool:
     """Tell whether a device, or this machine, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 class AtOnce:

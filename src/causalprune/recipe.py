@@ -11,6 +11,7 @@ import yaml
 
 from causalprune.calibration import Chat, split_counts, with_limit
 from causalprune.criteria import BUDGETS
+from causalprune.data import OWN, TEXT_SOURCES
 from causalprune.errors import MismatchError, OptionError, unknown
 from causalprune.methods import N_OF_M, Method, pattern_sparsity
 from causalprune.questions import Estimator, Question
@@ -56,6 +57,11 @@ class CalibrationSpec:
             raise OptionError(
                 f"the share of general text must be at least 0 and below 1, not {self.general:g}"
             )
+        for text in TEXT_SOURCES:
+            if f"{OWN}{text}" in [with_limit(source)[0] for source in self.sources]:
+                raise OptionError(
+                    f"{OWN}{text}: {text} is running text, with nothing to answer: leave out {OWN}"
+                )
         if self.general and GENERAL in [with_limit(source)[0] for source in self.sources]:
             raise OptionError(f"{GENERAL} is general text itself: leave out the share of general text")
 
@@ -130,11 +136,11 @@ class Recipe:
     tasks: tuple[str, ...]
     seed: int = 0
     batch_tokens: int = 2048
-    damping: float = Method.damping
     save: bool = False
     texts: bool = True
     attribution: AttributionSpec = field(default=AttributionSpec())
     shape: Shape | None = field(default=None)
+    damping: float = Method.damping
 
     def __post_init__(self) -> None:
         for kind in ("methods", "sparsities", "tasks"):

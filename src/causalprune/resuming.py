@@ -23,7 +23,7 @@ class State:
     depend on. What cannot be written is lost with the process, and a warning says so.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: the file cannot be read, or is damaged.
         MismatchError: the file is of another identity.
     """
 
@@ -33,15 +33,17 @@ class State:
         if path is not None and path.exists():
             try:
                 found = torch.load(path, weights_only=True, mmap=True)
+                own, self.values = found["identity"], found["values"]
+            except OSError as cause:
+                raise CheckpointError(f"cannot read {path}: {cause.strerror or cause}") from cause
             except Exception as cause:  # torch has many for a damaged file
                 raise CheckpointError(
-                    f"{path}, kept of a stopped pruning, cannot be read: delete it to begin again"
+                    f"{path}, kept of a stopped pruning, is damaged: delete it to begin again"
                 ) from cause
-            if found["identity"] != self._identity:
+            if own != self._identity:
                 raise MismatchError(
                     f"{path} is of a stopped pruning with other options: delete it, or choose another output"
                 )
-            self.values = found["values"]
 
     def due(self) -> bool:
         """Tell whether it is time to keep something large, and count from now on if so."""

@@ -28,7 +28,7 @@ from causalprune.ledger import Ledger
 from causalprune.measuring import Workbench
 from causalprune.methods import Method
 from causalprune.model import skeleton, tokenizer_of
-from causalprune.provenance import git_commit, peak_bytes, versions
+from causalprune.provenance import PACKAGES, git_commit, peak_bytes, versions
 from causalprune.pruned import Pruned, manifest
 from causalprune.pruning import prune
 from causalprune.questions import Estimator, Question
@@ -96,7 +96,6 @@ def run(
         exclude = evaluation_contents(recipe.tasks, settings, decoder.tokenizer)
         calibration = calibrated(decoder, recipe.calibration, data_dir, exclude, progress)
     identity = _identity(recipe, decoder, calibration)
-    folder.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "recipe": dataclasses.asdict(recipe),
         "cells": list(recipe.cells()),
@@ -141,13 +140,15 @@ def _identity(recipe: Recipe, decoder: Decoder, calibration: Calibration) -> dic
 def _note_versions(book: Ledger) -> None:
     """Keep the versions that a run was begun with; warn where it goes on with others."""
     now = versions()
-    if "versions" not in book.rows:
+    if not book.rows:
         book.append("versions", now)
-    if (was := book.rows["versions"]) != now:
-        changed = ", ".join(
-            f"{name} {was.get(name)} (now {now[name]})" for name in now if was.get(name) != now[name]
+    was = book.rows.get("versions", now)  # an earlier release kept none
+    if changed := [
+        f"{name} {was.get(name)} (now {now[name]})" for name in PACKAGES if was.get(name) != now[name]
+    ]:
+        warnings.warn(
+            f"{book.path} was begun with {', '.join(changed)}: its rows may not compare", stacklevel=2
         )
-        warnings.warn(f"{book.path} was begun with {changed}: its rows may not compare", stacklevel=2)
 
 
 def attribute(

@@ -194,7 +194,7 @@ def _chosen(  # noqa: PLR0913 (what `shrink` takes)
             path = None if ledger is None else ledgers(ledger)[kind]
             worth = _worth(decoder, kind, by, calibration, how, progress, ledger=path)
         chosen[kind] = _kept(kind, worth, share)
-        for layer, own in worth.items():
+        for layer, own in worth.items() if kind == "experts" else ():
             unrouted += [f"layers.{layer}.experts.{i}" for i in own.isnan().nonzero()[:, 0].tolist()]
     return chosen, tuple(unrouted)
 

@@ -4,17 +4,19 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from causalprune.calibration import Reader, calibrate, draw, encode, uses_chat
-from causalprune.data import OWN, TEXT_SOURCES, Problem, contents, is_file, load_problems
+from causalprune.data import OWN, Problem, contents, is_file, load_problems
 from causalprune.embedded import cache_folder
 from causalprune.errors import DataError, OptionError
 from causalprune.ledger import Ledger
+from causalprune.memory import AtOnce
 from causalprune.recipe import CalibrationSpec
 from causalprune.results import write_text
 from causalprune.types import Calibration, Decoder, Example, Progress, silent
@@ -84,7 +86,8 @@ def own_answers(
     Raises:
         DataError: too few answers come to an end.
     """
-    _check_can_answer(decoder, source)
+    if decoder.device.type == "meta":
+        raise OptionError(f"{OWN}{source} needs a model that writes: leave out --stream, or take {source}")
     identity = {
         "model": decoder.fingerprint,
         "source": source,
@@ -99,12 +102,14 @@ def own_answers(
     problems = {p.content: p for p in load_problems(source, "calibration", data_dir=reader.data_dir)}
     drawn = draw(reader, source, "calibration", exclude=exclude or frozenset())
     kept: list[dict[str, str]] = []
-    tried = 0
+    tried, at_once = 0, AtOnce()
     # One run at a time: another may be writing the same answers.
     with Ledger(folder / f"{name}.ledger", identity, wait=True) as book:
         for examples in _batched(islice(drawn, TRIES * count)):
             missing = [e for e in examples if e.content not in book.rows]
-            for example, answer in zip(missing, _answers(decoder, missing, reader.max_tokens), strict=True):
+            write = partial(_answers, decoder, missing, reader.max_tokens)
+            answers = chain(*at_once(len(missing), reader.max_tokens, write))
+            for example, answer in zip(missing, answers, strict=True):
                 own = Problem(source, problems[example.content].prompt, answer)
                 fits = bool(answer.strip()) and len(encode(reader, own).tokens) <= reader.max_tokens
                 book.append(example.content, answer if fits else None)
@@ -127,22 +132,13 @@ def own_answers(
     return path
 
 
-def _check_can_answer(decoder: Decoder, source: str) -> None:
-    if source in TEXT_SOURCES:
-        raise OptionError(
-            f"{OWN}{source}: {source} is running text, with nothing to answer: take it without {OWN}"
-        )
-    if decoder.device.type == "meta":
-        raise OptionError(f"{OWN}{source} needs a model that writes: leave out --stream, or take {source}")
-
-
-def _answers(decoder: Decoder, examples: Sequence[Example], max_tokens: int) -> list[str]:
-    """Return the greedy answers to the prompts of some examples; empty where one does not end."""
-    if not examples:
-        return []
+def _answers(
+    decoder: Decoder, examples: Sequence[Example], max_tokens: int, rows: Sequence[int]
+) -> list[str]:
+    """Return the greedy answers to the prompts of these examples; empty where one does not end."""
     from causalprune.tasks.harness import ends_of, plain_generation  # noqa: PLC0415 (takes seconds)
 
-    prompts = [list(e.tokens[: e.target_start]) for e in examples]
+    prompts = [list(e.tokens[: e.target_start]) for e in (examples[i] for i in rows)]
     longest, shortest = max(map(len, prompts)), min(map(len, prompts))
     padding = decoder.tokenizer.pad_token_id or decoder.tokenizer.eos_token_id or 0
     tokens = torch.tensor([[padding] * (longest - len(p)) + p for p in prompts])

@@ -231,7 +231,7 @@ class _Engine(HFLM):  # type: ignore[misc]  # the harness has no type stubs
             try:
                 found = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
             except RuntimeError as error:
-                own = self.batch_size_per_gpu
+                own = min(self.batch_size_per_gpu, len(requests))
                 if not out_of_memory(error) or own == 1:
                     raise
                 message = f"out of memory with {own} sequences at once: starting again with {own // 2}"
