@@ -2,6 +2,7 @@
 
     python bench/speed.py                # SmolLM2 and Qwen2.5-Coder-0.5B at 10, 20, 30 % fewer parameters
     python bench/speed.py smollm2        # one of them
+    python bench/speed.py --memory       # memory of the rows that lack it
     python bench/speed.py --speeds       # speeds and memory of the rows that are there again, as on a quieter machine
 
 Every smaller model is made from the same 48 GSM8K problems, its units chosen by effect, activation, magnitude or at random, all
@@ -90,8 +91,12 @@ def speeds(whole: Decoder, smaller: Decoder) -> dict[str, Any]:
 
 def compared(whole: Decoder, smaller: Decoder) -> dict[str, Any]:
     """Return what a smaller model gains: speeds, and the most memory of a process that holds either."""
-    memory = {"whole": _resident(whole), "smaller": _resident(smaller)}
-    return {"resident_bytes": memory, "speed": speeds(whole, smaller), "timed": made()}
+    return {**held(whole, smaller), "speed": speeds(whole, smaller), "timed": made()}
+
+
+def held(whole: Decoder, smaller: Decoder) -> dict[str, Any]:
+    """Return the most memory of a process that holds either model."""
+    return {"resident_bytes": {"whole": _resident(whole), "smaller": _resident(smaller)}}
 
 
 def _resident(decoder: Decoder) -> int:
@@ -155,16 +160,20 @@ def measured(model: str, rows: dict[str, Any], keep: Callable[[], None]) -> None
             keep()
 
 
-def timed_again(model: str, rows: dict[str, Any], keep: Callable[[], None]) -> None:
-    """Measure speeds and memory of a model's rows again; they depend on shapes alone, so units are chosen and left as is quickest."""
+def again(model: str, rows: dict[str, Any], keep: Callable[[], None], *, memory: bool) -> None:
+    """Measure speeds and memory of a model's rows again, or only the memory of those that lack it.
+
+    Both depend on shapes alone, so units are chosen and left as is quickest.
+    """
     whole = load(MODELS[model]())
     calibration = calibrate(whole.tokenizer, ["gsm8k"], n=1, subsets=1, data_dir=data_folder())
     for share in SHARES:
-        if row := rows.get(f"{model} {CHOICES[0]} {share}"):
+        row = rows.get(f"{model} {CHOICES[0]} {share}")
+        if row and not (memory and "resident_bytes" in row):
             decoder = load(MODELS[model]())
             shares = shares_for(decoder, share)
             decoder = shrink(decoder, shares, calibration, by="magnitude", update="none", stage=shown).decoder
-            row |= compared(whole, decoder)
+            row |= held(whole, decoder) if memory else compared(whole, decoder)
             keep()
 
 
@@ -208,6 +217,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(MODELS))
+    parser.add_argument("--memory", action="store_true", help="Only the memory of rows that lack it.")
     parser.add_argument(
         "--speeds", action="store_true", help="Only speeds and memory of rows that are there."
     )
@@ -220,7 +230,10 @@ def main() -> None:
         print(write_figures("speed", figures(rows), {"rows": rows}, seeds=[0]), flush=True)
 
     for model in arguments.models or MODELS:
-        (timed_again if arguments.speeds else measured)(model, rows, keep)
+        if arguments.speeds or arguments.memory:
+            again(model, rows, keep, memory=arguments.memory)
+        else:
+            measured(model, rows, keep)
 
 
 if __name__ == "__main__":
