@@ -54,6 +54,22 @@ def data_dir() -> Path:
     return path if path.is_dir() else unavailable(f"no data sets in {path}: set CAUSALPRUNE_DATA")
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of small data sets, in the layout of `--data-dir`."""
+    from tinydata import write_data
+
+    return write_data(tmp_path_factory.mktemp("data") / "data")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a tiny model with its tokenizer."""
+    from tinydata import write_model
+
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
 Run = Callable[..., tuple[int, str, str]]
 """Runs the command line in this process: exit code, output, errors."""
 
@@ -72,3 +88,16 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return int(stopped.value.code or 0), captured.out, captured.err
 
     return call
+
+
+def assert_refused(outcome: tuple[int, str, str], words: str, output: Path) -> None:
+    """Check exit code 2, one readable error that names the thing, no traceback and nothing written."""
+    code, _, err = outcome
+    assert code == 2, err
+    assert words in err
+    assert "Traceback" not in err
+    assert "unexpected" not in err
+    if err.startswith("error: "):
+        assert len(err.strip().splitlines()) == 1
+    assert not output.exists()
+    assert not list(output.parent.glob("*.partial-*"))

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Run
+from conftest import Run, assert_refused
 from families import FAMILIES
-from tinydata import tiny_decoder, write_data, write_jsonl
+from tinydata import tiny_decoder, write_jsonl
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -19,21 +19,6 @@ from transformers import (
 
 from causalprune.cli import main
 from causalprune.results import read_json
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "data")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    decoder = tiny_decoder()
-    decoder.model.save_pretrained(folder)
-    decoder.tokenizer.save_pretrained(folder)
-    return folder
-
 
 COMMANDS = (
     "inspect",
@@ -355,18 +340,6 @@ def test_debug_shows_where(model: Path, tmp_path: Path) -> None:
 
     with pytest.raises(OptionError):
         main(["--debug", "prune", str(model), "-o", str(tmp_path / "out"), "--sparsity", "2"])
-
-
-def assert_refused(outcome: tuple[int, str, str], words: str, output: Path) -> None:
-    """Check exit code 2, one readable error that names the thing, no traceback and nothing written."""
-    code, _, err = outcome
-    assert code == 2, err
-    assert words in err
-    assert "Traceback" not in err
-    if err.startswith("error: "):
-        assert len(err.strip().splitlines()) == 1
-    assert not output.exists()
-    assert not list(output.parent.glob("*.partial-*"))
 
 
 def test_json_of_inspect_is_json(run: Run, model: Path) -> None:

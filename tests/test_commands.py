@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 from conftest import REPOSITORY, Run
-from tinydata import tiny_decoder, write_data
+from tinydata import tiny_decoder, write_data, write_model
 
 from causalprune import cli
 
@@ -55,8 +55,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder with what the pages take for granted: examples, recipes, data, a model, one that was tuned."""
     model = tmp_path / "MODEL"
     decoder = tiny_decoder(positions=4096)
-    decoder.model.save_pretrained(model)
-    decoder.tokenizer.save_pretrained(model)
+    write_model(model, decoder)
     for name in ("FOLDER", "tuned"):
         shutil.copytree(model, tmp_path / name)
     shutil.copytree(REPOSITORY / "examples", tmp_path / "examples")

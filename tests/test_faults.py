@@ -17,7 +17,7 @@ from conftest import Run
 from disturbed import STAGES
 from families import FAMILIES
 from reference import fresh
-from tinydata import tiny_decoder, write_jsonl
+from tinydata import tiny_decoder, write_jsonl, write_model
 
 from causalprune import checkpoint
 from causalprune.checkpoint import read_manifest, save
@@ -88,8 +88,7 @@ def test_a_folder_without_permission_is_refused(disturbed: dict[str, Any], stage
 def test_a_run_folder_in_use_is_refused(run: Run, tmp_path: Path) -> None:
     model, own = tmp_path / "model", tmp_path / "own.jsonl"
     decoder = tiny_decoder()
-    decoder.model.save_pretrained(model)
-    decoder.tokenizer.save_pretrained(model)
+    write_model(model, decoder)
     write_jsonl(own, [{"prompt": f"Say {i}.", "target": f" {i}"} for i in range(6)])
     command = ("attribute", model, "-o", tmp_path / "out", "-t", own, "-n", 4)
     (tmp_path / "out").mkdir()

@@ -6,21 +6,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run
-from tinydata import tiny_decoder, write_data
+from tinydata import tiny_decoder
 
 from causalprune.evaluation import evaluate
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "data")
-
-
 @pytest.mark.parametrize("task", ["gsm8k_nll", "gsm8k_cot:6", "arc_challenge"])
 def test_without_memory_a_task_goes_on_with_fewer_at_once_and_it_is_said(
-    folder: Path, task: str, recwarn: pytest.WarningsRecorder
+    data: Path, task: str, recwarn: pytest.WarningsRecorder
 ) -> None:
-    how: dict[str, Any] = {"data_dir": folder, "max_new_tokens": 5, "batch_tokens": 9999}
+    how: dict[str, Any] = {"data_dir": data, "max_new_tokens": 5, "batch_tokens": 9999}
     whole = evaluate(tiny_decoder(), [task], **how)
     decoder, sizes, told = tiny_decoder(), list[int](), list[tuple[int, int]]()
 
@@ -41,7 +36,7 @@ def test_without_memory_a_task_goes_on_with_fewer_at_once_and_it_is_said(
         assert one.description["tokens_forwarded"] == other.description["tokens_forwarded"]
 
 
-def test_memory_for_not_even_one_sequence_is_an_error(folder: Path) -> None:
+def test_memory_for_not_even_one_sequence_is_an_error(data: Path) -> None:
     decoder = tiny_decoder()
 
     def crowded(_module: Any, _args: Any) -> None:
@@ -50,20 +45,17 @@ def test_memory_for_not_even_one_sequence_is_an_error(folder: Path) -> None:
     decoder.model.register_forward_pre_hook(crowded)
     for task in ("gsm8k_nll", "gsm8k_cot:6", "arc_challenge"):
         with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="out of memory"):
-            evaluate(decoder, [task], data_dir=folder, max_new_tokens=5)
+            evaluate(decoder, [task], data_dir=data, max_new_tokens=5)
 
 
 def test_without_memory_an_error_says_what_takes_less(
-    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def crowded(*arguments: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    decoder, model = tiny_decoder(), tmp_path / "model"
-    decoder.model.save_pretrained(model)
-    decoder.tokenizer.save_pretrained(model)
     monkeypatch.setattr("causalprune.run.prune", crowded)
-    code, _, err = run("prune", model, "-o", tmp_path / "out", "-n", "3", "--data-dir", folder)
+    code, _, err = run("prune", model, "-o", tmp_path / "out", "-n", "3", "--data-dir", data)
     assert code == 1
     assert "2.00 GiB" in err
     assert "--batch-tokens" in err

@@ -4,35 +4,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Run
-from tinydata import tiny_decoder, write_data
+from conftest import Run, assert_refused
+from tinydata import tiny_decoder
 
 from causalprune.checkpoint import read_manifest
 from causalprune.errors import OptionError
 from causalprune.methods import Method
 from causalprune.recipe import CalibrationSpec
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "data")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    decoder = tiny_decoder()
-    decoder.model.save_pretrained(folder)
-    decoder.tokenizer.save_pretrained(folder)
-    return folder
-
-
-def refused(outcome: tuple[int, str, str], words: str) -> None:
-    code, _, err = outcome
-    assert code == 2, err
-    assert words in " ".join(err.replace("│", " ").split())
-    assert "Traceback" not in err
-    assert "unexpected" not in err
 
 
 def test_a_folder_without_a_tokenizer(run: Run, data: Path, tmp_path: Path) -> None:
@@ -46,7 +24,7 @@ def test_a_folder_without_a_tokenizer(run: Run, data: Path, tmp_path: Path) -> N
         ("evaluate", tmp_path / "bare", "-t", "wikitext2_ppl:200", *common, tmp_path / "out.json"),
         ("evaluate", tmp_path / "bare", "-t", "strategyqa:2", *common, tmp_path / "out.json"),
     ):
-        refused(run(*command), "no tokenizer")
+        assert_refused(run(*command), "no tokenizer", command[-1])
     code, _, err = run("prune", tmp_path / "bare", "--method", "magnitude", "-o", tmp_path / "out")
     assert code == 0, err
 
@@ -65,15 +43,16 @@ def test_a_folder_without_a_tokenizer(run: Run, data: Path, tmp_path: Path) -> N
 def test_options_of_prune(
     run: Run, model: Path, data: Path, tmp_path: Path, options: tuple[str, ...], words: str
 ) -> None:
-    refused(run("prune", model, "-o", tmp_path / "out", "-n", 4, "--data-dir", data, *options), words)
-    assert not (tmp_path / "out").exists()
+    common = ("-o", tmp_path / "out", "-n", 4, "--data-dir", data)
+    assert_refused(run("prune", model, *common, *options), words, tmp_path / "out")
 
 
 @pytest.mark.parametrize("option", [("--by", "size"), ("--update", "train")])
 def test_choices_of_shrink_are_checked_before_a_model_is_loaded(
     run: Run, tmp_path: Path, option: tuple[str, str]
 ) -> None:
-    refused(run("shrink", tmp_path / "nothing", "-o", tmp_path / "out", *option), option[0])
+    outcome = run("shrink", tmp_path / "nothing", "-o", tmp_path / "out", *option)
+    assert_refused(outcome, option[0], tmp_path / "out")
 
 
 def test_a_run_needs_a_folder(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
@@ -86,9 +65,12 @@ def test_a_run_needs_a_folder(run: Run, model: Path, data: Path, tmp_path: Path)
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "out").write_text("a file")
-    refused(run("run", tmp_path / "recipe.yaml", "-o", tmp_path / "out", "--data-dir", data), "is a file")
+    outcome = run("run", tmp_path / "recipe.yaml", "-o", tmp_path / "out", "--data-dir", data)
+    assert_refused(outcome, "is a file", tmp_path / "new")
+    assert (tmp_path / "out").read_text() == "a file"
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "damping": -0.1}))
-    refused(run("run", tmp_path / "recipe.yaml", "-o", tmp_path / "new", "--data-dir", data), "damping")
+    outcome = run("run", tmp_path / "recipe.yaml", "-o", tmp_path / "new", "--data-dir", data)
+    assert_refused(outcome, "damping", tmp_path / "new")
     for damping, code in ((0.02, 0), (0.02, 0), (0.03, 2)):
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "damping": damping}))
         found = run("run", tmp_path / "recipe.yaml", "-o", tmp_path / "new", "--data-dir", data)
@@ -99,9 +81,8 @@ def test_a_run_needs_a_folder(run: Run, model: Path, data: Path, tmp_path: Path)
 def test_a_task_file_without_data(run: Run, model: Path, tmp_path: Path) -> None:
     task = {"task": "own", "output_type": "multiple_choice", "doc_to_text": "x", "metadata": None}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(task))
-    refused(
-        run("evaluate", model, "-t", tmp_path / "own.yaml", "-o", tmp_path / "out.json"), "names its data"
-    )
+    outcome = run("evaluate", model, "-t", tmp_path / "own.yaml", "-o", tmp_path / "out.json")
+    assert_refused(outcome, "names its data", tmp_path / "out.json")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tinydata import tiny_decoder, write_data, write_jsonl
+from tinydata import write_jsonl
 
 from causalprune import cells
 from causalprune import run as running
@@ -23,20 +23,6 @@ from causalprune.results import load_rows, paired_difference
 from causalprune.verification import verify
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "data")
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    decoder = tiny_decoder()
-    decoder.model.save_pretrained(folder)
-    decoder.tokenizer.save_pretrained(folder)
-    return folder
-
-
 def stops_at(number: int, calls: list[str]) -> Any:
     """Return what takes the place of `evaluate`: Ctrl-C at this call of it, of all that `calls` lists by their tasks."""
 
@@ -49,9 +35,9 @@ def stops_at(number: int, calls: list[str]) -> Any:
     return evaluates
 
 
-def recipe(model_folder: Path, **changes: Any) -> Recipe:
+def recipe(model: Path, **changes: Any) -> Recipe:
     values: dict[str, Any] = {
-        "model": ModelSpec(str(model_folder)),
+        "model": ModelSpec(str(model)),
         "calibration": CalibrationSpec(("gsm8k",), n=6, subsets=3),
         "methods": ("magnitude", "wanda", "cap"),
         "sparsities": (0.5,),
@@ -60,8 +46,8 @@ def recipe(model_folder: Path, **changes: Any) -> Recipe:
     return Recipe(**{**values, **changes})
 
 
-def test_run_measures_dense_and_every_method(model_folder: Path, data: Path, tmp_path: Path) -> None:
-    record = running.run(recipe(model_folder, save=True), tmp_path / "run", data_dir=data)
+def test_run_measures_dense_and_every_method(model: Path, data: Path, tmp_path: Path) -> None:
+    record = running.run(recipe(model, save=True), tmp_path / "run", data_dir=data)
     rows = dict(load_rows(tmp_path / "run"))
     assert list(rows) == ["dense", "magnitude-matrix-0.5", "wanda-row-0.5", "cap-global-0.5"]
     assert all([r.task for r in results] == ["gsm8k_nll", "strategyqa_nll"] for results in rows.values())
@@ -78,8 +64,8 @@ def test_run_measures_dense_and_every_method(model_folder: Path, data: Path, tmp
     assert read_manifest(checkpoint)["run"]["calibration"]["sources"] == {"gsm8k": 6}
 
 
-def test_a_run_records_what_a_report_shows(model_folder: Path, data: Path, tmp_path: Path) -> None:
-    wanted = recipe(model_folder, methods=("cap", "wanda+graded"), tasks=("gsm8k_nll:4", "strategyqa"))
+def test_a_run_records_what_a_report_shows(model: Path, data: Path, tmp_path: Path) -> None:
+    wanted = recipe(model, methods=("cap", "wanda+graded"), tasks=("gsm8k_nll:4", "strategyqa"))
     record = running.run(wanted, tmp_path / "run", data_dir=data, command="as typed")
     dense, cap, graded = record["rows"]
     assert (record["command"], record["cells"]) == ("as typed", [row["label"] for row in record["rows"]])
@@ -104,9 +90,9 @@ def test_a_run_records_what_a_report_shows(model_folder: Path, data: Path, tmp_p
 
 
 def test_stopped_run_goes_on_with_the_same_results(
-    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = recipe(model_folder)
+    wanted = recipe(model)
     calm = running.run(wanted, tmp_path / "calm", data_dir=data)
     calls: list[str] = []
     monkeypatch.setattr(cells, "evaluate", stops_at(5, calls))
@@ -119,9 +105,9 @@ def test_stopped_run_goes_on_with_the_same_results(
 
 
 def test_a_saved_checkpoint_is_measured_further_without_pruning_again(
-    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = recipe(model_folder, save=True, methods=("wanda",))
+    wanted = recipe(model, save=True, methods=("wanda",))
     calm = running.run(wanted, tmp_path / "calm", data_dir=data)
 
     with monkeypatch.context() as patch:
@@ -136,10 +122,10 @@ def test_a_saved_checkpoint_is_measured_further_without_pruning_again(
 
 
 def test_a_stopped_prune_goes_on(
-    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method, options = Method("causal", 0.5), running.Options(data)
-    given = ModelSpec(str(model_folder)), method, tmp_path / "out", CalibrationSpec(("gsm8k",), n=6)
+    given = ModelSpec(str(model)), method, tmp_path / "out", CalibrationSpec(("gsm8k",), n=6)
     running.prune_checkpoint(*given[:2], tmp_path / "calm", given[3], None, options)
 
     with monkeypatch.context() as patch:
@@ -155,9 +141,9 @@ def test_a_stopped_prune_goes_on(
 
 
 def test_what_pruning_had_finished_stays_until_its_cell_is_measured(
-    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = recipe(model_folder, methods=("causal",))
+    wanted = recipe(model, methods=("causal",))
     calm = running.run(wanted, tmp_path / "calm", data_dir=data)
 
     with monkeypatch.context() as patch:
@@ -175,7 +161,7 @@ def raised(error: type[BaseException]) -> None:
 
 
 def test_one_model_is_in_memory_at_a_time(
-    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[weakref.ref[Any]] = []
     load = running.load
@@ -189,21 +175,21 @@ def test_one_model_is_in_memory_at_a_time(
 
     monkeypatch.setattr(running, "load", counts)
     monkeypatch.setattr(cells, "load", counts)
-    running.run(recipe(model_folder, methods=("magnitude", "wanda")), tmp_path / "run", data_dir=data)
+    running.run(recipe(model, methods=("magnitude", "wanda")), tmp_path / "run", data_dir=data)
     assert len(seen) == 3
 
 
-def test_methods_may_be_added_to_a_finished_run(model_folder: Path, data: Path, tmp_path: Path) -> None:
-    first = running.run(recipe(model_folder, methods=("magnitude",)), tmp_path / "run", data_dir=data)
-    more = running.run(recipe(model_folder, methods=("magnitude", "random")), tmp_path / "run", data_dir=data)
+def test_methods_may_be_added_to_a_finished_run(model: Path, data: Path, tmp_path: Path) -> None:
+    first = running.run(recipe(model, methods=("magnitude",)), tmp_path / "run", data_dir=data)
+    more = running.run(recipe(model, methods=("magnitude", "random")), tmp_path / "run", data_dir=data)
     assert values(more)[: len(values(first))] == values(first)
     assert more["rows"][-1]["label"] == "random-matrix-0.5"
 
 
 def test_a_run_that_goes_on_with_other_versions_says_so(
-    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = recipe(model_folder, methods=("magnitude",))
+    small = recipe(model, methods=("magnitude",))
     running.run(small, tmp_path / "run", data_dir=data)
     newer = {**running.versions(), "torch": "99.0"}
     monkeypatch.setattr(running, "versions", lambda: newer)
@@ -211,49 +197,45 @@ def test_a_run_that_goes_on_with_other_versions_says_so(
         running.run(small, tmp_path / "run", data_dir=data)
 
 
-def test_another_calibration_in_the_same_folder_is_refused(
-    model_folder: Path, data: Path, tmp_path: Path
-) -> None:
-    running.run(recipe(model_folder, methods=("magnitude",)), tmp_path / "run", data_dir=data)
-    other = recipe(model_folder, calibration=CalibrationSpec(("gsm8k",), n=6, subsets=3, seed=1))
+def test_another_calibration_in_the_same_folder_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    running.run(recipe(model, methods=("magnitude",)), tmp_path / "run", data_dir=data)
+    other = recipe(model, calibration=CalibrationSpec(("gsm8k",), n=6, subsets=3, seed=1))
     with pytest.raises(MismatchError):
         running.run(other, tmp_path / "run", data_dir=data)
 
 
-def test_shape_of_the_recipe_is_checked(model_folder: Path, data: Path, tmp_path: Path) -> None:
+def test_shape_of_the_recipe_is_checked(model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="2 layers of 4 heads"):
-        running.run(recipe(model_folder, shape=Shape(2, 5, 1e4)), tmp_path / "run", data_dir=data)
+        running.run(recipe(model, shape=Shape(2, 5, 1e4)), tmp_path / "run", data_dir=data)
 
 
-def test_one_file_for_both_ends_is_cut_in_two(model_folder: Path, tmp_path: Path) -> None:
+def test_one_file_for_both_ends_is_cut_in_two(model: Path, tmp_path: Path) -> None:
     problems = [{"prompt": f"Say {i}", "target": f"It is {i}."} for i in range(12)]
     own = str(write_jsonl(tmp_path / "own.jsonl", problems))
     wanted = recipe(
-        model_folder,
+        model,
         calibration=CalibrationSpec((own,), n=6, subsets=3),
         tasks=(f"{own}_nll:5",),
         methods=("wanda",),
     )
     record = running.run(wanted, tmp_path / "run")
     assert record["calibration"]["skipped"]["excluded"] > 0
-    greedy = recipe(model_folder, calibration=CalibrationSpec((own,), n=8), tasks=(f"{own}_nll:5",))
+    greedy = recipe(model, calibration=CalibrationSpec((own,), n=8), tasks=(f"{own}_nll:5",))
     with pytest.raises(DataError, match="7"):
         running.run(greedy, tmp_path / "greedy")
 
 
-def test_existing_output_is_refused_before_any_work(model_folder: Path, tmp_path: Path) -> None:
+def test_existing_output_is_refused_before_any_work(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    method = recipe(model_folder).cells()["magnitude-matrix-0.5"]
+    method = recipe(model).cells()["magnitude-matrix-0.5"]
     with pytest.raises(CheckpointError, match="exists"):
         running.prune_checkpoint(ModelSpec("no/such"), method, tmp_path / "out", CalibrationSpec(("gsm8k",)))
 
 
-def test_cap_measures_first_where_no_effects_are_given(
-    model_folder: Path, data: Path, tmp_path: Path
-) -> None:
-    method = recipe(model_folder).cells()["cap-global-0.5"]
+def test_cap_measures_first_where_no_effects_are_given(model: Path, data: Path, tmp_path: Path) -> None:
+    method = recipe(model).cells()["cap-global-0.5"]
     options = running.Options(data_dir=data)
-    spec, wanted = ModelSpec(str(model_folder)), CalibrationSpec(("gsm8k",), n=6)
+    spec, wanted = ModelSpec(str(model)), CalibrationSpec(("gsm8k",), n=6)
     alone = running.prune_checkpoint(spec, method, tmp_path / "alone", wanted, options=options)
     running.attribute(spec, wanted, tmp_path / "effects", options)
     effects = tmp_path / "effects" / "effects.json"
@@ -262,12 +244,10 @@ def test_cap_measures_first_where_no_effects_are_given(
     assert all(torch.equal(alone.keep[name], given.keep[name]) for name in given.keep)
 
 
-def test_work_is_shared_out_in_one_way(model_folder: Path, tmp_path: Path) -> None:
+def test_work_is_shared_out_in_one_way(model: Path, tmp_path: Path) -> None:
     options = running.Options(share=(1, 2), cluster=running.Cluster(2))
     with pytest.raises(OptionError, match=r"leave out --shard, or --executor ray"):
-        running.attribute(
-            ModelSpec(str(model_folder)), CalibrationSpec(("gsm8k",), n=6), tmp_path / "out", options
-        )
+        running.attribute(ModelSpec(str(model)), CalibrationSpec(("gsm8k",), n=6), tmp_path / "out", options)
 
 
 def values(record: dict[str, Any]) -> list[Any]:
@@ -275,12 +255,12 @@ def values(record: dict[str, Any]) -> list[Any]:
     return [(row["label"], [result["values"] for result in row["results"]]) for row in record["rows"]]
 
 
-def test_checkpoints_of_an_earlier_run_are_replaced(model_folder: Path, data: Path, tmp_path: Path) -> None:
+def test_checkpoints_of_an_earlier_run_are_replaced(model: Path, data: Path, tmp_path: Path) -> None:
     """As after a refusal, whose advice is to delete the ledger."""
     folder, found = tmp_path / "run", []
     for seed in (0, 1):
         own = CalibrationSpec(("gsm8k",), n=6, subsets=3, seed=seed)
-        wanted = recipe(model_folder, methods=("wanda",), calibration=own, save=True)
+        wanted = recipe(model, methods=("wanda",), calibration=own, save=True)
         running.run(wanted, folder, data_dir=data)
         (folder / "results.ledger").unlink()
         found.append(read_manifest(folder / "checkpoints" / "wanda-row-0.5")["run"]["calibration"])
@@ -288,13 +268,13 @@ def test_checkpoints_of_an_earlier_run_are_replaced(model_folder: Path, data: Pa
 
 
 def test_a_checkpoint_of_an_earlier_run_is_not_measured_for_this_one(
-    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that was saved by a run whose ledger is gone, when this one does not save."""
     folder, other = tmp_path / "run", CalibrationSpec(("gsm8k",), n=6, subsets=3, seed=1)
-    running.run(recipe(model_folder, methods=("wanda",), save=True), folder, data_dir=data)
+    running.run(recipe(model, methods=("wanda",), save=True), folder, data_dir=data)
     (folder / "results.ledger").unlink()
-    wanted = recipe(model_folder, methods=("wanda",), calibration=other)
+    wanted = recipe(model, methods=("wanda",), calibration=other)
     calm = running.run(wanted, tmp_path / "calm", data_dir=data)
 
     with monkeypatch.context() as patch:
@@ -304,18 +284,16 @@ def test_a_checkpoint_of_an_earlier_run_is_not_measured_for_this_one(
     assert values(running.run(wanted, folder, data_dir=data)) == values(calm)
 
 
-def test_another_attribution_in_the_same_folder_is_refused(
-    model_folder: Path, data: Path, tmp_path: Path
-) -> None:
-    running.run(recipe(model_folder, methods=("cap",)), tmp_path / "run", data_dir=data)
+def test_another_attribution_in_the_same_folder_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    running.run(recipe(model, methods=("cap",)), tmp_path / "run", data_dir=data)
     (tmp_path / "run" / "attribution.ledger").unlink()
-    other = recipe(model_folder, methods=("cap",), attribution=AttributionSpec(ablation="mean"))
+    other = recipe(model, methods=("cap",), attribution=AttributionSpec(ablation="mean"))
     with pytest.raises(MismatchError, match=r"attribution in .* was .*zero.* is now .*mean"):
         running.run(other, tmp_path / "run", data_dir=data)
 
 
 def test_a_broken_model_does_not_stop_the_run(
-    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def breaks(decoder: Any, method: Any, **options: Any) -> Any:
         pruned = prune(decoder, method, **options)
@@ -324,22 +302,20 @@ def test_a_broken_model_does_not_stop_the_run(
 
     monkeypatch.setattr(cells, "prune", breaks)
     tasks = ("gsm8k_nll:4", "strategyqa", "gsm8k_cot:4")
-    record = running.run(
-        recipe(model_folder, methods=("wanda",), tasks=tasks), tmp_path / "run", data_dir=data
-    )
+    record = running.run(recipe(model, methods=("wanda",), tasks=tasks), tmp_path / "run", data_dir=data)
     for own in (record["rows"], read_run(tmp_path / "run").rows):
         for dense, broken in zip(own[0]["results"], own[1]["results"], strict=True):
             assert not any(map(math.isnan, dense["values"]))
             assert all(map(math.isnan, broken["values"]))
     assert values(
-        running.run(recipe(model_folder, methods=("wanda",), tasks=tasks), tmp_path / "run", data_dir=data)
+        running.run(recipe(model, methods=("wanda",), tasks=tasks), tmp_path / "run", data_dir=data)
     )
 
 
 def test_a_stopped_evaluation_goes_on(
-    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, spec, calls = tmp_path / "found.json", ModelSpec(str(model_folder)), list[str]()
+    out, spec, calls = tmp_path / "found.json", ModelSpec(str(model)), list[str]()
     settings = Settings(data_dir=data)
 
     monkeypatch.setattr(running, "evaluate", stops_at(2, calls))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import Run
 from families import FAMILIES, VOCAB
-from tinydata import tiny_decoder, write_jsonl
+from tinydata import tiny_decoder, write_jsonl, write_model
 from transformers import AutoModelForCausalLM
 
 from causalprune.anatomy import inspect_model
@@ -233,8 +233,7 @@ def test_activations_are_those_of_the_calibration() -> None:
 
 def test_the_command_leaves_a_model_that_loads(run: Run, tmp_path: Path) -> None:
     decoder, model = tiny_decoder(), tmp_path / "model"
-    decoder.model.save_pretrained(model)
-    decoder.tokenizer.save_pretrained(model)
+    write_model(model, decoder)
     lines = [{"prompt": f"{i} plus {i}?", "target": f"It is {2 * i}."} for i in range(8)]
     task = write_jsonl(tmp_path / "own.jsonl", lines)
     common = ("-t", task, "-n", 6, "--kv-groups", "0.5", "--layers", "0.5")

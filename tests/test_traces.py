@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tinydata import tiny_decoder, write_data, write_jsonl
+from tinydata import tiny_decoder, write_jsonl
 
 from causalprune.calibration import Reader, draw
 from causalprune.errors import DataError, OptionError
@@ -15,11 +15,6 @@ from causalprune.traces import calibrated, own_answers
 
 SPEC = CalibrationSpec(("own:gsm8k",), n=4, subsets=2, max_tokens=400)
 ANSWER = "It is 7."
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "data")
 
 
 @pytest.fixture(autouse=True)

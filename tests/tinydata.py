@@ -61,6 +61,14 @@ def write_data(folder: Path, rows: int = 12) -> Path:
     return folder
 
 
+def write_model(folder: Path, decoder: Decoder | None = None) -> Path:
+    """Save a model (the tiny one) and its tokenizer as a folder that loads."""
+    decoder = decoder or tiny_decoder()
+    decoder.model.save_pretrained(folder)
+    decoder.tokenizer.save_pretrained(folder)
+    return folder
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     """Write one JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
