@@ -100,6 +100,6 @@ class AtOnce:
                 warnings.warn(
                     f"out of memory with {len(rows)} sequences at once: going on with {fewer}", stacklevel=2
                 )
-                continue
-            start += len(rows)
+            else:
+                start += len(rows)
         return found

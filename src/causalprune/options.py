@@ -111,7 +111,7 @@ N = Annotated[
 ]
 Subsets = Annotated[
     int,
-    typer.Option(help="Disjoint subsets K of the calibration set, over which effects are averaged.", min=1),
+    typer.Option(help="Disjoint subsets K of the calibration set: CAP takes a median over them.", min=1),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 MaxTokens = Annotated[int, typer.Option(help="Longer examples are left out, and counted.", min=2)]

@@ -57,12 +57,13 @@ class CalibrationSpec:
             raise OptionError(
                 f"the share of general text must be at least 0 and below 1, not {self.general:g}"
             )
+        names = [with_limit(source)[0] for source in self.sources]
         for text in TEXT_SOURCES:
-            if f"{OWN}{text}" in [with_limit(source)[0] for source in self.sources]:
+            if f"{OWN}{text}" in names:
                 raise OptionError(
                     f"{OWN}{text}: {text} is running text, with nothing to answer: leave out {OWN}"
                 )
-        if self.general and GENERAL in [with_limit(source)[0] for source in self.sources]:
+        if self.general and GENERAL in names:
             raise OptionError(f"{GENERAL} is general text itself: leave out the share of general text")
 
     def counts(self) -> dict[str, int]:
