@@ -20,19 +20,19 @@ import torch
 from common import RUNS, data_folder, write_figures
 from torch import Tensor
 
-from causalprune.attribution import ESTIMATORS, attribute, exact
-from causalprune.calibration import calibrate
-from causalprune.checkpoint import load_effects, save_effects
-from causalprune.embedded import load
-from causalprune.evaluation import Settings, evaluate, evaluation_contents
-from causalprune.measuring import Workbench
-from causalprune.methods import Method
-from causalprune.progress import shown
-from causalprune.pruning import prune
-from causalprune.questions import Estimator, Question
-from causalprune.results import headline, paired_difference, read_json, write_json
-from causalprune.types import Calibration, Decoder, Effects, Example, Progress, Unit, silent
-from causalprune.uncertainty import estimate, reliability, spearman
+from causalprune.attribution.estimators import ESTIMATORS, attribute, exact
+from causalprune.attribution.measuring import Workbench
+from causalprune.attribution.questions import Estimator, Question
+from causalprune.attribution.uncertainty import estimate, reliability, spearman
+from causalprune.calibration.examples import calibrate
+from causalprune.checkpoints.embedded import load
+from causalprune.checkpoints.saving import load_effects, save_effects
+from causalprune.core.progress import shown
+from causalprune.core.types import Calibration, Decoder, Effects, Example, Progress, Unit, silent
+from causalprune.evaluation.measures import Settings, evaluate, evaluation_contents
+from causalprune.evaluation.results import headline, paired_difference, read_json, write_json
+from causalprune.pruning.layers import prune
+from causalprune.pruning.methods import Method
 
 FOLDER = RUNS / "attribution"
 REFERENCE, CHUNK = 96, 16

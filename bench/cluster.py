@@ -15,14 +15,14 @@ import torch
 from common import BENCH, data_folder
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from causalprune.attribution import exact, exact_jobs
-from causalprune.calibration import batches
-from causalprune.cluster import Cluster, fill, hand_out, in_order
-from causalprune.measuring import Workbench
-from causalprune.model import load
-from causalprune.progress import shown
-from causalprune.questions import Estimator, Question
-from causalprune.types import Calibration, Effects, Example
+from causalprune.attribution.cluster import Cluster, fill, hand_out, in_order
+from causalprune.attribution.estimators import exact, exact_jobs
+from causalprune.attribution.measuring import Workbench
+from causalprune.attribution.questions import Estimator, Question
+from causalprune.calibration.examples import batches
+from causalprune.core.progress import shown
+from causalprune.core.types import Calibration, Effects, Example
+from causalprune.models.loading import load
 
 MIDDLE = {"vocab_size": 4096, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8}
 MIDDLE |= {"num_attention_heads": 6, "num_key_value_heads": 2}

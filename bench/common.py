@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from causalprune.provenance import git_commit, versions
-from causalprune.results import write_json
+from causalprune.core.provenance import git_commit, versions
+from causalprune.evaluation.results import write_json
 
 BENCH = Path(__file__).parent
 ROOT = BENCH.parent

@@ -12,12 +12,12 @@ import torch
 from common import BENCH, data_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from causalprune.calibration import calibrate
-from causalprune.checkpoint import read_manifest, save
-from causalprune.embedded import load
-from causalprune.methods import Method
-from causalprune.progress import shown
-from causalprune.pruning import prune
+from causalprune.calibration.examples import calibrate
+from causalprune.checkpoints.embedded import load
+from causalprune.checkpoints.saving import read_manifest, save
+from causalprune.core.progress import shown
+from causalprune.pruning.layers import prune
+from causalprune.pruning.methods import Method
 
 HOME = BENCH / "interop"
 PROMPT = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "

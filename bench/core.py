@@ -23,15 +23,15 @@ from common import BENCH, RESULTS, ROOT, RUNS, data_folder, write_figures
 from safetensors.torch import load_file
 from tables import reported
 
-from causalprune.calibration import calibrate
-from causalprune.checkpoint import load_effects
-from causalprune.embedded import load
-from causalprune.methods import Method
-from causalprune.progress import shown
-from causalprune.pruning import prune
-from causalprune.recipe import read_recipe, without_limits
-from causalprune.results import headline, read_json, rows_of, write_json
-from causalprune.run import run
+from causalprune.calibration.examples import calibrate
+from causalprune.checkpoints.embedded import load
+from causalprune.checkpoints.saving import load_effects
+from causalprune.core.progress import shown
+from causalprune.evaluation.results import headline, read_json, rows_of, write_json
+from causalprune.pruning.layers import prune
+from causalprune.pruning.methods import Method
+from causalprune.runs.recipe import read_recipe, without_limits
+from causalprune.runs.study import run
 
 NAMES = {"magnitude-matrix": "magnitude_matrix", "magnitude-global": "magnitude_global", "wanda-row": "wanda"}
 NAMES |= {"cap-global": "cap", "dense": "dense"}

@@ -13,15 +13,15 @@ from typing import Any
 from common import RUNS, data_folder, write_figures
 from models import fetched
 
-from causalprune.attribution import attribute
-from causalprune.calibration import calibrate
-from causalprune.checkpoint import load_effects, save_effects
-from causalprune.model import load
-from causalprune.progress import shown
-from causalprune.questions import Estimator, Question
-from causalprune.results import read_json, write_json
-from causalprune.types import Calibration, Decoder, Effects
-from causalprune.uncertainty import estimate, reliability, spearman, top_overlap
+from causalprune.attribution.estimators import attribute
+from causalprune.attribution.questions import Estimator, Question
+from causalprune.attribution.uncertainty import estimate, reliability, spearman, top_overlap
+from causalprune.calibration.examples import calibrate
+from causalprune.checkpoints.saving import load_effects, save_effects
+from causalprune.core.progress import shown
+from causalprune.core.types import Calibration, Decoder, Effects
+from causalprune.evaluation.results import read_json, write_json
+from causalprune.models.loading import load
 
 FOLDER = RUNS / "families"
 EXAMPLES = 8

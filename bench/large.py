@@ -37,18 +37,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from causalprune.anatomy import outline
-from causalprune.checkpoint import load_effects, load_keep, read_manifest, save, save_effects
-from causalprune.embedded import resolve
-from causalprune.methods import Method
-from causalprune.model import load
-from causalprune.progress import shown
-from causalprune.provenance import git_commit
-from causalprune.pruning import prune
-from causalprune.results import read_json, write_json
-from causalprune.streaming import prune_stream, stored_fingerprint
-from causalprune.types import Effects
-from causalprune.units import list_units
+from causalprune.checkpoints.embedded import resolve
+from causalprune.checkpoints.saving import load_effects, load_keep, read_manifest, save, save_effects
+from causalprune.core.progress import shown
+from causalprune.core.provenance import git_commit
+from causalprune.core.types import Effects
+from causalprune.evaluation.results import read_json, write_json
+from causalprune.interventions.units import list_units
+from causalprune.models.anatomy import outline
+from causalprune.models.loading import load
+from causalprune.pruning.layers import prune
+from causalprune.pruning.methods import Method
+from causalprune.streaming.files import prune_stream, stored_fingerprint
 
 EIGHT = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
 EIGHT |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}

@@ -10,9 +10,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from causalprune import model
-from causalprune.checkpoint import save
-from causalprune.embedded import cache_folder
+from causalprune.checkpoints.embedded import cache_folder
+from causalprune.checkpoints.saving import save
+from causalprune.models import loading as model
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,16 @@ from tables import ours
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from causalprune.attribution import attribute
-from causalprune.calibration import calibrate
-from causalprune.evaluation import evaluate
-from causalprune.model import load
-from causalprune.progress import shown
-from causalprune.pruning import prune
-from causalprune.recipe import parse_method
-from causalprune.results import headline, paired_difference, read_json
-from causalprune.shrinking import Shares, shrink
-from causalprune.types import Calibration, Decoder, EvalResult, quiet
+from causalprune.attribution.estimators import attribute
+from causalprune.calibration.examples import calibrate
+from causalprune.core.progress import shown
+from causalprune.core.types import Calibration, Decoder, EvalResult, quiet
+from causalprune.evaluation.measures import evaluate
+from causalprune.evaluation.results import headline, paired_difference, read_json
+from causalprune.models.loading import load
+from causalprune.pruning.layers import prune
+from causalprune.runs.recipe import parse_method
+from causalprune.shrinking.removal import Shares, shrink
 
 FOLDER = RUNS / "moe"
 METHODS = ("magnitude", "wanda", "cap", "sparsegpt", "causal")

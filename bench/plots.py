@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from common import RESULTS, ROOT
 
-from causalprune.results import read_json
+from causalprune.evaluation.results import read_json
 
 STYLES = {"exact": ("#0072b2", "o-"), "gradient": ("#d55e00", "s"), "adaptive": ("#009e73", ".")}
 TITLES = {"ce": "effect ce: rise of the cross-entropy", "kl": "effect kl: divergence from the intact model"}

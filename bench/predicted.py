@@ -12,16 +12,16 @@ import torch
 from common import data_folder
 from torch import Tensor
 
-from causalprune.calibration import batches, calibrate, few
-from causalprune.embedded import load
-from causalprune.gradients import output_slopes
-from causalprune.grading import DoseResponse, dose_response, doses
-from causalprune.losses import target_logits, targets
-from causalprune.methods import Method
-from causalprune.progress import shown
-from causalprune.pruning import Work
-from causalprune.types import Decoder, Example, Layer, Projection, silent
-from causalprune.uncertainty import spearman
+from causalprune.attribution.uncertainty import spearman
+from causalprune.calibration.examples import batches, calibrate, few
+from causalprune.checkpoints.embedded import load
+from causalprune.core.progress import shown
+from causalprune.core.types import Decoder, Example, Layer, Projection, silent
+from causalprune.interventions.gradients import output_slopes
+from causalprune.interventions.losses import target_logits, targets
+from causalprune.pruning.grading import DoseResponse, dose_response, doses
+from causalprune.pruning.layers import Work
+from causalprune.pruning.methods import Method
 
 EXAMPLES, SPARSITY, DRAWS = 48, 0.5, 16
 

@@ -29,13 +29,13 @@ from models import fetched
 from safetensors.torch import load_file
 from tables import reported
 
-from causalprune.calibration import calibrate
-from causalprune.embedded import cache_folder, load
-from causalprune.progress import shown
-from causalprune.recipe import CalibrationSpec, ModelSpec, Recipe
-from causalprune.results import headline, paired_difference, read_json, rows_of
-from causalprune.run import run
-from causalprune.types import EvalResult
+from causalprune.calibration.examples import calibrate
+from causalprune.checkpoints.embedded import cache_folder, load
+from causalprune.core.progress import shown
+from causalprune.core.types import EvalResult
+from causalprune.evaluation.results import headline, paired_difference, read_json, rows_of
+from causalprune.runs.recipe import CalibrationSpec, ModelSpec, Recipe
+from causalprune.runs.study import run
 
 TASKS = ("gsm8k_nll:200", "arc_challenge:500", "strategyqa", "wikitext2_ppl:40000")
 QWEN_TASKS = ("gsm8k_cot:800", "strategyqa", "arc_challenge:500")

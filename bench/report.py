@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from browsing import browser, opened
 from reporting import HOSTILE, write_run
 
-from causalprune.report.writing import report
+from causalprune.reports.writing import report
 
 TASKS = {"gsm8k_cot": "accuracy", "strategyqa_cot": "accuracy", "own_nll": "nats_per_token"}
 LARGE: dict[str, Any] = {"layers": 32, "heads": 32, "sparsities": (0.1, 0.2, 0.5), "n": 500}

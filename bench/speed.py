@@ -25,14 +25,14 @@ import torch
 from common import RUNS, data_folder, made, write_figures
 from models import fetched
 
-from causalprune.calibration import calibrate
-from causalprune.checkpoint import save
-from causalprune.embedded import load
-from causalprune.evaluation import Settings, evaluate, evaluation_contents
-from causalprune.progress import shown
-from causalprune.results import headline, paired_difference, read_json, write_json
-from causalprune.shrinking import shares_for, shrink
-from causalprune.types import Decoder, EvalResult
+from causalprune.calibration.examples import calibrate
+from causalprune.checkpoints.embedded import load
+from causalprune.checkpoints.saving import save
+from causalprune.core.progress import shown
+from causalprune.core.types import Decoder, EvalResult
+from causalprune.evaluation.measures import Settings, evaluate, evaluation_contents
+from causalprune.evaluation.results import headline, paired_difference, read_json, write_json
+from causalprune.shrinking.removal import shares_for, shrink
 
 MODELS = {"smollm2": lambda: "embedded", "qwen": lambda: str(fetched("qwen"))}
 SHARES = (0.2, 0.3, 0.1)

@@ -13,13 +13,13 @@ import torch
 from attribution import Reference, chosen
 from common import RUNS, data_folder, write_figures
 
-from causalprune.attribution import attribute
-from causalprune.calibration import calibrate
-from causalprune.measuring import Workbench
-from causalprune.progress import shown
-from causalprune.questions import Question
-from causalprune.stability import DRAWS, Pairs, compared, draws, interactions, swapped
-from causalprune.types import Calibration
+from causalprune.attribution.estimators import attribute
+from causalprune.attribution.measuring import Workbench
+from causalprune.attribution.questions import Question
+from causalprune.attribution.repeatability import DRAWS, Pairs, compared, draws, interactions, swapped
+from causalprune.calibration.examples import calibrate
+from causalprune.core.progress import shown
+from causalprune.core.types import Calibration
 
 FOLDER = RUNS / "stability"
 EXAMPLES = {"arc_challenge": 20, "wikitext2": 10}

@@ -14,10 +14,10 @@ from typing import Any
 
 from common import RESULTS, ROOT
 
-from causalprune.results import headline, paired_difference, read_json, rows_of
-from causalprune.tables import comparison, to_markdown
-from causalprune.tables import stability as stability_tables
-from causalprune.types import EvalResult
+from causalprune.cli.tables import comparison, to_markdown
+from causalprune.cli.tables import stability as stability_tables
+from causalprune.core.types import EvalResult
+from causalprune.evaluation.results import headline, paired_difference, read_json, rows_of
 
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HALF = (

@@ -10,14 +10,14 @@ from common import data_folder
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from causalprune.calibration import calibrate
-from causalprune.checkpoint import save
-from causalprune.embedded import load
-from causalprune.kept import keep_sparsity, reapply
-from causalprune.methods import Method
-from causalprune.progress import shown
-from causalprune.pruning import prune
-from causalprune.verification import Verification, verify
+from causalprune.calibration.examples import calibrate
+from causalprune.checkpoints.embedded import load
+from causalprune.checkpoints.kept import keep_sparsity, reapply
+from causalprune.checkpoints.saving import save
+from causalprune.checkpoints.verification import Verification, verify
+from causalprune.core.progress import shown
+from causalprune.pruning.layers import prune
+from causalprune.pruning.methods import Method
 
 STEPS, BATCH, LENGTH, PROBLEMS = 20, 2, 96, 40
 

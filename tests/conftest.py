@@ -12,10 +12,9 @@ from jaxtyping import install_import_hook
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "src" / "causalprune"
 CHECKED = [
-    f"causalprune.{path.stem}"
-    for path in PACKAGE.glob("*.py")
-    if not path.stem.startswith(("cli", "options"))
-]  # typer reads its types
+    f"causalprune.{path.parent.name}" for path in PACKAGE.glob("*/__init__.py") if path.parent.name != "cli"
+]
+"""All wings but the one whose types typer reads."""
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network; read when huggingface_hub is imported
 torch.set_num_threads(1)  # tiny matrices: threads cost more than they bring
@@ -36,8 +35,8 @@ def smollm2() -> Path:
     if given:
         path = Path(given)
         return path if path.exists() else unavailable(f"CAUSALPRUNE_SMOLLM2 is {given}, which does not exist")
-    from causalprune.embedded import cache_folder, embedded_model
-    from causalprune.errors import CausalPruneError
+    from causalprune.checkpoints.embedded import cache_folder, embedded_model
+    from causalprune.core.errors import CausalPruneError
 
     if not (os.environ.get("CI") or (cache_folder() / "SmolLM2-135M-Instruct").is_dir()):
         pytest.skip("SmolLM2 is not on this machine: `make demo` fetches it, and so do tests where CI is set")
@@ -78,7 +77,7 @@ Run = Callable[..., tuple[int, str, str]]
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.delenv("CAUSALPRUNE_DATA", raising=False)
 
-    from causalprune.cli import main
+    from causalprune.cli.app import main
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()

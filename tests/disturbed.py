@@ -29,7 +29,7 @@ import torch
 from tinydata import byte_tokenizer, write_jsonl
 from transformers import LlamaConfig
 
-from causalprune.cli import main
+from causalprune.cli.app import main
 
 torch.set_num_threads(1)  # tiny matrices
 PROBLEMS = 12
@@ -54,13 +54,13 @@ class Stage:
 
 WANDA = ("--method", "wanda", "--sparsity", "0.5", "--batch-tokens", "64")
 STAGES = {
-    "attribution": Stage("attribute", "run.measure", ("--batch-tokens", "64")),
-    "pruning": Stage("prune", "run.prune", WANDA),
-    "saving": Stage("prune", "run.save", WANDA),
+    "attribution": Stage("attribute", "runs.study.measure", ("--batch-tokens", "64")),
+    "pruning": Stage("prune", "runs.study.prune", WANDA),
+    "saving": Stage("prune", "runs.study.save", WANDA),
     "streaming": Stage(
-        "prune", "run.prune_stream", ("--stream", "--method", "magnitude:global", "--sparsity", "0.5")
+        "prune", "runs.study.prune_stream", ("--stream", "--method", "magnitude:global", "--sparsity", "0.5")
     ),
-    "streaming by layers": Stage("prune", "run.prune_stream", (*WANDA, "--stream")),
+    "streaming by layers": Stage("prune", "runs.study.prune_stream", (*WANDA, "--stream")),
 }
 
 
@@ -119,7 +119,7 @@ class Child:
 
 def _announce(begins: str, pipe: int) -> None:
     """Let a function of the package write to a pipe when it is called."""
-    module_name, name = begins.split(".")
+    module_name, name = begins.rsplit(".", 1)
     module = importlib.import_module(f"causalprune.{module_name}")
     own = getattr(module, name)
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from causalprune.anatomy import inspect_model
-from causalprune.types import Calibration, Decoder, Example
+from causalprune.core.types import Calibration, Decoder, Example
+from causalprune.models.anatomy import inspect_model
 
 VOCAB, MODEL, INNER, N_LAYERS = 7, 4, 3, 2
 N_HEADS, N_KV_HEADS, WIDTH = 4, 2, 2

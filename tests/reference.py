@@ -5,7 +5,7 @@ passes, loops over heads.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
-from causalprune.anatomy import inspect_model
-from causalprune.types import Calibration, Decoder, Example, Layer
+from causalprune.core.types import Calibration, Decoder, Example, Layer, Projection, Unit
+from causalprune.models.anatomy import inspect_model
 
 ROUNDING = {"rtol": 2e-5, "atol": 2e-5}
 """Sums of a dozen float32 losses, computed in different orders."""
@@ -140,3 +140,43 @@ def lowest_go(scores: list[Tensor], count: int) -> list[np.ndarray]:
     keep[np.argsort(flat, kind="stable")[:count]] = False
     parts = np.split(keep, np.cumsum([score.numel() for score in scores])[:-1])
     return [part.reshape(score.shape) for part, score in zip(parts, scores, strict=True)]
+
+
+def columns_read(decoder: Decoder, unit: Unit) -> Iterator[tuple[Projection, slice]]:
+    """Yield the columns of output and down projections that read a unit, written down a second time."""
+    layer = decoder.layers[unit.layer]
+    attention = layer.attention
+    per_group = attention.n_heads // attention.n_kv_heads
+    width = {"head": attention.head_dim, "kv_group": per_group * attention.head_dim}.get(unit.kind)
+    for p in layer.projections:
+        if p.role == "o" and width:
+            yield p, slice(unit.index * width, (unit.index + 1) * width)
+        if p.role == "o" and unit.kind in ("attention", "layer"):
+            yield p, slice(None)
+        if p.role == "down" and unit.kind in ("mlp", "layer"):
+            yield p, slice(None)
+        if p.role == "down" and unit.kind == "expert" and f".experts.{unit.index}." in p.name:
+            yield p, slice(None)
+        if p.role == "down" and unit.kind == "neurons":
+            yield p, slice(unit.index * 16, (unit.index + 1) * 16)
+
+
+@contextmanager
+def removed(decoder: Decoder, unit: Unit) -> Iterator[None]:
+    """Set what reads a unit to zero for a while."""
+    with ExitStack() as stack:
+        for p, columns in columns_read(decoder, unit):
+            before = p.read().clone()
+            stack.callback(p.write, before)
+            changed = before.clone()
+            changed[:, columns] = 0
+            p.write(changed)
+        yield
+
+
+def problems(n: int = 6, seed: int = 0) -> Calibration:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(3, VOCAB, (14 + i % 3,), generator=generator).tolist() for i in range(n)]
+    return Calibration(
+        tuple(Example(tuple(row), 5, "random", str(i)) for i, row in enumerate(rows)), (0,) * n
+    )

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from causalprune.checkpoint import save_effects
-from causalprune.results import write_json
-from causalprune.types import Effects, EvalResult, Unit, UnitKind
+from causalprune.checkpoints.saving import save_effects
+from causalprune.core.types import Effects, EvalResult, Unit, UnitKind
+from causalprune.evaluation.results import write_json
 
 TASKS = {"gsm8k_cot": "accuracy", "own_nll": "nats_per_token", "wikitext2_ppl": "perplexity"}
 METHODS = ("magnitude-matrix", "wanda-row", "cap-global")

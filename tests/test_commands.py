@@ -10,7 +10,7 @@ import typer
 from conftest import REPOSITORY, Run
 from tinydata import tiny_decoder, write_data, write_model
 
-from causalprune import cli
+from causalprune.cli import app as cli
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
@@ -64,7 +64,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("train", "test"):
         shutil.copy(tmp_path / "examples" / f"{name}.jsonl", tmp_path / f"{name}.jsonl")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("causalprune.embedded.embedded_model", lambda: model)
+    monkeypatch.setattr("causalprune.checkpoints.embedded.embedded_model", lambda: model)
     return data
 
 

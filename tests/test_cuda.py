@@ -8,19 +8,18 @@ import torch
 import yaml
 from conftest import Run
 from families import FAMILIES
-from reference import calibration
+from reference import calibration, problems
 from safetensors.torch import load_file
-from test_shrinking import problems
 from tinydata import tiny_decoder, write_data
 
-from causalprune.anatomy import inspect_model
-from causalprune.attribution import attribute
-from causalprune.evaluation import Settings, evaluate
-from causalprune.methods import Method
-from causalprune.pruning import prune
-from causalprune.questions import Estimator
-from causalprune.shrinking import Shares, shrink
-from causalprune.types import Decoder, quiet
+from causalprune.attribution.estimators import attribute
+from causalprune.attribution.questions import Estimator
+from causalprune.core.types import Decoder, quiet
+from causalprune.evaluation.measures import Settings, evaluate
+from causalprune.models.anatomy import inspect_model
+from causalprune.pruning.layers import prune
+from causalprune.pruning.methods import Method
+from causalprune.shrinking.removal import Shares, shrink
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 

@@ -19,10 +19,10 @@ from families import FAMILIES
 from reference import fresh
 from tinydata import tiny_decoder, write_jsonl, write_model
 
-from causalprune import checkpoint
-from causalprune.checkpoint import read_manifest, save
-from causalprune.errors import CheckpointError, ModelError
-from causalprune.model import load
+from causalprune.checkpoints import saving as checkpoint
+from causalprune.checkpoints.saving import read_manifest, save
+from causalprune.core.errors import CheckpointError, ModelError
+from causalprune.models.loading import load
 
 KILLS = 10
 every_stage = pytest.mark.parametrize("stage", STAGES)

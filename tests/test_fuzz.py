@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from causalprune.checkpoint import read_manifest
-from causalprune.data import load_problems
-from causalprune.errors import CausalPruneError
-from causalprune.methods import Method
-from causalprune.recipe import Recipe, read_recipe
-from causalprune.shards import INDEX, open_checkpoint
-from causalprune.streaming import prune_stream
+from causalprune.calibration.data import load_problems
+from causalprune.checkpoints.saving import read_manifest
+from causalprune.core.errors import CausalPruneError
+from causalprune.models.shards import INDEX, open_checkpoint
+from causalprune.pruning.methods import Method
+from causalprune.runs.recipe import Recipe, read_recipe
+from causalprune.streaming.files import prune_stream
 
 CASES = int(os.environ.get("CAUSALPRUNE_FUZZ", "100"))
 fuzzed = settings(

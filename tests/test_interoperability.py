@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from tinydata import tiny_decoder, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from causalprune.checkpoint import KEEP, save
-from causalprune.methods import Method
-from causalprune.pruning import prune
+from causalprune.checkpoints.saving import KEEP, save
+from causalprune.pruning.layers import prune
+from causalprune.pruning.methods import Method
 
 
 @pytest.fixture(scope="module")

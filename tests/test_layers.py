@@ -228,11 +228,11 @@ def test_layers_have_no_cycle() -> None:
     ("module", "source"),
     [
         ("criteria", "import transformers.models"),
-        ("importance", "def f():\n    from causalprune.model import load"),
+        ("importance", "def f():\n    from causalprune.models.loading import load"),
         ("losses", "from causalprune import ledger"),
         ("ledger", "import somethingelse"),
-        ("recipe", "import causalprune.cli"),
-        ("run", "import causalprune.cli"),
+        ("recipe", "import causalprune.cli.app"),
+        ("run", "import causalprune.cli.app"),
         ("ledger", "from causalprune import __version__"),
     ],
 )

@@ -11,11 +11,11 @@ import torch
 from conftest import Run
 from families import FAMILIES
 
-from causalprune.data import templates
-from causalprune.errors import ModelError, OptionError
-from causalprune.model import load
-from causalprune.recipe import read_recipe
-from causalprune.shards import INDEX
+from causalprune.calibration.data import templates
+from causalprune.core.errors import ModelError, OptionError
+from causalprune.models.loading import load
+from causalprune.models.shards import INDEX
+from causalprune.runs.recipe import read_recipe
 
 
 class Trap:
@@ -58,8 +58,8 @@ def test_pickles_on_the_hub_are_refused_too(monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError("cannot be loaded with `safetensors`. Please do not set `use_safetensors=True`.")
 
     config = FAMILIES["llama2"]().config
-    monkeypatch.setattr("causalprune.model.AutoConfig.from_pretrained", lambda *_, **__: config)
-    monkeypatch.setattr("causalprune.model.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    monkeypatch.setattr("causalprune.models.loading.AutoConfig.from_pretrained", lambda *_, **__: config)
+    monkeypatch.setattr("causalprune.models.loading.AutoModelForCausalLM.from_pretrained", from_pretrained)
     with pytest.raises(ModelError, match=r"somebody/model.*no weights as safetensors: pass --allow-pickle"):
         load("somebody/model")
     assert given["use_safetensors"] is True

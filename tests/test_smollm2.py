@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from causalprune.ablation import LayerInputs, capture, entered_at, gated
-from causalprune.anatomy import summary
-from causalprune.calibration import batches, calibrate
-from causalprune.checkpoint import save
-from causalprune.evaluation import evaluate
-from causalprune.losses import target_nats
-from causalprune.methods import Method
-from causalprune.model import load
-from causalprune.pruning import prune
-from causalprune.types import Calibration, Decoder
-from causalprune.units import Site
-from causalprune.verification import verify
+from causalprune.calibration.examples import batches, calibrate
+from causalprune.checkpoints.saving import save
+from causalprune.checkpoints.verification import verify
+from causalprune.core.types import Calibration, Decoder
+from causalprune.evaluation.measures import evaluate
+from causalprune.interventions.ablation import LayerInputs, capture, entered_at, gated
+from causalprune.interventions.losses import target_nats
+from causalprune.interventions.units import Site
+from causalprune.models.anatomy import summary
+from causalprune.models.loading import load
+from causalprune.pruning.layers import prune
+from causalprune.pruning.methods import Method
 
 pytestmark = pytest.mark.xdist_group("smollm2")  # one worker fetches the model, once
 HEADS = [(0, 0), (0, 8), (14, 3), (29, 5)]

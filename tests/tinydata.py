@@ -8,8 +8,8 @@ import families
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from causalprune.anatomy import inspect_model
-from causalprune.types import Decoder
+from causalprune.core.types import Decoder
+from causalprune.models.anatomy import inspect_model
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 

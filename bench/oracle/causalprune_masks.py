@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from causalprune.anatomy import inspect_model
-from causalprune.memory import Masks
-from causalprune.methods import Method
-from causalprune.pruning import Work, prune
-from causalprune.types import Calibration, Decoder, Example, silent
+from causalprune.core.memory import Masks
+from causalprune.core.types import Calibration, Decoder, Example, silent
+from causalprune.models.anatomy import inspect_model
+from causalprune.pruning.layers import Work, prune
+from causalprune.pruning.methods import Method
 
 METHOD = Method("sparsegpt", 0.5)
 

@@ -1,0 +1,39 @@
+from .cluster import (
+    Cluster as Cluster,
+)
+from .cluster import (
+    fill as fill,
+)
+from .estimators import attribute as attribute
+from .measuring import Workbench as Workbench
+from .merging import merge as merge
+from .questions import (
+    DEFAULT_BUDGET as DEFAULT_BUDGET,
+)
+from .questions import (
+    Estimator as Estimator,
+)
+from .questions import (
+    Question as Question,
+)
+from .repeatability import (
+    DRAWS as DRAWS,
+)
+from .repeatability import (
+    Pairs as Pairs,
+)
+from .repeatability import (
+    stability as stability,
+)
+from .uncertainty import (
+    described as described,
+)
+from .uncertainty import (
+    estimate as estimate,
+)
+from .uncertainty import (
+    reliability as reliability,
+)
+from .uncertainty import (
+    scores as scores,
+)

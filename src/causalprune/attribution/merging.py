@@ -1,0 +1,57 @@
+"""Join effects that were measured in shares, on different machines."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from causalprune.core import Effects, MismatchError, OptionError
+
+
+def merge(shares: Sequence[Effects]) -> Effects:
+    """Return the effects of a whole run from all its shares, in any order; the same as if it had not been shared out.
+
+    Raises:
+        OptionError: a share is missing or given twice.
+        MismatchError: the shares are of different models, calibrations or questions.
+    """
+    if not shares:
+        raise OptionError("there is nothing to merge: pass the effects of all shares")
+    first = shares[0]
+    found = sorted(_share(effects) for effects in shares)
+    parts = found[0][1]
+    if found != [(i, parts) for i in range(1, parts + 1)]:
+        given = ", ".join(f"{i}/{n}" for i, n in found)
+        raise OptionError(f"all of 1/{parts} to {parts}/{parts} are needed, once each, and these are {given}")
+    for effects in shares[1:]:
+        for name, what in (
+            ("model_fingerprint", "models"),
+            ("calibration_fingerprint", "calibrations"),
+            ("units", "units"),
+            ("effect", "effects"),
+        ):
+            if getattr(effects, name) != getattr(first, name):
+                raise MismatchError(f"the shares are of different {what}")
+        if effects.description["question"] != first.description["question"]:
+            raise MismatchError("the shares answer different questions")
+    estimator = {**first.description["estimator"], "share": (1, 1)}
+    tokens = sum(float(effects.description["tokens_forwarded"]) for effects in shares)
+    description: dict[str, Any] = {**first.description, "estimator": estimator, "tokens_forwarded": tokens}
+    kl = [effects.kl_nats for effects in shares if effects.kl_nats is not None]
+    masked = _joined([effects.masked_nats for effects in shares])
+    return replace(first, masked_nats=masked, kl_nats=_joined(kl) if kl else None, description=description)
+
+
+def _share(effects: Effects) -> tuple[int, int]:
+    index, parts = effects.description.get("estimator", {}).get("share", (1, 1))
+    return int(index), int(parts)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return what any of the tables holds: NaN only where none has a value."""
+    whole = parts[0].clone()
+    for part in parts[1:]:
+        whole = torch.where(whole.isnan(), part, whole)
+    return whole

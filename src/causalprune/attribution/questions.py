@@ -1,0 +1,76 @@
+"""What is asked of a model's parts, and how the answer may be estimated."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from causalprune.core import Effect, OptionError, unknown
+
+Ablation = Literal["zero", "mean", "resample"]
+
+
+DEFAULT_BUDGET = 20.0
+"""Share of the naive cost, as its inverse, that `adaptive` may spend where no budget is given."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is measured: which units, by which effect, and what takes the place of what is removed.
+
+    `effect` is the rise of the cross-entropy (`ce`, the paper) or the KL divergence from the intact
+    model's predictions (`kl`: never negative, less noisy). `ablation` puts there zeros (the paper), the
+    mean over the calibration's positions, or what another example of the batch has at that position.
+    """
+
+    units: tuple[str, ...] = ("heads",)
+    effect: Effect = "ce"
+    ablation: Ablation = "zero"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("effect", self.effect, ("ce", "kl")),
+            ("ablation", self.ablation, ("zero", "mean", "resample")),
+        ):
+            if value not in known:
+                raise unknown(name, value, known)
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How effects are estimated, and how much that may cost.
+
+    `budget` is how many times cheaper than naive (one whole forward pass per unit and sequence) `adaptive`
+    has to be; with `until_certain` it stops as soon as the top fifth of the units is settled at 95 %. `draws`
+    is how often labels are drawn for the second-order term of predictions, `gates` where derivatives are taken.
+    A forward pass holds `max_batch_tokens`; inputs of layers are kept up to `cache_gib`, else computed again.
+    `share` (i, n) measures the i-th of n parts of the jobs alone: for runs side by side, joined by `merging.merge`.
+    """
+
+    name: Literal["exact", "gradient", "adaptive"] = "exact"
+    budget: float | None = None
+    until_certain: bool = False
+    draws: int = 1
+    gates: tuple[float, ...] = (1.0,)
+    seed: int = 0
+    max_batch_tokens: int = 2048
+    cache_gib: float = 1.0
+    share: tuple[int, int] = (1, 1)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.share[0] <= self.share[1]:
+            raise OptionError(
+                f"share {self.share[0]}/{self.share[1]}: the first number counts from 1 to the second"
+            )
+        if self.share[1] > 1 and self.name != "exact":
+            raise OptionError(f"only the estimator 'exact' can be shared out, not {self.name!r}")
+        if self.name not in ("exact", "gradient", "adaptive"):
+            raise unknown("estimator", self.name, ("exact", "gradient", "adaptive"))
+        if self.budget is not None and not self.budget > 1:
+            raise OptionError(f"budget must be how many times cheaper than naive, above 1, not {self.budget}")
+        if (self.budget is not None or self.until_certain) and self.name != "adaptive":
+            raise OptionError(f"a budget belongs to the estimator 'adaptive', not to {self.name!r}")
+        if not self.gates or not all(0 <= gate <= 1 for gate in self.gates) or self.draws < 0:
+            raise OptionError("gates must lie between 0 and 1, and draws must not be negative")
+
+
+ELSEWHERE = ("cache_gib", "share")
+"""Fields of an estimator that change where and when values are computed, and not the values."""

@@ -1,0 +1,293 @@
+"""Rows of data sets, from a local folder or the Hugging Face hub, as problems with prompt and target.
+
+Prompts and targets of a source are the templates of its task file (`tasks/<source>_cot.yaml`), so
+calibration and evaluation cannot drift apart.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import yaml
+
+from causalprune.core import DataError, unknown
+
+Split = Literal["calibration", "evaluation"]
+Row = Mapping[str, Any]
+
+TASK_FILES = Path(__file__).parent.parent / "evaluation" / "tasks"
+
+SHORTEST_LEAK = 80
+"""Characters from which a paragraph shared by two splits counts as a leak (headings repeat)."""
+
+C4_DOCUMENTS = 2048
+"""Documents streamed from the hub's C4: about a million tokens."""
+
+SYMBOLIC_SEEDS: dict[Split, tuple[int, int]] = {"calibration": (0, 2048), "evaluation": (1_000_000, 1024)}
+"""First seed and number of generated problems; problem i is drawn with seed first + i."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem: `prompt` is the question with its instruction, `target` the worked solution.
+
+    `solution` and `answer` are the parts of the target; `labels` and `choices` the options of a
+    multiple-choice question in their original order (else empty). Running text has only a target.
+    """
+
+    source: str
+    prompt: str
+    target: str
+    question: str = ""
+    solution: str = ""
+    answer: str = ""
+    labels: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+
+    @property
+    def content(self) -> str:
+        """SHA-256 of the case-folded question (or text) without its instruction."""
+        return content_hash(self.question or self.prompt or self.target)
+
+    @property
+    def options(self) -> str:
+        """The options, one a line, as `A. text`."""
+        return "\n".join(f"{a}. {b}" for a, b in zip(self.labels, self.choices, strict=True))
+
+    @property
+    def gold(self) -> int:
+        """Position of the right option among `choices`."""
+        return self.labels.index(self.answer)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the rows of a data set are: names on the hub, and a folder below the data folder (else of its own name).
+
+    Files and splits of the hub come as for calibration and for evaluation.
+    """
+
+    parse: Callable[[Row], dict[str, Any]]
+    hub: tuple[str, str | None]
+    files: tuple[str, str] = ("train.jsonl", "test.jsonl")
+    splits: tuple[str, str] = ("train", "test")
+    folder: str = ""
+
+    def path(self, name: str, split: Split) -> str:
+        """Return the file of a split below the data folder."""
+        return f"{self.folder or name}/{self.files[split == 'evaluation']}"
+
+
+def content_hash(text: str) -> str:
+    """Return the SHA-256 of `text` without regard to case and white space."""
+    return hashlib.sha256(" ".join(text.casefold().split()).encode()).hexdigest()
+
+
+def _gsm8k(row: Row) -> dict[str, Any]:
+    solution, mark, answer = row["answer"].rpartition("####")
+    if not mark:
+        raise ValueError("the answer has no line '#### N'")
+    solution = re.sub(r"<<.*?>>", "", solution).strip()
+    return {"question": row["question"], "solution": solution, "answer": _number(answer)}
+
+
+def _gsm_symbolic(row: Row) -> dict[str, Any]:
+    return _gsm8k({"question": row["question"], "answer": row["metadata"]["answer_cot"]})
+
+
+def _number(text: str) -> str:
+    """Strip a final answer; a whole number loses its `.0` (gsm_symbolic writes `36.0`)."""
+    return re.sub(r"\.0+$", "", text.strip())
+
+
+def _strategyqa(row: Row) -> dict[str, Any]:
+    facts = row["facts"]  # the hub's copy joins them into one string
+    solution = facts if isinstance(facts, str) else "\n".join(facts)
+    answer = "yes" if row["answer"] else "no"
+    return {"question": row["question"], "solution": solution, "answer": answer}
+
+
+def _arc(row: Row) -> dict[str, Any]:
+    choices = row["choices"]
+    if isinstance(choices, Mapping):  # the hub's columns instead of our list
+        pairs = list(zip(choices["label"], choices["text"], strict=True))
+    else:
+        pairs = [(c["label"], c["text"]) for c in choices]
+    labels, texts = (tuple(column) for column in zip(*pairs, strict=True))
+    answer = row["answerKey"]
+    solution = f"{answer}. {texts[labels.index(answer)]}"
+    fields = {"question": row["question"], "solution": solution, "answer": answer}
+    return fields | {"labels": labels, "choices": texts}
+
+
+def _text(row: Row) -> dict[str, Any]:
+    # Excerpts of C4: only the completion is contiguous text.
+    return {"target": row["completion"] if "completion" in row else row["text"]}
+
+
+SOURCES = {
+    "gsm8k": Source(_gsm8k, ("openai/gsm8k", "main")),
+    "strategyqa": Source(_strategyqa, ("ChilleD/StrategyQA", None), ("train.jsonl", "dev.jsonl")),
+    "arc_challenge": Source(_arc, ("allenai/ai2_arc", "ARC-Challenge")),
+    "gsm_symbolic": Source(_gsm_symbolic, ("reasoning-gym", "gsm_symbolic")),  # made, not read
+    "wikitext2": Source(
+        _text, ("Salesforce/wikitext", "wikitext-2-raw-v1"), ("wiki.train.slice.txt", "wiki.test.raw")
+    ),
+    "c4": Source(
+        _text, ("allenai/c4", "en"), ("c4_excerpts.jsonl",) * 2, ("train", "validation"), "c4_sample"
+    ),
+}
+TEXT_SOURCES = ("wikitext2", "c4")
+OWN = "own:"
+"""Before the name of a source: its problems, with answers that the model itself writes (`causalprune.runs.traces`)."""
+
+
+def load_problems(name: str, split: Split, *, data_dir: Path | None = None) -> list[Problem]:
+    """Return the problems of a source or of a JSONL file with `prompt` and `target`, in file order.
+
+    `data_dir` is a folder with a sub-folder per data set; without it rows come from the hub. Running
+    text gives one problem per non-blank row. DataError where a row is malformed or missing.
+    """
+    if is_file(name):
+        return _own_problems(Path(name))
+    if name not in SOURCES:
+        raise unknown("task", name, SOURCES)
+    source = SOURCES[name]
+    if name in TEXT_SOURCES:
+        return [
+            Problem(name, "", text) for text in load_texts(name, split, data_dir=data_dir) if text.strip()
+        ]
+    prompt, target = templates(name)
+    problems = []
+    for where, row in _rows(name, split, data_dir):
+        fields = _parsed(source, where, row)
+        draft = Problem(name, "", "", **fields)
+        values = fields | {"options": draft.options}
+        problems.append(Problem(name, prompt.render(values), target.render(values), **fields))
+    return problems
+
+
+def load_texts(name: str, split: Split, *, data_dir: Path | None = None) -> list[str]:
+    """Return the rows of running text; blank rows of WikiText are the empty string.
+
+    Joined by two newlines they are the text that perplexity is usually reported on.
+    """
+    source = SOURCES[name]
+    return [_parsed(source, where, row)["target"] for where, row in _rows(name, split, data_dir)]
+
+
+def contents(name: str, split: Split, *, data_dir: Path | None = None) -> frozenset[str]:
+    """Return the content hashes of a split, for the `exclude` of a calibration."""
+    problems = load_problems(name, split, data_dir=data_dir)
+    if name in TEXT_SOURCES:
+        problems = [p for p in problems if len(p.target) >= SHORTEST_LEAK]
+    return frozenset(p.content for p in problems)
+
+
+def is_file(name: str) -> bool:
+    """Tell whether a task or source is the path of a JSONL file."""
+    return name.endswith((".jsonl", ".json")) or "/" in name
+
+
+@functools.cache
+def templates(name: str) -> tuple[jinja2.Template, jinja2.Template]:
+    """Return the templates of prompt and target in the task file of a source."""
+    config = yaml.safe_load((TASK_FILES / f"{name}_cot.yaml").read_text(encoding="utf-8"))
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)  # noqa: S701
+    return environment.from_string(config["doc_to_text"]), environment.from_string(config["doc_to_target"])
+
+
+def _parsed(source: Source, where: str, row: Row) -> dict[str, Any]:
+    try:
+        return source.parse(row)
+    except (KeyError, TypeError, ValueError, AttributeError) as cause:
+        raise DataError(f"{where}: malformed row ({type(cause).__name__}: {cause})") from cause
+
+
+def _own_problems(path: Path) -> list[Problem]:
+    problems = []
+    for where, row in _read_jsonl(path):
+        for key in ("prompt", "target"):
+            if not isinstance(row.get(key), str):
+                raise DataError(
+                    f"{where}: no text under {key!r}; every line must be an object with prompt and target"
+                )
+        if not row["target"].strip():
+            raise DataError(f"{where}: the target is empty; nothing could be predicted")
+        problems.append(Problem(str(path), row["prompt"], row["target"]))
+    return problems
+
+
+def _rows(name: str, split: Split, data_dir: Path | None) -> Iterator[tuple[str, Row]]:
+    """Yield rows with the place they come from, for error messages."""
+    if name == "gsm_symbolic":
+        yield from _generated(split)
+    elif data_dir is None:
+        yield from _hub_rows(name, split)
+    elif name == "wikitext2":
+        path = data_dir / SOURCES[name].path(name, split)
+        for number, line in enumerate(_read_text(path).removesuffix("\n").split("\n"), 1):
+            yield f"{path}:{number}", {"text": line + "\n" if line.strip() else ""}
+    else:
+        rows = _read_jsonl(data_dir / SOURCES[name].path(name, split))
+        if name == "c4":  # one file serves both splits: alternate rows
+            rows = itertools.islice(rows, 0 if split == "calibration" else 1, None, 2)
+        yield from rows
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as cause:
+        raise DataError(
+            f"cannot read {path}: {cause}; check the path, or the layout of --data-dir"
+        ) from cause
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    text = _read_text(path)
+    if not text.strip():
+        raise DataError(f"{path} is empty; every line must be a JSON object")
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as cause:
+            raise DataError(f"{path}:{number}: not valid JSON ({cause})") from cause
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: a JSON object is wanted, not {type(row).__name__}")
+        yield f"{path}:{number}", row
+
+
+def _generated(split: Split) -> Iterator[tuple[str, Row]]:
+    try:
+        import reasoning_gym  # noqa: PLC0415
+    except ImportError as cause:
+        raise DataError("gsm_symbolic needs the package reasoning-gym: install causalprune[demo]") from cause
+
+    first, size = SYMBOLIC_SEEDS[split]
+    for number, row in enumerate(reasoning_gym.create_dataset("gsm_symbolic", size=size, seed=first)):
+        yield f"gsm_symbolic seed {first + number}", row
+
+
+def _hub_rows(name: str, split: Split) -> Iterator[tuple[str, Row]]:
+    import datasets  # noqa: PLC0415
+
+    source = SOURCES[name]
+    (path, configuration), own = source.hub, source.splits[split == "evaluation"]
+    try:
+        rows = datasets.load_dataset(path, configuration, split=own, streaming=name == "c4")
+        limit = C4_DOCUMENTS if name == "c4" else None
+        for number, row in enumerate(itertools.islice(rows, limit)):
+            yield f"{path} {split} row {number}", row
+    except Exception as cause:  # the hub client raises errors of four libraries
+        advice = "pass --data-dir with a folder that holds the files"
+        raise DataError(f"cannot load {path} from the Hugging Face hub ({cause}); {advice}") from cause

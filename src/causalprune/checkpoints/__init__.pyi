@@ -1,0 +1,66 @@
+from .embedded import (
+    EMBEDDED as EMBEDDED,
+)
+from .embedded import (
+    cache_folder as cache_folder,
+)
+from .embedded import (
+    load as load,
+)
+from .embedded import (
+    resolve as resolve,
+)
+from .kept import (
+    keep_sparsity as keep_sparsity,
+)
+from .kept import (
+    reapply as reapply,
+)
+from .saving import (
+    EFFECTS as EFFECTS,
+)
+from .saving import (
+    KEEP as KEEP,
+)
+from .saving import (
+    MANIFEST as MANIFEST,
+)
+from .saving import (
+    check_destination as check_destination,
+)
+from .saving import (
+    complete as complete,
+)
+from .saving import (
+    count as count,
+)
+from .saving import (
+    count_zeros as count_zeros,
+)
+from .saving import (
+    describe as describe,
+)
+from .saving import (
+    iterate_keep as iterate_keep,
+)
+from .saving import (
+    load_effects as load_effects,
+)
+from .saving import (
+    read_manifest as read_manifest,
+)
+from .saving import (
+    save as save,
+)
+from .saving import (
+    save_effects as save_effects,
+)
+from .saving import (
+    write_manifest as write_manifest,
+)
+from .verification import (
+    Verification as Verification,
+)
+from .verification import (
+    verify as verify,
+)

@@ -1,0 +1,166 @@
+"""The model card of a checkpoint: what the Hub shows of it, and what somebody who finds the folder has to know.
+
+Made from the manifest alone, so that a streamed checkpoint has the card of one saved in memory; `describe` adds what
+a run has measured.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub as hub
+import yaml
+
+from causalprune.core import EvalResult
+from causalprune.evaluation import Row, headline, interval, paired_difference, write_text
+
+CARD = "README.md"
+CARRIED = ("license", "license_name", "license_link", "language")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+HERE = Path(__file__).parent
+
+
+def write_card(
+    folder: Path, record: Mapping[str, Any], rows: Sequence[Row] = (), *, title: str | None = None
+) -> None:
+    """Write the card of a checkpoint from its manifest; `rows` are the dense model's results and its own."""
+    name = title or folder.name
+    write_text(folder / CARD, card_text(name, record, source_metadata(record["base"]), rows))
+
+
+def card_text(
+    title: str, record: Mapping[str, Any], source: Mapping[str, Any], rows: Sequence[Row] = ()
+) -> str:
+    """Return the card as Markdown with its metadata in front."""
+    results = rows[-1][1] if len(rows) > 1 else []
+    run = record["run"]
+    method = run.get("method") or {}
+    tags = ["causalprune", "pruned", *(["sparse", str(method["criterion"])] if method else [])]
+    data = hub.ModelCardData(
+        base_model=source.get("base_model"),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=tags,
+        model_name=title,
+        eval_results=[found for result in results for found in _index(result)] or None,
+        **{key: source[key] for key in CARRIED if source.get(key)},
+    )
+    base = source.get("base_model") or Path(str(record["base"]["name"])).name
+    licence = (
+        f"Carried over from the base model: {source['license']}. Its terms hold for this model too."
+        if source.get("license")
+        else "The base model's card was not found or names no licence: look it up before you pass this model on."
+    )
+    body = _words("card").format(
+        title=title,
+        what=_what(base, record),
+        warning=_words("card_smaller" if "shrink" in run else "card_zeros").strip(),
+        made=_made(record),
+        results=_results(rows),
+        licence=licence,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+def source_metadata(base: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the card of the model that was pruned says of licence and origin, as far as there is one.
+
+    Of a local folder the card in it is read; of a model on the Hub its card is fetched, if the Hub can be reached.
+    """
+    name, revision = str(base["name"]), base["revision"]
+    place = Path(name).expanduser()
+    local = place.is_dir() or place.is_file()
+    found: dict[str, Any] = {}
+    try:
+        path = (place if place.is_dir() else place.parent) / CARD
+        if not local:
+            path = Path(hub.hf_hub_download(name, CARD, revision=revision))
+        if path.is_file():
+            found = hub.ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, yaml.YAMLError, hub.errors.EntryNotFoundError):
+        found = {}  # the card then says that no licence was found
+    derived = "causalprune" in (found.get("tags") or [])
+    origin = found.get("base_model") if derived else None if local else name
+    known = isinstance(origin, str) and HUB_NAME.fullmatch(origin)
+    return {**{key: found.get(key) for key in CARRIED}, "base_model": origin if known else None}
+
+
+def _words(name: str) -> str:
+    return (HERE / f"{name}.md").read_text(encoding="utf-8")
+
+
+def _what(base: str, record: Mapping[str, Any]) -> str:
+    run, sparsity = record["run"], record["sparsity"]
+    if shrunk := run.get("shrink"):
+        before, after = shrunk["parameters_before"], shrunk["parameters_after"]
+        return f"{base} with {1 - after / before:.1%} of its parameters removed: {after:,} of {before:,} are left."
+    if not sparsity["zeros"]:
+        return f"{base}, as plain safetensors; nothing was pruned."
+    share, zeros, weights = sparsity["sparsity"], sparsity["zeros"], sparsity["weights"]
+    counts = f"{zeros:,} of {weights:,}"
+    return (
+        f"{base} with {share:.2%} of the weights in its decoder layers ({counts}) set to zero by causalprune."
+    )
+
+
+def _made(record: Mapping[str, Any]) -> str:
+    """Return the recipe as a list; what was not part of it is left out."""
+    run, versions = record["run"], record["versions"]
+    method, calibration = run.get("method") or run.get("shrink") or {}, run.get("calibration") or {}
+    sources = ", ".join(f"{n} examples of {name}" for name, n in (calibration.get("sources") or {}).items())
+    plain = {key: value for key, value in method.items() if isinstance(value, str | int | float)}
+    lines = [f"{key.replace('_', ' ')}: {value}" for key, value in plain.items()]
+    lines += [f"calibration data: {sources}"] if sources else []
+    lines += [f"SHA-256 of the base model: {record['base']['fingerprint']}"]
+    own = ", ".join(f"{name} {versions[name]}" for name in ("causalprune", "torch", "transformers"))
+    lines += [f"made with {own}; commit {record['git_commit'] or 'not known'}"]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _results(rows: Sequence[Row]) -> str:
+    """Return the table of results beside those of the dense model, with paired differences."""
+    if len(rows) < 2:
+        return ""
+    dense = {(result.task, result.metric): result for result in rows[0][1]}
+    lines = [
+        "\n## Results",
+        "Values with 95 % bootstrap intervals; differences are paired, example by example.\n",
+    ]
+    lines += ["| task | measure | dense | this model | difference | |", "|---|---|---:|---:|---:|---|"]
+    for result in rows[-1][1]:
+        own, before = interval(result), dense[result.task, result.metric]
+        change = paired_difference(result, before)
+        cells = [
+            _plain(result.task),
+            result.metric,
+            f"{headline(before):.4g}",
+            f"{own.value:.4g} [{own.low:.4g}, {own.high:.4g}]",
+            f"{change.difference:+.3g} [{change.low:+.3g}, {change.high:+.3g}]",
+            change.verdict,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _index(result: EvalResult) -> list[hub.EvalResult]:
+    """Return a result as an entry of the model index; none where the value is not finite."""
+    value = headline(result)
+    if not math.isfinite(value):
+        return []
+    return [
+        hub.EvalResult(
+            task_type="text-generation",
+            dataset_type=re.sub(r"[^a-z0-9_.-]+", "-", result.task.lower()),
+            dataset_name=result.task,
+            metric_type=result.metric,
+            metric_name=f"{result.metric} of {len(result.values)} examples",
+            metric_value=value,
+        )
+    ]
+
+
+def _plain(text: str) -> str:
+    """Return text that neither ends a cell of a table nor is markup."""
+    return re.sub(r"[|<>`\[\]\s]+", " ", text).strip()

@@ -1,0 +1,389 @@
+"""Saved models and their side files: plain dense safetensors, a manifest, keep masks, effects.
+
+| file | content |
+|---|---|
+| `config.json`, `*.safetensors`, … | what `AutoModelForCausalLM.from_pretrained` reads, nothing more |
+| `causalprune.json` | manifest: versions, base model, run, zeros per projection, SHA-256 of the files |
+| `keep_masks.safetensors` | one bit per weight of each projection, True where it was kept |
+| `effects.json` | the measured losses that the factors came from, exact to the bit |
+| `README.md` | the model card, written from the manifest |
+
+A folder is written beside its final name and renamed when it is complete and on disk.
+"""
+
+import glob
+import hashlib
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from causalprune.checkpoints.card import write_card
+from causalprune.core import (
+    CausalPruneError,
+    CheckpointError,
+    Decoder,
+    Effects,
+    MismatchError,
+    Projection,
+    Unit,
+    git_commit,
+    packed,
+    sync,
+    unpacked,
+    versions,
+    zeros_in,
+)
+from causalprune.evaluation import Row
+
+FORMAT = 1
+MANIFEST, KEEP, EFFECTS = "causalprune.json", "keep_masks.safetensors", "effects.json"
+TENSORS = ("masked_nats", "intact_nats", "tokens", "subset", "kl_nats", "predicted_nats", "curvature_nats")
+Keep = Mapping[str, Bool[Tensor, "_ _"]]
+
+
+def check_destination(folder: Path, overwrite: bool = False) -> None:
+    """Raise `CheckpointError` unless `save` can write `folder`: to be called before any work.
+
+    With `overwrite`, an existing folder must be empty or hold a manifest of ours, so that nothing
+    else is ever deleted.
+    """
+    if os.path.lexists(folder):
+        if not overwrite:
+            raise CheckpointError(f"{folder} exists: choose another folder, or allow it to be overwritten")
+        if folder.is_symlink() or not folder.is_dir():
+            raise CheckpointError(
+                f"{folder} is not a folder and will not be overwritten: choose another name"
+            )
+        if any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+            raise CheckpointError(
+                f"{folder} was not written by causalprune (it has no {MANIFEST}) and will not be "
+                "overwritten: choose another folder"
+            )
+    parent = folder.absolute().parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"cannot write {folder}: {parent} is not a folder that you may write to")
+
+
+def save(
+    decoder: Decoder,
+    folder: Path,
+    *,
+    manifest: dict[str, Any],
+    keep: Keep | None = None,
+    effects: Effects | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the model as it is now, with its side files, to `folder`, and return `folder`.
+
+    `manifest` is what the caller knows of the run (JSON values); it becomes the entry `run`. `keep`
+    maps names of projections to masks. On any failure nothing new is left under the final name,
+    and the error is a `CheckpointError`.
+    """
+    _check_keep(keep or {}, decoder)
+    with complete(folder, overwrite) as temporary:
+        _write_model(decoder, temporary)
+        if keep is not None:
+            write_keep(keep, temporary / KEEP)
+        if effects is not None:
+            save_effects(effects, temporary / EFFECTS)
+        write_manifest(temporary, decoder, manifest, count_zeros(decoder)["projections"])
+    return folder
+
+
+@contextmanager
+def complete(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give out a temporary folder that gets the name `folder` when all in it is on disk, or vanishes.
+
+    On any failure nothing new is left under the final name, and the error is a `CheckpointError`.
+    """
+    check_destination(folder, overwrite)
+    place = folder.absolute()
+    temporary = place.with_name(f"{place.name}.partial-{os.getpid()}")
+    for left in place.parent.glob(f"{glob.escape(place.name)}.partial-*"):
+        warnings.warn(
+            f"{left} is of a run that was killed, or is not over: delete it if none is", stacklevel=4
+        )
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)
+        _replace(temporary, place, overwrite)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, Exception) and not isinstance(error, CausalPruneError):
+            free = shutil.disk_usage(_existing(folder)).free
+            raise CheckpointError(
+                f"cannot save to {folder}: {error} ({free / 1e9:.2f} GB free there); nothing was left behind"
+            ) from error
+        raise
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a saved folder; missing, damaged or too new is a `CheckpointError`."""
+    manifest = _read_json(folder / MANIFEST, ("base", "files", "sparsity"))
+    if not isinstance(manifest["files"], dict) or "projections" not in manifest["sparsity"]:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: `files` or `sparsity` has another form")
+    return manifest
+
+
+def load_keep(folder: Path) -> dict[str, Bool[Tensor, "_ _"]]:
+    """Return the keep masks of a saved folder by name of projection, as `[out in]` on the CPU."""
+    return dict(iterate_keep(folder / KEEP))
+
+
+def write_keep(keep: Keep, path: Path) -> None:
+    """Write masks to `path`, eight weights a byte, row by row, with their shapes as metadata."""
+    data, metadata = {}, {}
+    for name, mask in keep.items():
+        data[name] = torch.from_numpy(packed(mask))
+        metadata[name] = f"{mask.shape[0]},{mask.shape[1]}"
+    save_file(data, path, metadata=metadata)
+
+
+def iterate_keep(path: Path) -> Iterator[tuple[str, Bool[Tensor, "_ _"]]]:
+    """Yield the masks of a `keep_masks.safetensors` one by one, so that a check needs no room for all."""
+    try:
+        with safe_open(path, "pt") as file:
+            for name, shape in (file.metadata() or {}).items():
+                out, into = map(int, shape.split(","))
+                yield name, unpacked(file.get_tensor(name).numpy(), (out, into))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"keep masks {path} cannot be read: {error}") from error
+
+
+def save_effects(effects: Effects, path: Path) -> None:
+    """Write `effects` to `path`, atomically; every float comes back bit for bit."""
+    tensors = {name: getattr(effects, name) for name in TENSORS if getattr(effects, name) is not None}
+    record = {
+        "format": FORMAT,
+        "model_fingerprint": effects.model_fingerprint,
+        "calibration_fingerprint": effects.calibration_fingerprint,
+        "description": effects.description,
+        "effect": effects.effect,
+        "units": [[unit.layer, unit.index, unit.kind] for unit in effects.units],
+        **{
+            name: {
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "values": _swapped(tensor.tolist(), math.nan, None) if tensor.ndim > 1 else tensor.tolist(),
+            }
+            for name, tensor in tensors.items()
+        },
+    }
+    temporary = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        _write_json(temporary, record)
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except (OSError, ValueError) as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write effects to {path}: {error}") from error
+
+
+def load_effects(path: Path, decoder: Decoder | None = None) -> Effects:
+    """Return the effects in `path`; those of a model other than `decoder` raise `MismatchError`."""
+    record = _read_json(path, ("masked_nats", "intact_nats", "tokens", "subset", "units"))
+    try:
+        effects = Effects(
+            units=tuple(Unit(layer, index, kind) for layer, index, kind in record["units"]),
+            **{name: _tensor(record[name]) for name in TENSORS if name in record},
+            effect=record["effect"],
+            model_fingerprint=record["model_fingerprint"],
+            calibration_fingerprint=record["calibration_fingerprint"],
+            description=record["description"],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}): measure the effects again") from error
+    if effects.masked_nats.shape != (len(effects.units), len(effects.intact_nats)):
+        raise CheckpointError(
+            f"{path} is damaged: masked_nats has shape {list(effects.masked_nats.shape)} for "
+            f"{len(effects.units)} units and {len(effects.intact_nats)} sequences: measure the effects again"
+        )
+    if decoder is not None and effects.model_fingerprint != decoder.fingerprint:
+        raise MismatchError(
+            f"{path} holds effects of another model (fingerprint {effects.model_fingerprint[:12]}…) than "
+            f"{decoder.name} ({decoder.fingerprint[:12]}…): measure the effects of this model"
+        )
+    return effects
+
+
+def count_zeros(decoder: Decoder) -> dict[str, Any]:
+    """Count the zeros of every projection: `{weights, zeros, sparsity, projections: […]}`."""
+    return summed([count(p) for p in decoder.projections])
+
+
+def summed(projections: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the counts of all projections with their sums."""
+    weights, zeros = (sum(row[key] for row in projections) for key in ("weights", "zeros"))
+    return {
+        "weights": weights,
+        "zeros": zeros,
+        "sparsity": zeros / max(weights, 1),
+        "projections": projections,
+    }
+
+
+def count(projection: Projection) -> dict[str, Any]:
+    """Count the zeros of one projection, as the manifest has them."""
+    return {
+        "name": projection.name,
+        "parameter": projection.parameter_name,
+        "expert": projection.expert,
+        "shape": list(projection.shape),
+        "weights": projection.size,
+        "zeros": zeros_in(projection.read()),
+    }
+
+
+def write_manifest(
+    folder: Path,
+    decoder: Decoder,
+    run: dict[str, Any],
+    projections: list[dict[str, Any]],
+) -> None:
+    """Write the manifest of the files that are in `folder`, and the model card that goes with it."""
+    hashed = sorted([*folder.glob("*.safetensors"), *folder.glob(EFFECTS)])
+    with ThreadPoolExecutor() as pool:
+        hashes = list(pool.map(hash_file, hashed))
+    record = {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "base": {"name": decoder.name, "revision": decoder.revision, "fingerprint": decoder.fingerprint},
+        "run": run,
+        "sparsity": summed(projections),
+        "files": {path.name: digest for path, digest in zip(hashed, hashes, strict=True)},
+    }
+    _write_json(folder / MANIFEST, record, indent=1)
+    write_card(folder, record, title=folder.name.partition(".partial-")[0])
+
+
+def describe(folder: Path, rows: Sequence[Row], label: str) -> None:
+    """Write results into the model card of a saved folder, if there is one: those of the row `label` beside dense."""
+    if (folder / MANIFEST).exists():
+        write_card(folder, read_manifest(folder), [row for row in rows if row[0] in ("dense", label)])
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_model(decoder: Decoder, folder: Path) -> None:
+    from transformers.utils import logging  # noqa: PLC0415  reading side files must not need transformers
+
+    model = decoder.model
+    generation, bars = getattr(model, "generation_config", None), logging.is_progress_bar_enabled()
+    try:
+        logging.disable_progress_bar()
+        if generation is not None:  # published ones do not always pass the checks made on saving
+            model.generation_config = type(generation)()
+        model.save_pretrained(folder, max_shard_size="5GB")
+    finally:
+        if generation is not None:
+            model.generation_config = generation
+        if bars:
+            logging.enable_progress_bar()
+    _for_older_readers(folder / "config.json")
+    if generation is not None:
+        generation.to_json_file(folder / "generation_config.json", use_diff=True)
+    if decoder.tokenizer is not None:
+        decoder.tokenizer.save_pretrained(folder)
+
+
+def _for_older_readers(config: Path) -> None:
+    """Say of rotary embeddings what transformers 4 looks for elsewhere: it would take defaults, and not say so."""
+    record = json.loads(config.read_text(encoding="utf-8"))
+    own = record.get("rope_parameters")
+    if not isinstance(own, dict) or "rope_theta" not in own:
+        return  # there are none, or some for every kind of layer
+    apart = {key: own[key] for key in ("rope_theta", "partial_rotary_factor") if key in own}
+    scaling = {key: value for key, value in own.items() if key not in apart}
+    scaled = scaling.get("rope_type", "default") != "default"
+    record = {**apart, **({"rope_scaling": scaling} if scaled else {}), **record}
+    config.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_keep(keep: Keep, decoder: Decoder) -> None:
+    shapes = {p.name: p.shape for p in decoder.projections}
+    for name, mask in keep.items():
+        if tuple(mask.shape) != shapes.get(name):
+            raise CheckpointError(
+                f"keep mask of {name!r} has shape {list(mask.shape)}, its projection {shapes.get(name)}"
+            )
+
+
+def _tensor(record: dict[str, Any]) -> Tensor:
+    return torch.tensor(_swapped(record["values"], None, math.nan), dtype=getattr(torch, record["dtype"]))
+
+
+def _swapped(values: Any, old: float | None, new: float | None) -> Any:
+    """Return nested lists with one value in place of another: JSON has null, tensors have NaN."""
+    if isinstance(values, list):
+        return [_swapped(value, old, new) for value in values]
+    return new if values is old or (old is not None and math.isnan(values)) else values
+
+
+def _write_json(path: Path, record: dict[str, Any], indent: int | None = None) -> None:
+    text = json.dumps(record, allow_nan=False, ensure_ascii=False, indent=indent)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path, required: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is not a file of format {FORMAT} of causalprune: was it written by a newer one?"
+        )
+    if missing := [key for key in required if key not in record]:
+        raise CheckpointError(f"{path} is damaged: it has no entry {missing[0]!r}")
+    return record
+
+
+def _replace(temporary: Path, folder: Path, overwrite: bool) -> None:
+    """Rename `temporary` to `folder`; what was there is deleted only when the new one is in place.
+
+    Without `overwrite`, a folder that another run has written in the meantime makes this fail, and stays.
+    """
+    old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+    replaced = overwrite and os.path.lexists(folder)
+    if replaced:
+        folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except BaseException:
+        if replaced:
+            old.rename(folder)
+        raise
+    sync(folder.parent)
+    if replaced:
+        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            warnings.warn(f"{folder} was replaced, but {old} could not be deleted", stacklevel=3)
+
+
+def _existing(folder: Path) -> Path:
+    """Return the nearest parent of `folder` that exists."""
+    return next(parent for parent in folder.absolute().parents if parent.is_dir())

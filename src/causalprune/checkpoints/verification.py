@@ -1,0 +1,115 @@
+"""Check a saved folder against its manifest: hashes, zeros of every matrix, keep masks.
+
+```python
+report = verify(Path("out"))
+report.sparsity_holds  # False: somewhere between saving and now, zeros were lost
+[finding.message for finding in report.findings]
+```
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from causalprune.checkpoints.saving import KEEP, count_zeros, hash_file, iterate_keep, read_manifest
+from causalprune.core import CheckpointError, Decoder
+from causalprune.models import load
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One difference between a folder and its manifest; `subject` is a file or a projection.
+
+    `changed`: the file's hash differs. `zeros`: the count of zeros differs. `lost`: weights that
+    were pruned are no longer zero. `shape`: the matrix is absent, new or of another shape.
+    """
+
+    subject: str
+    problem: Literal["changed", "zeros", "lost", "shape"]
+    message: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Outcome of `verify`: what was recounted, and every difference found."""
+
+    folder: Path
+    matrices: int
+    weights: int
+    zeros: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether files and matrices are as the manifest says."""
+        return not self.findings
+
+    @property
+    def sparsity_holds(self) -> bool:
+        """Whether every matrix has its zeros, even where files were written again since."""
+        return all(f.problem == "changed" for f in self.findings)
+
+
+def verify(folder: Path, *, against: Path | None = None, trust_remote_code: bool = False) -> Verification:
+    """Compare a saved folder with its manifest: hashes, zeros per matrix, and keep masks if any.
+
+    Loads the model. A file that was written again with the same zeros is reported as `changed`
+    only; missing or unreadable files raise `CheckpointError`. `against` is the pruned checkpoint that
+    the model in `folder` was made from, by fine-tuning say: zeros are compared with those, and hashes with nothing.
+    """
+    manifest = read_manifest(against or folder)
+    findings = _changed_files(folder, manifest["files"]) if against is None else []
+    try:
+        decoder = load(str(folder), trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever it is: these files cannot be read as a model
+        changed = (
+            f" (changed since it was saved: {', '.join(f.subject for f in findings)})" if findings else ""
+        )
+        raise CheckpointError(f"{folder} cannot be loaded{changed}: {error}") from error
+    found = count_zeros(decoder)
+    findings += _recount(manifest["sparsity"]["projections"], found["projections"])
+    if (masks := (against or folder) / KEEP).exists():
+        findings += _lost_zeros(decoder, masks)
+    return Verification(folder, len(found["projections"]), found["weights"], found["zeros"], tuple(findings))
+
+
+def _changed_files(folder: Path, hashes: dict[str, str]) -> list[Finding]:
+    findings = []
+    for name, expected in hashes.items():
+        try:
+            found = hash_file(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{folder / name} cannot be read: {error.strerror}") from error
+        if found != expected:
+            message = f"{name} was changed since it was saved (SHA-256 {found[:12]}…, was {expected[:12]}…)"
+            findings.append(Finding(name, "changed", message))
+    return findings
+
+
+def _recount(expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[Finding]:
+    was, now = ({row["name"]: row for row in rows} for rows in (expected, found))
+    findings = []
+    for name in was | now:
+        shapes = [rows[name]["shape"] if name in rows else "absent" for rows in (now, was)]
+        if shapes[0] != shapes[1]:
+            message = f"{name}: shape is {shapes[0]}, the manifest says {shapes[1]}"
+            findings.append(Finding(name, "shape", message))
+        elif (zeros := now[name]["zeros"]) != (promised := was[name]["zeros"]):
+            message = f"{name}: {zeros} zeros, the manifest says {promised} of {was[name]['weights']} weights"
+            findings.append(Finding(name, "zeros", message))
+    return findings
+
+
+def _lost_zeros(decoder: Decoder, path: Path) -> list[Finding]:
+    projections = {p.name: p for p in decoder.projections}
+    findings = []
+    for name, keep in iterate_keep(path):
+        if name not in projections or projections[name].shape != tuple(keep.shape):
+            message = f"{name}: the keep mask of shape {list(keep.shape)} fits no matrix of the model"
+            findings.append(Finding(name, "shape", message))
+            continue
+        weight = projections[name].read()
+        if lost := int(((weight != 0) & ~keep.to(weight.device)).sum()):
+            message = f"{name} lost its zeros: {lost} of {int((~keep).sum())} pruned weights are not zero"
+            findings.append(Finding(name, "lost", message))
+    return findings

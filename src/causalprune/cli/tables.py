@@ -1,0 +1,198 @@
+"""Tables of results, as rich renderables and as Markdown: nothing here measures anything."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from causalprune.attribution import estimate, reliability
+from causalprune.checkpoints import Verification
+from causalprune.core import Effects, EvalResult, unknown
+from causalprune.evaluation import Row, Tried, headline, interval, paired_difference
+from causalprune.runs import Plan
+
+STYLES = {"better": "green", "worse": "red"}
+STRONGEST = 10
+UNITS = {"nats_per_token": "nats/token"}
+"""What a metric is shown as, where that is not its name."""
+
+
+def comparison(rows: Sequence[Row], *, against: str | None = None) -> Table:
+    """Return one row per model, one column per metric: value, and paired difference with 95 % interval.
+
+    Differences are to the row called `against`, or to the first. A value is green or red only where
+    the interval of its difference excludes zero.
+    """
+    labels = [label for label, _ in rows]
+    if against is not None and against not in labels:
+        raise unknown("row", against, labels)
+    base_row = 0 if against is None else labels.index(against)
+    base = {_column(result): result for result in rows[base_row][1]}
+    columns = list(dict.fromkeys(_column(result) for _, results in rows for result in results))
+    table = Table(caption=f"value (paired difference to {labels[base_row]}, 95 % interval)")
+    table.add_column("model", no_wrap=True)
+    for task, metric in columns:
+        table.add_column(f"{task}\n{UNITS.get(metric, metric)}", justify="right", overflow="fold")
+    for i, (label, results) in enumerate(rows):
+        own = {_column(result): result for result in results}
+        table.add_row(label, *(_cell(own.get(c), base.get(c), i == base_row) for c in columns))
+    return table
+
+
+def _column(result: EvalResult) -> tuple[str, str]:
+    return result.task, result.metric
+
+
+def _cell(result: EvalResult | None, base: EvalResult | None, is_base: bool) -> Text:
+    if result is None:
+        return Text("–")
+    if is_base or base is None:
+        own = interval(result)
+        return Text(f"{own.value:.4g}\n[{own.low:.4g}, {own.high:.4g}]")
+    difference = paired_difference(result, base)
+    bounds = f"{difference.difference:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}]"
+    return Text(f"{headline(result):.4g}\n{bounds}", style=STYLES.get(difference.verdict, ""))
+
+
+def to_markdown(table: Table) -> str:
+    """Return a table of this module as Markdown; the second line of a cell goes into its brackets."""
+    cells = [[_plain(column.header) for column in table.columns]]
+    cells += [
+        list(row)
+        for row in zip(*[[_plain(c) for c in column.cells] for column in table.columns], strict=True)
+    ]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    lines.insert(1, "|---|" + "---:|" * (len(table.columns) - 1))
+    return "\n".join(lines) + (f"\n\n{table.caption}\n" if table.caption else "\n")
+
+
+def _plain(cell: Any) -> str:
+    first, _, rest = str(cell).partition("\n")
+    return f"{first} <br> {rest}" if rest else first
+
+
+def strongest(effects: Effects) -> Table:
+    """Return the units whose removal raises the loss most, and how certain the effects are."""
+    found, own = estimate(effects), reliability(effects)
+    known = ~found.value.isnan()
+    lines = []
+    if "certain_signs" in own:
+        lines += [f"{int((found.value < 0).sum())} of {int(known.sum())} units lower the loss when removed"]
+        lines += [f"certain of their sign: {own['certain_signs']:.0%} of the units"]
+    if "split_half" in own:
+        lines.append(f"two halves of the examples rank units alike: {own['split_half']:.2f} (Spearman)")
+    if unreached := effects.description.get("unreached_experts"):
+        lines.append(f"{len(unreached)} experts got no token and are unmeasured")
+    table = Table(title="most critical units", caption="\n".join(lines))
+    for name in ("layer", "unit", "Δ, nats/token", "95 % interval"):
+        table.add_column(name, justify="right")
+    for i in found.value.nan_to_num(-math.inf).argsort(descending=True)[:STRONGEST].tolist():
+        unit, bounds = effects.units[i], f"[{float(found.low[i]):.4f}, {float(found.high[i]):.4f}]"
+        name = f"{unit.kind} {unit.index}"
+        table.add_row(str(unit.layer), name, f"{float(found.value[i]):.4f}", bounds)
+    return table
+
+
+def stability(found: Mapping[str, Any]) -> list[Table]:
+    """Return the tables of `causalprune stability`: draws, calibrations, swaps, pairs."""
+    draws = Table(title="independent draws of problems")
+    keys: tuple[str, ...] = (
+        "problems_per_draw",
+        "spearman_between_draws",
+        "top_fifth_between_draws",
+        "split_half",
+    )
+    keys += ("certain_signs", "median_sd_between_draws_nats", "sd_between_units_nats")
+    _fill(draws, ("source", *keys), found["within"])
+    first = next(iter(found["within"]))
+    between = Table(title=f"rank correlation with {first}")
+    _fill(between, ("source", "spearman", "ceiling", "top_fifth"), found["between"])
+    swaps = Table(title=f"{first} problems swapped for others: rank correlation with all of {first}")
+    shares = list(next(iter(found["swaps"].values()), {}))
+    _fill(swaps, ("swapped for", *shares), found["swaps"])
+    pairs = Table(title="strong units removed in pairs: joint effect − sum")
+    if "interactions" in found:
+        own = {key: value for key, value in found["interactions"].items() if key != "strongest"}
+        _fill(pairs, ("source", *own), {first: own})
+    return [table for table in (draws, between, swaps, pairs) if table.row_count]
+
+
+def _fill(table: Table, columns: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) -> None:
+    for i, column in enumerate(columns):
+        table.add_column(column.replace("_", " "), justify="right" if i else "left")
+    for name, values in rows.items():
+        table.add_row(name, *(f"{values[key]:.3g}" if key in values else "–" for key in columns[1:]))
+
+
+def swept(tried: Sequence[Tried]) -> Table:
+    """Return what a sweep tried, and which sparsities keep what was asked for."""
+    table = Table(title="differences to dense [95 % interval]")
+    columns = ("sparsity", *(task for task, _ in tried[0].differences), "keeps it")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for one in tried:
+        cells = [f"{d.difference:+.3g} [{d.low:+.3g}, {d.high:+.3g}]" for _, d in one.differences]
+        table.add_row(f"{one.sparsity:g}", *cells, "yes" if one.holds else "no")
+    return table
+
+
+def inspection(name: str, found: Mapping[str, Any]) -> Table:
+    """Return what `causalprune inspect` prints of a model."""
+    table = Table(title=name, show_header=False)
+    for key, value in found.items():
+        table.add_row(key.replace("_", " "), _lines(value))
+    return table
+
+
+def _lines(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "\n".join(f"{key}: {_lines(item)}" for key, item in value.items())
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def plan(plan: Plan) -> Table:
+    """Return the plan of a recipe: jobs, tokens, time, memory, disk (all estimated)."""
+    total = sum(job.tokens for job in plan.jobs)
+    table = Table(
+        title=f"plan for {plan.folder} (estimates)",
+        caption=(
+            f"{plan.shape.layers} layers × {plan.shape.heads} heads, {plan.shape.parameters / 1e9:.3g} G parameters · "
+            f"about {_duration(plan.seconds)}, {plan.memory_bytes / 2**30:.1f} GiB of memory, "
+            f"{plan.disk_bytes / 2**30:.2f} GiB of disk"
+        ),
+    )
+    for column in ("stage", "times", "tokens", "time"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for job in plan.jobs:
+        seconds = plan.seconds * job.tokens / max(total, 1)
+        table.add_row(job.name, f"{job.count:,}", f"{job.tokens:,}", _duration(seconds))
+    return table
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def sparsity(weights: int, zeros: int, unrouted: Sequence[str]) -> str:
+    """Return what a pruning run achieved, in a sentence or two."""
+    text = f"{zeros:,} of {weights:,} prunable weights are zero ({zeros / weights:.4%})"
+    if unrouted:
+        text += (
+            f"; {len(unrouted)} matrices of experts got no calibration token and were scored by magnitude: "
+        )
+        text += ", ".join(unrouted[:STRONGEST])
+    return text
+
+
+def verification(report: Verification) -> str:
+    """Return the findings of a verification, a line each, or that all is as the manifest says."""
+    head = (
+        f"{report.folder}: {report.matrices} matrices, {report.zeros:,} zeros of {report.weights:,} weights"
+    )
+    if report.ok:
+        return f"{head}; as the manifest says"
+    return "\n".join([head, *(f"  {finding.message}" for finding in report.findings)])

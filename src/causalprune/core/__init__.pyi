@@ -1,0 +1,125 @@
+from .errors import (
+    CausalPruneError as CausalPruneError,
+)
+from .errors import (
+    CheckpointError as CheckpointError,
+)
+from .errors import (
+    DataError as DataError,
+)
+from .errors import (
+    MismatchError as MismatchError,
+)
+from .errors import (
+    ModelError as ModelError,
+)
+from .errors import (
+    OptionError as OptionError,
+)
+from .errors import (
+    unknown as unknown,
+)
+from .ledger import (
+    Ledger as Ledger,
+)
+from .ledger import (
+    read_rows as read_rows,
+)
+from .ledger import (
+    sync as sync,
+)
+from .memory import (
+    AtOnce as AtOnce,
+)
+from .memory import (
+    Masks as Masks,
+)
+from .memory import (
+    out_of_memory as out_of_memory,
+)
+from .memory import (
+    packed as packed,
+)
+from .memory import (
+    room as room,
+)
+from .memory import (
+    unpacked as unpacked,
+)
+from .memory import (
+    zeros_in as zeros_in,
+)
+from .progress import shown as shown
+from .provenance import (
+    PACKAGES as PACKAGES,
+)
+from .provenance import (
+    git_commit as git_commit,
+)
+from .provenance import (
+    peak_bytes as peak_bytes,
+)
+from .provenance import (
+    versions as versions,
+)
+from .resuming import State as State
+from .types import (
+    Attention as Attention,
+)
+from .types import (
+    Batch as Batch,
+)
+from .types import (
+    Calibration as Calibration,
+)
+from .types import (
+    Decoder as Decoder,
+)
+from .types import (
+    Effect as Effect,
+)
+from .types import (
+    Effects as Effects,
+)
+from .types import (
+    EvalResult as EvalResult,
+)
+from .types import (
+    Example as Example,
+)
+from .types import (
+    Layer as Layer,
+)
+from .types import (
+    LeftOut as LeftOut,
+)
+from .types import (
+    Progress as Progress,
+)
+from .types import (
+    Projection as Projection,
+)
+from .types import (
+    Remarked as Remarked,
+)
+from .types import (
+    Role as Role,
+)
+from .types import (
+    Stage as Stage,
+)
+from .types import (
+    Unit as Unit,
+)
+from .types import (
+    UnitKind as UnitKind,
+)
+from .types import (
+    bands as bands,
+)
+from .types import (
+    quiet as quiet,
+)
+from .types import (
+    silent as silent,
+)

@@ -1,0 +1,211 @@
+"""Append-only record of finished jobs that survives a kill at any byte.
+
+```python
+with Ledger(folder / "ledger.jsonl", {"model": fingerprint, "method": "exact"}) as ledger:
+    for key, job in jobs.items():
+        if key not in ledger.rows:
+            ledger.append(key, job())
+```
+
+A ledger is a text file: a header line with the identity of the run, then one line per finished
+job. Every line is JSON and begins with the CRC-32 of the rest of the line. A row is on disk when
+`append` returns; a last line that was cut short by a kill is removed when the ledger is opened, and
+its job is simply done again. Damage anywhere else is an error, never skipped over.
+
+Floats are written as their shortest exact representation, so float64 values, and float32 values
+widened to float64, come back bit for bit (-0.0 and subnormals too). NaN and infinities are
+refused: a loss that is not finite is a broken run, not a result worth keeping.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from causalprune.core.errors import CheckpointError, MismatchError
+
+FORMAT = "causalprune-ledger-1"
+Json = dict[str, Any] | list[Any] | str | int | float | bool | None
+
+
+class Ledger:
+    """The finished jobs of one run, as `rows` in memory and as lines on disk.
+
+    `identity` is everything the values depend on: model and calibration fingerprints, method,
+    options. A file that was begun with another identity raises `MismatchError`; a file that another
+    process (or another `Ledger` of this one) holds open, or that is damaged, `CheckpointError`. With `wait`,
+    the other is waited for, with a warning; one that this thread holds would be waited for in vain.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], *, wait: bool = False) -> None:
+        self.path, self._wait = path, wait
+        self.rows: dict[str, Any] = {}
+        self._identity = json.loads(_dump(dict(identity), f"the identity of {path}"))
+        self._fd: int | None = None
+        self._end = 0
+
+    def __enter__(self) -> "Ledger":
+        """Open or create the file, lock it, and read its rows."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise CheckpointError(f"cannot open ledger {self.path}: {error.strerror}") from error
+        try:
+            self._lock(self._fd)
+            self._recover(self._fd)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file and release the lock."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the file and release the lock; closing twice is harmless."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def append(self, key: str, value: Json) -> None:
+        """Record that job `key` gave `value`; on return the row is on disk.
+
+        Costs one fsync. A failed write is taken back, so that the file stays well formed.
+        """
+        if self._fd is None:
+            raise CheckpointError(f"ledger {self.path} is not open: use it in a `with` statement")
+        if key in self.rows:
+            raise CheckpointError(f"ledger {self.path} already has a row for job {key!r}")
+        line = _line({"key": key, "value": value}, f"job {key!r}")
+        self._write(self._fd, line)
+        self.rows[key] = json.loads(line)["value"]  # as a reopened ledger would give it: tuples are lists
+
+    def _lock(self, fd: int) -> None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if not self._wait:
+                raise CheckpointError(
+                    f"ledger {self.path} is in use by another run: wait for it or choose another folder"
+                ) from error
+            warnings.warn(f"waiting for another run, which writes {self.path}", stacklevel=2)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if not self.path.exists() or not os.path.samestat(os.fstat(fd), self.path.stat()):
+                raise CheckpointError(f"ledger {self.path} was removed meanwhile: run this again") from error
+
+    def _recover(self, fd: int) -> None:
+        data = self.path.read_bytes()
+        header = _line({"format": FORMAT, "identity": self._identity}, "the header")
+        if header.startswith(data) and data != header:  # new, or killed while the header was written
+            os.ftruncate(fd, 0)
+            self._write(fd, header)
+            sync(self.path.parent)
+            return
+        lines = data.splitlines(keepends=True)
+        self._check_header(lines[0])
+        self._end = len(lines[0])
+        for number, size, row in _intact(lines, self.path):
+            if row["key"] in self.rows:
+                raise CheckpointError(
+                    f"{self.path}, line {number}: second row for job {row['key']!r}: delete one of them"
+                )
+            self.rows[row["key"]] = row["value"]
+            self._end += size
+        os.ftruncate(fd, self._end)
+        os.fsync(fd)
+
+    def _check_header(self, line: bytes) -> None:
+        header = _parse(line)
+        if header is None or header.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{self.path}, line 1: not a ledger of this version of causalprune: "
+                "delete the file or choose another folder"
+            )
+        found = header["identity"]
+        for key in sorted(found.keys() | self._identity.keys()):
+            was, now = found.get(key, "(absent)"), self._identity.get(key, "(absent)")
+            if was != now:
+                raise MismatchError(
+                    f"ledger {self.path} belongs to another run: {key} was {was!r} and is now {now!r}: "
+                    "delete the file to start again, or choose another folder"
+                )
+
+    def _write(self, fd: int, line: bytes) -> None:
+        try:
+            written = 0
+            while written < len(line):
+                written += os.pwrite(fd, line[written:], self._end + written)
+            os.fsync(fd)
+        except BaseException as error:
+            os.ftruncate(fd, self._end)
+            if isinstance(error, OSError):
+                free = shutil.disk_usage(self.path.parent).free
+                raise CheckpointError(
+                    f"cannot write ledger {self.path}: {error.strerror} ({free / 1e9:.2f} GB free)"
+                ) from error
+            raise
+        self._end += len(line)
+
+
+def read_rows(path: Path) -> dict[str, Any]:
+    """Return the finished rows of a ledger without opening it for work: another process may be adding to it."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot read ledger {path}: {error.strerror}") from error
+    if not lines or (_parse(lines[0]) or {}).get("format") != FORMAT:
+        raise CheckpointError(f"{path}, line 1: not a ledger of this version of causalprune")
+    return {row["key"]: row["value"] for _, _, row in _intact(lines, path)}
+
+
+def _intact(lines: Sequence[bytes], path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yield number, bytes and content of the rows after the header, up to one that was being written."""
+    for number, line in enumerate(lines[1:], start=2):
+        row = _parse(line)
+        if row is None and number == len(lines):
+            return  # being written, or cut short by a kill
+        if row is None or row.keys() != {"key", "value"}:
+            raise CheckpointError(
+                f"{path}, line {number}: damaged row (checksum or form is wrong): "
+                f"restore the file, or delete line {number} and what follows to redo those jobs"
+            )
+        yield number, len(line), row
+
+
+def _dump(value: Json, what: str) -> str:
+    try:
+        return json.dumps(value, allow_nan=False, sort_keys=True, separators=(",", ":"))
+    except ValueError as error:
+        raise CheckpointError(f"{what} holds a value that is not finite, or refers to itself") from error
+
+
+def _line(record: dict[str, Any], what: str) -> bytes:
+    """Return `{"crc":"…",<rest>}` and a newline, where the checksum is that of `<rest>}`."""
+    rest = _dump(record, what)[1:].encode()
+    return b'{"crc":"%08x",' % zlib.crc32(rest) + rest + b"\n"
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return the record in `line` without its checksum, or None where the line is not intact."""
+    start = len(b'{"crc":"00000000",')
+    rest = line[start:-1]
+    if line != b'{"crc":"%08x",' % zlib.crc32(rest) + rest + b"\n":
+        return None
+    record = json.loads(b"{" + rest)
+    return record if isinstance(record, dict) else None
+
+
+def sync(path: Path) -> None:
+    """Make the bytes of a file, or the entries of a folder, durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,105 @@
+"""Room for large matrices, counting their zeros, keep masks at eight weights a byte, and going on where memory runs out."""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from causalprune.core.types import bands, bits_of
+
+Found = TypeVar("Found")
+NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+"""What errors of CUDA, of torch on a CPU, and of cuBLAS say."""
+
+
+def room(size: int) -> UInt8[Tensor, "byte"]:
+    """Return bytes on the CPU that are yet to be written.
+
+    In large pages, unlike torch's own: reading a file into them takes a third of the time.
+    """
+    return torch.from_numpy(np.empty(size, np.uint8))
+
+
+def zeros_in(weight: Float[Tensor, "out in"]) -> int:
+    """Count the weights that are zero, of either sign: by their bits, several times faster than by value."""
+    bits = bits_of(weight)
+    unsigned = torch.iinfo(bits.dtype).max
+    rest = (int(np.count_nonzero((bits[band] & unsigned).cpu().numpy())) for band in bands(weight))
+    return weight.numel() - sum(rest)
+
+
+def packed(keep: Bool[Tensor, "out in"]) -> Any:
+    """Return the bits of a mask, row by row, as an array of bytes."""
+    return np.packbits(keep.cpu().numpy())
+
+
+def unpacked(data: Any, shape: tuple[int, int]) -> Bool[Tensor, "out in"]:
+    """Return the mask of a shape that was packed into `data`, on the CPU."""
+    return torch.from_numpy(np.unpackbits(data, count=shape[0] * shape[1]).view(bool)).view(shape)
+
+
+class Masks(Mapping[str, Tensor]):
+    """What stays of every projection: a mask `[out in]` is unpacked whenever it is asked for, on its device."""
+
+    def __init__(self) -> None:
+        self._packed: dict[str, tuple[Any, tuple[int, int], torch.device]] = {}
+
+    def add(self, name: str, keep: Bool[Tensor, "out in"]) -> None:
+        """Take note of what stays of a projection."""
+        out, into = keep.shape
+        self._packed[name] = packed(keep), (out, into), keep.device
+
+    def stored(self) -> dict[str, UInt8[Tensor, "byte"]]:
+        """Return the bits of every mask, as `unpacked` takes them."""
+        return {name: torch.from_numpy(data) for name, (data, *_) in self._packed.items()}
+
+    def __getitem__(self, name: str) -> Bool[Tensor, "out in"]:
+        data, shape, device = self._packed[name]
+        return unpacked(data, shape).to(device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether a device, or this machine, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
+
+
+class AtOnce:
+    """Works on as many sequences at once as fit `tokens`; half as many from where memory runs out, with a warning."""
+
+    def __init__(self, tokens: int = sys.maxsize) -> None:
+        self.tokens = tokens
+
+    def __call__(self, count: int, width: int, work: Callable[[list[int]], Found]) -> list[Found]:
+        """Return what `work` finds for sequences 0 to `count`, `width` tokens each, some at a time.
+
+        Raises:
+            RuntimeError: there is no memory for a single one.
+        """
+        found: list[Found] = []
+        start = 0
+        while start < count:
+            rows = list(range(start, min(count, start + max(1, self.tokens // width))))
+            try:
+                found.append(work(rows))
+            except RuntimeError as error:
+                if not out_of_memory(error) or len(rows) == 1:
+                    raise
+                fewer = len(rows) // 2
+                self.tokens = fewer * width
+                warnings.warn(
+                    f"out of memory with {len(rows)} sequences at once: going on with {fewer}", stacklevel=2
+                )
+            else:
+                start += len(rows)
+        return found

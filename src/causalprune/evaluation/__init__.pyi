@@ -1,0 +1,80 @@
+from .measures import (
+    Settings as Settings,
+)
+from .measures import (
+    check_tasks as check_tasks,
+)
+from .measures import (
+    evaluate as evaluate,
+)
+from .measures import (
+    evaluation_contents as evaluation_contents,
+)
+from .measures import (
+    output_type as output_type,
+)
+from .measures import (
+    source_of as source_of,
+)
+from .results import (
+    HIGHER_IS_BETTER as HIGHER_IS_BETTER,
+)
+from .results import (
+    RESULTS as RESULTS,
+)
+from .results import (
+    Floats as Floats,
+)
+from .results import (
+    Row as Row,
+)
+from .results import (
+    Tried as Tried,
+)
+from .results import (
+    decoded as decoded,
+)
+from .results import (
+    difference_of as difference_of,
+)
+from .results import (
+    headline as headline,
+)
+from .results import (
+    interval as interval,
+)
+from .results import (
+    interval_of as interval_of,
+)
+from .results import (
+    kept_rows as kept_rows,
+)
+from .results import (
+    load_rows as load_rows,
+)
+from .results import (
+    paired_difference as paired_difference,
+)
+from .results import (
+    read_json as read_json,
+)
+from .results import (
+    resampled as resampled,
+)
+from .results import (
+    results_in as results_in,
+)
+from .results import (
+    rows_of as rows_of,
+)
+from .results import (
+    write_json as write_json,
+)
+from .results import (
+    write_results as write_results,
+)
+from .results import (
+    write_text as write_text,
+)
+from .tasks.harness import ends_of as ends_of
+from .tasks.harness import plain_generation as plain_generation

@@ -1,0 +1,289 @@
+"""Evaluation results as versioned JSON records, and intervals on them.
+
+Differences are paired: both models answered the same examples, which are resampled together, so the
+large variation between examples cancels. Nothing here loads a model.
+"""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from causalprune.core import CheckpointError, EvalResult, MismatchError
+
+Verdict = Literal["better", "worse", "no difference shown", "undefined"]
+Floats = NDArray[np.float64]
+Row: TypeAlias = tuple[str, list[EvalResult]]
+"""One model in a table: its label and its results."""
+
+VERSION = 1
+RESULTS = "results.json"
+"""Name of the results in a run folder."""
+HIGHER_IS_BETTER = {"accuracy": True, "acc_norm": True, "nats_per_token": False, "perplexity": False}
+CONFIDENCE = 0.95
+CHUNK = 4_000_000
+"""Resampled examples held in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95 % interval over `n` examples; the bounds are NaN for fewer than two."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Difference a − b of one metric on the same `n` examples, with its 95 % interval.
+
+    `verdict` is about a: better or worse only where the interval excludes zero, in the metric's own
+    direction; undefined where a value is not finite or fewer than two examples were measured.
+    """
+
+    difference: float
+    low: float
+    high: float
+    n: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One sparsity of a sweep: the difference to dense of every task, and whether all keep the share asked for."""
+
+    sparsity: float
+    differences: tuple[tuple[str, Comparison], ...]
+    holds: bool
+
+
+def headline(result: EvalResult) -> float:
+    """Return the value of a result: `Σ values / Σ weights`, through exp for a perplexity."""
+    values, weights = _arrays(result)
+    return float(_ratio(values.sum(), weights.sum(), result.metric))
+
+
+def interval(result: EvalResult, *, resamples: int = 10_000, seed: int = 0) -> Interval:
+    """Return the value of a result with its bootstrap interval over examples."""
+    return interval_of(result, resampled(result, resamples=resamples, seed=seed))
+
+
+def paired_difference(a: EvalResult, b: EvalResult, *, resamples: int = 10_000, seed: int = 0) -> Comparison:
+    """Return a − b with its paired bootstrap interval; MismatchError if the examples are not the same."""
+    draws = (resampled(result, resamples=resamples, seed=seed) for result in (a, b))
+    return difference_of(a, b, *draws)
+
+
+def resampled(result: EvalResult, *, resamples: int = 10_000, seed: int = 0) -> Floats:
+    """Return the value of a result on resamples of its examples: the same ones for every result on as many examples."""
+    values, weights = _arrays(result)
+    sums = _bootstrap(np.stack([values, weights]), resamples, seed)
+    return np.asarray(_ratio(sums[0], sums[1], result.metric))
+
+
+def interval_of(result: EvalResult, draws: Floats) -> Interval:
+    """Return the value of a result with the interval that its resampled values give."""
+    low, high = _bounds(draws, len(result.values))
+    return Interval(headline(result), low, high, len(result.values))
+
+
+def difference_of(a: EvalResult, b: EvalResult, draws_a: Floats, draws_b: Floats) -> Comparison:
+    """Return a − b with the interval that the resampled values of both give; as `paired_difference`."""
+    _check_pair(a, b)
+    with np.errstate(invalid="ignore"):
+        low, high = _bounds(draws_a - draws_b, len(a.values))
+    difference = headline(a) - headline(b)
+    return Comparison(difference, low, high, len(a.values), _verdict(difference, low, high, a.metric))
+
+
+def write_results(
+    path: Path, results: Sequence[EvalResult], description: Mapping[str, Any] | None = None
+) -> None:
+    """Write results and what is to be said about the run; the file appears whole or not at all."""
+    rows = [asdict(result) for result in results]
+    write_json(path, {"description": dict(description or {}), "results": rows})
+
+
+def read_results(path: Path) -> list[EvalResult]:
+    """Return the results of a file, equal to those that were written."""
+    rows = read_json(path).get("results")
+    if not isinstance(rows, list):
+        raise CheckpointError(f"{path} holds no results")
+    try:
+        return [_result(row) for row in rows]
+    except (TypeError, KeyError) as cause:
+        raise CheckpointError(f"{path}: a malformed result ({cause})") from cause
+
+
+def rows_of(record: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of a run's record: label and results of every model."""
+    return [(row["label"], [_result(result) for result in row["results"]]) for row in record["rows"]]
+
+
+def load_rows(path: Path) -> list[Row]:
+    """Return the rows of a run folder, of its `results.json`, or of a file of `evaluate` as one row."""
+    file = path / RESULTS if path.is_dir() else path
+    record = read_json(file)
+    if "rows" in record:
+        return rows_of(record)
+    return [(file.stem, read_results(file))]
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record with the format's version: complete on disk before it gets its name.
+
+    Numbers that are not finite are written as `{"float": "nan"}`, so the file is strict JSON.
+    """
+    text = json.dumps(_encoded({"version": VERSION, **record}), indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is complete on disk before it gets its name."""
+    try:
+        _replace(path, text)
+    except OSError as cause:
+        raise CheckpointError(f"cannot write {path}: {cause}") from cause
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a record written by `write_json`; CheckpointError for another version or a damaged file."""
+    try:
+        record = decoded(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as cause:
+        raise CheckpointError(f"cannot read {path}: {cause}") from cause
+    version = record.get("version") if isinstance(record, dict) else None
+    if version != VERSION:
+        raise CheckpointError(f"{path} has version {version!r}; this release reads version {VERSION}")
+    return dict(record)
+
+
+def kept_rows(results: Sequence[EvalResult]) -> list[dict[str, Any]]:
+    """Return results as a ledger keeps them, where numbers that are not finite have no place."""
+    return [_encoded(asdict(result)) for result in results]
+
+
+def results_in(rows: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
+    """Return the results that `kept_rows` made."""
+    return [_result(row) for row in decoded(rows)]
+
+
+def _result(row: Mapping[str, Any]) -> EvalResult:
+    columns = {name: tuple(row[name]) for name in ("values", "weights", "examples", "texts")}
+    shown = {name: tuple(row.get(name, ())) for name in ("prompts", "golds")}  # absent in older files
+    return EvalResult(**{**row, **columns, **shown})
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _encoded(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(float(value))}
+    if isinstance(value, Mapping):
+        return {str(key): _encoded(item) for key, item in value.items()}
+    return [_encoded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def decoded(value: Any) -> Any:
+    """Return a record as it was before it was written where numbers that are not finite have no place."""
+    if isinstance(value, dict):
+        if value.keys() == {"float"} and value["float"] in ("nan", "inf", "-inf"):
+            return float(value["float"])
+        return {key: decoded(item) for key, item in value.items()}
+    return [decoded(item) for item in value] if isinstance(value, list) else value
+
+
+def _arrays(result: EvalResult) -> tuple[Floats, Floats]:
+    if not len(result.values) == len(result.weights) == len(result.examples) > 0:
+        raise MismatchError(
+            f"{result.task}: {len(result.values)} values, {len(result.weights)} weights and "
+            f"{len(result.examples)} examples; one of each per example is wanted"
+        )
+    return np.array(result.values, dtype=np.float64), np.array(result.weights, dtype=np.float64)
+
+
+def _ratio(values: Any, weights: Any, metric: str) -> Any:
+    with np.errstate(over="ignore", invalid="ignore"):
+        ratio = np.divide(values, weights)
+        return np.exp(ratio) if metric == "perplexity" else ratio
+
+
+def _bootstrap(columns: Floats, resamples: int, seed: int) -> Floats:
+    """Return the sums `[column resample]` of examples drawn with replacement, the same for all columns."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        parts = [
+            columns @ counts.T.astype(np.float64) for counts in _draws(columns.shape[1], resamples, seed)
+        ]
+    return np.concatenate(parts, axis=1)
+
+
+@functools.lru_cache(maxsize=4)
+def _draws(n: int, resamples: int, seed: int) -> tuple[NDArray[np.uint8], ...]:
+    """Return how often each of `n` examples is drawn, `[resample example]` in parts: kept for the next result."""
+    random = np.random.default_rng(seed)
+    size = max(CHUNK // n, 1)
+    parts = []
+    for start in range(0, resamples, size):
+        rows = min(size, resamples - start)
+        places = random.integers(0, n, size=(rows, n)) + np.arange(rows)[:, None] * n
+        counts = np.bincount(places.ravel(), minlength=rows * n)
+        parts.append(counts.astype(np.uint8).reshape(rows, n))
+    return tuple(parts)
+
+
+def _bounds(draws: Floats, n: int) -> tuple[float, float]:
+    """Return the 95 % percentile bounds, widened for small n.
+
+    The bootstrap variance is `(n − 1) / n` of the unbiased one and its quantiles are normal, not t;
+    Hesterberg's expanded percentile interval (The American Statistician 69, 2015, §4.3) mends both.
+    """
+    if n < 2 or not np.isfinite(draws).all():
+        return math.nan, math.nan
+    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _check_pair(a: EvalResult, b: EvalResult) -> None:
+    if (a.task, a.metric) != (b.task, b.metric):
+        raise MismatchError(f"{a.task} ({a.metric}) cannot be compared with {b.task} ({b.metric})")
+    if a.examples != b.examples:
+        shared = len(set(a.examples) & set(b.examples))
+        raise MismatchError(
+            f"{a.task}: results on different examples ({len(a.examples)} and {len(b.examples)}, {shared} shared); "
+            "evaluate both models with the same limit, seed and data"
+        )
+    for key in ("chat_template", "generation", "window", "task_version"):
+        if (one := a.description.get(key)) != (other := b.description.get(key)):
+            raise MismatchError(
+                f"{a.task}: results of different settings ({key} is {one!r} and {other!r}): evaluate both models alike"
+            )
+
+
+def _verdict(difference: float, low: float, high: float, metric: str) -> Verdict:
+    if not all(map(math.isfinite, (difference, low, high))):
+        return "undefined"
+    if low <= 0 <= high:
+        return "no difference shown"
+    return "better" if (low > 0) == HIGHER_IS_BETTER[metric] else "worse"

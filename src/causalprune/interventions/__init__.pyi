@@ -1,0 +1,99 @@
+from .ablation import (
+    InputCache as InputCache,
+)
+from .ablation import (
+    LayerInputs as LayerInputs,
+)
+from .ablation import (
+    capture as capture,
+)
+from .ablation import (
+    entered_at as entered_at,
+)
+from .ablation import (
+    gated as gated,
+)
+from .ablation import (
+    replaced_forward as replaced_forward,
+)
+from .ablation import (
+    residual as residual,
+)
+from .ablation import (
+    run_layer as run_layer,
+)
+from .ablation import (
+    run_until as run_until,
+)
+from .ablation import (
+    site_inputs as site_inputs,
+)
+from .gradients import (
+    expansion as expansion,
+)
+from .gradients import (
+    neuron_effects as neuron_effects,
+)
+from .gradients import (
+    output_slopes as output_slopes,
+)
+from .gradients import (
+    uniforms as uniforms,
+)
+from .losses import (
+    by_row as by_row,
+)
+from .losses import (
+    cross_entropy as cross_entropy,
+)
+from .losses import (
+    divergence as divergence,
+)
+from .losses import (
+    divergence_slope as divergence_slope,
+)
+from .losses import (
+    selected as selected,
+)
+from .losses import (
+    target_logits as target_logits,
+)
+from .losses import (
+    target_nats as target_nats,
+)
+from .losses import (
+    targets as targets,
+)
+from .statistics import (
+    InputNorms as InputNorms,
+)
+from .statistics import (
+    Moments as Moments,
+)
+from .statistics import (
+    See as See,
+)
+from .statistics import (
+    observed as observed,
+)
+from .units import (
+    Parts as Parts,
+)
+from .units import (
+    Site as Site,
+)
+from .units import (
+    closing as closing,
+)
+from .units import (
+    gated_module as gated_module,
+)
+from .units import (
+    grouped_by_effect as grouped_by_effect,
+)
+from .units import (
+    list_units as list_units,
+)
+from .units import (
+    sites as sites,
+)

@@ -1,0 +1,151 @@
+"""What gradients say: effects of all units at once from gates that close a little, and slopes at outputs of matrices.
+
+The rise of the loss when gate g goes from 1 to 0 is, to second order, `−∂L/∂g + ½ ∂²L/∂g²`. The first
+term needs one backward pass for all units. The Gauss-Newton part of the second is half the Fisher
+information of the gate, which is also the KL divergence to second order:
+`KL ≈ ½ E[(∂ ln p(ŷ)/∂g)²]`, with labels ŷ drawn from the model's own predictions. Labels of different
+positions are independent, so squaring the sum over positions adds nothing but noise.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from causalprune.core import Batch, Decoder, Example, Progress, Projection, silent
+from causalprune.interventions.ablation import (
+    LayerInputs,
+    capture,
+    entered_at,
+    gated,
+    recomputed,
+    residual,
+    run_until,
+)
+from causalprune.interventions.losses import Targets, by_row, chunk, cross_entropy, target_logits, targets
+from causalprune.interventions.statistics import observed
+from causalprune.interventions.units import Parts, Site, sites
+
+
+def expansion(
+    decoder: Decoder,
+    batch: Batch,
+    units: Sequence[Parts],
+    uniforms: Float[Tensor, "draw target"],
+    *,
+    instead: Mapping[Site, Tensor] | None = None,
+    gate: float = 1.0,
+) -> tuple[Float[Tensor, "batch"], Float[Tensor, "unit batch"], Float[Tensor, "unit batch"]]:
+    """Return the loss, and `−∂L/∂g` and `½ (∂ ln p(ŷ)/∂g)²` (mean over draws) for every unit, in nats.
+
+    One forward and `1 + draws` backward passes. `uniforms` decide the labels drawn; `gate` is where the
+    derivatives are taken, for all units together.
+    """
+    own, sizes = {site for parts in units for site in parts}, sites(decoder)
+    gates = {site: torch.full((len(batch.tokens), sizes[site]), gate, requires_grad=True) for site in own}
+    wanted = targets(batch)
+    with torch.enable_grad(), gated(decoder, gates, instead), recomputed(decoder):
+        logits = target_logits(decoder, batch, wanted)
+        loss = by_row(cross_entropy(logits, wanted), wanted)
+        first = _by_unit(loss, gates, units, keep=len(uniforms) > 0)
+        second = torch.zeros_like(first)
+        for draw, values in enumerate(uniforms):
+            drawn = Targets(wanted.rows, wanted.positions, _labels(logits, values), *batch.tokens.shape)
+            chance = by_row(cross_entropy(logits, drawn), drawn)
+            slope = _by_unit(chance, gates, units, keep=draw + 1 < len(uniforms))
+            second += slope.square() / (2 * len(uniforms))
+    return loss.detach().cpu(), -first, second
+
+
+def neuron_effects(decoder: Decoder, batches: Sequence[Batch]) -> dict[int, Float[Tensor, "neuron"]]:
+    """Return `−∂L/∂g` of every neuron of the dense MLPs by layer, in nats summed over the batches' targets.
+
+    What removing the neuron does to the loss, to first order. One forward and one backward pass.
+    """
+    own = {site: size for site, size in sites(decoder).items() if site.place == "mlp"}
+    found = {site.layer: torch.zeros(size, dtype=torch.float64) for site, size in own.items()}
+    for batch in batches:
+        gates = {site: torch.ones(len(batch.tokens), size, requires_grad=True) for site, size in own.items()}
+        wanted = targets(batch)
+        with torch.enable_grad(), gated(decoder, gates), recomputed(decoder):
+            loss = cross_entropy(target_logits(decoder, batch, wanted), wanted).sum()
+            slopes = torch.autograd.grad(loss, list(gates.values()))
+        for site, slope in zip(gates, slopes, strict=True):
+            found[site.layer] -= slope.double().sum(0).cpu()
+    return found
+
+
+def output_slopes(
+    decoder: Decoder, groups: Sequence[Batch], on_progress: Progress = silent
+) -> dict[str, Float[Tensor, "out"]]:
+    """Return the root mean square of the gradient of the batches' target loss at every projection's outputs.
+
+    Nats per unit of activation; the mean is over all tokens, so what few tokens reach has small slopes; outputs that no token
+    reaches, or on which the loss does not depend, are not there. Goes back layer by layer and runs each again for that: beside the
+    inputs of all layers it holds what one layer needs, and no gradient of a weight. Costs about three forward passes.
+    """
+    squares: dict[str, Tensor] = {}
+    after, count = len(decoder.layers), sum(int(batch.real.sum()) for batch in groups)
+
+    def add(p: Projection, slope: Float[Tensor, "token out"]) -> None:
+        if len(slope):
+            squares[p.name] = squares.get(p.name, 0) + slope.float().square().sum(0).double()
+
+    for done, batch in enumerate(groups, 1):
+        inputs, wanted = capture(decoder, batch.tokens, stop=after), targets(batch)
+        leaf = inputs.hidden[after].clone().requires_grad_()
+        own = LayerInputs({after: leaf}, inputs.as_tuple)
+        with torch.enable_grad(), entered_at(decoder, after, own):
+            loss = cross_entropy(target_logits(decoder, batch, wanted), wanted).sum()
+        (slope,) = torch.autograd.grad(loss, [leaf])
+        for layer in reversed(decoder.layers):
+            leaf = inputs.hidden[layer.index].clone().requires_grad_()
+            own, seen = (
+                LayerInputs({layer.index: leaf}, inputs.as_tuple),
+                observed(layer, batch.real, _unseen, add),
+            )
+            with torch.enable_grad(), entered_at(decoder, layer.index, own), seen:
+                hidden = residual(run_until(decoder, batch.tokens, layer.index))
+            (slope,) = torch.autograd.grad(hidden, [leaf], slope)
+        on_progress(done, len(groups))
+    return {name: (own / count).sqrt() for name, own in squares.items() if bool(own.any())}
+
+
+def _unseen(*_: object) -> None:
+    """Look at nothing that goes forward (a `See`)."""
+
+
+def uniforms(
+    examples: Sequence[Example], batch: Batch, draws: int, seed: int
+) -> Float[Tensor, "draw target"]:
+    """Return a uniform number per draw and target token; a sequence gets the same ones in any batch."""
+    rows = []
+    for i in batch.indices:
+        own = zlib.crc32(repr((seed, examples[i].tokens)).encode())
+        generator = torch.Generator().manual_seed(own)
+        rows.append(torch.rand(draws, examples[i].target_tokens, generator=generator, dtype=torch.float64))
+    return torch.cat(rows, 1)
+
+
+def _labels(logits: Float[Tensor, "target vocab"], values: Float[Tensor, "target"]) -> Int[Tensor, "target"]:
+    """Return the label of each position where the cumulated probability passes its uniform number."""
+    found = []
+    for part, own in zip(logits.detach().split(chunk(logits)), values.split(chunk(logits)), strict=True):
+        cumulated = part.float().softmax(-1).cumsum(-1)
+        wanted = own.to(cumulated)[:, None] * cumulated[:, -1:]
+        found.append(torch.searchsorted(cumulated, wanted)[:, 0].clamp_max(part.shape[-1] - 1))
+    return torch.cat(found)
+
+
+def _by_unit(
+    loss: Float[Tensor, "batch"], gates: Mapping[Site, Tensor], units: Sequence[Parts], *, keep: bool
+) -> Float[Tensor, "unit batch"]:
+    places = list(gates)
+    slopes = torch.autograd.grad(loss.sum(), [gates[s] for s in places], retain_graph=keep)
+    by_site = {site: slope.double() for site, slope in zip(places, slopes, strict=True)}
+    found = [
+        torch.stack([by_site[site][:, index].sum(1) for site, index in parts.items()]) for parts in units
+    ]
+    return torch.stack([per_site.sum(0) for per_site in found])

@@ -1,0 +1,60 @@
+from .anatomy import (
+    LEFT_OUT as LEFT_OUT,
+)
+from .anatomy import (
+    expert_weight as expert_weight,
+)
+from .anatomy import (
+    fingerprint as fingerprint,
+)
+from .anatomy import (
+    fingerprint_of as fingerprint_of,
+)
+from .anatomy import (
+    inspect_model as inspect_model,
+)
+from .anatomy import (
+    outline as outline,
+)
+from .anatomy import (
+    raw_bytes as raw_bytes,
+)
+from .anatomy import (
+    summary as summary,
+)
+from .loading import (
+    auto_dtype as auto_dtype,
+)
+from .loading import (
+    check_options as check_options,
+)
+from .loading import (
+    load as load,
+)
+from .loading import (
+    read_shape as read_shape,
+)
+from .loading import (
+    skeleton as skeleton,
+)
+from .loading import (
+    tokenizer_of as tokenizer_of,
+)
+from .shards import (
+    INDEX as INDEX,
+)
+from .shards import (
+    Entry as Entry,
+)
+from .shards import (
+    ShardWriter as ShardWriter,
+)
+from .shards import (
+    inside as inside,
+)
+from .shards import (
+    layout as layout,
+)
+from .shards import (
+    open_checkpoint as open_checkpoint,
+)

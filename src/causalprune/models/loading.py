@@ -1,0 +1,229 @@
+"""Load a Hugging Face decoder from the Hub, a folder or a GGUF file."""
+
+import contextlib
+import io
+import json
+import logging
+import tempfile
+import warnings
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from causalprune.core import CheckpointError, Decoder, ModelError, OptionError, unknown
+from causalprune.models.anatomy import check_config, inspect_model, outline
+from causalprune.models.shards import check_places
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*.gguf")
+_CORRUPT = (SafetensorError, UnpicklingError, EOFError)
+_LOAD_ERRORS = (*_CORRUPT, OSError, ValueError, RuntimeError, KeyError, ImportError)
+
+
+def load(  # noqa: PLR0913 (all that there is to say about loading)
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    device_map: str | dict[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Decoder:
+    """Load a causal language model for inference and find what can be pruned in it.
+
+    `name` is a name on the Hugging Face Hub, a local folder, or a GGUF file (or a folder that holds
+    nothing but one). GGUF weights are dequantised to float32 unless `dtype` says otherwise.
+    `device_map` (a dictionary may be given as JSON) goes to transformers and takes precedence over `device`; what
+    it places on `disk` in another form than in the files is written to a temporary folder. The tokenizer is
+    None for a local folder without tokenizer files. Weights that are there as a pickle only are refused unless
+    `allow_pickle` is given; even then they are read as plain tensors (`weights_only`), never as code.
+    """
+    check_options(dtype, device)
+    folder, gguf = _source(name)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if gguf is not None:
+        options["gguf_file"], dtype = gguf, "float32" if dtype == "auto" else dtype
+    local = Path(folder).is_dir()
+    if local and gguf is None:
+        _check_files(name, Path(folder), allow_pickle)
+    try:
+        with _quiet(hide_bars=local), contextlib.ExitStack() as stack:
+            if gguf is None:
+                check_config(AutoConfig.from_pretrained(folder, **options), name)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                **_spread(device_map, stack),
+                output_loading_info=True,
+                use_safetensors=None if allow_pickle or gguf is not None else True,
+                weights_only=True,
+                **options,
+            )
+            model, loading = loaded
+            known = not local or any(any(Path(folder).glob(pattern)) for pattern in _TOKENIZER_FILES)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options) if known else None
+            if device_map is None:
+                model.to(device)
+            weakref.finalize(model, stack.pop_all().close)
+    except _LOAD_ERRORS as error:
+        raise _load_error(name, error, local=local) from error
+    if absent := sorted({*map(str, loading["missing_keys"]), *map(str, loading["mismatched_keys"])}):
+        lacks = f"lacks {len(absent)} weights of a {type(model).__name__}, such as {absent[0]}"
+        raise ModelError(f"{name!r} {lacks}: files are missing or of another model; fetch them again")
+    if gguf is not None:  # it is a plain model now, but `save_pretrained` refuses what looks quantised
+        model.hf_quantizer = None
+        vars(model.config).pop("quantization_config", None)
+    model.eval().requires_grad_(False)
+    return inspect_model(model, tokenizer, name=name, revision=revision)
+
+
+def check_options(dtype: str, device: str) -> None:
+    """Raise `OptionError` where a dtype is unknown, or a device cannot be used here."""
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]})") from error
+
+
+def _spread(device_map: str | dict[str, Any] | None, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Return the options that spread a model over devices and the disk, with a folder that goes with `stack`."""
+    if device_map is None:
+        return {}
+    if isinstance(device_map, str) and device_map.startswith("{"):
+        try:
+            device_map = dict(json.loads(device_map))
+        except ValueError as error:
+            raise OptionError(f"device map {device_map!r} is no JSON object: {error}") from error
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="causalprune-offloaded-"))
+    return {"device_map": device_map, "offload_folder": folder}
+
+
+def read_shape(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[int, int, int]:
+    """Return layers, heads per layer and parameters of a model, from its configuration alone."""
+    folder, gguf = _source(name)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if gguf is not None:
+        options["gguf_file"] = gguf
+    model = _empty(name, folder, options)
+    text = model.config.get_text_config(decoder=True)
+    return text.num_hidden_layers, text.num_attention_heads, sum(p.numel() for p in model.parameters())
+
+
+def skeleton(folder: Path, *, dtype: torch.dtype | None = None) -> Decoder:
+    """Return the layers of the model in a local folder without its weights, which stay on the device `meta`.
+
+    With the `dtype` that it is to have, whatever is not a weight has its values, so that it runs once it has weights.
+    """
+    options = {"trust_remote_code": False}
+    model = _empty(str(folder), str(folder), options, dtype).eval().requires_grad_(False)
+    return outline(model, None, name=str(folder))
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """Return the tokenizer in a local model folder."""
+    try:
+        with _quiet(hide_bars=True):
+            return AutoTokenizer.from_pretrained(folder)
+    except _LOAD_ERRORS as error:
+        raise _load_error(str(folder), error, local=True) from error
+
+
+def auto_dtype(folder: Path, stored: torch.dtype) -> torch.dtype:
+    """Return the dtype in which `load` has the weights of a local folder if none is asked for."""
+    configured = AutoConfig.from_pretrained(folder).dtype
+    return configured if isinstance(configured, torch.dtype) else stored
+
+
+def _empty(name: str, folder: str, options: dict[str, Any], dtype: torch.dtype | None = None) -> Any:
+    """Build a model from its configuration, without weights; with a dtype, its buffers have their values."""
+    local = Path(folder).is_dir()
+    place = torch.device("meta") if dtype is None else init_empty_weights(include_buffers=False)
+    typed = {} if dtype is None else {"dtype": dtype}
+    try:
+        with _quiet(hide_bars=local), place:
+            config = AutoConfig.from_pretrained(folder, **options)
+            check_config(config, name)
+            trusted = options["trust_remote_code"]
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **typed)
+    except _LOAD_ERRORS as error:
+        raise _load_error(name, error, local=local) from error
+
+
+def _source(name: str) -> tuple[str, str | None]:
+    """Return the folder or Hub name to load from, and the GGUF file in it, if that is what is meant."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{name!r} is a file: pass the folder it is in, a .gguf file or a Hub name")
+        return str(path.parent), path.name
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return str(path), None
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            return str(path), files[0].name
+        found = f"{len(files)} .gguf files, pass one of them" if files else "no .gguf file either"
+        raise ModelError(f"the folder {name!r} has no config.json ({found}): it is no model folder")
+    if name.startswith(("/", ".", "~")) or name.endswith(".gguf") or name.count("/") > 1 or not name:
+        raise ModelError(f"no file or folder {name!r}: pass a model folder, a .gguf file or a Hub name")
+    return name, None
+
+
+@contextlib.contextmanager
+def _quiet(*, hide_bars: bool) -> Iterator[None]:
+    """Silence transformers, which logs and draws bars even for good loads; downloads keep their bars."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(hf_logging.set_verbosity, hf_logging.get_verbosity())
+        hf_logging.set_verbosity(logging.CRITICAL)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        if hide_bars:  # there are several kinds, and not all can be switched off
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
+
+
+def _check_files(name: str, folder: Path, allow_pickle: bool) -> None:
+    """Refuse weight files that could run code, or that lie elsewhere."""
+    try:
+        check_places(folder)
+    except CheckpointError as error:
+        raise ModelError(f"{name!r} cannot be loaded: {error}") from error
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if pickles and not allow_pickle and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{name!r} has its weights as a pickle ({pickles[0]}), which can run code when it is read: convert it "
+            "to safetensors (load and `save_pretrained` it where that does no harm), or pass --allow-pickle "
+            "(`allow_pickle=True`) if you trust where it comes from"
+        )
+
+
+def _load_error(name: str, error: BaseException, *, local: bool) -> ModelError:
+    cause = f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
+    if isinstance(error, _CORRUPT):
+        return ModelError(f"a weight file of {name!r} is corrupted or cut short: fetch it again ({cause})")
+    if "use_safetensors" in str(error):
+        return ModelError(
+            f"{name!r} has no weights as safetensors: pass --allow-pickle (`allow_pickle=True`) if it has them as "
+            f"a pickle, which can run code when it is read, and you trust it ({cause})"
+        )
+    if "trust_remote_code" in str(error):
+        return ModelError(f"{name!r} runs its own code: pass trust_remote_code if you trust it ({cause})")
+    if local or not isinstance(error, OSError):
+        return ModelError(f"{name!r} cannot be loaded ({cause})")
+    return ModelError(
+        f"no model {name!r} in the local cache or on the Hugging Face Hub, or no network: "
+        f"pass a Hub name (owner/model), a folder with config.json or a .gguf file ({cause})"
+    )

@@ -1,0 +1,61 @@
+from .allocation import (
+    Threshold as Threshold,
+)
+from .allocation import (
+    break_ties as break_ties,
+)
+from .allocation import (
+    prune_counts as prune_counts,
+)
+from .allocation import (
+    threshold_of as threshold_of,
+)
+from .criteria import (
+    BUDGETS as BUDGETS,
+)
+from .criteria import (
+    CRITERIA as CRITERIA,
+)
+from .criteria import (
+    UPDATES as UPDATES,
+)
+from .criteria import (
+    Evidence as Evidence,
+)
+from .criteria import (
+    Update as Update,
+)
+from .importance import (
+    Factors as Factors,
+)
+from .importance import (
+    head_factors as head_factors,
+)
+from .importance import (
+    head_importance as head_importance,
+)
+from .layers import (
+    Work as Work,
+)
+from .layers import (
+    prune as prune,
+)
+from .layers import (
+    remove as remove,
+)
+from .methods import (
+    N_OF_M as N_OF_M,
+)
+from .methods import (
+    Method as Method,
+)
+from .methods import (
+    pattern_sparsity as pattern_sparsity,
+)
+from .pruned import (
+    Pruned as Pruned,
+)
+from .pruned import (
+    manifest as manifest,
+)
+from .training import lessons as lessons

@@ -1,0 +1,117 @@
+"""Graded interventions: what the task loses when one group of matrices alone is pruned, a little or a lot.
+
+A group is a layer's attention or its MLP with all its experts. The answers are dose–response curves, from which
+`allocation.graded_shares` makes budgets: groups that the task can spare lose more, the others less. Where a pattern says how
+much a matrix loses, groups are smaller, and `allocation.dense_shares` chooses those that stay dense.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from causalprune.core import Batch, Decoder, Layer, Projection, State
+from causalprune.interventions import (
+    LayerInputs,
+    capture,
+    divergence,
+    entered_at,
+    run_layer,
+    target_logits,
+    targets,
+)
+
+DOSES = (0.6, 1.0, 1.4)
+"""Sparsities at which a group is pruned, in multiples of the one that is wanted."""
+MOST = 0.95
+"""No group loses more, but where so much is wanted of all: then half of what that leaves may go."""
+FUSED = 4
+"""Groups of a layer where a pattern decides: matrices that inference engines fuse are sparse together or not at all."""
+
+
+@dataclass(frozen=True, eq=False)
+class DoseResponse:
+    """Divergence from the intact model in nats per target token, by group and sparsity.
+
+    `members[i]` are the names of the projections of group i, which has `sizes[i]` weights.
+    """
+
+    members: tuple[tuple[str, ...], ...]
+    sizes: tuple[int, ...]
+    sparsities: tuple[float, ...]
+    nats: Float[Tensor, "group dose"]
+
+
+def doses(sparsity: float) -> tuple[float, ...]:
+    """Return the sparsities to try for one that is wanted."""
+    return tuple(min(dose * sparsity, max(MOST, (1 + sparsity) / 2)) for dose in DOSES)
+
+
+def dose_response(  # noqa: PLR0913 (what a trial is made of)
+    decoder: Decoder,
+    layers: Iterable[Layer],
+    batches: Sequence[Batch],
+    sparsities: Sequence[float],
+    pruned: Callable[[Projection, Sequence[float]], Sequence[Float[Tensor, "out in"]]],
+    *,
+    fused: bool = False,
+    state: State | None = None,
+) -> DoseResponse:
+    """Prune group after group, each alone and at every sparsity, and measure the divergence on the batches.
+
+    `layers` yields every layer in order, at a time when `pruned` can say what becomes of its matrices at every sparsity. The model is
+    as it was after each trial. Every group is kept in the `state`, and not tried again. Costs `groups · sparsities` passes
+    through the rest of the model for every layer, with two groups or, `fused`, up to four.
+    """
+    wanted = [targets(batch) for batch in batches]
+    with torch.no_grad():
+        intact = [target_logits(decoder, *pair) for pair in zip(batches, wanted, strict=True)]
+        inputs = [capture(decoder, batch.tokens, stop=0) for batch in batches]
+    n = sum(len(logits) for logits in intact)
+
+    def measured(layer: Layer) -> float:
+        total = 0.0
+        for batch, own, at, teacher in zip(batches, inputs, wanted, intact, strict=True):
+            with torch.no_grad(), entered_at(decoder, layer.index, own):
+                logits = target_logits(decoder, batch, at)
+            total += float(divergence(teacher, torch.arange(len(teacher)), logits).double().sum())
+        return total / n
+
+    groups: list[tuple[Projection, ...]] = []
+    state = state or State()
+    rows = state.values.get("trials", [])
+    known = len(rows)
+    for layer in layers:
+        for group in groups_of(layer, fused=fused):
+            groups.append(group)
+            if len(groups) <= known:
+                continue
+            before = [p.read().clone() for p in group]
+            trials = zip(*(pruned(p, sparsities) for p in group), strict=True)
+            row = []
+            try:
+                for after in trials:
+                    for p, weight in zip(group, after, strict=True):
+                        p.write(weight)
+                    row.append(measured(layer))
+            finally:
+                for p, weight in zip(group, before, strict=True):
+                    p.write(weight)
+            rows.append(row)
+            state.keep(trials=rows)
+        inputs = [
+            LayerInputs({layer.index + 1: run_layer(decoder, batch.tokens, layer.index, own)}, own.as_tuple)
+            for batch, own in zip(batches, inputs, strict=True)
+        ]
+    members = tuple(tuple(p.name for p in group) for group in groups)
+    sizes = tuple(sum(p.size for p in group) for group in groups)
+    return DoseResponse(members, sizes, tuple(sparsities), torch.tensor(rows, dtype=torch.float64))
+
+
+def groups_of(layer: Layer, *, fused: bool) -> list[tuple[Projection, ...]]:
+    """Return the matrices of a layer's attention, and those of its MLP with all experts; `fused`, as inference engines fuse them."""
+    roles = ("q k v", "o", "gate up", "down") if fused else ("q k v o", "gate up down")
+    found = [tuple(p for p in layer.projections if p.role in own.split()) for own in roles]
+    return [group for group in found if group]

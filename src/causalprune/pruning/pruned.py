@@ -1,0 +1,42 @@
+"""What came of a pruning run, and what a checkpoint's manifest says of it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from causalprune.core import Calibration, Effects
+from causalprune.pruning.grading import DoseResponse
+from causalprune.pruning.methods import Method
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """What a pruning run kept, and what it has to say.
+
+    `keep[name]` is True where a weight stays. `unrouted` names experts' matrices that no calibration
+    token reached: their inputs are unknown, so they were scored by magnitude alone and not updated.
+    `response` is what graded budgets were made from.
+    """
+
+    method: Method
+    keep: Mapping[str, Bool[Tensor, "out in"]]
+    unrouted: tuple[str, ...]
+    response: DoseResponse | None = None
+
+
+def manifest(pruned: Pruned, calibration: Calibration | None, effects: Effects | None) -> dict[str, Any]:
+    """Return what a checkpoint's manifest says of the way it was pruned."""
+    own = pruned.method
+    method = {**asdict(own), "scope": own.resolved_scope, "update": own.resolved_update}
+    method["budgets"] = own.resolved_budgets
+    record: dict[str, Any] = {"method": method, "unrouted": list(pruned.unrouted)}
+    if pruned.response is not None:
+        record["dose_response"] = {**asdict(pruned.response), "nats": pruned.response.nats.tolist()}
+    if calibration is not None:
+        record["calibration"] = {**calibration.description, "fingerprint": calibration.fingerprint}
+    if effects is not None:
+        record["effects"] = {**effects.description, "fingerprint": effects.calibration_fingerprint}
+    return record

@@ -1,0 +1,16 @@
+from .evidence import (
+    CHECKPOINTS as CHECKPOINTS,
+)
+from .evidence import (
+    achieved as achieved,
+)
+from .evidence import (
+    measured as measured,
+)
+from .heatmaps import heatmap as heatmap
+from .writing import (
+    REPORT as REPORT,
+)
+from .writing import (
+    report as report,
+)

@@ -1,0 +1,201 @@
+"""What a run folder holds, as plain values: what reports, cards and tables of the terminal are made from.
+
+No model is loaded. A run that is not finished, or that an older release wrote, is read as far as it goes.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from causalprune.attribution import estimate, reliability, scores
+from causalprune.checkpoints import (
+    EFFECTS,
+    KEEP,
+    MANIFEST,
+    count_zeros,
+    iterate_keep,
+    load_effects,
+    read_manifest,
+)
+from causalprune.core import CheckpointError, Decoder, Effects, read_rows
+from causalprune.evaluation import RESULTS, decoded, read_json
+from causalprune.pruning import head_importance
+
+CHECKPOINTS, LEDGER, STABILITY = "checkpoints", "results.ledger", "stability.json"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Effects of units as one file of a run gives them, in nats per target token; NaN where nothing is known.
+
+    `exact` is False for estimates. Every unit has `layer`, `index`, `kind`, `delta`, `low`, `high` and `importance`, the factor I
+    of heads (method §2), NaN for other units.
+    """
+
+    name: str
+    exact: bool
+    effect: str
+    units: list[dict[str, Any]]
+    reliability: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is known of a run.
+
+    `record` is `results.json` without its rows. `rows` are as there, and those of which some tasks are not measured yet.
+    `manifests` are those of the checkpoints by label, `heads` their shares of zeros by layer and head.
+    """
+
+    folder: Path
+    record: Mapping[str, Any]
+    rows: tuple[Mapping[str, Any], ...]
+    effects: tuple[Measured, ...]
+    manifests: Mapping[str, Mapping[str, Any]]
+    heads: Mapping[str, list[list[float]]]
+    stability: Mapping[str, Any] | None
+
+
+def read_run(folder: Path) -> Evidence:
+    """Read a run folder, whatever of it is there.
+
+    Raises:
+        CheckpointError: nothing of a run is there, or a file is damaged.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder: pass one that `causalprune run` has written")
+    record = read_json(folder / RESULTS) if (folder / RESULTS).exists() else {}
+    rows = list(record.pop("rows", []))
+    if (folder / LEDGER).exists():
+        known = {row["label"] for row in rows}
+        rows += [row for row in rows_of_ledger(read_rows(folder / LEDGER)) if row["label"] not in known]
+    effects = tuple(
+        found for path in _effect_files(folder) for found in measured(load_effects(path), _name(path, folder))
+    )
+    if not rows and not effects:
+        raise CheckpointError(
+            f"{folder} holds nothing to report: no {RESULTS}, {LEDGER} or {EFFECTS} of `causalprune run` or `attribute`"
+        )
+    saved = sorted((folder / CHECKPOINTS).glob(f"*/{MANIFEST}"))
+    manifests = {path.parent.name: read_manifest(path.parent) for path in saved}
+    heads = {row["label"]: row["pruned"]["heads"] for row in rows if "heads" in row.get("pruned", {})}
+    counts = _head_counts(effects)
+    for label in manifests:
+        if label not in heads and counts and (folder / CHECKPOINTS / label / KEEP).exists():
+            heads[label] = by_head(iterate_keep(folder / CHECKPOINTS / label / KEEP), counts)
+    stability = read_json(folder / STABILITY) if (folder / STABILITY).exists() else None
+    return Evidence(folder, record, tuple(rows), effects, manifests, heads, stability)
+
+
+def rows_of_ledger(ledger: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a run from its ledger, with the tasks that are measured so far."""
+    rows: dict[str, dict[str, Any]] = {}
+    for key, value in ledger.items():
+        label, _, task = key.partition("/")
+        if not task:
+            continue
+        name, _, sparsity = label.rpartition("-")
+        criterion, _, scope = name.rpartition("-")
+        dense = {"criterion": "dense", "scope": None, "sparsity": 0.0}
+        pruned = {"criterion": criterion.partition("+")[0], "scope": scope}
+        row = rows.setdefault(
+            label,
+            {
+                "label": label,
+                **({**pruned, "sparsity": float(sparsity)} if name else dense),
+                "results": [],
+            },
+        )
+        if task == "pruned":
+            row["pruned"] = value
+        else:
+            row["results"] += decoded(value)
+    return list(rows.values())
+
+
+def measured(effects: Effects, name: str | None = None) -> list[Measured]:
+    """Return effects with their intervals; those of `adaptive` twice, if some units were measured on every problem."""
+    own = effects.description.get("estimator", {})
+    called = name or str(own.get("name", "exact") if isinstance(own, Mapping) else own)
+    if effects.predicted_nats is None:
+        return [_measured(effects, called, exact=True)]
+    found = [_measured(effects, called, exact=False)]
+    whole = replace(effects, predicted_nats=None, curvature_nats=None)
+    if bool((~whole.change_nats().isnan()).all(1).any()):
+        found.append(_measured(whole, f"{called}, measured units", exact=True))
+    return found
+
+
+def _measured(effects: Effects, name: str, *, exact: bool) -> Measured:
+    found = estimate(effects)
+    factor = [math.nan] * len(effects.units)
+    heads = effects.of("head")
+    if heads.units and bool(scores(heads).isfinite().all()):
+        at = [i for i, unit in enumerate(effects.units) if unit.kind == "head"]
+        for i, value in zip(at, head_importance(scores(heads)).tolist(), strict=True):
+            factor[i] = value
+    columns = found.value.tolist(), found.low.tolist(), found.high.tolist(), factor
+    names = "delta", "low", "high", "importance"
+    units = [
+        {"layer": unit.layer, "index": unit.index, "kind": unit.kind, **dict(zip(names, row, strict=True))}
+        for unit, *row in zip(effects.units, *columns, strict=True)
+    ]
+    return Measured(name, exact, effects.effect, units, reliability(effects))
+
+
+def achieved(decoder: Decoder, keep: Mapping[str, Bool[Tensor, "_ _"]]) -> dict[str, Any]:
+    """Return the zeros of a pruned model: in all, by layer and matrix, and by head."""
+    counted = count_zeros(decoder)
+    matrices = by_matrix(counted.pop("projections"))
+    heads = [layer.attention.n_heads for layer in decoder.layers]
+    return {**counted, "matrices": matrices, "heads": by_head(keep.items(), heads)}
+
+
+def by_matrix(projections: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
+    """Return `[layer, role, weights, zeros]` from the counts of a manifest, experts of a layer taken together."""
+    found: dict[tuple[int, str], list[int]] = {}
+    for row in projections:
+        _, layer, *_, role = row["name"].split(".")
+        sums = found.setdefault((int(layer), role), [0, 0])
+        sums[0] += row["weights"]
+        sums[1] += row["zeros"]
+    return [[layer, role, *sums] for (layer, role), sums in found.items()]
+
+
+def by_head(keep: Iterable[tuple[str, Bool[Tensor, "_ _"]]], heads: list[int]) -> list[list[float]]:
+    """Return which share of its own weights each head lost, by layer: the rows of q and the columns of o."""
+    lost = [[0.0] * n for n in heads]
+    sizes = [0] * len(heads)
+    for name, mask in keep:
+        _, layer, *_, role = name.split(".")
+        if role not in ("q", "o"):
+            continue
+        at, own = int(layer), ~(mask if role == "q" else mask.T)
+        each = own.reshape(heads[at], -1).sum(1, dtype=torch.float64).tolist()
+        lost[at] = [a + b for a, b in zip(lost[at], each, strict=True)]
+        sizes[at] += own.numel() // heads[at]
+    return [[x / max(size, 1) for x in row] for row, size in zip(lost, sizes, strict=True)]
+
+
+def _effect_files(folder: Path) -> list[Path]:
+    """Return the effects of a run: its own, and those of other estimators in folders within it."""
+    nested = list(folder.glob(f"*/{EFFECTS}"))
+    return [path for path in (folder / EFFECTS, *sorted(nested)) if path.exists()]
+
+
+def _name(path: Path, folder: Path) -> str | None:
+    return None if path.parent == folder else path.parent.name
+
+
+def _head_counts(effects: tuple[Measured, ...]) -> list[int]:
+    for own in effects:
+        layers = [unit["layer"] for unit in own.units if unit["kind"] == "head"]
+        if layers:
+            return [layers.count(layer) for layer in range(max(layers) + 1)]
+    return []

@@ -1,0 +1,354 @@
+"""From evidence to what a report says: values, differences, verdicts, a recommendation, what is missing.
+
+Everything here is plain Python (dicts, lists, numbers that may be NaN, text), the same for page, JSON and CSV.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from causalprune.core import EvalResult, MismatchError, versions
+from causalprune.evaluation import HIGHER_IS_BETTER, Floats, difference_of, interval_of, resampled, rows_of
+from causalprune.reports.evidence import CHECKPOINTS, Evidence, by_matrix
+from causalprune.reports.examples import flips
+
+UNITS = {
+    "nats_per_token": "nats per token",
+    "perplexity": "perplexity",
+    "accuracy": "accuracy",
+    "acc_norm": "accuracy by option length",
+}
+VERDICTS = ("better", "no difference shown", "worse", "undefined")
+Cell = dict[str, Any]
+
+
+def summary(runs: Sequence[Evidence]) -> dict[str, Any]:
+    """Return everything that a report on these runs says."""
+    names = _names(runs)
+    told = [_run(name, run) for name, run in zip(names, runs, strict=True)]
+    return {
+        "version": 1,
+        "causalprune": versions()["causalprune"],
+        "runs": told,
+        "comparison": _comparison(told),
+    }
+
+
+def _names(runs: Sequence[Evidence]) -> list[str]:
+    """Return the names of folders, with their parents where two are alike."""
+    short = [run.folder.resolve().name for run in runs]
+    if len(set(short)) == len(short):
+        return short
+    return ["/".join(run.folder.resolve().parts[-2:]) for run in runs]
+
+
+def _run(name: str, run: Evidence) -> dict[str, Any]:
+    rows = [(str(label), results) for label, results in rows_of({"rows": run.rows})]
+    tasks = _tasks(rows)
+    models = _models(run, rows, tasks)
+    recipe = run.record.get("recipe") or {}
+    recommended = _recommended(models, tasks)
+    return {
+        "name": name,
+        "model": _model_name(recipe, rows),
+        "tasks": tasks,
+        "models": models,
+        "recommended": {**recommended, "checkpoint": _checkpoint(run, recommended["label"])},
+        "against_wanda": _against_wanda(models),
+        "missing": _missing(run, models, tasks),
+        "cost": _cost(run, rows),
+        "effects": [{k: v for k, v in vars(own).items() if k != "reliability"} for own in run.effects],
+        "zeros": _zeros(run),
+        "heads": run.heads,
+        "doses": _doses(run),
+        "stability": {
+            "effects": run.effects[0].reliability if run.effects else {},
+            "study": run.stability or {},
+        },
+        "examples": flips(rows),
+        "provenance": _provenance(run, rows),
+    }
+
+
+def _tasks(rows: Sequence[tuple[str, list[EvalResult]]]) -> list[dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for result in (result for _, results in rows for result in results):
+        if result.metric in HIGHER_IS_BETTER:
+            key = task_key(result)
+            own = {"key": key, "task": result.task, "metric": result.metric, "unit": UNITS[result.metric]}
+            found.setdefault(
+                key, {**own, "higher_is_better": HIGHER_IS_BETTER[result.metric], "n": len(result.values)}
+            )
+    return list(found.values())
+
+
+def task_key(result: EvalResult) -> str:
+    """Return the name of a column: a task may be measured in two ways."""
+    return f"{result.task} · {result.metric}"
+
+
+def _models(
+    run: Evidence, rows: Sequence[tuple[str, list[EvalResult]]], tasks: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return one entry for each model, with a cell for every task that is measured."""
+    about = {str(row["label"]): row for row in run.rows}
+    draws: dict[tuple[str, str], tuple[EvalResult, Floats | None]] = {}
+    for label, results in rows:
+        for result in results:
+            usable = len(result.values) == len(result.weights) == len(result.examples) > 0
+            draws[label, task_key(result)] = result, resampled(result) if usable else None
+    dense = next((label for label, row in about.items() if row["criterion"] == "dense"), None)
+    models = []
+    for label, row in about.items():
+        wanda = _wanda_for(row, about)
+        cells: dict[str, Cell] = {}
+        for task in tasks:
+            if (label, task["key"]) in draws:
+                cells[task["key"]] = _cell(draws, label, task["key"], dense, wanda)
+        own = {key: row.get(key) for key in ("label", "criterion", "scope", "sparsity")}
+        zeros = (row.get("pruned") or {}).get("sparsity")
+        models.append({**own, "method": _method(row), "achieved": zeros, "wanda": wanda, "cells": cells})
+    return models
+
+
+def _cell(
+    draws: Mapping[tuple[str, str], tuple[EvalResult, Floats | None]],
+    label: str,
+    key: str,
+    dense: str | None,
+    wanda: str | None,
+) -> Cell:
+    """Return value and interval, and the paired differences to the dense model and to Wanda."""
+    result, own = draws[label, key]
+    if own is None:
+        return {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0, "dense": None, "wanda": None}
+    cell: Cell = asdict(interval_of(result, own))
+    for name, other in (("dense", dense), ("wanda", wanda)):
+        found = draws.get((other or "", key))
+        cell[name] = None
+        if other != label and found is not None and found[1] is not None:
+            try:
+                cell[name] = {**asdict(difference_of(result, found[0], own, found[1])), "note": None}
+            except MismatchError:
+                unknown = dict.fromkeys(("difference", "low", "high"), math.nan)
+                cell[name] = {**unknown, "verdict": "undefined", "note": "measured on other examples"}
+    return cell
+
+
+def _wanda_for(row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Return the label of plain Wanda at the same sparsity, by rows if it was run in several ways."""
+    same = [
+        label
+        for label, other in rows.items()
+        if other["criterion"] == "wanda" and "+" not in label and other["sparsity"] == row["sparsity"]
+    ]
+    same.sort(key=lambda label: rows[label]["scope"] != "row")
+    return same[0] if same and row["criterion"] != "dense" else None
+
+
+def _method(row: Mapping[str, Any]) -> str:
+    """Return the name of a method without its sparsity: `cap-global`."""
+    return str(row["label"]).removesuffix(f"-{row['sparsity'] or 0:g}")
+
+
+def _recommended(models: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Choose a pruned model: the sparsest that is not shown to be worse than dense on any task, then the best on the first."""
+    keys = [task["key"] for task in tasks]
+    full = [
+        m
+        for m in models
+        if m["criterion"] != "dense" and keys and all((m["cells"].get(k) or {}).get("dense") for k in keys)
+    ]
+    if not full:
+        return {
+            "label": None,
+            "holds": False,
+            "headline": "Nothing can be recommended yet: no pruned model is measured on all tasks beside the dense one.",
+            "reasons": [],
+        }
+
+    def worse(model: Mapping[str, Any]) -> int:
+        return sum(
+            model["cells"][key]["dense"]["verdict"] not in ("better", "no difference shown") for key in keys
+        )
+
+    def loss(model: Mapping[str, Any]) -> float:
+        change = model["cells"][keys[0]]["dense"].get("difference", math.nan)
+        rise = -change if tasks[0]["higher_is_better"] else change
+        return math.inf if math.isnan(rise) else rise
+
+    held = [model for model in full if not worse(model)]
+    if held:
+        best = min(held, key=lambda m: (-m["sparsity"], loss(m)))
+        text = f"{best['label']} holds the level of the dense model: at {best['sparsity'] * 100:g} % zeros no task is shown to be worse."
+        why = f"Of {len(full)} pruned models {len(held)} are not shown to be worse than dense on any task; this is the sparsest"
+        why += " of them, and at its sparsity the one with the best result on the first task."
+    else:
+        best = min(full, key=lambda m: (worse(m), loss(m)))
+        text = f"Every pruned model is worse than the dense one somewhere; {best['label']} loses least."
+        why = f"It is shown to be worse on {worse(best)} of {len(keys)} tasks; of those with as few, its result on the first task is best."
+    return {"label": best["label"], "holds": bool(held), "headline": text, "reasons": [why]}
+
+
+def _checkpoint(run: Evidence, label: str | None) -> str | None:
+    """Return where the recommended checkpoint is, if the run kept it."""
+    return f"{run.folder}/{CHECKPOINTS}/{label}" if label in run.manifests else None
+
+
+def _against_wanda(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Count the verdicts of every method against Wanda at the same sparsity."""
+    counts: dict[str, dict[str, Any]] = {}
+    for model in models:
+        for cell in model["cells"].values():
+            if cell["wanda"]:
+                row = counts.setdefault(
+                    model["method"], {"method": model["method"], **dict.fromkeys(VERDICTS, 0)}
+                )
+                row[cell["wanda"]["verdict"]] += 1
+    return list(counts.values())
+
+
+def _missing(
+    run: Evidence, models: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Return a sentence for everything that a reader might look for in vain."""
+    said = []
+    recipe = run.record.get("recipe") or {}
+    wanted = run.record.get("cells") or [m["label"] for m in models]
+    done = [m["label"] for m in models if len(m["cells"]) >= len(tasks) > 0]
+    if left := [label for label in wanted if label not in done]:
+        counts = f"{len(wanted) - len(left)} of {len(wanted)} models are measured on all tasks"
+        said.append(f"The run is not finished: {counts}, {', '.join(left)} not yet.")
+    if not recipe:
+        said.append(
+            "There is no results.json: values come from ledgers, and recipe and versions are not known."
+        )
+    if not models:
+        said.append(
+            "No model was evaluated here: `causalprune run` compares pruned models with the dense one."
+        )
+    elif not any(m["criterion"] == "wanda" for m in models):
+        said.append("Wanda was not run, so methods are compared with the dense model only.")
+    empty = sorted({key for m in models for key, cell in m["cells"].items() if not cell["n"]})
+    if empty:
+        said.append(f"No examples were measured for {', '.join(empty)}.")
+    odd = {
+        key
+        for m in models
+        for key, cell in m["cells"].items()
+        if cell["n"] and not math.isfinite(cell["value"])
+    }
+    if odd:
+        said.append(
+            f"Some values of {', '.join(sorted(odd))} are not finite: those models are broken there, and have no interval."
+        )
+    if any(cell["n"] == 1 for m in models for cell in m["cells"].values()):
+        said.append("Where a single example was measured there is no interval, and no verdict.")
+    if run.effects and "between_subsets" not in run.effects[0].reliability:
+        said.append("The calibration set is one subset: agreement between subsets is not known.")
+    return said
+
+
+def _cost(run: Evidence, rows: Sequence[tuple[str, list[EvalResult]]]) -> list[dict[str, Any]]:
+    """Return seconds, tokens and peak memory of each step; None where a run did not record it."""
+    steps = []
+    attribution = run.record.get("attribution")
+    if attribution:
+        steps.append(_step("attribution", attribution))
+    about = {str(row["label"]): row.get("pruned") for row in run.rows}
+    for label, results in rows:
+        if pruned := about[label]:
+            steps.append(_step(f"{label}: pruning", pruned))
+        seen: dict[str, EvalResult] = {result.task: result for result in results}  # metrics share a pass
+        for task, result in seen.items():
+            steps.append(_step(f"{label}: {task}", {"seconds": result.seconds, **result.description}))
+    return steps
+
+
+def _step(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    memory = values.get("peak_bytes") or {}
+    return {
+        "step": name,
+        "seconds": values.get("seconds"),
+        "tokens": values.get("tokens_forwarded"),
+        "memory_bytes": memory.get("process"),
+        "gpu_bytes": memory.get("gpu"),
+    }
+
+
+def _zeros(run: Evidence) -> dict[str, list[list[Any]]]:
+    """Return `[layer, matrix, weights, zeros]` of every pruned model."""
+    found = {
+        str(row["label"]): row["pruned"]["matrices"]
+        for row in run.rows
+        if "matrices" in (row.get("pruned") or {})
+    }
+    return {label: by_matrix(m["sparsity"]["projections"]) for label, m in run.manifests.items()} | found
+
+
+def _doses(run: Evidence) -> dict[str, dict[str, Any]]:
+    """Return dose–response curves: `groups` with layer, part, matrices and nats per token at every one of `sparsities`."""
+    found = {label: m["run"].get("dose_response") for label, m in run.manifests.items()}
+    found |= {
+        str(row["label"]): (row.get("pruned") or {}).get("dose_response") or found.get(row["label"])
+        for row in run.rows
+    }
+    curves = {}
+    for label, own in found.items():
+        if own:
+            groups = []
+            for members, nats in zip(own["members"], own["nats"], strict=True):
+                _, layer, *_, role = members[0].split(".")
+                part = "attention" if role in ("q", "k", "v", "o") else "mlp"
+                roles = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in members))
+                groups.append({"layer": int(layer), "part": part, "matrices": roles, "nats": nats})
+            curves[label] = {"sparsities": own["sparsities"], "groups": groups}
+    return curves
+
+
+def _provenance(run: Evidence, rows: Sequence[tuple[str, list[EvalResult]]]) -> dict[str, Any]:
+    record = run.record
+    data = {}
+    for result in (result for _, results in rows[:1] for result in results):
+        digest = hashlib.sha256("\n".join(result.examples).encode()).hexdigest()
+        data[result.task] = f"{len(result.examples)} examples, SHA-256 of their hashes {digest}"
+    identity = record.get("identity") or {}
+    return {
+        "command": record.get("command"),
+        "recipe": record.get("recipe"),
+        "seed": identity.get("seed"),
+        "model SHA-256": identity.get("model"),
+        "calibration SHA-256": identity.get("calibration"),
+        "calibration": record.get("calibration"),
+        "evaluation data": data,
+        "versions": record.get("versions"),
+        "commit": record.get("git_commit"),
+    }
+
+
+def _model_name(recipe: Mapping[str, Any], rows: Sequence[tuple[str, list[EvalResult]]]) -> str:
+    """Return the name that the recipe has for the model; for a folder, and for the embedded model, its last part."""
+    found = [str(result.description.get("model") or "") for _, results in rows for result in results]
+    named = str((recipe.get("model") or {}).get("name") or "")
+    loaded = next((name for name in found if name), "")
+    if named in ("", "embedded"):
+        named = loaded or named
+    return (
+        named.rstrip("/").rpartition("/")[2]
+        if named.startswith(("/", "~", "."))
+        else named or "unknown model"
+    )
+
+
+def _comparison(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the dense and the recommended model of every run, task by task; nothing for a single run."""
+    if len(runs) < 2:
+        return []
+    found = []
+    for run in runs:
+        labels = ["dense", run["recommended"]["label"]]
+        named = {"run": run["name"], "model": run["model"]}
+        found += [m | named for m in run["models"] if m["label"] in labels]
+    return found

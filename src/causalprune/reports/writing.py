@@ -1,0 +1,44 @@
+"""Reports as files: each appears whole or not at all."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from causalprune.core import OptionError
+from causalprune.evaluation import write_json, write_text
+from causalprune.reports.evidence import read_run
+from causalprune.reports.figures import draw
+from causalprune.reports.page import page
+from causalprune.reports.summary import summary
+from causalprune.reports.tabular import to_csv
+
+REPORT = "report.html"
+"""Name of the report in a run folder."""
+
+
+def report(
+    folders: Sequence[Path],
+    output: Path,
+    *,
+    figures: Path | None = None,
+    json: Path | None = None,
+    csv: Path | None = None,
+) -> list[Path]:
+    """Write the report on runs as one HTML file, and what else is asked for; return all files written.
+
+    Costs seconds; no model is loaded. An older report under the same name is replaced.
+
+    Raises:
+        CheckpointError: a folder holds nothing of a run, or a file of it is damaged.
+    """
+    if output.is_dir():
+        raise OptionError(f"{output} is a folder: name a file, as {output / REPORT}")
+    told = summary([read_run(folder) for folder in folders])
+    write_text(output, page(told))
+    files = [output]
+    if json is not None:
+        write_json(json, told)
+        files.append(json)
+    if csv is not None:
+        write_text(csv, to_csv(told))
+        files.append(csv)
+    return files + (draw(told, figures) if figures is not None else [])

@@ -1,0 +1,61 @@
+from .cells import load as load
+from .plans import (
+    Plan as Plan,
+)
+from .plans import (
+    plan as plan,
+)
+from .recipe import (
+    AttributionSpec as AttributionSpec,
+)
+from .recipe import (
+    CalibrationSpec as CalibrationSpec,
+)
+from .recipe import (
+    ModelSpec as ModelSpec,
+)
+from .recipe import (
+    Recipe as Recipe,
+)
+from .recipe import (
+    find_recipe as find_recipe,
+)
+from .recipe import (
+    parse_method as parse_method,
+)
+from .recipe import (
+    read_recipe as read_recipe,
+)
+from .recipe import (
+    without_limits as without_limits,
+)
+from .study import (
+    Options as Options,
+)
+from .study import (
+    attribute as attribute,
+)
+from .study import (
+    check_stability as check_stability,
+)
+from .study import (
+    evaluate_model as evaluate_model,
+)
+from .study import (
+    prepared as prepared,
+)
+from .study import (
+    prune_checkpoint as prune_checkpoint,
+)
+from .study import (
+    prune_streamed as prune_streamed,
+)
+from .study import (
+    run as run,
+)
+from .sweeping import (
+    candidates as candidates,
+)
+from .sweeping import (
+    sweep as sweep,
+)

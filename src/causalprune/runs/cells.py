@@ -1,0 +1,112 @@
+"""The cells of a comparison: a model is pruned and measured, and every finished task is on disk before the next."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from causalprune import checkpoints
+from causalprune.checkpoints import read_manifest, save
+from causalprune.core import Calibration, Decoder, Effects, Ledger, Stage, peak_bytes
+from causalprune.evaluation import Settings, decoded, evaluate, kept_rows
+from causalprune.pruning import Method, manifest, prune
+from causalprune.reports import CHECKPOINTS, achieved
+from causalprune.runs.recipe import ModelSpec, Recipe
+
+
+def load(spec: ModelSpec) -> Decoder:
+    """Load the model that a recipe or the command line names."""
+    arguments = dataclasses.asdict(spec)
+    return checkpoints.load(arguments.pop("name"), **arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cells:
+    """Measures the cells of a run, one after the other, each with a freshly loaded model.
+
+    `book` holds what is finished.
+    """
+
+    recipe: Recipe
+    folder: Path
+    calibration: Calibration
+    effects: Effects | None
+    settings: Settings
+    stage: Stage
+    book: Ledger
+
+    def missing(self, name: str) -> list[str]:
+        """Return the tasks of a cell that are not measured yet."""
+        return [task for task in self.recipe.tasks if f"{name}/{task}" not in self.book.rows]
+
+    def finished(self, name: str) -> bool:
+        """Tell whether all tasks of a cell are measured."""
+        return not self.missing(name)
+
+    def measure(self, name: str, method: Method | None, decoder: Decoder | None) -> None:
+        """Measure what is missing of a cell, with the intact `decoder` if it is there already."""
+        missing = self.missing(name)
+        if not missing:
+            return
+        checkpoint = self.folder / CHECKPOINTS / name
+        if self._saved(name, checkpoint):  # stopped while it was being measured
+            decoder = load(dataclasses.replace(self.recipe.model, name=str(checkpoint), revision=None))
+        else:
+            decoder = decoder or load(self.recipe.model)
+            if method is not None:
+                self._prune(name, method, decoder)
+        for task in missing:
+            with self.stage(f"{name}: {task}") as progress:
+                results = evaluate(decoder, [task], self.settings, on_progress=progress)
+            for result in results:
+                result.description["peak_bytes"] = peak_bytes()
+            if method is not None or not self.recipe.texts:  # the row of the intact model has them
+                results = [dataclasses.replace(result, prompts=(), golds=()) for result in results]
+            if not self.recipe.texts:
+                results = [dataclasses.replace(result, texts=()) for result in results]
+            self.book.append(f"{name}/{task}", kept_rows(results))
+        self._kept_in(name).unlink(missing_ok=True)
+
+    def _kept_in(self, name: str) -> Path:
+        """Return the file of what pruning a cell has finished."""
+        return self.folder / f"{name}.pruning"
+
+    def _saved(self, name: str, checkpoint: Path) -> bool:
+        """Tell whether the model of a cell that was pruned is saved, and not one of an earlier run in this folder."""
+        known = f"{name}/pruned" in self.book.rows and checkpoint.exists()
+        own = read_manifest(checkpoint).get("run", {}).get("calibration", {}) if known else {}
+        return bool(own.get("fingerprint") == self.calibration.fingerprint)
+
+    def _prune(self, name: str, method: Method, decoder: Decoder) -> None:
+        start = time.perf_counter()
+        with self.stage(f"{name}: pruning") as progress:
+            own = self.effects if "effects" in method.needs else None
+            pruned = prune(
+                decoder,
+                method,
+                calibration=self.calibration,
+                effects=own,
+                max_batch_tokens=self.recipe.batch_tokens,
+                kept_in=self._kept_in(name),
+                on_progress=progress,
+            )
+        checkpoint = self.folder / CHECKPOINTS / name
+        if self.recipe.save:  # in place of what an earlier run has left there
+            record = manifest(pruned, self.calibration, own)
+            save(decoder, checkpoint, manifest=record, keep=pruned.keep, effects=own, overwrite=True)
+        if f"{name}/pruned" not in self.book.rows:
+            tokens = self.calibration.description["tokens"]
+            passes = method.passes(len(decoder.layers), len(self.calibration.examples), tokens)
+            walked = round(passes * tokens) if method.needs_calibration else 0
+            cost = {"seconds": time.perf_counter() - start, "tokens_forwarded": walked}
+            found = {**manifest(pruned, None, None), **achieved(decoder, pruned.keep), **cost}
+            self.book.append(f"{name}/pruned", {**found, "peak_bytes": peak_bytes()})
+
+    def row(self, name: str, method: Method | None) -> dict[str, Any]:
+        """Return a finished cell as a row of the table."""
+        described: dict[str, Any] = {"label": name, "criterion": "dense", "scope": None, "sparsity": 0.0}
+        if method is not None:
+            described |= {"criterion": method.criterion, "scope": method.resolved_scope}
+            described |= {"sparsity": method.sparsity, "pruned": self.book.rows[f"{name}/pruned"]}
+        found = (decoded(self.book.rows[f"{name}/{task}"]) for task in self.recipe.tasks)
+        return {**described, "results": [result for results in found for result in results]}

@@ -1,0 +1,166 @@
+"""What a recipe will do, before any weights are loaded: jobs, tokens, memory, time and disk.
+
+Numbers are estimates, and say so: tokens from the length of texts, time from the speed of a matrix
+product on the device of the recipe.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from causalprune.attribution import DEFAULT_BUDGET
+from causalprune.calibration import OWN, TEXT_SOURCES, Split, load_problems, load_texts, with_limit
+from causalprune.checkpoints import EMBEDDED, check_destination, resolve
+from causalprune.core import DataError, OptionError
+from causalprune.evaluation import check_tasks, output_type, source_of
+from causalprune.models import check_options, read_shape
+from causalprune.runs.recipe import ModelSpec, Recipe, Shape
+
+CHARACTERS_PER_TOKEN = 3.5
+EFFICIENCY = 0.5
+"""Share of a matrix product's speed that a forward pass reaches."""
+ANSWER_TOKENS = 160
+"""Tokens of a generated answer; each costs a pass over the weights, shared by its batch."""
+OPTIONS = 4
+"""Times that a multiple-choice question is read, once per option."""
+PROBE_SECONDS = 0.3
+ABSENT_GPU_FLOPS = 300e12
+"""Assumed of a GPU that is not here: the dense bfloat16 rate of an A100 (NVIDIA's data sheet: 312e12)."""
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage: `tokens` is what goes through (the equivalent of) the whole model."""
+
+    name: str
+    count: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe in numbers, all estimated."""
+
+    recipe: Recipe
+    shape: Shape
+    jobs: tuple[Job, ...]
+    seconds: float
+    memory_bytes: float
+    disk_bytes: float
+    folder: Path
+
+
+def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
+    """Check all that can be checked without weights, and return what the run will cost.
+
+    Raises:
+        CausalPruneError: names, data, model configuration or output folder are not in order.
+    """
+    check_tasks(recipe.tasks)
+    device = recipe.model.device  # a GPU may be where the plan is carried out
+    check_options(recipe.model.dtype, "meta" if device.startswith("cuda") else device)
+    if not folder.exists():
+        check_destination(folder)
+    shape = recipe.shape or _read_shape(recipe.model)
+    calibration = _calibration_tokens(recipe, data_dir)
+    jobs = []
+    cells = recipe.cells()
+    methods = [method for method in cells.values() if method is not None]
+    if any("effects" in m.needs for m in methods):
+        units = shape.layers * shape.heads
+        jobs.append(Job("attribution", units, int(calibration * _attribution_passes(recipe, shape))))
+    passes = [
+        m.passes(shape.layers, sum(recipe.calibration.counts().values()), calibration)
+        for m in methods
+        if m.needs_calibration
+    ]
+    if passes:
+        jobs.append(Job("pruning on calibration data", len(passes), int(calibration * sum(passes))))
+    for task in recipe.tasks:
+        tokens = len(cells) * _task_tokens(task, data_dir)
+        jobs.append(Job(task, len(cells), tokens))
+    flops = 2 * shape.parameters * sum(job.tokens for job in jobs)
+    unpacked = recipe.model.name == EMBEDDED or recipe.model.name.endswith(".gguf")
+    size = (
+        shape.parameters
+        * BYTES["float32" if unpacked and recipe.model.dtype == "auto" else recipe.model.dtype]
+    )
+    return Plan(
+        recipe=recipe,
+        shape=shape,
+        jobs=tuple(jobs),
+        seconds=flops / _flops_per_second(recipe),
+        memory_bytes=1.2 * size + recipe.batch_tokens * shape.layers * 16384,
+        disk_bytes=len(methods) * size * 1.07 if recipe.save else 5e6,
+        folder=folder,
+    )
+
+
+def _attribution_passes(recipe: Recipe, shape: Shape) -> float:
+    """Return how many whole passes over the calibration data the effects of all heads cost."""
+    how, heads = recipe.attribution.method(), shape.layers * shape.heads
+    if how.name == "exact":
+        return heads * (shape.layers + 1) / 2 / shape.layers
+    prediction = float(len(how.gates) * (1 + 2 * (1 + how.draws)))
+    return prediction if how.name == "gradient" else max(prediction, heads / (how.budget or DEFAULT_BUDGET))
+
+
+def _read_shape(spec: ModelSpec) -> Shape:
+    layers, heads, parameters = read_shape(
+        resolve(spec.name), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+    )
+    return Shape(layers, heads, float(parameters))
+
+
+def _calibration_tokens(recipe: Recipe, data_dir: Path | None) -> int:
+    wanted = recipe.calibration
+    tokens = 0
+    for source, count in wanted.counts().items():
+        if source in TEXT_SOURCES:
+            tokens += count * wanted.max_tokens
+            continue
+        lengths = _lengths(source.removeprefix(OWN), "calibration", data_dir)
+        if len(lengths) < count:
+            raise DataError(f"{source}: {count} examples wanted, but it has {len(lengths)}")
+        tokens += int(sum(lengths) / len(lengths) * count)
+    return tokens
+
+
+def _task_tokens(task: str, data_dir: Path | None) -> int:
+    name, limit = with_limit(task)
+    source, kind = source_of(name), output_type(name)
+    if source is None:
+        raise OptionError(f"task {name}: a task file with data of its own cannot be planned")
+    if source in TEXT_SOURCES:
+        characters = sum(map(len, load_texts(source, "evaluation", data_dir=data_dir)))
+        return min(int(characters / CHARACTERS_PER_TOKEN), limit or characters)
+    lengths = _lengths(source, "evaluation", data_dir)
+    problems = min(len(lengths), limit or len(lengths))
+    tokens = sum(lengths) / len(lengths) * problems
+    if kind == "generate_until":
+        tokens += ANSWER_TOKENS * problems
+    if kind == "multiple_choice":
+        tokens *= OPTIONS
+    return int(tokens)
+
+
+def _lengths(source: str, split: Split, data_dir: Path | None) -> list[float]:
+    problems = load_problems(source, split, data_dir=data_dir)
+    return [(len(p.prompt) + len(p.target)) / CHARACTERS_PER_TOKEN for p in problems]
+
+
+def _flops_per_second(recipe: Recipe) -> float:
+    """Time a matrix product on the device of the recipe, or on the CPU if that is not here."""
+    device = torch.device(recipe.model.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return ABSENT_GPU_FLOPS * EFFICIENCY
+    dtype = torch.float32 if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
+    left = torch.ones(1024, 1024, device=device, dtype=dtype)
+    start, products = time.perf_counter(), 0
+    while time.perf_counter() - start < PROBE_SECONDS:
+        float((left @ left)[0, 0])
+        products += 1
+    return products * 2 * 1024**3 / (time.perf_counter() - start) * EFFICIENCY

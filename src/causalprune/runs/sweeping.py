@@ -1,0 +1,88 @@
+"""The highest sparsity that keeps a stated share of the task: a few runs, halving what is left each time."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+from causalprune.core import EvalResult, OptionError, Stage, quiet
+from causalprune.evaluation import HIGHER_IS_BETTER, Tried, headline, paired_difference, rows_of
+from causalprune.pruning import N_OF_M, pattern_sparsity
+from causalprune.runs.recipe import Recipe
+from causalprune.runs.study import run
+
+
+def candidates(method: str) -> tuple[float, ...]:
+    """Return the sparsities to choose from: steps of 5 %, below that of a pattern, if the method names one.
+
+    Raises:
+        OptionError: the method has no sparsity but its pattern's.
+    """
+    pattern = pattern_sparsity(found[0]) if (found := N_OF_M.search(method)) else None
+    if pattern is not None and "graded" not in method.split("+"):
+        raise OptionError(
+            f"{method} has one sparsity, {pattern:g}, so there is none to look for: add +graded, which lets matrices "
+            "stay dense, or leave the pattern out"
+        )
+    steps = (round(0.05 * step, 2) for step in range(1, 20))
+    return tuple(step for step in steps if pattern is None or step < pattern)
+
+
+def sweep(
+    recipe: Recipe,
+    keep: float,
+    folder: Path,
+    *,
+    certain: bool = False,
+    data_dir: Path | None = None,
+    stage: Stage = quiet,
+) -> list[Tried]:
+    """Return what was tried of the recipe's sparsities, ascending; the last that holds is the answer.
+
+    A task keeps the share `keep` where its accuracy is at least that share of dense, its likelihood per token
+    (`exp(−loss)`, one over the perplexity) likewise; with `certain` the far end of the 95 % interval of the paired
+    difference must say so too. Supposes that tasks get worse with sparsity. Everything measured is in the run folder, so a
+    stopped sweep goes on.
+
+    Raises:
+        OptionError: `keep` is not a share, or the recipe holds more than one method.
+    """
+    if not 0 < keep < 1:
+        raise OptionError(f"the share to keep must be between 0 and 1 (both excluded), not {keep:g}")
+    if len(recipe.methods) != 1:
+        raise OptionError(f"a sweep is about one method, not {', '.join(recipe.methods)}")
+    candidates(recipe.methods[0])  # refuses a pattern that has but one
+    choices = sorted(recipe.sparsities)
+    below, above, tried = -1, len(choices), dict[float, Tried]()
+    while above - below > 1:
+        middle = (below + above) // 2
+        asked = tuple(sorted({*tried, choices[middle]}))
+        record = run(dataclasses.replace(recipe, sparsities=asked), folder, data_dir=data_dir, stage=stage)
+        rows = rows_of(record)
+        tried = {
+            sparsity: _tried(sparsity, results, rows[0][1], keep, certain)
+            for sparsity, (_, results) in zip(asked, rows[1:], strict=True)
+        }
+        below, above = (middle, above) if tried[choices[middle]].holds else (below, middle)
+    return [tried[sparsity] for sparsity in sorted(tried)]
+
+
+def _tried(
+    sparsity: float, results: list[EvalResult], dense: list[EvalResult], keep: float, certain: bool
+) -> Tried:
+    found, holds = [], True
+    for own, whole in zip(results, dense, strict=True):
+        difference = paired_difference(own, whole)
+        found.append((f"{own.task} ({own.metric})", difference))
+        end = difference.difference
+        if certain:
+            end = difference.low if HIGHER_IS_BETTER[own.metric] else difference.high
+        limit = worst_difference(whole, keep)
+        holds &= end >= limit if HIGHER_IS_BETTER[own.metric] else end <= limit
+    return Tried(sparsity, tuple(found), holds)
+
+
+def worst_difference(dense: EvalResult, keep: float) -> float:
+    """Return the difference to dense at which exactly the share `keep` of a result is left."""
+    if HIGHER_IS_BETTER[dense.metric]:
+        return (keep - 1) * headline(dense)
+    return headline(dense) * (1 / keep - 1) if dense.metric == "perplexity" else -math.log(keep)

@@ -1,0 +1,182 @@
+"""Calibration examples of a recipe, among them the intact model's own chains of thought (RAC, arXiv 2509.12464)."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import replace
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from causalprune.calibration import (
+    OWN,
+    Problem,
+    Reader,
+    calibrate,
+    contents,
+    draw,
+    encode,
+    is_file,
+    load_problems,
+    uses_chat,
+)
+from causalprune.checkpoints import cache_folder
+from causalprune.core import (
+    AtOnce,
+    Calibration,
+    DataError,
+    Decoder,
+    Example,
+    Ledger,
+    OptionError,
+    Progress,
+    silent,
+)
+from causalprune.evaluation import write_text
+from causalprune.runs.recipe import CalibrationSpec
+
+BATCH = 16
+"""Answers that are written at once."""
+TRIES = 4
+"""Problems that are tried for each answer that is wanted: those without an end are left out."""
+
+
+def calibrated(
+    decoder: Decoder,
+    wanted: CalibrationSpec,
+    data_dir: Path | None = None,
+    exclude: Set[str] | None = None,
+    on_progress: Progress = silent,
+) -> Calibration:
+    """Return the examples that a recipe or the command line asks for.
+
+    `own:NAME` stands for problems of NAME with the answers that the model itself writes to them; they are written
+    once for a model, and kept in the cache folder. `general` is the share of examples that are general text instead.
+    """
+    counts = wanted.counts()
+    reader = Reader(
+        decoder.tokenizer,
+        uses_chat(decoder.tokenizer, wanted.chat),
+        wanted.max_tokens,
+        wanted.seed,
+        data_dir,
+    )
+    files = {
+        name: own_answers(decoder, reader, name.removeprefix(OWN), count, exclude, on_progress)
+        for name, count in counts.items()
+        if name.startswith(OWN)
+    }
+    found = calibrate(
+        decoder.tokenizer,
+        [f"{files.get(name, name)}:{count}" for name, count in counts.items()],
+        n=None,
+        subsets=wanted.subsets,
+        seed=wanted.seed,
+        max_tokens=wanted.max_tokens,
+        chat=wanted.chat,
+        data_dir=data_dir,
+        exclude=exclude,
+    )
+    description: dict[str, Any] = {**found.description, "sources": counts}
+    if files:
+        hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+        description["own_answers_sha256"] = hashes
+    return replace(found, description=description)
+
+
+def own_answers(
+    decoder: Decoder,
+    reader: Reader,
+    source: str,
+    count: int,
+    exclude: Set[str] | None = None,
+    on_progress: Progress = silent,
+) -> Path:
+    """Return a JSONL file of `count` problems with the model's own greedy answers, written where they are missing.
+
+    Answers that do not end within the reader's `max_tokens` are left out, and so are problems in `exclude` (None:
+    those of the source's evaluation split). What is written survives a kill.
+
+    Raises:
+        DataError: too few answers come to an end.
+    """
+    if decoder.device.type == "meta":
+        raise OptionError(f"{OWN}{source} needs a model that writes: leave out --stream, or take {source}")
+    identity = {
+        "model": decoder.fingerprint,
+        "source": source,
+        "seed": reader.seed,
+        "chat": reader.chat,
+        "max_tokens": reader.max_tokens,
+    }
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_folder() / "answers"
+    if exclude is None and not is_file(source):  # which has no evaluation problems apart
+        exclude = contents(source, "evaluation", data_dir=reader.data_dir)
+    problems = {p.content: p for p in load_problems(source, "calibration", data_dir=reader.data_dir)}
+    drawn = draw(reader, source, "calibration", exclude=exclude or frozenset())
+    kept: list[dict[str, str]] = []
+    tried, at_once = 0, AtOnce()
+    # One run at a time: another may be writing the same answers.
+    with Ledger(folder / f"{name}.ledger", identity, wait=True) as book:
+        for examples in _batched(islice(drawn, TRIES * count)):
+            missing = [e for e in examples if e.content not in book.rows]
+            write = partial(_answers, decoder, missing, reader.max_tokens)
+            answers = chain(*at_once(len(missing), reader.max_tokens, write))
+            for example, answer in zip(missing, answers, strict=True):
+                own = Problem(source, problems[example.content].prompt, answer)
+                fits = bool(answer.strip()) and len(encode(reader, own).tokens) <= reader.max_tokens
+                book.append(example.content, answer if fits else None)
+            tried += len(examples)
+            for example in examples:
+                answer = book.rows[example.content]
+                if answer is not None:
+                    kept.append({"prompt": problems[example.content].prompt, "target": answer})
+            on_progress(min(len(kept), count), count)
+            if len(kept) >= count:
+                break
+        if len(kept) < count:
+            raise DataError(
+                f"own:{source}: of {tried} answers {len(kept)} end within {reader.max_tokens} tokens, and {count} are "
+                "wanted: raise --max-tokens, ask for fewer, or take the worked solutions (without own:)"
+            )
+        path = folder / f"{name}-{count}.jsonl"
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept[:count])
+        write_text(path, text)
+    return path
+
+
+def _answers(
+    decoder: Decoder, examples: Sequence[Example], max_tokens: int, rows: Sequence[int]
+) -> list[str]:
+    """Return the greedy answers to the prompts of these examples; empty where one does not end."""
+    from causalprune.evaluation import ends_of, plain_generation  # noqa: PLC0415 (takes seconds)
+
+    prompts = [list(e.tokens[: e.target_start]) for e in (examples[i] for i in rows)]
+    longest, shortest = max(map(len, prompts)), min(map(len, prompts))
+    padding = decoder.tokenizer.pad_token_id or decoder.tokenizer.eos_token_id or 0
+    tokens = torch.tensor([[padding] * (longest - len(p)) + p for p in prompts])
+    real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    with plain_generation(decoder.model), torch.inference_mode():
+        found = decoder.model.generate(
+            tokens.to(decoder.device),
+            attention_mask=real.to(decoder.device),
+            max_new_tokens=max(max_tokens - shortest, 1),
+            pad_token_id=padding,
+        )
+    ends = ends_of(decoder.model, decoder.tokenizer)
+    return [_ended(decoder.tokenizer, row[longest:].tolist(), ends) for row in found]
+
+
+def _ended(tokenizer: Any, tokens: Sequence[int], ends: Set[int]) -> str:
+    """Return the text before the first token that ends an answer; empty if there is none."""
+    at = next((i for i, token in enumerate(tokens) if token in ends), None)
+    return "" if at is None else str(tokenizer.decode(tokens[:at], skip_special_tokens=True))
+
+
+def _batched(examples: Iterator[Example]) -> Iterator[list[Example]]:
+    while batch := list(islice(examples, BATCH)):
+        yield batch

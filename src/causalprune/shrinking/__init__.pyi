@@ -1,0 +1,15 @@
+from .removal import (
+    Shares as Shares,
+)
+from .removal import (
+    ledgers as ledgers,
+)
+from .removal import (
+    save_shrunk as save_shrunk,
+)
+from .removal import (
+    shares_for as shares_for,
+)
+from .removal import (
+    shrink as shrink,
+)

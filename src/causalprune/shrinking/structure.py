@@ -1,0 +1,260 @@
+"""Physical removal of units: a smaller model of the same architecture, which `from_pretrained` loads unchanged.
+
+Every layer loses equally many, because a standard configuration has one width for all of them.
+"""
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from causalprune.core import Decoder, Layer, ModelError, OptionError, Projection
+from causalprune.models import LEFT_OUT, inspect_model
+
+Indices: TypeAlias = Mapping[int, Int[Tensor, "_"]]
+"""What stays of every layer, in ascending order, by the number of the layer."""
+
+_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_ROUTER = next(pattern for pattern, reason in LEFT_OUT if reason == "router")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays: neurons of dense MLPs, KV groups with their query heads, and experts by layer, and whole layers.
+
+    What is not named stays whole.
+    """
+
+    neurons: Indices = field(default_factory=dict)
+    kv_groups: Indices = field(default_factory=dict)
+    experts: Indices = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
+
+
+def smaller(decoder: Decoder, kept: Kept) -> Decoder:
+    """Return a new decoder that has only what is kept, with copies of its weights; the old one is left as it is.
+
+    Raises:
+        OptionError: layers would keep different numbers of units.
+        ModelError: the architecture ties the size of what would go to something that stays.
+    """
+    config = _configured(decoder, kept)
+    try:
+        model = type(decoder.model)._from_config(config, dtype=decoder.model.dtype)  # noqa: SLF001
+    except ValueError as cause:
+        raise ModelError(f"a smaller {config.model_type} cannot be: {cause}") from cause
+    wanted, found = model.state_dict(), dict(_cut(decoder, kept))
+    for name, weight in wanted.items():
+        if name not in found or found[name].shape != weight.shape:
+            have = list(found[name].shape) if name in found else "nothing"
+            raise ModelError(
+                f"a smaller {config.model_type} wants {name} as {list(weight.shape)}, and {have} is left: "
+                "this architecture cannot lose such units"
+            )
+    model.load_state_dict({name: found[name] for name in wanted})
+    model.tie_weights()
+    model.generation_config = copy.deepcopy(decoder.model.generation_config)
+    model = model.to(decoder.device).eval().requires_grad_(requires_grad=False)
+    _check_runs(model)
+    return inspect_model(model, decoder.tokenizer, name=decoder.name, revision=decoder.revision)
+
+
+def _check_runs(model: Any) -> None:
+    """Run one token: some shapes, such as those of norms over all heads, do not follow the configuration."""
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    except RuntimeError as cause:
+        raise ModelError(
+            f"a smaller {model.config.model_type} does not run ({cause}): this architecture cannot lose such units"
+        ) from cause
+
+
+def column_keep(decoder: Decoder, kept: Kept) -> dict[str, Tensor]:
+    """Return the keep mask `[out in]` of every projection that has the same effect: zero columns where units go.
+
+    Experts are left as they are: without them, others are chosen in their place.
+    """
+    masks: dict[str, Tensor] = {}
+    stays = set(range(len(decoder.layers)) if kept.layers is None else kept.layers)
+    for layer in decoder.layers:
+        for p in layer.projections:
+            keep = torch.ones(p.shape, dtype=torch.bool, device=p.device)
+            columns = _columns(layer, p, kept)
+            if columns is not None:
+                keep[:] = False
+                keep[:, columns] = True
+            if layer.index not in stays and p.role in ("o", "down"):
+                keep[:] = False
+            masks[p.name] = keep
+    return masks
+
+
+def _configured(decoder: Decoder, kept: Kept) -> Any:
+    whole = copy.deepcopy(decoder.model.config)
+    config, attention = whole.get_text_config(decoder=True), decoder.layers[0].attention
+    if kept.neurons:
+        names = [name for name in _WIDTHS if getattr(config, name, None) or name in config.to_dict()]
+        if not names:
+            raise ModelError(f"{config.model_type} does not state the width of its MLP as one of {_WIDTHS}")
+        for name in names:
+            setattr(config, name, _common(kept.neurons, "neurons"))
+    if kept.kv_groups:
+        groups = _common(kept.kv_groups, "KV groups")
+        config.head_dim = attention.head_dim
+        config.num_attention_heads = groups * (attention.n_heads // attention.n_kv_heads)
+        config.num_key_value_heads = groups
+    if kept.experts:
+        left = _common(kept.experts, "experts")
+        if left < config.num_experts_per_tok:
+            raise OptionError(
+                f"every token needs {config.num_experts_per_tok} experts: keep at least as many"
+            )
+        for name in _EXPERTS:
+            if hasattr(config, name):
+                setattr(config, name, left)
+    if kept.layers is not None:
+        _fewer_layers(config, kept.layers)
+    _validate(whole)
+    _validate(config)
+    return whole
+
+
+def _validate(config: Any) -> None:
+    """Ask for what saving and loading will ask for; not every configuration has such a check."""
+    try:
+        getattr(config, "validate", lambda: None)()
+    except (ValueError, StrictDataclassError) as cause:
+        said = " ".join(str(cause).split())
+        raise ModelError(
+            f"a smaller {config.model_type} would not load ({said}): ask for another share"
+        ) from cause
+
+
+def silence(decoder: Decoder, kept: Kept) -> None:
+    """Set to zero, in place, what layers that go add to the residual stream without a weight: their output biases."""
+    state = decoder.model.state_dict()
+    for layer in decoder.layers:
+        if kept.layers is not None and layer.index not in kept.layers:
+            for p in layer.projections:
+                if p.role in ("o", "down") and (name := _bias(p)) in state:
+                    state[name].zero_()
+
+
+def _bias(p: Projection) -> str:
+    """Return the name that the bias of a projection has, if there is one."""
+    return p.parameter_name.removesuffix("weight") + "bias"
+
+
+def _fewer_layers(config: Any, layers: tuple[int, ...]) -> None:
+    """State fewer layers, with what the configuration says of each of them in lists."""
+    n = config.num_hidden_layers
+    for name, value in config.to_dict().items():
+        if name.endswith("_only_layers"):  # lists of numbers of layers
+            setattr(config, name, [layers.index(i) for i in value or [] if i in layers])
+        elif isinstance(value, list) and len(value) == n:
+            setattr(config, name, [value[i] for i in layers])
+    config.num_hidden_layers = len(layers)
+
+
+def _common(indices: Indices, what: str) -> int:
+    sizes = {len(index) for index in indices.values()}
+    if len(sizes) != 1 or 0 in sizes:
+        raise OptionError(f"every layer must keep the same number of {what}, at least one: {sorted(sizes)}")
+    return sizes.pop()
+
+
+def _cut(decoder: Decoder, kept: Kept) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of the smaller model, by their names there."""
+    layers = kept.layers or tuple(range(len(decoder.layers)))
+    state = decoder.model.state_dict()
+    inside = {layer.index: f"{layer.name}." for layer in decoder.layers}
+    for name, weight in state.items():
+        if not name.startswith(tuple(inside.values())):
+            yield name, weight
+    for new, old in enumerate(layers):
+        layer = decoder.layers[old]
+        path, picks = inside[old].removesuffix(f"{old}."), _picks(layer, kept, state)
+        for name, weight in state.items():
+            if not name.startswith(inside[old]):
+                continue
+            own = weight
+            for dim, index in picks.get(name, {}).items():
+                own = own.index_select(dim, index.to(own.device))
+            yield f"{path}{new}.{name.removeprefix(inside[old])}", own
+
+
+def _picks(layer: Layer, kept: Kept, state: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
+    """Return which indices stay, by dimension, of every stored tensor of a layer that loses some."""
+    rows: dict[str, list[Tensor]] = {}
+    picks: dict[str, dict[int, Tensor]] = {}
+    cut = {p.parameter_name for p in layer.projections if _rows(layer, p, kept) is not None}
+    for p in layer.projections:
+        offset = 0 if p.expert is None else 1
+        out, into = (offset + 1, offset) if p.transposed else (offset, offset + 1)
+        stays = _rows(layer, p, kept)
+        if p.expert is None and p.parameter_name in cut:
+            every = torch.arange(p.parameter.shape[out])
+            own = every if p.rows is None else every[p.rows]
+            rows.setdefault(p.parameter_name, []).append(own if stays is None else own[stays])
+            index = torch.cat(rows[p.parameter_name]).sort().values
+            picks.setdefault(p.parameter_name, {})[out] = index
+            picks[_bias(p)] = {0: index}
+        if (columns := _columns(layer, p, kept)) is not None:
+            picks.setdefault(p.parameter_name, {})[into] = columns
+    if (experts := kept.experts.get(layer.index)) is not None:
+        for name in _by_expert(layer, state):
+            picks.setdefault(name, {})[0] = experts
+    return picks
+
+
+def _by_expert(layer: Layer, state: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield the names of the tensors of a layer whose first dimension counts experts."""
+    if layer.experts is None or isinstance(layer.experts, nn.ModuleList):
+        raise ModelError(f"{layer.name} has no experts in one stack that could be removed")
+    inside = {
+        name: name.removeprefix(f"{layer.name}.") for name in state if name.startswith(f"{layer.name}.")
+    }
+    routers = tuple(inner.removesuffix("weight") for inner in inside.values() if re.search(_ROUTER, inner))
+    for name, inner in inside.items():
+        own, weight = ".experts." in f".{inner}" or inner.startswith(routers), state[name]
+        if own and weight.ndim and weight.shape[0] == layer.n_experts:
+            yield name
+
+
+def _features(index: Tensor, width: int) -> Tensor:
+    return (index[:, None] * width + torch.arange(width)).flatten()
+
+
+def _rows(layer: Layer, p: Projection, kept: Kept) -> Tensor | None:
+    """Return the outputs of a projection that stay, None for all."""
+    attention, groups = layer.attention, kept.kv_groups.get(layer.index)
+    if p.role in ("k", "v"):
+        return None if groups is None else _features(groups, attention.head_dim)
+    if p.role == "q":
+        return None if groups is None else _queries(layer, groups)
+    return kept.neurons.get(layer.index) if p.role in ("gate", "up") and _dense(p) else None
+
+
+def _columns(layer: Layer, p: Projection, kept: Kept) -> Tensor | None:
+    """Return the inputs of a projection that stay, None for all."""
+    if p.role == "o":
+        groups = kept.kv_groups.get(layer.index)
+        return None if groups is None else _queries(layer, groups)
+    return kept.neurons.get(layer.index) if p.role == "down" and _dense(p) else None
+
+
+def _queries(layer: Layer, groups: Tensor) -> Tensor:
+    shared = layer.attention.n_heads // layer.attention.n_kv_heads
+    return _features(_features(groups, shared), layer.attention.head_dim)
+
+
+def _dense(p: Projection) -> bool:
+    return p.name.count(".") == 2  # not `layers.0.experts.3.down`, nor `layers.0.shared.down`

@@ -1,0 +1,187 @@
+"""A model whose layers are in memory one at a time, and hidden states that are on disk where they do not fit."""
+
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from causalprune.core import CheckpointError, Decoder, Layer, Projection, room
+from causalprune.interventions import LayerInputs, replaced_forward
+from causalprune.models import Entry, raw_bytes
+from causalprune.streaming.stored import Sources
+
+Leave: TypeAlias = Callable[[Layer], None]
+Pair: TypeAlias = tuple[Projection, Bool[Tensor, "out in"]]
+
+
+class Residence:
+    """Lets a model without weights run: what is outside its layers is read at once, a layer when it is to run.
+
+    It stays until another one is to run, and `leave` is called before it goes. Layers that are skipped are not read.
+    """
+
+    def __init__(self, decoder: Decoder, sources: Sources, dtype: torch.dtype, leave: Leave) -> None:
+        self.decoder, self._sources, self._dtype, self._leave = decoder, sources, dtype, leave
+        self._here: Layer | None = None
+        self._absent: list[tuple[nn.Parameter, nn.Parameter]] = []
+        """Parameters of the layer at hand, each with what takes its place when it goes."""
+
+    @contextmanager
+    def open(self, entries: Mapping[str, Entry]) -> Iterator[None]:
+        """Read what is outside the layers, and let layers be read when they run, as long as the context lasts."""
+        model, inside = self.decoder.model, tuple(f"{layer.name}." for layer in self.decoder.layers)
+        head = model.get_output_embeddings()
+        unused = {id(p) for p in head.parameters()} if head is not None else set()
+        unused -= {id(p) for p in model.get_input_embeddings().parameters()}
+        for name, parameter in model.named_parameters():
+            if not name.startswith(inside) and id(parameter) not in unused:
+                self._fill(name, parameter)
+        self._read_buffers(entries)
+        with ExitStack() as stack:
+            for layer in self.decoder.layers:
+                stack.enter_context(replaced_forward(layer.module, self._entering(layer)))
+            yield
+
+    def _entering(self, layer: Layer) -> Callable[..., Any]:
+        own = layer.module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._here is not layer:
+                self.release()
+                for name, parameter in layer.module.named_parameters():
+                    self._absent.append((parameter, self._fill(f"{layer.name}.{name}", parameter)))
+                self._here = layer
+            return own(*args, **kwargs)
+
+        return forward
+
+    def through(self, pruned: Iterator[Pair]) -> Iterator[Pair]:
+        """Pass on what is pruned, and let the last layer go in the end."""
+        yield from pruned
+        self.release()
+
+    def release(self) -> None:
+        """Let the layer at hand go, if there is one."""
+        if self._here is not None:
+            self._leave(self._here)
+        for parameter, absent in self._absent:
+            torch.utils.swap_tensors(parameter, absent)
+        self._here, self._absent = None, []
+
+    def _fill(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        """Give a parameter its values, and return what it was without."""
+        parts = self._sources[name]
+        with torch.inference_mode(False):  # it is changed in place later
+            if len(parts) == 1:
+                values = parts[0].read().to(self._dtype)
+            else:
+                values = torch.empty(parameter.shape, dtype=self._dtype)
+                for p, entry in zip(self.views(name), parts, strict=True):
+                    whole = nn.Parameter(values, requires_grad=False)
+                    replace(p, parameter=whole).write(entry.read())
+            other = nn.Parameter(values, requires_grad=False)
+            torch.utils.swap_tensors(parameter, other)
+        return other
+
+    def views(self, name: str) -> list[Projection]:
+        """Return the projections that share a parameter, in their order."""
+        return [p for p in self.decoder.projections if p.parameter_name == name]
+
+    def _read_buffers(self, entries: Mapping[str, Entry]) -> None:
+        """Read the buffers that files hold beside weights."""
+        model, stored = self.decoder.model, self.decoder.model.state_dict().keys()
+        prefix = f"{model.base_model_prefix}."
+        for name, buffer in model.named_buffers():
+            if name not in stored:
+                continue
+            names = [name, prefix + name, name.removeprefix(prefix)]
+            found = next((entries[n] for n in names if n in entries), None)
+            if found is None or found.shape != tuple(buffer.shape):
+                raise CheckpointError(
+                    f"{name} is not in the checkpoint: prune it in memory, without --stream"
+                )
+            buffer.copy_(found.read())
+
+    def pieces(self, layer: Layer) -> Iterator[tuple[Entry, Any]]:
+        """Yield the places in files of a layer's prunable weights, with the bytes that they have now."""
+        for name in dict.fromkeys(p.parameter_name for p in layer.projections):
+            parts, views = self._sources[name], self.views(name)
+            if len(parts) == 1:
+                yield parts[0], raw_bytes(views[0].parameter)
+            else:
+                yield from ((entry, raw_bytes(p.read())) for p, entry in zip(views, parts, strict=True))
+
+
+class HiddenStates:
+    """Keeps inputs of layers, batch by batch: in memory up to a limit, and beyond it in a file without a name."""
+
+    def __init__(self, limit_bytes: float, folder: Path) -> None:
+        self._limit, self._folder = limit_bytes, folder
+        self._held: dict[int, list[int]] = {}
+        """Bytes in memory by layer and batch; what is on disk counts nothing."""
+        self._files: dict[int, IO[bytes]] = {}
+        self.spilled_bytes = 0
+        """Written to disk so far."""
+
+    def keep(self, inputs: LayerInputs) -> LayerInputs:
+        """Return the same inputs, which may be on disk now; those of two layers before are forgotten.
+
+        Batches come in the same order for every layer, and each takes the place of its own input of the layer before.
+        """
+        ((layer, hidden),) = inputs.hidden.items()
+        for past in [at for at in self._held if at < layer - 1]:
+            del self._held[past]
+        for past in [at for at in self._files if at < layer - 1]:
+            self._files.pop(past).close()
+        size = hidden.numel() * hidden.element_size()
+        own = self._held.setdefault(layer, [])
+        waiting = self._held.get(layer - 1, [])[len(own) + 1 :]
+        fits = sum(own) + sum(waiting) + size <= self._limit
+        own.append(size if fits else 0)
+        if fits:
+            return inputs
+        if not self.spilled_bytes:
+            limit = f"{self._limit / 2**30:g} GiB"
+            message = (
+                f"hidden states do not fit into {limit}: the rest of them is kept on disk, in {self._folder}"
+            )
+            warnings.warn(message, stacklevel=2)
+        self.spilled_bytes += size
+        if layer not in self._files:
+            self._files[layer] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed two layers on)
+        return LayerInputs(_OnDisk(layer, hidden, self._files[layer]), inputs.as_tuple)
+
+    def close(self) -> None:
+        """Forget everything."""
+        for file in self._files.values():
+            file.close()
+
+
+class _OnDisk(Mapping[int, Tensor]):
+    """The input of one layer, in a file."""
+
+    def __init__(self, layer: int, hidden: Tensor, file: IO[bytes]) -> None:
+        self._layer, self._file, self._dtype, self._shape = layer, file, hidden.dtype, hidden.shape
+        self._at = file.seek(0, 2)
+        file.write(raw_bytes(hidden))
+
+    def __getitem__(self, layer: int) -> Tensor:
+        if layer != self._layer:
+            raise KeyError(layer)
+        data = room(self._shape.numel() * self._dtype.itemsize)
+        self._file.seek(self._at)
+        self._file.readinto(data.numpy())  # type: ignore[attr-defined]
+        return data.view(self._dtype).view(self._shape)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([self._layer])
+
+    def __len__(self) -> int:
+        return 1

@@ -1,0 +1,62 @@
+"""Where memory runs out: fewer sequences at once, and an error that says what takes less."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run
+from tinydata import tiny_decoder
+
+from causalprune.evaluation.measures import evaluate
+
+
+@pytest.mark.parametrize("task", ["gsm8k_nll", "gsm8k_cot:6", "arc_challenge"])
+def test_without_memory_a_task_goes_on_with_fewer_at_once_and_it_is_said(
+    data: Path, task: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    how: dict[str, Any] = {"data_dir": data, "max_new_tokens": 5, "batch_tokens": 9999}
+    whole = evaluate(tiny_decoder(), [task], **how)
+    decoder, sizes, told = tiny_decoder(), list[int](), list[tuple[int, int]]()
+
+    def crowded(_module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        sizes.append(len(named["input_ids"] if "input_ids" in named else args[0]))
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    decoder.model.register_forward_pre_hook(crowded, with_kwargs=True)
+    found = evaluate(decoder, [task], on_progress=lambda *now: told.append(now), **how)
+    said = [str(warning.message) for warning in recwarn if "out of memory" in str(warning.message)]
+    assert said
+    assert sizes[-1] == 1 < max(sizes)
+    assert told[-1][0] == told[-1][1]
+    assert [result.texts for result in found] == [result.texts for result in whole]
+    for one, other in zip(found, whole, strict=True):
+        assert one.values == pytest.approx(other.values, rel=1e-5)
+        assert one.description["tokens_forwarded"] == other.description["tokens_forwarded"]
+
+
+def test_memory_for_not_even_one_sequence_is_an_error(data: Path) -> None:
+    decoder = tiny_decoder()
+
+    def crowded(_module: Any, _args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    decoder.model.register_forward_pre_hook(crowded)
+    for task in ("gsm8k_nll", "gsm8k_cot:6", "arc_challenge"):
+        with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="out of memory"):
+            evaluate(decoder, [task], data_dir=data, max_new_tokens=5)
+
+
+def test_without_memory_an_error_says_what_takes_less(
+    run: Run, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crowded(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("causalprune.runs.study.prune", crowded)
+    code, _, err = run("prune", model, "-o", tmp_path / "out", "-n", "3", "--data-dir", data)
+    assert code == 1
+    assert "2.00 GiB" in err
+    assert "--batch-tokens" in err
+    assert "unexpected" not in err

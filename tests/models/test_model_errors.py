@@ -1,0 +1,193 @@
+"""What cannot be loaded or is not understood is refused, in one line that names it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, SMALL, VOCAB, tiny
+from torch import nn
+from transformers import (
+    AutoModel,
+    BertConfig,
+    CodeGenConfig,
+    FalconConfig,
+    JambaConfig,
+    MambaConfig,
+    MptConfig,
+    Qwen3NextConfig,
+    T5Config,
+)
+from transformers.utils import logging as hf_logging
+
+from causalprune.core.errors import CausalPruneError, ModelError, OptionError
+from causalprune.models.anatomy import inspect_model
+from causalprune.models.loading import load
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        pytest.param(
+            lambda: CodeGenConfig(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
+            "qkv_proj.*order",
+            id="fused in an unknown order",
+        ),
+        pytest.param(
+            lambda: FalconConfig(**SMALL, new_decoder_architecture=True, num_kv_heads=2),
+            "query_key_value.*order",
+            id="fused in groups",
+        ),
+        pytest.param(
+            lambda: MptConfig(vocab_size=VOCAB, d_model=32, n_heads=4, n_layers=2),
+            "Wqkv",
+            id="unknown name",
+        ),
+        pytest.param(
+            lambda: JambaConfig(
+                **SMALL, num_key_value_heads=2, intermediate_size=40, use_mamba_kernels=False
+            ),
+            "no list of 2 decoder layers",
+            id="layers without attention",
+        ),
+        pytest.param(
+            lambda: Qwen3NextConfig(
+                **SMALL,
+                num_key_value_heads=2,
+                head_dim=8,
+                intermediate_size=40,
+                layer_types=["full_attention"] * 2,
+                mlp_only_layers=[0, 1],
+            ),
+            "q_proj.weight.*instead of",
+            id="gated queries",
+        ),
+    ],
+)
+def test_what_is_not_understood_is_named(config: Callable[[], Any], complaint: str) -> None:
+    with pytest.raises(ModelError, match=complaint):
+        inspect_model(tiny(config()), None, name="tiny")
+
+
+def test_an_unexplained_matrix_is_an_error() -> None:
+    model = FAMILIES["llama2"]()
+    model.model.layers[1].mlp.adapter = nn.Linear(32, 4)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.adapter\.weight"):
+        inspect_model(model, None, name="tiny")
+
+
+def test_a_linear_called_gate_is_a_router_only_beside_experts() -> None:
+    model = FAMILIES["llama2"]()
+    model.model.layers[0].mlp.gate = nn.Linear(32, 32, bias=False)
+    with pytest.raises(ModelError, match=r"mlp\.gate\.weight"):
+        inspect_model(model, None, name="tiny")
+
+
+def test_two_candidate_lists_are_ambiguous() -> None:
+    model = FAMILIES["llama2"]()
+    model.vision = nn.Module()
+    model.vision.layers = FAMILIES["llama2"]().model.layers
+    with pytest.raises(ModelError, match=r"ambiguous.*model\.layers.*vision\.layers"):
+        inspect_model(model, None, name="tiny")
+
+
+def save_headless(config: Any, folder: Path) -> None:
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        (BertConfig(**SMALL, intermediate_size=40), "encoder .masked"),
+        (
+            T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4),
+            "encoder-decoder",
+        ),
+        (
+            MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4),
+            "num_attention_heads",
+        ),
+    ],
+    ids=["bert", "t5", "mamba"],
+)
+def test_models_of_another_kind_are_refused(config: Any, complaint: str, tmp_path: Path) -> None:
+    save_headless(config, tmp_path)
+    with pytest.raises(ModelError, match=complaint) as caught:
+        load(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    FAMILIES["llama2"]().save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    return tmp_path
+
+
+def truncate(folder: Path) -> None:
+    shard = max(folder.glob("model-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def drop_from_index(folder: Path) -> None:
+    """A checkpoint that never had the weights of its last shard, which transformers only warns of."""
+    shard = max(folder.glob("model-*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {k: v for k, v in content["weight_map"].items() if v != shard.name}
+    index.write_text(json.dumps(content))
+    shard.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (truncate, "corrupted"),
+        (lambda folder: max(folder.glob("model-*.safetensors")).unlink(), "cannot be loaded"),
+        (drop_from_index, "lacks .* weights"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
+        (shutil.rmtree, "no file or folder"),
+    ],
+    ids=["truncated", "shard missing", "weights missing", "no config", "broken config", "no folder"],
+)
+def test_damaged_folders_are_refused(damage: Callable[[Path], object], complaint: str, sharded: Path) -> None:
+    damage(sharded)
+    with pytest.raises(ModelError, match=complaint) as caught:
+        load(str(sharded))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name_says_what_to_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"(?s)no model 'nobody/nothing'.*pass a Hub name") as caught:
+        load("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", [{"dtype": "float23"}, {"device": "cuda:99"}, {"device": "abacus"}])
+def test_impossible_options_are_refused_before_loading(option: dict[str, str]) -> None:
+    with pytest.raises(OptionError):
+        load("nobody/nothing", **option)
+
+
+def test_loading_is_silent_and_leaves_logging_as_it_was(
+    sharded: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = hf_logging.get_verbosity()
+    try:
+        hf_logging.set_verbosity_error()
+        load(str(sharded), dtype="bfloat16")
+        assert hf_logging.get_verbosity() == hf_logging.ERROR
+        truncate(sharded)
+        with pytest.raises(CausalPruneError):
+            load(str(sharded))
+        assert hf_logging.get_verbosity() == hf_logging.ERROR
+        assert hf_logging.is_progress_bar_enabled()
+    finally:
+        hf_logging.set_verbosity(before)
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,138 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tinydata import tiny_decoder, write_data
+
+from causalprune.core.errors import OptionError
+from causalprune.runs.plans import plan
+from causalprune.runs.recipe import RECIPES, find_recipe, label, parse_method, read_recipe, without_limits
+
+MINIMAL: dict[str, Any] = {
+    "model": {"name": "some/model"},
+    "calibration": {"sources": ["gsm8k"]},
+    "methods": ["magnitude", "magnitude:global", "cap"],
+    "sparsities": [0.2, 0.5],
+    "tasks": ["gsm8k_nll:200", "strategyqa"],
+}
+
+
+def written(folder: Path, values: Any) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def test_cells_are_dense_and_every_method_at_every_sparsity(tmp_path: Path) -> None:
+    cells = read_recipe(written(tmp_path, MINIMAL)).cells()
+    assert list(cells) == [
+        "dense",
+        "magnitude-matrix-0.2",
+        "magnitude-matrix-0.5",
+        "magnitude-global-0.2",
+        "magnitude-global-0.5",
+        "cap-global-0.2",
+        "cap-global-0.5",
+    ]
+
+
+def test_without_limits_drops_only_limits(tmp_path: Path) -> None:
+    found = without_limits(read_recipe(written(tmp_path, MINIMAL)))
+    assert found.tasks == ("gsm8k_nll", "strategyqa")
+    assert without_limits(replace(found, tasks=("my:task.yaml",))).tasks == ("my:task.yaml",)
+
+
+def test_label_names_the_scope_that_is_used() -> None:
+    assert label(parse_method("wanda", 0.5)) == "wanda-row-0.5"
+    assert label(parse_method("wanda:2:4+refit")) == "wanda+refit-2:4-0.5"
+    assert parse_method("cap").sparsity == 0.2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"metods": ["cap"]}, "did you mean 'methods'"),
+        ({"model": {"nam": "x"}}, "did you mean 'name'"),
+        ({"model": {}}, "'name' is missing"),
+        ({"model": "x"}, "model must be a mapping"),
+        ({"methods": ["cpa"]}, "did you mean 'cap'"),
+        ({"methods": ["cap:glob"]}, "scope"),
+        ({"methods": []}, "methods must be a list without repetitions"),
+        ({"methods": ["cap", "cap"]}, "methods must be a list without repetitions"),
+        ({"methods": "cap"}, "methods must be a list"),
+        ({"sparsities": [0]}, "sparsity must be between 0 and 1"),
+        ({"sparsities": [1.0]}, "sparsity must be between 0 and 1"),
+        ({"sparsities": [-0.1]}, "sparsity must be between 0 and 1"),
+        ({"sparsities": [float("nan")]}, "sparsity must be between 0 and 1"),
+        ({"sparsities": ["20 %"]}, "0.2, not '20 %'"),
+        ({"sparsities": [True]}, "must be a number"),
+        ({"calibration": {"sources": ["gsm8k"], "chat": "of"}}, "did you mean 'off'"),
+        ({"seed": "zero"}, "seed must be a whole number"),
+        ({"save": 1}, "save must be true or false"),
+    ],
+)
+def test_bad_recipe_is_one_clear_error(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        read_recipe(written(tmp_path, {**MINIMAL, **change}))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- just\n- a list", "", "\x00"])
+def test_not_a_recipe(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(OptionError):
+        read_recipe(path)
+
+
+def test_unknown_recipe_suggests_the_nearest() -> None:
+    with pytest.raises(OptionError, match="did you mean 'demo'"):
+        find_recipe("dmo")
+    with pytest.raises(OptionError, match="does not exist"):
+        find_recipe("nowhere/recipe.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_that_come_with_the_package_can_be_read(path: Path) -> None:
+    assert read_recipe(find_recipe(path.stem)).cells()
+
+
+def test_a_plan_counts_what_the_estimator_costs(tmp_path: Path) -> None:
+    data, model = write_data(tmp_path / "data"), tmp_path / "model"
+    tiny_decoder().model.save_pretrained(model)
+    fixed = {"model": {"name": str(model)}, "calibration": {"sources": ["gsm8k"], "n": 6}, "methods": ["cap"]}
+    tokens = {}
+    for name, spec in (
+        ("exact", {}),
+        ("gradient", {"estimator": "gradient"}),
+        ("adaptive", {"estimator": "adaptive", "budget": 1.5}),
+    ):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(
+            yaml.safe_dump({**fixed, "sparsities": [0.2], "tasks": ["gsm8k_nll:3"], "attribution": spec})
+        )
+        (job,) = [
+            j for j in plan(read_recipe(path), tmp_path / name, data_dir=data).jobs if j.name == "attribution"
+        ]
+        tokens[name] = job.tokens
+    whole = tokens["exact"] / 6  # 8 heads, of which each pass sees three quarters of the model
+    assert tokens["gradient"] == pytest.approx(5 * whole, rel=0.01)
+    assert tokens["adaptive"] == pytest.approx(8 / 1.5 * whole, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "each"),
+    [("embedded", "auto", 4), ("x.gguf", "auto", 4), ("embedded", "bfloat16", 2), ("org/x", "auto", 2)],
+)
+def test_a_plan_knows_what_is_unpacked_to_float32(tmp_path: Path, name: str, dtype: str, each: int) -> None:
+    path, data = tmp_path / "recipe.yaml", write_data(tmp_path / "data")
+    own = {"model": {"name": name, "dtype": dtype}, "methods": ["wanda"], "sparsities": [0.2], "save": True}
+    shape = {"layers": 30, "heads": 9, "parameters": 1e8}
+    calibration = {"sources": ["gsm8k"], "n": 6}
+    values = {**own, "tasks": ["gsm8k_nll:3"], "shape": shape, "calibration": calibration}
+    path.write_text(yaml.safe_dump(values))
+    found = plan(read_recipe(path), tmp_path / "run", data_dir=data)
+    assert found.disk_bytes == pytest.approx(each * 1e8, rel=0.1)

@@ -1,0 +1,99 @@
+"""The sweep finds the border between sparsities that keep the task and those that do not, in few runs."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from causalprune.core.errors import OptionError
+from causalprune.core.types import EvalResult
+from causalprune.evaluation.results import headline, paired_difference
+from causalprune.runs import sweeping
+from causalprune.runs.recipe import CalibrationSpec, ModelSpec, Recipe
+from causalprune.runs.sweeping import candidates, sweep, worst_difference
+
+RECIPE = Recipe(
+    ModelSpec("nowhere"),
+    CalibrationSpec(("gsm8k",)),
+    ("wanda",),
+    tuple(round(0.05 * step, 2) for step in range(1, 20)),
+    ("gsm8k_nll",),
+)
+
+
+def result(loss: float, metric: Any = "nats_per_token") -> EvalResult:
+    return EvalResult("gsm8k_nll", metric, (loss, loss + 0.2), (1.0, 1.0), ("a", "b"))
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, ...]]:
+    """Let a model lose 0.1 nats for every 10 % of its weights; return the sparsities of every run."""
+    found: list[tuple[float, ...]] = []
+
+    def run(recipe: Recipe, folder: Path, **options: Any) -> dict[str, Any]:
+        found.append(recipe.sparsities)
+        losses = {"dense": 1.0, **{f"wanda-{s:g}": 1.0 + s for s in recipe.sparsities}}
+        rows = [
+            {"label": k, "results": [dataclasses.asdict(result(v)) for _ in recipe.tasks]}
+            for k, v in losses.items()
+        ]
+        return {"rows": rows}
+
+    monkeypatch.setattr(sweeping, "run", run)
+    return found
+
+
+@pytest.mark.parametrize(("keep", "best"), [(0.8, 0.2), (0.9, 0.1), (0.5, 0.65), (0.96, None), (0.38, 0.95)])
+def test_the_border_is_found(
+    runs: list[tuple[float, ...]], keep: float, best: float | None, tmp_path: Path
+) -> None:
+    tried = sweep(RECIPE, keep, tmp_path)
+    assert max((one.sparsity for one in tried if one.holds), default=None) == best
+    above = [one.sparsity for one in tried if not one.holds]
+    assert not above or min(above) == pytest.approx((best or 0.0) + 0.05)
+    assert len(runs) <= 5
+    assert all(set(a) < set(b) for a, b in itertools.pairwise(runs)), "each run adds to the last"
+
+
+def test_what_is_left_of_a_result() -> None:
+    assert worst_difference(result(1.0), 0.9) == pytest.approx(0.10536, abs=1e-5)  # −ln 0.9
+    accuracy = EvalResult("t", "accuracy", (1.0, 0.0), (1.0, 1.0), ("a", "b"))
+    assert worst_difference(accuracy, 0.9) == pytest.approx(-0.05)
+    text = result(1.0, "perplexity")
+    worse = EvalResult(
+        "t", "perplexity", tuple(v + 0.10536 for v in text.values), text.weights, text.examples
+    )
+    assert headline(worse) - headline(text) == pytest.approx(worst_difference(text, 0.9), rel=1e-4)
+
+
+def test_certain_wants_the_far_end_of_the_interval(
+    runs: list[tuple[float, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def uncertain(a: EvalResult, b: EvalResult) -> Any:
+        found = paired_difference(a, b)
+        return dataclasses.replace(found, low=found.difference - 0.1, high=found.difference + 0.1)
+
+    monkeypatch.setattr(sweeping, "paired_difference", uncertain)
+    plain, sure = (sweep(RECIPE, 0.8, tmp_path, certain=certain) for certain in (False, True))
+    assert max(one.sparsity for one in plain if one.holds) == 0.2
+    assert max(one.sparsity for one in sure if one.holds) == 0.1
+
+
+def test_impossible_sweeps_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="share to keep"):
+        sweep(RECIPE, 1.0, tmp_path)
+    with pytest.raises(OptionError, match="one method"):
+        sweep(dataclasses.replace(RECIPE, methods=("wanda", "magnitude")), 0.9, tmp_path)
+    with pytest.raises(OptionError, match=r"wanda:2:4 has one sparsity, 0\.5, .*add \+graded"):
+        sweep(dataclasses.replace(RECIPE, methods=("wanda:2:4",)), 0.9, tmp_path)
+
+
+def test_a_pattern_with_dense_matrices_is_sought_below_its_own_sparsity() -> None:
+    assert candidates("causal:2:4+graded")[-1] == 0.45
+    assert candidates("wanda:global")[-1] == 0.95
+    recipe = dataclasses.replace(
+        RECIPE, methods=("wanda:1:4+graded",), sparsities=candidates("wanda:1:4+graded")
+    )
+    assert len(recipe.cells()) == 15

@@ -1,0 +1,140 @@
+"""The model's own answers as calibration data, and a share of general text."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tinydata import tiny_decoder, write_jsonl
+
+from causalprune.calibration.examples import Reader, draw
+from causalprune.core.errors import DataError, OptionError
+from causalprune.runs.recipe import CalibrationSpec
+from causalprune.runs.traces import calibrated, own_answers
+
+SPEC = CalibrationSpec(("own:gsm8k",), n=4, subsets=2, max_tokens=400)
+ANSWER = "It is 7."
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def speaking(monkeypatch: pytest.MonkeyPatch, endless: int = 0) -> tuple[Any, list[int]]:
+    """Return a decoder that answers every prompt alike, the first `endless` without coming to an end."""
+    decoder, calls = tiny_decoder(), []
+
+    def generate(tokens: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
+        assert options["max_new_tokens"] == 400 - int(attention_mask.sum(1).min()), (
+            "the shortest has most room"
+        )
+        assert bool((attention_mask.sum(1) > 0).all())
+        own = [*decoder.tokenizer(ANSWER)["input_ids"], decoder.tokenizer.eos_token_id]
+        rows = []
+        for row in tokens.tolist():
+            ended = sum(calls) + len(rows) >= endless
+            rows.append(row + (own if ended else [5] * len(own)))
+        calls.append(len(rows))
+        return torch.tensor(rows)
+
+    monkeypatch.setattr(decoder.model, "generate", generate)
+    return decoder, calls
+
+
+def test_own_answers_take_the_place_of_worked_solutions(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    decoder, calls = speaking(monkeypatch)
+    found = calibrated(decoder, SPEC, data)
+    reader = Reader(decoder.tokenizer, chat=False, max_tokens=400, data_dir=data)
+    problems = {e.tokens[: e.target_start] for e in draw(reader, "gsm8k", "calibration")}
+    assert len(found.examples) == 4
+    for example in found.examples:
+        assert example.tokens[: example.target_start] in problems
+        assert decoder.tokenizer.decode(example.tokens[example.target_start :]) == ANSWER
+    assert found.description["sources"] == {"own:gsm8k": 4}
+    assert len(found.description["own_answers_sha256"]["own:gsm8k"]) == 64
+    assert calibrated(decoder, SPEC, data).fingerprint == found.fingerprint
+    assert len(calls) == 1, "answers are written once"
+
+
+def test_answers_without_an_end_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, data: Path, cache: Path
+) -> None:
+    decoder, _ = speaking(monkeypatch, endless=3)
+    reader = Reader(decoder.tokenizer, chat=False, max_tokens=400, data_dir=data)
+    rows = own_answers(decoder, reader, "gsm8k", 4).read_text(encoding="utf-8").splitlines()
+    first = [e.tokens[: e.target_start] for e in draw(reader, "gsm8k", "calibration")][:3]
+    shown = [tuple(decoder.tokenizer(json.loads(row)["prompt"] + "\n\n")["input_ids"]) for row in rows]
+    assert len(shown) == 4
+    assert not set(first) & set(shown)
+    silent, _ = speaking(monkeypatch, endless=10**6)
+    other = Reader(silent.tokenizer, chat=False, max_tokens=399, data_dir=data)
+    monkeypatch.setattr(
+        "causalprune.runs.traces._answers", lambda _decoder, _some, _most, rows: [""] * len(rows)
+    )
+    with pytest.raises(DataError, match=r"own:gsm8k: of 12 answers 0 end within 399 tokens"):
+        own_answers(silent, other, "gsm8k", 5)
+
+
+def test_without_memory_fewer_answers_are_written_at_once(
+    monkeypatch: pytest.MonkeyPatch, data: Path
+) -> None:
+    decoder, calls = speaking(monkeypatch)
+    own = decoder.model.generate
+
+    def crowded(tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        if len(tokens) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(tokens, **options)
+
+    monkeypatch.setattr(decoder.model, "generate", crowded)
+    reader = Reader(decoder.tokenizer, chat=False, max_tokens=400, data_dir=data)
+    with pytest.warns(UserWarning, match="out of memory"):
+        rows = own_answers(decoder, reader, "gsm8k", 4).read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 4
+    assert max(calls) == 3
+
+
+def test_evaluation_problems_are_never_answered(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    decoder, _ = speaking(monkeypatch)
+    reader = Reader(decoder.tokenizer, chat=False, max_tokens=400, data_dir=data)
+    out = {e.content for e in draw(reader, "gsm8k", "calibration")}
+    with pytest.raises(DataError, match="0 end"):
+        own_answers(decoder, reader, "gsm8k", 4, frozenset(out))
+
+
+def test_real_generation_gives_text_or_nothing(data: Path) -> None:
+    decoder = tiny_decoder()
+    reader = Reader(decoder.tokenizer, chat=False, max_tokens=400, data_dir=data)
+    with pytest.raises(DataError, match="raise --max-tokens"):  # a random model does not come to an end
+        own_answers(decoder, reader, "gsm8k", 3)
+
+
+def test_general_text_takes_its_share(data: Path) -> None:
+    decoder = tiny_decoder()
+    spec = CalibrationSpec(("gsm8k", "arc_challenge"), n=8, subsets=2, max_tokens=200, general=0.25)
+    found = calibrated(decoder, spec, data)
+    assert found.description["sources"] == {"gsm8k": 3, "arc_challenge": 3, "wikitext2": 2}
+    text = [e for e in found.examples if e.source == "wikitext2"]
+    assert len(text) == 2
+    assert all(e.target_start == 1 for e in text)
+    for share, counts in ((0.0, {}), (0.25, {"wikitext2": 2})):
+        spec = CalibrationSpec(("gsm8k:4", "arc_challenge:2"), subsets=2, max_tokens=200, general=share)
+        assert spec.counts() == {"gsm8k": 4, "arc_challenge": 2} | counts, "all say how many: n is not asked"
+        assert calibrated(decoder, spec, data).description["sources"] == spec.counts()
+    with pytest.raises(OptionError, match="general text"):
+        CalibrationSpec(("gsm8k",), general=1.0)
+
+
+def test_own_answers_to_problems_of_a_file(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    decoder, _ = speaking(monkeypatch)
+    file = data / "gsm8k" / "train.jsonl"
+    rows = [
+        {"prompt": json.loads(line)["question"], "target": "no matter"}
+        for line in file.read_text().splitlines()
+    ]
+    own = write_jsonl(data / "own.jsonl", rows)
+    found = calibrated(decoder, CalibrationSpec((f"own:{own}",), n=4, subsets=2, max_tokens=400))
+    assert all(decoder.tokenizer.decode(e.tokens[e.target_start :]) == ANSWER for e in found.examples)

@@ -1,0 +1,174 @@
+"""Layers that are in memory one at a time are pruned as in a model that is there as a whole, byte for byte."""
+
+import warnings
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run
+from families import FAMILIES
+from reference import calibration
+from test_streaming import effects_of, same, saved, tensors
+from tinydata import tiny_decoder, write_data
+
+from causalprune.checkpoints import saving as checkpoint
+from causalprune.checkpoints.verification import verify
+from causalprune.interventions.ablation import LayerInputs
+from causalprune.models.loading import load, skeleton
+from causalprune.pruning.layers import prune
+from causalprune.pruning.methods import Method
+from causalprune.pruning.pruned import manifest
+from causalprune.streaming.files import Seen, prune_stream
+from causalprune.streaming.residence import HiddenStates, Residence
+
+ROOM = 28
+SEEN = Seen(calibration(), max_batch_tokens=ROOM)
+METHODS = {
+    "wanda": Method("wanda", 0.5),
+    "sparsegpt": Method("sparsegpt", 0.5),
+    "wanda:2:4+refit": Method("wanda", 0.5, "2:4", update="refit"),
+    "magnitude+obs": Method("magnitude", 0.4, "row", update="obs"),
+}
+
+
+def check_same(source: Path, method: Method, where: Path, seen: Seen = SEEN, **options: Any) -> None:
+    decoder = load(str(source))
+    pruned = prune(
+        decoder, method, calibration=seen.calibration, max_batch_tokens=seen.max_batch_tokens, **options
+    )
+    record = manifest(pruned, seen.calibration, options.get("effects"))
+    checkpoint.save(decoder, where / "memory", manifest=record, keep=pruned.keep)
+    done = prune_stream(source, where / "stream", method, seen=seen, **options)
+    own, other = tensors(where / "stream"), tensors(where / "memory")
+    assert own.keys() == other.keys() == tensors(source).keys()
+    assert [name for name in own if not same(own[name], other[name])] == []
+    keeps = [checkpoint.load_keep(where / name) for name in ("stream", "memory")]
+    assert keeps[0].keys() == keeps[1].keys()
+    assert all(torch.equal(keeps[0][name], keeps[1][name]) for name in keeps[0])
+    manifests = [checkpoint.read_manifest(where / name) for name in ("stream", "memory")]
+    assert manifests[0]["sparsity"] == manifests[1]["sparsity"]
+    assert manifests[0]["base"]["fingerprint"] == manifests[1]["base"]["fingerprint"]
+    assert manifests[0]["run"] == {**manifests[1]["run"], "streamed": True}
+    assert done.unrouted == pruned.unrouted
+    assert verify(where / "stream").ok
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_pruned_as_in_memory(family: str, method: str, tmp_path: Path) -> None:
+    check_same(saved(family, tmp_path / "source"), METHODS[method], tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama3", "gemma3", "olmoe"])
+def test_in_half_precision(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    check_same(saved(family, tmp_path / "source", dtype), METHODS["wanda"], tmp_path)
+
+
+@pytest.mark.parametrize("method", ["wanda:2:4+refit", "magnitude+obs"])
+def test_patterns_and_updates(method: str, tmp_path: Path) -> None:
+    check_same(saved("llama3", tmp_path / "source"), METHODS[method], tmp_path)
+
+
+def test_effects_and_an_update(tmp_path: Path) -> None:
+    source = saved("llama3", tmp_path / "source")
+    check_same(source, Method("cap", 0.5, "row", update="obs"), tmp_path, effects=effects_of(source))
+
+
+@pytest.mark.parametrize("limit_gib", [0.0, 2e-6])
+def test_hidden_states_that_do_not_fit_are_on_disk_and_it_is_said(limit_gib: float, tmp_path: Path) -> None:
+    source = saved("qwen2", tmp_path / "source", torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"do not fit into .* GiB: the rest of them is kept on disk"):
+        check_same(source, METHODS["sparsegpt"], tmp_path, Seen(calibration(), ROOM, limit_gib))
+    assert not [path for path in tmp_path.rglob("*") if "hidden" in path.name or "tmp" in path.name]
+
+
+def test_what_fits_is_in_memory_and_nothing_is_said(tmp_path: Path) -> None:
+    source = saved("llama2", tmp_path / "source")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_same(source, METHODS["wanda"], tmp_path)
+
+
+def test_one_layer_is_there_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, seen, fill = saved("mistral", tmp_path / "source"), set[int](), Residence._fill
+
+    def watched(self: Residence, name: str, parameter: Any) -> Any:
+        found = fill(self, name, parameter)
+        there = [
+            layer.index
+            for layer in self.decoder.layers
+            if any(not p.is_meta for p in layer.module.parameters())
+        ]
+        assert len(there) <= 1
+        seen.update(there)
+        return found
+
+    monkeypatch.setattr(Residence, "_fill", watched)
+    prune_stream(source, tmp_path / "out", METHODS["wanda"], seen=SEEN)
+    assert seen == {0, 1, 2}
+
+
+def test_a_skeleton_that_is_to_run_has_buffers_and_no_weights(tmp_path: Path) -> None:
+    model = skeleton(saved("gemma3", tmp_path / "source"), dtype=torch.float32).model
+    assert all(p.is_meta for p in model.parameters())
+    assert not any(b.is_meta for b in model.buffers())
+    assert not model.training
+
+
+def test_hidden_states_come_back_bit_for_bit(tmp_path: Path) -> None:
+    states = HiddenStates(0.0, tmp_path)
+    some = [torch.randn(2, 3, 4).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    with pytest.warns(UserWarning, match="kept on disk"):
+        kept = [states.keep(LayerInputs({0: one}, as_tuple=False)) for one in some]
+    for one, found in zip(some, kept, strict=True):
+        assert same(found.hidden[0], one)
+        assert list(found.hidden) == [0]
+    states.keep(LayerInputs({2: some[0]}, as_tuple=False))
+    with pytest.raises(ValueError, match="closed"):
+        kept[0].hidden[0]
+    states.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_room_for_one_layer_is_room_for_all(tmp_path: Path) -> None:
+    one = torch.randn(2, 3, 4)
+    size = one.numel() * 4
+
+    def spilled(limit: int) -> int:
+        with closing(HiddenStates(float(limit), tmp_path)) as states:
+            for layer in range(4):
+                for _ in range(3):
+                    states.keep(LayerInputs({layer: one}, as_tuple=False))
+            return states.spilled_bytes
+
+    assert spilled(3 * size) == 0
+    with pytest.warns(UserWarning, match="kept on disk"):
+        assert spilled(3 * size - 1) == 4 * size
+
+
+def test_wanda_is_streamed_on_the_command_line(run: Run, tmp_path: Path) -> None:
+    decoder = tiny_decoder()
+    decoder.model.save_pretrained(tmp_path / "model")
+    decoder.tokenizer.save_pretrained(tmp_path / "model")
+    options = ("--method", "wanda", "--sparsity", "0.5", "-n", 6, "--data-dir", write_data(tmp_path / "data"))
+    for name, way in (("memory", ()), ("stream", ("--stream",))):
+        code, out, err = run("prune", tmp_path / "model", "-o", tmp_path / name, *options, *way)
+        assert code == 0, err
+        assert "(50.0000%)" in out
+    own, other = tensors(tmp_path / "stream"), tensors(tmp_path / "memory")
+    assert all(same(own[name], other[name]) for name in own)
+    code, _, err = run(
+        "prune",
+        tmp_path / "model",
+        "-o",
+        tmp_path / "two",
+        *options,
+        "--method",
+        "sparsegpt+distill",
+        "--stream",
+    )
+    assert code == 2
+    assert "leave out --stream" in err
