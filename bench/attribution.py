@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RUNS, data_folder, write_figures
+from common import RUNS, data_folder, record, write_figures
+from packed import write_dense
 from torch import Tensor
 
 from causalprune.attribution.estimators import ESTIMATORS, attribute, exact
@@ -30,7 +31,7 @@ from causalprune.checkpoints.saving import load_effects, save_effects
 from causalprune.core.progress import shown
 from causalprune.core.types import Calibration, Decoder, Effects, Example, Progress, Unit, silent
 from causalprune.evaluation.measures import Settings, evaluate, evaluation_contents
-from causalprune.evaluation.results import headline, paired_difference, read_json, write_json
+from causalprune.evaluation.results import headline, paired_difference, read_json
 from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
 
@@ -144,7 +145,7 @@ def reference() -> dict[str, Any]:
             with shown(f"gradients {number + 1}/{len(chunks)}") as progress:
                 parts = Workbench(decoder, chunk, estimator=Estimator("gradient")).expanded(progress)
             first, second = (part.tolist() for part in parts)
-            write_json(
+            write_dense(
                 predicted,
                 {"first": first, "second": second, "lengths": [len(e.tokens) for e in chunk.examples]},
             )
@@ -356,13 +357,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("steps", nargs="*", metavar="STEP", help=", ".join(STEPS))
-    done_file = FOLDER / "steps.json"
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    done: dict[str, Any] = read_json(done_file) if done_file.exists() else {}
+    done: dict[str, Any] = record("attribution")["raw"]
     for name in parser.parse_args().steps or [name for name in STEPS if name not in done]:
         print(f"== {name}", flush=True)
         done[name] = STEPS[name]()
-        write_json(done_file, done)
         print(write_figures("attribution", figures(done), done, seeds=[0]))
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packed import light, packed, unpacked, write_dense
 
 from causalprune.core.provenance import git_commit, versions
-from causalprune.evaluation.results import write_json
+from causalprune.evaluation.results import read_json
 
 BENCH = Path(__file__).parent
 ROOT = BENCH.parent
@@ -27,10 +28,19 @@ def data_folder() -> Path:
     return folder
 
 
-def write_figures(name: str, figures: dict[str, float | None], raw: dict[str, Any], seeds: list[int]) -> Path:
-    """Write `results/<name>.json` with everything needed to judge and repeat the numbers."""
+def record(name: str) -> dict[str, Any]:
+    """Return a result file with the examples of every row in their place, empty where there is none yet."""
     path = RESULTS / f"{name}.json"
-    record = {
+    if not path.exists():
+        return {"raw": {}, "figures": {}}
+    found = read_json(path)
+    return found | {"raw": unpacked(found["raw"])}
+
+
+def write_figures(name: str, figures: dict[str, float | None], raw: dict[str, Any], seeds: list[int]) -> Path:
+    """Write `results/<name>.json` with everything needed to judge and repeat the numbers, as bench/packed.py says."""
+    path = RESULTS / f"{name}.json"
+    found = {
         "figures": figures,
         "machine": machine(),
         "system": platform.platform(),
@@ -39,10 +49,10 @@ def write_figures(name: str, figures: dict[str, float | None], raw: dict[str, An
         "changed_files": _git("status", "--porcelain", "--untracked-files=no").splitlines(),
         "seeds": seeds,
         "data_sha256": _data_hashes(),
-        "raw": _elsewhere(raw),
+        "raw": packed(light(_elsewhere(raw))),
     }
     path.parent.mkdir(exist_ok=True)
-    write_json(path, record)
+    write_dense(path, found)
     return path
 
 

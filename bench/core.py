@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import BENCH, RESULTS, ROOT, RUNS, data_folder, write_figures
+from common import BENCH, ROOT, RUNS, data_folder, record, write_figures
 from safetensors.torch import load_file
 from tables import reported
 
@@ -45,9 +45,9 @@ def table(full: bool) -> dict[str, float]:
     """Dense and every method × sparsity × task of bench/core.yaml."""
     recipe = read_recipe(BENCH / "core.yaml")
     recipe = without_limits(recipe) if full else recipe
-    record = run(recipe, RUNS / ("core_full" if full else "core"), data_dir=data_folder(), stage=shown)
+    found = run(recipe, RUNS / ("core_full" if full else "core"), data_dir=data_folder(), stage=shown)
     figures = {}
-    for label, results in rows_of(record):
+    for label, results in rows_of(found):
         name, _, sparsity = label.rpartition("-")
         suffix = f"{NAMES[name]}_{float(sparsity) * 100:.0f}" if name else NAMES[label]
         for result in reported(results):
@@ -58,7 +58,7 @@ def table(full: bool) -> dict[str, float]:
 def speed(full: bool) -> dict[str, float]:
     """Exact attribution against hook and full forward pass."""
     subprocess.run([sys.executable, BENCH / "attribution.py", "speed"], check=True)  # keeps its raw values
-    found = read_json(RESULTS / "attribution.json")
+    found = record("attribution")
     per_sequence = found["raw"]["speed"]["agreement"]["max_abs_diff_nats_per_sequence"]
     return {
         "exact_vs_naive_speedup": found["figures"]["exact_speedup_vs_naive"],
@@ -174,10 +174,8 @@ def main() -> None:
 
 def _raw() -> dict[str, Any]:
     """Return the rows of the table: as its step wrote them here, or as the result file has them from elsewhere."""
-    path, known = RUNS / "core" / "results.json", RESULTS / "core.json"
-    if path.exists():
-        return {"table": read_json(path)}
-    return dict(read_json(known)["raw"]) if known.exists() else {}
+    path = RUNS / "core" / "results.json"
+    return {"table": read_json(path)} if path.exists() else dict(record("core")["raw"])
 
 
 if __name__ == "__main__":

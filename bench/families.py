@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import RUNS, data_folder, write_figures
+from common import RUNS, data_folder, record, write_figures
 from models import fetched
 
 from causalprune.attribution.estimators import attribute
@@ -129,11 +129,9 @@ def main() -> None:
     )
     parser.add_argument("steps", nargs="*", metavar="PART", help=", ".join(STEPS))
     FOLDER.mkdir(parents=True, exist_ok=True)
-    kept = FOLDER / "parts.json"
-    done = read_json(kept) if kept.exists() else {}
+    done: dict[str, Any] = record("families")["raw"]
     for name in parser.parse_args().steps or [name for name in STEPS if name not in done]:
         done[name] = STEPS[name]()
-        write_json(kept, done)
         print(write_figures("families", figures(done), done, seeds=[0]))
 
 

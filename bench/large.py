@@ -32,7 +32,7 @@ import consumers
 import faults
 import torch
 import tuning
-from common import RUNS, data_folder, write_figures
+from common import data_folder, record, write_figures
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -42,7 +42,6 @@ from causalprune.checkpoints.saving import load_effects, load_keep, read_manifes
 from causalprune.core.progress import shown
 from causalprune.core.provenance import git_commit
 from causalprune.core.types import Effects
-from causalprune.evaluation.results import read_json, write_json
 from causalprune.interventions.units import list_units
 from causalprune.models.anatomy import outline
 from causalprune.models.loading import load
@@ -291,22 +290,17 @@ STEPS |= {
 }
 
 
-def _done(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)["steps"]) if path.exists() else {}
-
-
 def main() -> None:
     """Carry out the steps asked for, or those not done yet, and write `results/large.json`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("steps", nargs="*", metavar="STEP", help=", ".join(STEPS))
-    done_file = RUNS / "large_steps.json"
-    for name in parser.parse_args().steps or [name for name in STEPS if name not in _done(done_file)]:
+    known = record("large")["raw"]
+    for name in parser.parse_args().steps or [name for name in STEPS if name not in known]:
         print(f"== {name}", flush=True)
         found = {**STEPS[name](), "commit": git_commit(), "threads": torch.get_num_threads()}
-        done = {**_done(done_file), name: found}  # read anew: another step may have ended meanwhile
-        write_json(done_file, {"steps": done})
+        done = {**record("large")["raw"], name: found}  # read anew: another step may have ended meanwhile
         print(write_figures("large", figures(done), done, seeds=[0]))
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, RUNS, write_figures
+from common import RUNS, record, write_figures
+from packed import light
 from tables import ours
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -27,7 +28,7 @@ from causalprune.calibration.examples import calibrate
 from causalprune.core.progress import shown
 from causalprune.core.types import Calibration, Decoder, EvalResult, quiet
 from causalprune.evaluation.measures import evaluate
-from causalprune.evaluation.results import headline, paired_difference, read_json
+from causalprune.evaluation.results import headline, paired_difference, results_in
 from causalprune.models.loading import load
 from causalprune.pruning.layers import prune
 from causalprune.runs.recipe import parse_method
@@ -176,9 +177,8 @@ def main() -> None:
     model, task = Path("model"), f"{test}_nll"
     if not (model / "config.json").exists():
         train(model, test)
-    path = RESULTS / "moe.json"
-    known = read_json(path)["raw"]["rows"] if path.exists() else {}
-    rows = {label: _tuples(row) for label, row in known.items()}
+    known = record("moe")["raw"].get("rows", {})
+    rows = dict(zip(known, results_in(list(known.values())), strict=True))
     calibration = calibrate(load(str(model)).tokenizer, [f"{source}"], n=EXAMPLES)
     cells: dict[str, Callable[[], Decoder]] = {"dense": lambda: load(str(model))}
     steps = (("prune", pruned, SPARSITIES, METHODS), ("shrink", shrunk, SHARES, CHOICES))
@@ -194,16 +194,11 @@ def main() -> None:
         start = time.perf_counter()
         decoder = make()
         seconds = time.perf_counter() - start
-        rows[label] = evaluate(decoder, [task])[0]
+        rows[label] = results_in([light(vars(evaluate(decoder, [task])[0]))])[0]
         print(f"{label}: {headline(rows[label]):.4f} nats per token, {seconds:.0f} s", flush=True)
         rows = {label: rows[label] for label in cells if label in rows}
         raw = {"rows": {k: vars(v) for k, v in rows.items()}}
         write_figures("moe", figures(rows), raw, seeds=[0, 1])
-
-
-def _tuples(row: dict[str, Any]) -> EvalResult:
-    columns = {name: tuple(row[name]) for name in ("values", "weights", "examples", "texts")}
-    return EvalResult(**{**row, **columns})
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from common import RESULTS, ROOT
-
-from causalprune.evaluation.results import read_json
+from common import ROOT, record
 
 STYLES = {"exact": ("#0072b2", "o-"), "gradient": ("#d55e00", "s"), "adaptive": ("#009e73", ".")}
 TITLES = {"ce": "effect ce: rise of the cross-entropy", "kl": "effect kl: divergence from the intact model"}
@@ -27,8 +25,8 @@ def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def reliability() -> Path:
     """Draw reliability against cost; for `adaptive`, a line through the best choices of problems and budget."""
-    record = read_json(RESULTS / "attribution.json")["raw"]
-    drawn = record["curves"]
+    raw = record("attribution")["raw"]
+    drawn = raw["curves"]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     for axis, effect in zip(axes, ("ce", "kl"), strict=True):
         for name, (colour, style) in STYLES.items():
@@ -45,11 +43,10 @@ def reliability() -> Path:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("Spearman with the reference")
     axes[1].legend(frameon=False, loc="lower right")
-    figure.suptitle(HEADING.format(record["speed"]["heads"], drawn["sequences"]), fontsize=11)
+    figure.suptitle(HEADING.format(raw["speed"]["heads"], drawn["sequences"]), fontsize=11)
     figure.tight_layout()
     path = ROOT / "docs" / "reliability.svg"
-    for file in (path, RESULTS / "reliability.png"):
-        figure.savefig(file, dpi=110, metadata={"Date": None} if file.suffix == ".svg" else None)
+    figure.savefig(path, metadata={"Date": None})
     return path
 
 

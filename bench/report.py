@@ -1,12 +1,13 @@
 """The report in a real browser: time, size, silence, accessibility, and runs that try to make it execute something.
 
-    python bench/report.py                            # needs Chromium and the extra `browser`
-    python bench/report.py --picture bench/runs/core  # the picture in the README (`bench/core.py table` comes first)
+    python bench/report.py             # needs Chromium and the extra `browser`
+    python bench/report.py --picture   # the picture in the README, of the run that `bench/core.py table` made
 
 The run is made up: 1,024 heads, three methods at three sparsities on four tasks, 500 examples each.
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,12 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, write_figures
+from common import ROOT, RUNS, record, write_figures
 
 sys.path.insert(0, str(ROOT / "tests"))
 from browsing import browser, opened
 from reporting import HOSTILE, write_run
 
+from causalprune.evaluation.results import write_json
 from causalprune.reports.writing import report
 
 TASKS = {"gsm8k_cot": "accuracy", "strategyqa_cot": "accuracy", "own_nll": "nats_per_token"}
@@ -68,9 +70,12 @@ def hostile(own: Any, folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def picture(run: Path) -> None:
-    """Write the first screen of a run's report to `docs/report.png`."""
+def picture() -> None:
+    """Write the first screen of a report on the table of the README to `docs/report.png`."""
     with tempfile.TemporaryDirectory() as scratch, browser() as own:
+        run = Path(scratch) / "core"
+        write_json(run / "results.json", record("core")["raw"]["table"])
+        shutil.copy(RUNS / "core" / "effects.json", run)
         report([run], Path(scratch) / "report.html")
         with opened(own, Path(scratch) / "report.html", width=1280) as seen:
             seen.page.screenshot(path=ROOT / "docs" / "report.png")
@@ -81,9 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--picture", type=Path, metavar="RUN")
-    if (run := parser.parse_args().picture) is not None:
-        picture(run)
+    parser.add_argument("--picture", action="store_true")
+    if parser.parse_args().picture:
+        picture()
         return
     with tempfile.TemporaryDirectory() as scratch, browser() as own:
         big, attacked = large(own, Path(scratch)), hostile(own, Path(scratch))

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RUNS, data_folder, made, write_figures
+from common import data_folder, made, record, write_figures
 from models import fetched
+from packed import light
 
 from causalprune.calibration.examples import calibrate
 from causalprune.checkpoints.embedded import load
@@ -31,7 +32,7 @@ from causalprune.checkpoints.saving import save
 from causalprune.core.progress import shown
 from causalprune.core.types import Decoder, EvalResult
 from causalprune.evaluation.measures import Settings, evaluate, evaluation_contents
-from causalprune.evaluation.results import headline, paired_difference, read_json, write_json
+from causalprune.evaluation.results import headline, paired_difference, results_in
 from causalprune.shrinking.removal import shares_for, shrink
 
 MODELS = {"smollm2": lambda: "embedded", "qwen": lambda: str(fetched("qwen"))}
@@ -142,7 +143,7 @@ def measured(model: str, rows: dict[str, Any], keep: Callable[[], None]) -> None
         rows[f"{model} whole"] = {
             **_bytes(whole),
             "nll": headline(result),
-            "result": vars(result),
+            "result": light(vars(result)),
             "made": made(),
         }
         keep()
@@ -152,7 +153,8 @@ def measured(model: str, rows: dict[str, Any], keep: Callable[[], None]) -> None
             if label in rows:
                 continue
             decoder, result = shrunk(name, share, by)
-            row = {**_bytes(decoder), "nll": headline(result), "result": vars(result), "made": made()}
+            own = {"nll": headline(result), "result": light(vars(result)), "made": made()}
+            row = {**_bytes(decoder), **own}
             if by == CHOICES[0]:  # all have the same shapes
                 whole = whole or load(name)
                 row |= compared(whole, decoder)
@@ -201,14 +203,9 @@ def figures(rows: dict[str, Any]) -> dict[str, float]:
             worse = min(found[f"{phase}_speedup_{suffix}"] for phase in ("prefill", "decode"))
             found[f"shrink_speedup_over_share_{suffix}"] = (worse - 1) / removed
         if by != CHOICES[0] and (best := rows.get(f"{model} {CHOICES[0]} {share[0]}")):
-            a, b = (EvalResult(**r["result"]) for r in (best, row))
-            found[f"effect_minus_{by}_high_{suffix}"] = paired_difference(_tuples(a), _tuples(b)).high
+            pair = results_in([best["result"], row["result"]])
+            found[f"effect_minus_{by}_high_{suffix}"] = paired_difference(*pair).high
     return found
-
-
-def _tuples(result: EvalResult) -> EvalResult:
-    columns = {name: tuple(getattr(result, name)) for name in ("values", "weights", "examples", "texts")}
-    return EvalResult(**{**vars(result), **columns})
 
 
 def main() -> None:
@@ -222,11 +219,9 @@ def main() -> None:
         "--speeds", action="store_true", help="Only speeds and memory of rows that are there."
     )
     arguments = parser.parse_args()
-    path = RUNS / "speed.json"
-    rows: dict[str, Any] = read_json(path)["rows"] if path.exists() else {}
+    rows: dict[str, Any] = record("speed")["raw"].get("rows", {})
 
     def keep() -> None:
-        write_json(path, {"rows": rows})
         print(write_figures("speed", figures(rows), {"rows": rows}, seeds=[0]), flush=True)
 
     for model in arguments.models or MODELS:

@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT
+from common import ROOT, record
 
 from causalprune.cli.tables import comparison, to_markdown
 from causalprune.cli.tables import stability as stability_tables
 from causalprune.core.types import EvalResult
-from causalprune.evaluation.results import headline, paired_difference, read_json, rows_of
+from causalprune.evaluation.results import headline, paired_difference, results_in, rows_of
 
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HALF = (
@@ -38,12 +38,6 @@ SHOWN, BUDGETS = (4, 8, 16, 32, 64), (None, 10.0, 20.0, 50.0)
 PAGES = ("README.md", "docs/*.md")
 
 
-def _record(name: str) -> Any:
-    """Return a result file, empty where there is none yet."""
-    path = RESULTS / f"{name}.json"
-    return read_json(path) if path.exists() else {"raw": {}, "figures": {}}
-
-
 def reported(results: list[EvalResult]) -> list[EvalResult]:
     """Return the results that tables and figures go by: one a task."""
     return [r for r in results if (r.task, r.metric) != LEFT_OUT]
@@ -51,7 +45,7 @@ def reported(results: list[EvalResult]) -> list[EvalResult]:
 
 def _rows(name: str, step: str, only: tuple[str, ...] = ()) -> str:
     """Return dense and every row of a step, or some of them, with paired intervals."""
-    raw = _record(name)["raw"]
+    raw = record(name)["raw"]
     rows = rows_of(raw[step]) if step in raw else []
     rows = [row for row in rows if not only or row[0] in only]
     if not rows:
@@ -61,7 +55,7 @@ def _rows(name: str, step: str, only: tuple[str, ...] = ()) -> str:
 
 def calibrations() -> str:
     """What `causal` makes of other calibration data, on the same measures."""
-    raw, rows = _record("quality")["raw"], dict[str, list[EvalResult]]()
+    raw, rows = record("quality")["raw"], dict[str, list[EvalResult]]()
     for step, name in CALIBRATIONS.items():
         found = dict(rows_of(raw[step])) if step in raw else {}
         if "causal-matrix-0.5" in found:
@@ -73,7 +67,7 @@ def calibrations() -> str:
 
 def draws() -> str:
     """Rise of the loss over dense at 50 % on every calibration draw."""
-    raw = _record("quality")["raw"]
+    raw = record("quality")["raw"]
     names = [name for name in ("gsm8k", *(f"draw_{number}" for number in range(1, 5))) if name in raw]
     labels = ("wanda-row-0.5", "sparsegpt-matrix-0.5", "causal-matrix-0.5")
     if len(names) < 2:
@@ -91,7 +85,7 @@ def draws() -> str:
 
 def oracle() -> str:
     """SparseGPT here against llm-compressor's."""
-    found = _record("quality")["figures"]
+    found = record("quality")["figures"]
     names = {
         "keep decisions that are equal, every matrix with the intact model's inputs": "oracle_sparsegpt_agreement",
         "the same from end to end": "oracle_sparsegpt_agreement_end_to_end",
@@ -109,7 +103,7 @@ def oracle() -> str:
 
 def predicted() -> str:
     """How the rise that gradients predict for a pruned group agrees with the measured one."""
-    own = _record("quality")["figures"]
+    own = record("quality")["figures"]
     if "predicted_rank_correlation" not in own:
         return "Not measured yet.\n"
     lines = ["| rank correlation with the measured divergence | all trials | at 50 % |", "|---|---:|---:|"]
@@ -136,7 +130,7 @@ def _held(rows: dict[str, Any], label: str) -> str:
 
 def speed() -> str:
     """Size, speed and loss of smaller models, by what their units were chosen."""
-    rows = _record("speed")["raw"].get("rows", {})
+    rows = record("speed")["raw"].get("rows", {})
     if not rows:
         return "Not measured yet.\n"
     lines = [
@@ -176,13 +170,10 @@ def ours(label: str) -> str:
 
 def moe() -> str:
     """Loss of a small mixture of experts, pruned by every method and shrunk by every choice of experts."""
-    rows = _record("moe")["raw"].get("rows", {})
+    rows = record("moe")["raw"].get("rows", {})
     if not rows:
         return "Not measured yet.\n"
-    results = {
-        label: EvalResult(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
-        for label, row in rows.items()
-    }
+    results = dict(zip(rows, results_in(list(rows.values())), strict=True))
     dense = results["dense"]
     lines = ["| | nats/token | over dense | over `causal` or `effect` |", "|---|---:|---:|---:|"]
     for label, result in results.items():
@@ -228,7 +219,7 @@ def reliability() -> str:
 
 def families() -> str:
     """What a ranking costs on other families, and how it agrees with another draw or with exact effects."""
-    raw = _record("families")["raw"]
+    raw = record("families")["raw"]
     lines = ["| model | effect, estimator | seconds | share of naive tokens | Spearman | top fifth shared |"]
     lines.append("|---|---|---:|---:|---:|---:|")
     for effect, own in raw.get("qwen", {}).items():
@@ -246,10 +237,9 @@ def families() -> str:
 
 def stability() -> str:
     """What `causalprune stability` shows, for both effects."""
-    path = RESULTS / "stability.json"
-    if not path.exists():
+    raw, parts = record("stability")["raw"], list[str]()
+    if not raw:
         return "Not measured yet.\n"
-    raw, parts = read_json(path)["raw"], []
     for effect in ("ce", "kl"):
         parts.append(f"### Effect `{effect}`\n")
         parts += [f"*{table.title}*\n\n{to_markdown(table)}" for table in stability_tables(raw[effect])]
@@ -258,10 +248,10 @@ def stability() -> str:
 
 def large() -> str:
     """What streaming an 8-billion-parameter checkpoint costs."""
-    record = _record("large")
-    if "eight" not in record["raw"]:
+    found = record("large")
+    if "eight" not in found["raw"]:
         return "Not measured yet.\n"
-    own, machine = record["raw"]["eight"], record["machine"]
+    own, machine = found["raw"]["eight"], found["machine"]
     rows = [
         ("checkpoint", f"{own['bytes'] / 1e9:.1f} GB in bfloat16, the shape of Llama 3 8B"),
         ("copying its files", f"{own['copy_seconds']:.0f} s"),
@@ -275,7 +265,7 @@ def large() -> str:
 
 def layers() -> str:
     """What pruning layer by layer from disk costs, and in memory."""
-    own = _record("large")["raw"].get("layers")
+    own = record("large")["raw"].get("layers")
     if own is None:
         return "Not measured yet.\n"
     lines = [
@@ -291,7 +281,7 @@ def layers() -> str:
 
 def cluster() -> str:
     """How evenly 64 simulated workers are busy, and what two workers of Ray are worth here."""
-    raw = _record("large")["raw"]
+    raw = record("large")["raw"]
     lines = [
         "| 64 simulated workers | jobs | all done after | lower bound | over it |",
         "|---|---:|---:|---:|---:|",
@@ -312,7 +302,7 @@ def cluster() -> str:
 
 def interop() -> str:
     """What other runtimes make of a pruned SmolLM2."""
-    own = _record("large")["raw"].get("interop")
+    own = record("large")["raw"].get("interop")
     if own is None:
         return "Not measured yet.\n"
     plain, llama, onnx = own["transformers"], own["llama.cpp"], own["onnxruntime"]
@@ -335,7 +325,7 @@ def interop() -> str:
 
 def finetune() -> str:
     """What training and merging leave of the zeros of SmolLM2."""
-    own = _record("large")["raw"].get("finetune")
+    own = record("large")["raw"].get("finetune")
     if own is None:
         return "Not measured yet.\n"
     lines = ["| SmolLM2 at 50 % | zeros | matrices that lost zeros |", "|---|---:|---:|"]
@@ -347,7 +337,7 @@ def finetune() -> str:
 
 def kills() -> str:
     """What came of runs that were killed."""
-    own = _record("large")["raw"].get("kills")
+    own = record("large")["raw"].get("kills")
     if own is None:
         return "Not measured yet.\n"
     lines = [
@@ -362,7 +352,7 @@ def kills() -> str:
 
 
 def _attribution(step: str) -> Any:
-    return _record("attribution")["raw"].get(step)
+    return record("attribution")["raw"].get(step)
 
 
 TABLES: dict[str, Callable[[], str]] = {
