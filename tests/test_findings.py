@@ -13,7 +13,9 @@ FINDINGS = sorted((REPOSITORY / "findings").iterdir())
 PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CHANGELOG.md")),
     *(REPOSITORY / "docs").glob("*.md"),
-    *(path for folder in ("src", "tests", "bench") for path in (REPOSITORY / folder).rglob("*.py")),
+    *(REPOSITORY / "src").rglob("*.py"),
+    *(REPOSITORY / "tests").rglob("*.py"),
+    *(REPOSITORY / "bench").glob("*.py"),
 ]
 HEADER = ("# Surprise: ", "# Versions: ", "# Seen", "# To users: ")
 PINNED = re.compile(r"([\w.\[\]-]+)==(\d[\w.+]*)")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from causalprune.evaluation.results import read_json, results_in
 from causalprune.core.types import EvalResult
+from causalprune.evaluation.results import read_json, results_in
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
