@@ -21,17 +21,20 @@ from common import RUNS, data_folder, record, write_figures
 from packed import write_dense
 from torch import Tensor
 
-from causalprune.attribution.estimators import ESTIMATORS, attribute, exact
-from causalprune.attribution.measuring import Workbench
+from causalprune.attribution.estimators import ESTIMATORS, attribute, exact, expanded
+from causalprune.attribution.measured import Measured
+from causalprune.attribution.measuring import Passes
+from causalprune.attribution.plan import Plan, planned
 from causalprune.attribution.questions import Estimator, Question
 from causalprune.attribution.uncertainty import estimate, reliability, spearman
 from causalprune.calibration.examples import calibrate
 from causalprune.checkpoints.embedded import load
 from causalprune.checkpoints.saving import load_effects, save_effects
 from causalprune.core.progress import shown
-from causalprune.core.types import Calibration, Decoder, Effects, Example, Progress, Unit, silent
+from causalprune.core.types import Batch, Calibration, Decoder, Effects, Example, Unit, silent
 from causalprune.evaluation.measures import Settings, evaluate, evaluation_contents
 from causalprune.evaluation.results import headline, paired_difference, read_json
+from causalprune.interventions.units import Parts
 from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
 
@@ -91,19 +94,19 @@ def speed() -> dict[str, Any]:
     found: dict[str, Any] = {"agreement": _agreement(decoder)}
     calibration = calibrate(decoder.tokenizer, ["gsm8k"], n=SPEED_EXAMPLES, data_dir=data_folder())
     lengths = [len(e.tokens) for e in calibration.examples]
-    work = Workbench(decoder, calibration)
+    plan = planned(decoder, calibration)
     n_heads = decoder.layers[0].attention.n_heads
-    timed = {u for u in work.units if (u.index - u.layer) % n_heads < TIMED_HEADS}
-    found["heads_timed"], found["heads"] = len(timed), len(work.units)
+    timed = {u for u in plan.units if (u.index - u.layer) % n_heads < TIMED_HEADS}
+    found["heads_timed"], found["heads"] = len(timed), len(plan.units)
     start = time.perf_counter()
     naive(decoder, calibration, sorted(timed, key=lambda u: (u.layer, u.index)))
     one = (time.perf_counter() - start) / len(timed)
     padded = max(lengths) * len(lengths)
-    found["naive"] = {"seconds": one * len(work.units), "tokens_forwarded": padded * len(work.units)}
-    work.units = {unit: parts for unit, parts in work.units.items() if unit in timed}
+    found["naive"] = {"seconds": one * len(plan.units), "tokens_forwarded": padded * len(plan.units)}
+    few = replace(plan, units={unit: parts for unit, parts in plan.units.items() if unit in timed})
     start = time.perf_counter()
     with shown("exact") as progress:
-        tokens = float(exact(work, progress).description["tokens_forwarded"])
+        tokens = float(exact(Measured(Passes(few)), progress).description["tokens_forwarded"])
     seconds = time.perf_counter() - start
     scale = (
         found["heads"] / found["heads_timed"]
@@ -143,7 +146,8 @@ def reference() -> dict[str, Any]:
         predicted, measured = (FOLDER / f"{name}-{number}.json" for name in ("gradient", "exact"))
         if not predicted.exists():
             with shown(f"gradients {number + 1}/{len(chunks)}") as progress:
-                parts = Workbench(decoder, chunk, estimator=Estimator("gradient")).expanded(progress)
+                plan = planned(decoder, chunk, estimator=Estimator("gradient"))
+                parts = expanded(Measured(Passes(plan)), progress)
             first, second = (part.tolist() for part in parts)
             write_dense(
                 predicted,
@@ -204,32 +208,30 @@ def chosen(effects: Effects, at: Sequence[int]) -> Effects:
     return replace(effects, **cut)
 
 
-class Replay(Workbench):
-    """A workbench that looks up cells and predictions in the reference; all else is the product's own."""
+class Replay(Passes):
+    """Passes that look up cells and predictions in the reference; all else is the product's own."""
 
-    def know(self, truth: Effects, first: Tensor, second: Tensor) -> None:
-        """Take cells and predictions from here, instead of computing them again."""
-        self.truth, self.orders = truth, (first, second)
-        self.model_fingerprint = truth.model_fingerprint
+    def __init__(self, plan: Plan, truth: Effects, first: Tensor, second: Tensor) -> None:
+        super().__init__(plan)
+        self.truth, self.orders = truth, {"first": first, "second": second}
+        self.unit_of = {id(parts): i for i, parts in enumerate(plan.units.values())}
 
-    def expanded(self, on_progress: Progress) -> tuple[Tensor, Tensor]:
-        """Return the predictions of the reference."""
-        return self.orders
+    def intact_row(self, number: int) -> dict[str, Any]:
+        """Look up the losses of an intact batch."""
+        return {"ce": self.truth.intact_nats[list(self.plan.groups[number].indices)].tolist()}
 
-    def recalled(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Look up the losses of an intact batch, or of the cells that `measure` was asked for."""
-        if key.endswith("intact"):
-            own = self.groups[int(key.partition(":")[0])].indices
-            return {"ce": self.truth.intact_nats[list(own)].tolist()}
-        return self.answer
+    def predicted_row(self, batch: Batch) -> dict[str, Any]:
+        """Look up the losses of an intact batch and the predictions."""
+        own = list(batch.indices)
+        orders = {name: values[:, own].tolist() for name, values in self.orders.items()}
+        return {"ce": self.truth.intact_nats[own].tolist(), **orders}
 
-    def measure(self, key: str, number: int, layer: int, cells: Sequence[tuple[Unit, int]]) -> None:
+    def joint(self, number: int, layer: int, cells: Sequence[tuple[Parts, int]]) -> dict[str, list[float]]:
         """Look up cells."""
-        at = [self.number[unit] for unit, _ in cells], [self.groups[number].indices[row] for _, row in cells]
-        self.answer = {"ce": self.truth.masked_nats[at].tolist()}
-        if self.truth.kl_nats is not None:
-            self.answer["kl"] = self.truth.kl_nats[at].tolist()
-        super().measure(key, number, layer, cells)
+        own = self.plan.groups[number].indices
+        at = [self.unit_of[id(parts)] for parts, _ in cells], [own[row] for _, row in cells]
+        kl = {} if self.truth.kl_nats is None else {"kl": self.truth.kl_nats[at].tolist()}
+        return {"ce": self.truth.masked_nats[at].tolist(), **kl}
 
 
 def curves() -> dict[str, Any]:
@@ -262,9 +264,10 @@ def _row(whole: Reference, effect: str, name: str, n: int, budget: float | None)
         at = random.permutation(total)[:n].tolist()
         examples = Calibration(tuple(whole.examples[i] for i in at), tuple(i % 3 for i in range(n)))
         how = Estimator(name, budget=budget, seed=seed)  # type: ignore[arg-type]
-        work = Replay(whole.decoder, examples, Question(effect=effect), how)  # type: ignore[arg-type]
-        work.know(chosen(own, at), whole.first[:, at], whole.second[:, at])
-        effects = ESTIMATORS[name](work, silent)
+        plan = planned(whole.decoder, examples, Question(effect=effect), how)  # type: ignore[arg-type]
+        vars(plan)["model_fingerprint"] = own.model_fingerprint  # known: it takes longer than all the rest
+        replay = Replay(plan, chosen(own, at), whole.first[:, at], whole.second[:, at])
+        effects = ESTIMATORS[name](Measured(replay), silent)
         bounds = estimate(effects)
         tokens.append(float(effects.description["tokens_forwarded"]))
         ranks.append(spearman(bounds.value, truth))

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from causalprune.attribution.cluster import Cluster, fill, hand_out, in_order
 from causalprune.attribution.estimators import exact, exact_jobs
-from causalprune.attribution.measuring import Workbench
+from causalprune.attribution.measured import Measured
+from causalprune.attribution.measuring import Passes
+from causalprune.attribution.plan import Plan, planned
 from causalprune.attribution.questions import Estimator, Question
 from causalprune.calibration.examples import batches
 from causalprune.core.progress import shown
@@ -43,10 +45,10 @@ def examples() -> Calibration:
     return Calibration(rows, tuple(i % 3 for i in range(SEQUENCES)))
 
 
-def workbench(folder: Path) -> Workbench:
+def passes(folder: Path) -> Passes:
     """Build what a worker measures with."""
     how = Estimator(max_batch_tokens=BATCH_TOKENS)
-    return Workbench(load(str(folder)), examples(), Question(effect="kl"), how)
+    return Passes(planned(load(str(folder)), examples(), Question(effect="kl"), how))
 
 
 def ray() -> dict[str, Any]:
@@ -62,34 +64,35 @@ def ray() -> dict[str, Any]:
         model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**MIDDLE))
         model.save_pretrained(folder)
         with shown("serial") as progress:
-            serial = exact(workbench(folder), progress)
+            serial = exact(Measured(passes(folder)), progress)
         found = {str(workers): _on_ray(workers, folder, serial) for workers in (1, 2)}
     return {"workers": found, "cores": os.cpu_count()}
 
 
 def _on_ray(workers: int, folder: Path, serial: Effects) -> dict[str, Any]:
-    ledger, work, times = folder.with_name(f"{workers}.ledger"), workbench(folder), list[float]()
+    ledger, own, times = folder.with_name(f"{workers}.ledger"), passes(folder), list[float]()
     with shown(f"{workers} workers") as progress:
 
         def note(done: int, total: int) -> None:
             times.append(time.perf_counter())
             progress(done, total)
 
-        fill(work, ledger, partial(workbench, folder), Cluster(workers), note)
-    with work.ledger(ledger) as book:
-        keys, effects = list(book.rows), exact(work)
+        fill(own.plan, ledger, partial(passes, folder), Cluster(workers), note)
+    with own.plan.ledger(ledger) as book:
+        assert book is not None
+        keys, effects = list(book.rows), exact(Measured(own, book))
     names = ("masked_nats", "intact_nats", "kl_nats")
     return {
         "jobs": len(keys),
         "seconds": times[-1] - times[0],
-        "tokens_per_second": _tokens(work, keys[1:]) / (times[-1] - times[0]),
+        "tokens_per_second": _tokens(own.plan, keys[1:]) / (times[-1] - times[0]),
         "equal": all(torch.equal(getattr(effects, name), getattr(serial, name)) for name in names),
     }
 
 
-def _tokens(work: Workbench, keys: list[str]) -> float:
-    costs = {f"{number}:{layer}": cost for (number, layer), cost in exact_jobs(work).items()}
-    return sum(costs.get(key, work.groups[int(key.partition(":")[0])].tokens.numel()) for key in keys)
+def _tokens(plan: Plan, keys: list[str]) -> float:
+    costs = {f"{number}:{layer}": cost for (number, layer), cost in exact_jobs(plan).items()}
+    return sum(costs.get(key, plan.groups[int(key.partition(":")[0])].tokens.numel()) for key in keys)
 
 
 class Clock:

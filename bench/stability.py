@@ -14,7 +14,7 @@ from attribution import Reference, chosen
 from common import RUNS, data_folder, write_figures
 
 from causalprune.attribution.estimators import attribute
-from causalprune.attribution.measuring import Workbench
+from causalprune.attribution.plan import planned
 from causalprune.attribution.questions import Question
 from causalprune.attribution.repeatability import DRAWS, Pairs, compared, draws, interactions, swapped
 from causalprune.calibration.examples import calibrate
@@ -61,10 +61,10 @@ def main() -> None:
             "swaps": {name: swapped(one, by[name]) for name in EXAMPLES},
         }
     with shown("pairs of heads") as progress:
-        work = Workbench(whole.decoder, few, Question())
+        plan = planned(whole.decoder, few, Question())
         ledger = FOLDER / "pairs.ledger"
         one = replace(measured["gsm8k"], effect="ce", kl_nats=None)
-        found["ce"]["interactions"] = interactions(work, one, pairs.top, ledger=ledger, on_progress=progress)
+        found["ce"]["interactions"] = interactions(plan, one, pairs.top, ledger=ledger, on_progress=progress)
     flat = {
         f"{effect}_{key}_{name}": own[key]
         for effect in EFFECTS

@@ -24,8 +24,12 @@ def test_method_names_functions() -> None:
 @pytest.mark.parametrize(("module", "name"), NAMED)
 def test_functions_named_in_the_method_exist(module: str, name: str) -> None:
     files = [f"causalprune.{path.parent.name}.{module}" for path in PACKAGE.glob(f"*/{module}.py")]
-    homes = [file for file in map(importlib.import_module, files) if hasattr(file, name.split(".")[0])]
-    defined = [file for file in homes if getattr(file, name.split(".")[0]).__module__ == file.__name__]
+    homes = [
+        file for file in map(importlib.import_module, files) if hasattr(file, name.split(".", maxsplit=1)[0])
+    ]
+    defined = [
+        file for file in homes if getattr(file, name.split(".", maxsplit=1)[0]).__module__ == file.__name__
+    ]
     assert len(defined) == 1, files
     assert reduce(getattr, name.split("."), defined[0])
 

@@ -48,7 +48,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return run
 
     with monkeypatch.context() as patch:
-        patch.setattr(measuring.Workbench, "joint", counting("masked", measuring.Workbench.joint))
+        patch.setattr(measuring.Passes, "joint", counting("masked", measuring.Passes.joint))
         yield jobs
 
 
@@ -318,14 +318,14 @@ def test_a_head_that_does_nothing_has_no_paired_effect() -> None:
 
 def test_without_memory_batches_are_halved_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = attribute(shared("llama3"), calibration())
-    own, most = measuring.Workbench._losses, 3
+    own, most = measuring.Passes._losses, 3
 
-    def losses(work: measuring.Workbench, number: int, layer: int, cells: Any, *rest: Any) -> torch.Tensor:
+    def losses(passes: measuring.Passes, number: int, layer: int, cells: Any, *rest: Any) -> torch.Tensor:
         if len(cells) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return own(work, number, layer, cells, *rest)
+        return own(passes, number, layer, cells, *rest)
 
-    monkeypatch.setattr(measuring.Workbench, "_losses", losses)
+    monkeypatch.setattr(measuring.Passes, "_losses", losses)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = attribute(shared("llama3"), calibration())

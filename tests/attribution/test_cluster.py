@@ -12,7 +12,9 @@ import torch
 from reference import calibration, fresh
 
 from causalprune.attribution.estimators import attribute, exact
-from causalprune.attribution.measuring import Workbench
+from causalprune.attribution.measured import Measured
+from causalprune.attribution.measuring import Passes
+from causalprune.attribution.plan import Plan, planned
 from causalprune.attribution.questions import Estimator, Question
 from causalprune.core.errors import CausalPruneError, OptionError
 
@@ -24,8 +26,8 @@ EXAMPLES = calibration()
 HOW = Estimator(max_batch_tokens=28)
 
 
-class Fatal(Workbench):
-    """A workbench whose process is killed at its n-th job, once."""
+class Fatal(Passes):
+    """Passes whose process is killed at its n-th job, once."""
 
     def joint(self, number: int, layer: int, cells: Any) -> dict[str, list[float]]:
         if (number, layer) == (0, 1) and not self.scar.exists():
@@ -34,8 +36,8 @@ class Fatal(Workbench):
         return super().joint(number, layer, cells)
 
 
-class Uneven(Workbench):
-    """A workbench that writes down who does what; the first process to come is slow, the second is killed once."""
+class Uneven(Passes):
+    """Passes that write down who does what; the first process to come is slow, the second is killed once."""
 
     def joint(self, number: int, layer: int, cells: Any) -> dict[str, list[float]]:
         if not hasattr(self, "place"):
@@ -50,13 +52,17 @@ class Uneven(Workbench):
         return super().joint(number, layer, cells)
 
 
-def bench(kind: type[Workbench], scar: Path | None = None) -> Workbench:
-    work = kind(fresh("llama3"), EXAMPLES, Question(effect="kl"), HOW)
-    work.scar = scar  # type: ignore[attr-defined]
-    return work
+def plan() -> Plan:
+    return planned(fresh("llama3"), EXAMPLES, Question(effect="kl"), HOW)
 
 
-def nobody() -> Workbench:
+def passes(kind: type[Passes], scar: Path | None = None) -> Passes:
+    made = kind(plan())
+    made.scar = scar  # type: ignore[attr-defined]
+    return made
+
+
+def nobody() -> Passes:
     raise AssertionError("no worker is wanted")
 
 
@@ -70,10 +76,11 @@ def local(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 
 def filled(cluster: Cluster, make: Any, ledger: Path, done: list[int] | None = None) -> Any:
-    work = bench(Workbench)
-    fill(work, ledger, make, cluster, lambda now, _total: (done if done is not None else []).append(now))
-    with work.ledger(ledger) as book:
-        return exact(work), dict(book.rows)
+    own = plan()
+    fill(own, ledger, make, cluster, lambda now, _total: (done if done is not None else []).append(now))
+    with own.ledger(ledger) as book:
+        assert book is not None
+        return exact(Measured(Passes(own), book)), dict(book.rows)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -85,7 +92,7 @@ def same(a: Any, b: Any) -> bool:
 def test_a_cluster_measures_what_a_serial_run_does(local: Cluster, tmp_path: Path) -> None:
     serial = attribute(fresh("llama3"), EXAMPLES, Question(effect="kl"), HOW)
     done: list[int] = []
-    found, rows = filled(local, partial(bench, Workbench), tmp_path / "ledger", done)
+    found, rows = filled(local, partial(passes, Passes), tmp_path / "ledger", done)
     assert same(found, serial)
     assert done == list(range(1, len(rows) + 1))
     again, _ = filled(local, nobody, tmp_path / "ledger")  # nothing is left to do: no cluster is started
@@ -95,7 +102,7 @@ def test_a_cluster_measures_what_a_serial_run_does(local: Cluster, tmp_path: Pat
 def test_a_worker_that_is_killed_is_replaced(local: Cluster, tmp_path: Path) -> None:
     serial = attribute(fresh("llama3"), EXAMPLES, Question(effect="kl"), HOW)
     scar = tmp_path / "scar"
-    found, _ = filled(local, partial(bench, Fatal, scar), tmp_path / "ledger")
+    found, _ = filled(local, partial(passes, Fatal, scar), tmp_path / "ledger")
     assert scar.exists(), "no worker died: the test is blind"
     assert same(found, serial)
 
@@ -104,7 +111,7 @@ def test_a_slow_worker_gets_less_to_do_and_no_job_counts_twice(local: Cluster, t
     serial = attribute(fresh("llama3"), EXAMPLES, Question(effect="kl"), HOW)
     scars = tmp_path / "scars"
     scars.mkdir()
-    found, rows = filled(local, partial(bench, Uneven, scars), tmp_path / "ledger")
+    found, rows = filled(local, partial(passes, Uneven, scars), tmp_path / "ledger")
     assert same(found, serial)
     assert (tmp_path / "died").exists(), "no worker died: the test is blind"
     by_worker = [path.read_text().split() for path in sorted(scars.iterdir(), key=os.path.getctime)]
@@ -117,7 +124,7 @@ def test_a_slow_worker_gets_less_to_do_and_no_job_counts_twice(local: Cluster, t
 
 def test_a_job_that_kills_every_worker_ends_the_run(local: Cluster, tmp_path: Path) -> None:
     with pytest.raises(CausalPruneError, match="job 0:1 took 3 workers down"):
-        filled(local, partial(bench, Fatal, tmp_path / "nowhere" / "scar"), tmp_path / "ledger")
+        filled(local, partial(passes, Fatal, tmp_path / "nowhere" / "scar"), tmp_path / "ledger")
 
 
 def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from reference import calibration, shared
 
 from causalprune.attribution.cluster import Cluster, fill, hand_out, in_order
-from causalprune.attribution.measuring import Workbench
+from causalprune.attribution.measuring import Passes
+from causalprune.attribution.plan import planned
 from causalprune.core.errors import OptionError
 from causalprune.core.types import silent
 
@@ -93,13 +94,13 @@ def test_a_cluster_that_does_not_start_is_said(
         raise Exception("The current node timed out during startup.")  # noqa: TRY002 (as Ray does)
 
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
-    work = Workbench(shared("llama2"), calibration())
+    plan = planned(shared("llama2"), calibration())
     with pytest.raises(OptionError, match=message):
-        fill(work, tmp_path / "ledger", lambda: work, Cluster(1, address), silent)
+        fill(plan, tmp_path / "ledger", lambda: Passes(plan), Cluster(1, address), silent)
 
 
 def test_without_ray_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    work = Workbench(shared("llama2"), calibration())
+    plan = planned(shared("llama2"), calibration())
     with pytest.raises(OptionError, match=r"install causalprune\[ray\]"):
-        fill(work, tmp_path / "ledger", lambda: work, Cluster(1), silent)
+        fill(plan, tmp_path / "ledger", lambda: Passes(plan), Cluster(1), silent)

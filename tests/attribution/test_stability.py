@@ -8,9 +8,17 @@ from reference import calibration, nats, removed, shared
 from torch import Tensor
 
 from causalprune.attribution.estimators import attribute
-from causalprune.attribution.measuring import Workbench
+from causalprune.attribution.plan import planned
 from causalprune.attribution.questions import Question
-from causalprune.attribution.repeatability import Pairs, compared, draws, interactions, stability, swapped
+from causalprune.attribution.repeatability import (
+    Pairs,
+    Trial,
+    compared,
+    draws,
+    interactions,
+    stability,
+    swapped,
+)
 from causalprune.core.types import Calibration, Effects, Unit, quiet
 
 EXAMPLES = calibration(((14, 5), (13, 9), (9, 2), (8, 3), (12, 4)), subsets=5)
@@ -41,7 +49,7 @@ def test_pairs_are_removed_together(names: tuple[str, ...]) -> None:
     decoder, question = shared("llama3"), Question(names)
     effects = attribute(decoder, EXAMPLES, question)
     first = Calibration(EXAMPLES.examples[:2], EXAMPLES.subset[:2])
-    found = interactions(Workbench(decoder, first, question), effects, top=4)
+    found = interactions(planned(decoder, first, question), effects, top=4)
     assert found["pairs"] == 6
     own = EXAMPLES.examples[:2]
     tokens = sum(e.target_tokens for e in own)
@@ -82,7 +90,9 @@ def test_draws_agree_as_far_as_their_noise_allows() -> None:
 def test_a_whole_run_is_resumed(tmp_path: Path) -> None:
     decoder = shared("llama3")
     calibrations = {"a/own": EXAMPLES, "b/own": Calibration(EXAMPLES.examples[::-1], EXAMPLES.subset)}
-    runs = [stability(decoder, calibrations, tmp_path, pairs=Pairs(3, 2), stage=quiet) for _ in range(2)]
+    runs = [
+        stability(decoder, calibrations, tmp_path, Trial(pairs=Pairs(3, 2)), stage=quiet) for _ in range(2)
+    ]
     assert runs[0] == runs[1]
     assert runs[0]["between"]["b/own"]["spearman"] == pytest.approx(1.0, abs=0.02)
     assert {path.name for path in tmp_path.iterdir()} == {"a%2Fown.ledger", "b%2Fown.ledger", "pairs.ledger"}

@@ -10,7 +10,9 @@ from reference import problems
 from tinydata import tiny_decoder, write_jsonl, write_model
 from transformers import AutoModelForCausalLM
 
-from causalprune.attribution.measuring import Workbench
+from causalprune.attribution.measured import Measured
+from causalprune.attribution.measuring import Passes
+from causalprune.attribution.plan import planned
 from causalprune.attribution.questions import Estimator
 from causalprune.checkpoints.saving import read_manifest
 from causalprune.core.errors import ModelError, OptionError
@@ -28,8 +30,8 @@ def shrunk(name: str, shares: Shares, **options: object) -> Shrunk:
 
 
 def loss(decoder: Decoder, calibration: Calibration) -> float:
-    work = Workbench(decoder, calibration)
-    for number in range(len(work.groups)):
+    work = Measured(Passes(planned(decoder, calibration)))
+    for number in range(len(work.plan.groups)):
         work.measure_intact(number)
     return float(work.intact.sum())
 

@@ -5,8 +5,9 @@ from .cluster import (
     fill as fill,
 )
 from .estimators import attribute as attribute
-from .measuring import Workbench as Workbench
+from .measuring import Passes as Passes
 from .merging import merge as merge
+from .plan import planned as planned
 from .questions import (
     DEFAULT_BUDGET as DEFAULT_BUDGET,
 )
@@ -21,6 +22,9 @@ from .repeatability import (
 )
 from .repeatability import (
     Pairs as Pairs,
+)
+from .repeatability import (
+    Trial as Trial,
 )
 from .repeatability import (
     stability as stability,

@@ -15,7 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from causalprune.attribution.estimators import Job, cells_of, exact_jobs
-from causalprune.attribution.measuring import Workbench
+from causalprune.attribution.measuring import Passes
+from causalprune.attribution.plan import Plan
 from causalprune.core import CausalPruneError, Ledger, OptionError, Progress
 
 RETRIES = 3
@@ -72,34 +73,33 @@ def hand_out(keys: Iterable[str], crew: Crew) -> Iterator[str]:
 class _Worker:
     """Holds a model and measures jobs on it; lives in a process of its own."""
 
-    def __init__(self, make: Callable[[], Workbench], threads: int) -> None:
+    def __init__(self, make: Callable[[], Passes], threads: int) -> None:
         torch.set_num_threads(threads)
-        self._work = make()
+        self._passes = make()
 
     def run(self, job: Job | int) -> dict[str, Any]:
         """Return the row of a job, or of the intact model on a batch."""
-        work = self._work
+        plan = self._passes.plan
         if isinstance(job, int):
-            return work.intact_row(job)
-        cells = [(work.units[unit], row) for unit, row in cells_of(work, job)]
-        return work.joint(*job, cells)
+            return self._passes.intact_row(job)
+        cells = [(plan.units[unit], row) for unit, row in cells_of(plan, job)]
+        return self._passes.joint(*job, cells)
 
 
-def fill(
-    work: Workbench, path: Path, make: Callable[[], Workbench], cluster: Cluster, on_progress: Progress
-) -> None:
+def fill(plan: Plan, path: Path, make: Callable[[], Passes], cluster: Cluster, on_progress: Progress) -> None:
     """Do every job of `exact` that the ledger at `path` lacks, so that `exact` finds them all there.
 
-    `make` builds a worker's own workbench. A worker that dies is replaced, and its job done again.
+    `make` builds what a worker measures with, for the same plan. A worker that dies is replaced, and its job done again.
 
     Raises:
         OptionError: Ray is not installed, or the cluster cannot be reached.
         CausalPruneError: a job failed, or took its worker down again and again.
     """
-    if work.estimator.name != "exact":
-        raise OptionError(f"only the estimator 'exact' runs on a cluster, not {work.estimator.name!r}")
-    wanted = in_order(exact_jobs(work))
-    with work.ledger(path) as book:
+    if plan.estimator.name != "exact":
+        raise OptionError(f"only the estimator 'exact' runs on a cluster, not {plan.estimator.name!r}")
+    wanted = in_order(exact_jobs(plan))
+    with plan.ledger(path) as book:
+        assert book is not None
         missing = {key: job for key, job in wanted.items() if key not in book.rows}
         if not missing:
             return
@@ -145,7 +145,7 @@ class _Actors:
         ray: Any,
         jobs: Mapping[str, Job | int],
         book: Ledger,
-        make: Callable[[], Workbench],
+        make: Callable[[], Passes],
         cluster: Cluster,
     ) -> None:
         self._ray, self._jobs, self._book = ray, jobs, book

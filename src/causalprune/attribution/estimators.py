@@ -7,6 +7,7 @@ Three estimators with one signature and one return type: `exact` measures every 
 import itertools
 import math
 from collections.abc import Callable, Mapping, Set
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,9 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from causalprune.attribution.measuring import Workbench
+from causalprune.attribution.measured import Measured
+from causalprune.attribution.measuring import Passes
+from causalprune.attribution.plan import Plan, planned
 from causalprune.attribution.questions import DEFAULT_BUDGET, Estimator, Question
 from causalprune.attribution.sampling import Allocation, next_cells, settled
+from causalprune.calibration import batches
 from causalprune.core import Calibration, Decoder, Effects, Progress, Unit, silent
 
 Job: TypeAlias = tuple[int, int]  # a batch and a layer
@@ -40,42 +44,43 @@ def attribute(
     With `ledger`, each finished job is on disk before the next begins: a killed run goes on where it was
     and returns the same values bit for bit (same machine, same number of threads).
     """
-    work = Workbench(decoder, calibration, question, estimator)
-    with work.ledger(ledger):
-        return ESTIMATORS[estimator.name](work, on_progress)
+    plan = planned(decoder, calibration, question, estimator)
+    with plan.ledger(ledger) as book:
+        return ESTIMATORS[estimator.name](Measured(Passes(plan), book), on_progress)
 
 
-def exact(work: Workbench, on_progress: Progress = silent) -> Effects:
+def exact(work: Measured, on_progress: Progress = silent) -> Effects:
     """Measure every cell, layer by layer, from the cached input of the layer.
 
     Costs about half of one forward pass per unit and sequence: a masked pass skips the layers before.
     With a share of the jobs, the cells of the others stay unmeasured (NaN).
     """
-    costs = exact_jobs(work)
-    mine = share_of(costs, *work.estimator.share)
+    plan = work.plan
+    costs = exact_jobs(plan)
+    mine = share_of(costs, *plan.estimator.share)
     total, done = sum(costs[job] for job in mine), 0.0
     for number, layer in costs:
         if layer == 0:
             work.measure_intact(number)
         if (number, layer) not in mine:
             continue
-        work.measure(f"{number}:{layer}", number, layer, cells_of(work, (number, layer)))
+        work.measure(f"{number}:{layer}", number, layer, cells_of(plan, (number, layer)))
         done += costs[number, layer]
         work.report(on_progress, round(done), round(total))
     return work.effects()
 
 
-def exact_jobs(work: Workbench) -> dict[Job, float]:
+def exact_jobs(plan: Plan) -> dict[Job, float]:
     """Return the jobs of `exact`, every batch at every layer, with their cost in tokens."""
-    jobs = itertools.product(range(len(work.groups)), range(work.depth))
-    return {job: work.cost(*job, len(cells_of(work, job))) for job in jobs}
+    jobs = itertools.product(range(len(plan.groups)), range(plan.depth))
+    return {job: plan.cost(*job, len(cells_of(plan, job))) for job in jobs}
 
 
-def cells_of(work: Workbench, job: Job) -> list[tuple[Unit, int]]:
+def cells_of(plan: Plan, job: Job) -> list[tuple[Unit, int]]:
     """Return the cells of a job: every unit of its layer, in every row of its batch."""
     number, layer = job
-    rows = range(len(work.groups[number].indices))
-    return [(unit, row) for unit in work.units_of(layer) for row in rows]
+    rows = range(len(plan.groups[number].indices))
+    return [(unit, row) for unit in plan.units_of(layer) for row in rows]
 
 
 def share_of(costs: Mapping[Job, float], index: int, parts: int) -> Set[Job]:
@@ -89,57 +94,74 @@ def share_of(costs: Mapping[Job, float], index: int, parts: int) -> Set[Job]:
     return mine
 
 
-def gradient(work: Workbench, on_progress: Progress = silent) -> Effects:
+def gradient(work: Measured, on_progress: Progress = silent) -> Effects:
     """Predict every cell to first order (`ce`), with the Fisher term of second order where `draws` > 0.
 
     Costs `1 + 2 · (1 + draws)` forward passes per sequence and gate value, a backward counted as two.
     For `kl` only the second-order term exists: a divergence has no slope at the intact model.
     """
-    spent = work.expansion_tokens
-    first, second = work.expanded(lambda done, all_: on_progress(round(spent * done / all_), round(spent)))
-    predicted = second if work.question.effect == "kl" else first + second
-    if not work.estimator.draws:
+    plan, spent = work.plan, work.plan.expansion_tokens
+    first, second = expanded(work, lambda done, all_: on_progress(round(spent * done / all_), round(spent)))
+    predicted = second if plan.question.effect == "kl" else first + second
+    if not plan.estimator.draws:
         return work.effects(spent, predicted_nats=predicted)
-    return work.effects(spent, predicted_nats=predicted, curvature_nats=_curvature(work, second))
+    return work.effects(spent, predicted_nats=predicted, curvature_nats=_curvature(plan, second))
 
 
-def _curvature(work: Workbench, second: Float[Tensor, "unit sequence"]) -> Float[Tensor, "unit"]:
+def expanded(work: Measured, on_progress: Progress = silent) -> tuple[Tensor, Tensor]:
+    """Return the first- and second-order parts of the prediction `[unit sequence]`, averaged over gates."""
+    plan, how = work.plan, work.plan.estimator
+    first, second = torch.zeros_like(work.masked), torch.zeros_like(work.masked)
+    groups = batches(plan.calibration.examples, max_batch_tokens=how.max_batch_tokens)
+    for number, batch in enumerate(groups):
+        row = work.recalled(f"gradient:{number}", partial(work.passes.predicted_row, batch))
+        columns = list(batch.indices)
+        for target, name in ((work.intact, "ce"), (first, "first"), (second, "second")):
+            target[..., columns] = torch.tensor(row[name], dtype=torch.float64)
+        on_progress(number + 1, len(groups))
+    if any(unit.kind == "expert" for unit in plan.units) or how.gates != (1.0,):
+        for number in range(len(plan.groups)):
+            work.measure_intact(number)  # which experts get tokens, and losses where gates are open
+    return first, second
+
+
+def _curvature(plan: Plan, second: Float[Tensor, "unit sequence"]) -> Float[Tensor, "unit"]:
     """Return the second-order part per token: the scale of a prediction's error."""
-    return second.sum(1) / sum(example.target_tokens for example in work.calibration.examples)
+    return second.sum(1) / sum(example.target_tokens for example in plan.calibration.examples)
 
 
-def adaptive(work: Workbench, on_progress: Progress = silent) -> Effects:
+def adaptive(work: Measured, on_progress: Progress = silent) -> Effects:
     """Predict every cell as `gradient` does, then measure cells where they settle the ranking most.
 
     What the measured cells say of the prediction's errors is weighed in `uncertainty.posterior`. Deterministic
     for a seed; a resumed run takes the same decisions from the same values.
     """
-    how = work.estimator
-    spent, units = work.expansion_tokens, list(work.units)
-    limit = math.inf if how.until_certain else work.naive_tokens / DEFAULT_BUDGET
-    budget = limit if how.budget is None else work.naive_tokens / how.budget
-    total = round(min(budget, work.naive_tokens))
-    first, second = work.expanded(lambda done, all_: on_progress(round(spent * done / all_), total))
-    tokens = torch.tensor([example.target_tokens for example in work.calibration.examples])
-    curvature = _curvature(work, second)
+    plan, how = work.plan, work.plan.estimator
+    spent, units = plan.expansion_tokens, list(plan.units)
+    limit = math.inf if how.until_certain else plan.naive_tokens / DEFAULT_BUDGET
+    budget = limit if how.budget is None else plan.naive_tokens / how.budget
+    total = round(min(budget, plan.naive_tokens))
+    first, second = expanded(work, lambda done, all_: on_progress(round(spent * done / all_), total))
+    tokens = torch.tensor([example.target_tokens for example in plan.calibration.examples])
+    curvature = _curvature(plan, second)
     even = curvature[:, None] * tokens
     predicted = {
-        "predicted_nats": even if work.question.effect == "kl" else first + even,
+        "predicted_nats": even if plan.question.effect == "kl" else first + even,
         "curvature_nats": curvature,
     }
-    plan = Allocation(
-        layers=torch.tensor([unit.layer for unit in work.units]),
-        lengths=torch.tensor([len(example.tokens) for example in work.calibration.examples]),
-        depth=work.depth,
+    allocation = Allocation(
+        layers=torch.tensor([unit.layer for unit in plan.units]),
+        lengths=torch.tensor([len(example.tokens) for example in plan.calibration.examples]),
+        depth=plan.depth,
         seed=how.seed,
     )
-    numbers = {batch.indices[0]: number for number, batch in enumerate(work.groups)}
-    step = max(work.naive_tokens / DEFAULT_BUDGET / ROUNDS, 2.0 * int(plan.lengths.sum()))
+    numbers = {batch.indices[0]: number for number, batch in enumerate(plan.groups)}
+    step = max(plan.naive_tokens / DEFAULT_BUDGET / ROUNDS, 2.0 * int(allocation.lengths.sum()))
     share = step if math.isinf(budget) else (budget - spent) / ROUNDS
     for turn in itertools.count():
         effects = work.effects(spent, **predicted)
         room = min(share, budget - float(effects.description["tokens_forwarded"]))
-        cells = next_cells(effects, plan, room)
+        cells = next_cells(effects, allocation, room)
         if not cells or (how.until_certain and turn and settled(effects) >= CERTAIN):
             return effects
         by_job: dict[tuple[int, int], list[int]] = {}

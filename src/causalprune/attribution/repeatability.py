@@ -16,7 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from causalprune.attribution.estimators import attribute
-from causalprune.attribution.measuring import Workbench
+from causalprune.attribution.measured import Measured
+from causalprune.attribution.measuring import Passes
+from causalprune.attribution.plan import Plan, planned
 from causalprune.attribution.questions import Estimator, Question
 from causalprune.attribution.uncertainty import agreement, reliability, spearman, top_overlap
 from causalprune.core import Calibration, Decoder, Effects, Progress, Stage, silent
@@ -34,14 +36,27 @@ class Pairs:
     sequences: int = 4
 
 
-def stability(  # noqa: PLR0913 (the command's options)
+@dataclass(frozen=True)
+class Trial:
+    """What is asked of every calibration.
+
+    Attributes:
+        question: what is measured.
+        pairs: what is removed together, of the first calibration.
+        max_batch_tokens: how much a forward pass holds.
+    """
+
+    question: Question = Question()
+    pairs: Pairs = Pairs()
+    max_batch_tokens: int = 2048
+
+
+def stability(
     decoder: Decoder,
     calibrations: Mapping[str, Calibration],
     folder: Path,
+    trial: Trial = Trial(),
     *,
-    question: Question = Question(),
-    pairs: Pairs = Pairs(),
-    max_batch_tokens: int = 2048,
     stage: Stage,
 ) -> dict[str, Any]:
     """Measure effects on every calibration, and return how they agree within and between them.
@@ -50,7 +65,7 @@ def stability(  # noqa: PLR0913 (the command's options)
     compared with, and where pairs are removed. Costs an exact measurement of each, and about
     `top · (top − 1) / 2` passes per sequence for the pairs. Resumable: every job is in a ledger in `folder`.
     """
-    how = Estimator(max_batch_tokens=max_batch_tokens)
+    question, pairs, how = trial.question, trial.pairs, Estimator(max_batch_tokens=trial.max_batch_tokens)
     measured: dict[str, Effects] = {}
     for name, calibration in calibrations.items():
         with stage(f"effects on {name}") as progress:
@@ -63,9 +78,9 @@ def stability(  # noqa: PLR0913 (the command's options)
         "swaps": {name: swapped(measured[first], measured[name]) for name in others},
     }
     with stage(f"pairs of units on {first}") as progress:
-        work = Workbench(decoder, _first(calibrations[first], pairs.sequences), question, how)
+        plan = planned(decoder, _first(calibrations[first], pairs.sequences), question, how)
         found["interactions"] = interactions(
-            work, measured[first], pairs.top, ledger=folder / "pairs.ledger", on_progress=progress
+            plan, measured[first], pairs.top, ledger=folder / "pairs.ledger", on_progress=progress
         )
     return found
 
@@ -120,7 +135,7 @@ def swapped(one: Effects, other: Effects, seed: int = 0) -> dict[str, float]:
 
 
 def interactions(
-    work: Workbench,
+    plan: Plan,
     effects: Effects,
     top: int,
     *,
@@ -129,25 +144,26 @@ def interactions(
 ) -> dict[str, Any]:
     """Remove the strongest units two by two: joint effect against the sum of both, in nats per token.
 
-    `work` holds the first sequences of those that `effects` were measured on.
+    `plan` is for the first sequences of those that `effects` were measured on.
     """
-    question, examples = work.question, work.calibration.examples
+    question, examples = plan.question, plan.calibration.examples
     chosen = sorted(effects.paired_delta_nats().topk(min(top, len(effects.units))).indices.tolist())
     both = [(a, b) for i, a in enumerate(chosen) for b in chosen[i + 1 :]]
     joint = torch.zeros(len(both), len(examples), dtype=torch.float64)
-    units = list(work.units)
-    with work.ledger(ledger):
-        for number, batch in enumerate(work.groups):
+    units = list(plan.units)
+    with plan.ledger(ledger) as book:
+        work = Measured(Passes(plan), book)
+        for number, batch in enumerate(plan.groups):
             work.measure_intact(number)
             for at, (a, b) in enumerate(both):
-                parts = _united(work, units[a], units[b])
+                parts = _united(plan, units[a], units[b])
                 layer, rows = min(units[a].layer, units[b].layer), range(len(batch.indices))
                 cells = [(parts, row) for row in rows]
-                row = work.recalled(f"{number}:{a}:{b}", lambda: work.joint(number, layer, cells))  # noqa: B023
+                row = work.recalled(f"{number}:{a}:{b}", lambda: work.passes.joint(number, layer, cells))  # noqa: B023
                 values = torch.tensor(row[question.effect], dtype=torch.float64)
                 columns = list(batch.indices)
                 joint[at, columns] = values - (work.intact[columns] if question.effect == "ce" else 0.0)
-                on_progress(number * len(both) + at + 1, len(work.groups) * len(both))
+                on_progress(number * len(both) + at + 1, len(plan.groups) * len(both))
     alone = effects.change_nats()[:, : len(examples)]
     tokens = float(effects.tokens[: len(examples)].sum())
     sums = torch.stack([alone[a] + alone[b] for a, b in both]).sum(1) / tokens
@@ -159,9 +175,9 @@ def _first(calibration: Calibration, n: int) -> Calibration:
     return Calibration(calibration.examples[:n], calibration.subset[:n])
 
 
-def _united(work: Workbench, a: Any, b: Any) -> Any:
-    united = dict(work.units[a])
-    for site, index in work.units[b].items():
+def _united(plan: Plan, a: Any, b: Any) -> Any:
+    united = dict(plan.units[a])
+    for site, index in plan.units[b].items():
         united[site] = torch.cat([united[site], index]) if site in united else index
     return united
 

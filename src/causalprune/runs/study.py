@@ -21,10 +21,12 @@ from causalprune.attribution import (
     Cluster,
     Estimator,
     Pairs,
+    Passes,
     Question,
-    Workbench,
+    Trial,
     described,
     fill,
+    planned,
     stability,
 )
 from causalprune.attribution import attribute as measure
@@ -191,18 +193,18 @@ def attribute(
     if options.cluster is not None:
         how = attribution.method(options.batch_tokens)
         question = attribution.question()
-        make = functools.partial(_workbench, spec, calibration, question, how)
+        make = functools.partial(_passes, spec, calibration, question, how)
         with options.stage("attribution on the cluster") as progress:
-            work = Workbench(decoder, calibration, question, how)
+            plan = planned(decoder, calibration, question, how)
             gpus = options.cluster.gpus or float(spec.device.startswith("cuda"))
             cluster = dataclasses.replace(options.cluster, gpus=gpus)
-            fill(work, folder / "attribution.ledger", make, cluster, progress)
+            fill(plan, folder / "attribution.ledger", make, cluster, progress)
     return _measured(decoder, calibration, folder, options, attribution)
 
 
-def _workbench(spec: ModelSpec, calibration: Calibration, question: Question, how: Estimator) -> Workbench:
+def _passes(spec: ModelSpec, calibration: Calibration, question: Question, how: Estimator) -> Passes:
     """Build what a worker of a cluster measures with."""
-    return Workbench(load(spec), calibration, question, how)
+    return Passes(planned(load(spec), calibration, question, how))
 
 
 def check_stability(
@@ -230,9 +232,7 @@ def check_stability(
         decoder,
         calibrations,
         folder,
-        question=attribution.question(),
-        pairs=Pairs(top, min(wanted.n, Pairs().sequences)),
-        max_batch_tokens=options.batch_tokens,
+        Trial(attribution.question(), Pairs(top, min(wanted.n, Pairs().sequences)), options.batch_tokens),
         stage=options.stage,
     )
     description = {"model": spec.name, "sources": list(wanted.sources), "versions": versions()}

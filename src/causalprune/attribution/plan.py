@@ -1,0 +1,153 @@
+"""What a measurement consists of, fixed before the first pass: batches, units, what they cost, whose ledger it is."""
+
+import hashlib
+from collections.abc import Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from causalprune.attribution.questions import ELSEWHERE, Estimator, Question
+from causalprune.calibration import batch_of, batches
+from causalprune.core import Batch, Calibration, Decoder, Ledger, OptionError, Unit
+from causalprune.interventions import Parts, Site, grouped_by_effect, list_units, neuron_effects, sites
+from causalprune.models import fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A model, and what is to be measured on it.
+
+    Attributes:
+        groups: the calibration in batches, as cells are measured in.
+        units: the parts that removing each unit closes.
+
+    Raises:
+        OptionError: question and estimator do not go together.
+    """
+
+    decoder: Decoder
+    calibration: Calibration
+    question: Question
+    estimator: Estimator
+    groups: Sequence[Batch]
+    units: Mapping[Unit, Parts]
+
+    def __post_init__(self) -> None:
+        ablation, how = self.question.ablation, self.estimator
+        if ablation != "zero" and any(site.place == "experts" for site in self.own_sites):
+            raise OptionError(f"experts can only be ablated with 'zero', not {ablation!r}")
+        if ablation == "resample" and how.name != "exact":
+            raise OptionError(f"ablation 'resample' needs the estimator 'exact', not {how.name!r}")
+        if how.draws < 1 and (
+            how.name == "adaptive" or (how.name, self.question.effect) == ("gradient", "kl")
+        ):
+            raise OptionError(f"the estimator {how.name!r} of {self.question.effect!r} needs draws ≥ 1")
+        if how.budget is not None and self.naive_tokens / how.budget < self.expansion_tokens:
+            most = self.naive_tokens / self.expansion_tokens
+            raise OptionError(f"the prediction alone costs 1/{most:.0f} of naive: choose a budget below that")
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(self.decoder.layers)
+
+    @cached_property
+    def sites(self) -> Mapping[Site, int]:
+        """Every site of the model, and its number of parts."""
+        return sites(self.decoder)
+
+    @cached_property
+    def own_sites(self) -> Set[Site]:
+        """The sites that the units have parts at."""
+        return {site for parts in self.units.values() for site in parts}
+
+    @cached_property
+    def number(self) -> Mapping[Unit, int]:
+        """The place of every unit in their order."""
+        return {unit: i for i, unit in enumerate(self.units)}
+
+    @cached_property
+    def model_fingerprint(self) -> str:
+        """SHA-256 of the model as it is now: it may have been pruned since it was loaded."""
+        return fingerprint(self.decoder.model)
+
+    def units_of(self, layer: int) -> list[Unit]:
+        """Return the units of a layer."""
+        return [unit for unit in self.units if unit.layer == layer]
+
+    def cost(self, number: int, layer: int, cells: int) -> float:
+        """Return the tokens that this many cells forward, in equivalents of whole passes."""
+        return cells * self.groups[number].tokens.shape[1] * (self.depth - layer) / self.depth
+
+    @property
+    def naive_tokens(self) -> int:
+        """Tokens of one whole forward pass per unit and sequence, and one of the intact model, unpadded."""
+        return (len(self.units) + 1) * sum(len(example.tokens) for example in self.calibration.examples)
+
+    @property
+    def expansion_tokens(self) -> float:
+        """Tokens that predictions cost, in equivalents of whole passes: a backward pass counts as two."""
+        passes = len(self.estimator.gates) * (1 + 2 * (1 + self.estimator.draws))
+        return float(passes * sum(len(example.tokens) for example in self.calibration.examples))
+
+    @property
+    def neurons(self) -> dict[str, dict[str, list[int]]]:
+        """Where they are grouped by effect: which neurons each group holds, by `layer.index`; else empty."""
+        if not grouped_by_effect(self.question.units):
+            return {}
+        groups = {
+            f"{unit.layer}.{unit.index}": index.tolist()
+            for unit, parts in self.units.items()
+            if unit.kind == "neurons"
+            for index in parts.values()
+        }
+        return {"neurons": groups}
+
+    def ledger(self, path: Path | None) -> AbstractContextManager[Ledger | None]:
+        """Return the ledger of this plan at `path`, to be entered; nothing to write in without a path."""
+        if path is None:
+            return nullcontext()
+        composition = repr([batch.indices for batch in self.groups])
+        identity = {
+            "model": self.model_fingerprint,
+            "calibration": self.calibration.fingerprint,
+            "batches": hashlib.sha256(composition.encode()).hexdigest(),
+            **asdict(self.question),
+            "estimator": {k: v for k, v in asdict(self.estimator).items() if k not in ELSEWHERE},
+            **self.neurons,
+        }
+        return Ledger(path, identity)
+
+
+def planned(
+    decoder: Decoder,
+    calibration: Calibration,
+    question: Question = Question(),
+    estimator: Estimator = Estimator(),
+) -> Plan:
+    """Put the calibration in batches and list the units.
+
+    Costs nothing, but a forward and a backward pass where neurons are grouped by effect.
+    """
+    groups = batches(calibration.examples, max_batch_tokens=estimator.max_batch_tokens)
+    if question.ablation == "resample":
+        groups = _in_company(groups, calibration)
+    if estimator.name == "adaptive":  # its cells are few per sequence: no others are walked through with them
+        groups = batches(calibration.examples, max_batch_tokens=1)
+    slopes = neuron_effects(decoder, groups) if grouped_by_effect(question.units) else None
+    units = list_units(decoder, question.units, slopes)
+    return Plan(decoder, calibration, question, estimator, groups, units)
+
+
+def _in_company(groups: Sequence[Batch], calibration: Calibration) -> list[Batch]:
+    """Return batches of two sequences at least: each needs another one to take activations from."""
+    if len(calibration.examples) < 2:
+        raise OptionError("ablation 'resample' needs at least 2 calibration examples")
+    merged: list[list[int]] = []
+    for batch in groups:
+        if merged and (len(batch.indices) < 2 or len(merged[-1]) < 2):
+            merged[-1] += batch.indices
+        else:
+            merged.append(list(batch.indices))
+    return [batch_of(calibration.examples, group) for group in merged]
