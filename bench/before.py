@@ -25,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 COMMIT = "be6997250ff4d9d823e3b8440988c8135bd12a07"
 EXTRAS = "dev,demo"
 """What `make` installs, so that both builds see the same packages."""
+SINCE = ("lazy-loader==0.6",)
+"""What today's build needs beside, so that it runs in the same environment."""
 RESAMPLES = 10_000
 Times = dict[str, float]
 """Seconds of one run by `wall` and `cpu`, the latter of the process and all that it waited for."""
@@ -43,17 +45,8 @@ def before(place: Path | None = None) -> Path:
         archive.extractall(source, filter="data")
     (place / ".gitignore").write_text("*\n")  # wherever it lies
     subprocess.run([sys.executable, "-m", "venv", place / "venv"], check=True)
-    install = [
-        str(python),
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-compile",
-        "-c",
-        str(source / "constraints.txt"),
-    ]
-    subprocess.run([*install, "-e", f"{source}[{EXTRAS}]"], check=True, stdout=sys.stderr)
+    pip = [str(python), "-m", "pip", "install", "-q", "--no-compile", "-c", str(source / "constraints.txt")]
+    subprocess.run([*pip, "-e", f"{source}[{EXTRAS}]", *SINCE], check=True, stdout=sys.stderr)
     made.write_text(COMMIT)
     return python
 

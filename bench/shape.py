@@ -1,0 +1,172 @@
+"""How easy the code is to see, and that none of it became slower: writes `results/shape.json`.
+
+    python bench/shape.py                 # all steps that are not there yet; `shape` is always counted anew
+    python bench/shape.py help wanda      # some of them, anew
+
+Steps: shape (seconds), help, wanda, gradient, evaluate (each against the build before, in turn), tests (`make test` on a fresh
+clone), coverage (both builds, default and slow tests: more than an hour), wheel.
+"""
+
+import argparse
+import ast
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from before import alternate, before
+from common import ROOT, data_folder, record, write_figures
+
+sys.path.insert(0, str(ROOT / "tests"))
+import shapes
+from test_wings import WINGS
+
+CALIBRATION = ("-t", "gsm8k", "-n", "16")
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "help": ("--help",),
+    "wanda": ("prune", "embedded", "-o", "OUTPUT", "--method", "wanda", *CALIBRATION),
+    "gradient": ("attribute", "embedded", "-o", "OUTPUT", "--estimator", "gradient", *CALIBRATION),
+    "evaluate": ("evaluate", "embedded", "-t", "gsm8k_nll:50", "-o", "OUTPUT"),
+}
+PAIRS = {"help": 20}
+Found = dict[str, Any]
+
+
+def shape() -> Found:
+    """Count wings, imports between them, and the largest pieces."""
+    pairs = shapes.wing_pairs()
+    figures = {
+        "wings": len(WINGS),
+        "wing_pairs": len(pairs),
+        "wing_pairs_back": sum(WINGS.index(a) < WINGS.index(b) for a, b in pairs),
+        "largest_file_lines": max(map(shapes.lines, shapes.sources())),
+        "largest_function_lines": shapes.largest(shapes.every(ast.FunctionDef)),
+        "largest_class_lines": shapes.largest(shapes.every(ast.ClassDef)),
+        "most_parameters": max(shapes.parameters(function) for _, function in shapes.counted()),
+        "bench_mb": _tracked_bytes("bench") / 1e6,
+    }
+    return {"figures": figures, "raw": {"pairs": sorted(pairs)}}
+
+
+def _tracked_bytes(folder: str) -> int:
+    listed = subprocess.run(["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True, check=True)
+    return sum((ROOT / name).lstat().st_size for name in listed.stdout.splitlines())
+
+
+def timed(name: str) -> Callable[[], Found]:
+    """Return the step that times a command of both builds, in the environment of the build before."""
+
+    def step() -> Found:
+        python = before()
+        with tempfile.TemporaryDirectory() as scratch:
+            output = Path(scratch) / "output"
+            words = [str(output) if word == "OUTPUT" else word for word in COMMANDS[name]]
+            command = [str(python), "-c", "from causalprune.cli import main; main()", *words]
+            data = {"CAUSALPRUNE_DATA": str(data_folder())}
+            env = {"ours": {**data, "PYTHONPATH": str(ROOT / "src")}, "theirs": data}
+            ledgers = [output.with_name(f"output.{end}") for end in ("attribution", "pruning", "ledger")]
+            both = [[*command], [*command]]
+            for own, variables in zip(
+                both, env.values(), strict=True
+            ):  # files of packages are read from disk once
+                subprocess.run(
+                    own, env={**os.environ, **variables}, cwd=scratch, capture_output=True, check=True
+                )
+                for path in (output, *ledgers):
+                    subprocess.run(["rm", "-rf", str(path)], check=True)
+            found = alternate(
+                *both, PAIRS.get(name, 5), caches=[output, *ledgers], cwd=Path(scratch), env=env
+            )
+        median = found["ours_over_theirs"]["wall"]["median"]
+        return {"figures": {f"{name}_time_over_before": median}, "raw": found}
+
+    return step
+
+
+def tests() -> Found:
+    """Time the tests of a fresh clone, installation apart."""
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run(["git", "clone", "-q", str(ROOT), scratch], check=True)
+        environment = {**os.environ, "CAUSALPRUNE_DATA": str(data_folder())}
+        subprocess.run(["make", ".venv/.installed"], cwd=scratch, env=environment, check=True)
+        start = time.perf_counter()
+        subprocess.run(["make", "test"], cwd=scratch, env=environment, check=True)
+        minutes = (time.perf_counter() - start) / 60
+    return {"figures": {"test_minutes": minutes}, "raw": {"minutes": minutes}}
+
+
+def coverage() -> Found:
+    """Measure the lines and branches that the default and the slow tests reach, of both builds."""
+    source = before().parents[2] / "source"
+    totals = {name: _covered(tree) for name, tree in (("ours", ROOT), ("before", source))}
+    differences = {kind: totals["ours"][kind] - totals["before"][kind] for kind in totals["ours"]}
+    return {
+        "figures": {"coverage_minus_before": min(differences.values())},
+        "raw": {"percent": totals, "differences": differences},
+    }
+
+
+def _covered(tree: Path) -> dict[str, float]:
+    """Return the percentages of lines and of branches of a tree that its tests reach."""
+    with tempfile.TemporaryDirectory() as scratch:
+        covered, settings = Path(scratch) / "coverage.json", Path(scratch) / "settings"
+        settings.write_text("[run]\nbranch = true\nrelative_files = true\n")
+        environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "COVERAGE_FILE": f"{scratch}/data"}
+        environment |= {"OMP_NUM_THREADS": "1", "CAUSALPRUNE_DATA": str(data_folder())}
+        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2"]
+        pytest += ["--dist", "loadgroup", "--cov=src/causalprune", "--cov-branch", f"--cov-config={settings}"]
+        for marked, more in (("not slow", []), ("slow", ["--cov-append"])):
+            subprocess.run(
+                [*pytest, "--cov-report=", "-m", marked, *more], cwd=tree, env=environment, check=True
+            )
+        report = [sys.executable, "-m", "coverage", "json", "-q", f"--rcfile={settings}", "-o", str(covered)]
+        subprocess.run(report, cwd=tree, env=environment, check=True)
+        found = json.loads(covered.read_text())["totals"]
+    lines = found["covered_lines"] / found["num_statements"]
+    return {"lines": 100 * lines, "branches": 100 * found["covered_branches"] / found["num_branches"]}
+
+
+def wheel() -> Found:
+    """Build the wheel, install it into an empty environment and use it: the tests that do so."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "slow", "tests/test_wheel.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return {
+        "figures": {"wheel_works": float(done.returncode == 0)},
+        "raw": {"said": done.stdout.splitlines()[-1]},
+    }
+
+
+STEPS: dict[str, Callable[[], Found]] = {
+    "shape": shape,
+    **{name: timed(name) for name in COMMANDS},
+    "tests": tests,
+    "coverage": coverage,
+    "wheel": wheel,
+}
+
+
+def main() -> None:
+    """Carry out the steps asked for, or those not done yet, and write `results/shape.json`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=", ".join(STEPS))
+    given = parser.parse_args().steps
+    if unknown := set(given) - set(STEPS):
+        parser.error(f"no step {', '.join(sorted(unknown))}: choose from {', '.join(STEPS)}")
+    done: dict[str, Found] = record("shape")["raw"]
+    for name in given or [name for name in STEPS if name not in done or name == "shape"]:
+        print(f"== {name}", flush=True)
+        done[name] = STEPS[name]()
+        figures = {key: value for step in done.values() for key, value in step["figures"].items()}
+        write_figures("shape", figures, done, [0])
+        print(json.dumps(done[name]["figures"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
