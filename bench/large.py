@@ -47,7 +47,7 @@ from causalprune.models.anatomy import outline
 from causalprune.models.loading import load
 from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
-from causalprune.streaming.files import prune_stream, stored_fingerprint
+from causalprune.streaming.files import Seen, prune_stream, stored_fingerprint
 
 EIGHT = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
 EIGHT |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
@@ -245,7 +245,7 @@ def _same(place: Path) -> bool:
     effects = load_effects(effects_file, decoder)
     method = Method("cap", 0.5)
     save(decoder, place / "memory", manifest={}, keep=prune(decoder, method, effects=effects).keep)
-    prune_stream(place / "source", place / "stream", method, effects=effects)
+    prune_stream(place / "source", place / "stream", method, seen=Seen(effects=effects))
     both = [_bytes(place / name) for name in ("memory", "stream")]
     keeps = [load_keep(place / name) for name in ("memory", "stream")]
     same = keeps[0].keys() == keeps[1].keys()

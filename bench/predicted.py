@@ -16,12 +16,13 @@ from causalprune.attribution.uncertainty import spearman
 from causalprune.calibration.examples import batches, calibrate, few
 from causalprune.checkpoints.embedded import load
 from causalprune.core.progress import shown
-from causalprune.core.types import Decoder, Example, Layer, Projection, silent
+from causalprune.core.types import Decoder, Example, Layer, Projection
 from causalprune.interventions.gradients import output_slopes
 from causalprune.interventions.losses import target_logits, targets
-from causalprune.pruning.grading import DoseResponse, dose_response, doses
-from causalprune.pruning.layers import Work
+from causalprune.pruning.budgets import trial
+from causalprune.pruning.grading import DoseResponse, Experiment, dose_response, doses
 from causalprune.pruning.methods import Method
+from causalprune.pruning.walks import Gathered, Steps, planned, walk
 
 EXAMPLES, SPARSITY, DRAWS = 48, 0.5, 16
 
@@ -30,17 +31,16 @@ def predicted() -> dict[str, Any]:
     """Prune every layer's attention and MLP alone to three sparsities: divergence measured, and predicted by gradients."""
     decoder = load("embedded")
     calibration = calibrate(decoder.tokenizer, ["gsm8k"], n=EXAMPLES, data_dir=data_folder())
-    work = Work(decoder, Method("sparsegpt", SPARSITY), {}, silent)
-    work.look_at(calibration, 2048)
+    plan, gathered = planned(decoder, Method("sparsegpt", SPARSITY), {}, calibration), Gathered()
     changes: dict[str, list[Tensor]] = {}
 
     def tried(p: Projection, sparsities: Sequence[float]) -> Sequence[Tensor]:
-        after = work._tried(p, sparsities)  # noqa: SLF001 (what graded budgets would try)
+        after = trial(plan, gathered, p, sparsities)  # what graded budgets would try
         changes[p.name] = [weight - p.read() for weight in after]
         return after
 
     wanted = doses(SPARSITY)
-    layers = work.walk(advance_pruned=False, moments=True)
+    layers = walk(plan, gathered, Steps(plan.total), advance_pruned=False, moments=True)
     with shown("measured") as progress:
 
         def counted() -> Iterator[Layer]:
@@ -48,14 +48,14 @@ def predicted() -> dict[str, Any]:
                 yield layer
                 progress(number, len(decoder.layers))
 
-        measured = dose_response(decoder, counted(), work.few, wanted, tried)
+        measured = dose_response(decoder, counted(), Experiment(plan.few, wanted), tried)
     nats = _predicted(decoder, few(calibration.examples), measured, changes)
-    slopes, tokens = output_slopes(decoder, work.groups), sum(int(batch.real.sum()) for batch in work.groups)
+    slopes, tokens = output_slopes(decoder, plan.groups), sum(int(batch.real.sum()) for batch in plan.groups)
     targets_seen = sum(example.target_tokens for example in calibration.examples)
     by_name = {p.name: p for p in decoder.projections}
 
     def diagonal(name: str, change: Tensor) -> float:
-        norm = work.norms.root_mean_square(by_name[name])
+        norm = gathered.norms.root_mean_square(by_name[name])
         assert norm is not None
         rise = (change * norm.float() * slopes[name].float()[:, None]).square().sum() / 2
         return float(rise) * tokens / targets_seen

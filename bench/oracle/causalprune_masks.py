@@ -15,22 +15,24 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from causalprune.core.memory import Masks
-from causalprune.core.types import Calibration, Decoder, Example, silent
+from causalprune.core.types import Calibration, Decoder, Example
 from causalprune.models.anatomy import inspect_model
-from causalprune.pruning.layers import Work, prune
+from causalprune.pruning.budgets import trial
+from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
+from causalprune.pruning.walks import Gathered, Steps, planned, walk
 
 METHOD = Method("sparsegpt", 0.5)
 
 
 def alone(decoder: Decoder, calibration: Calibration) -> tuple[Masks, dict[str, float]]:
     """Prune every matrix with the intact model's inputs; return its error as a share of the output's energy."""
-    work, keep, errors = Work(decoder, METHOD, {}, silent), Masks(), {}
-    work.look_at(calibration, 1)
-    for layer in work.walk(advance_pruned=False, moments=True):
+    plan, gathered = planned(decoder, METHOD, {}, calibration, max_batch_tokens=1), Gathered()
+    keep, errors = Masks(), {}
+    for layer in walk(plan, gathered, Steps(plan.total), advance_pruned=False, moments=True):
         for p in layer.projections:
-            before, (after,) = p.read(), work._tried(p, [METHOD.sparsity])  # noqa: SLF001
-            change, hessian = after - before, work.moments.hessians[p.name]
+            before, (after,) = p.read(), trial(plan, gathered, p, [METHOD.sparsity])
+            change, hessian = after - before, gathered.moments.hessians[p.name]
             errors[p.name] = float(((change @ hessian) * change).sum() / ((before @ hessian) * before).sum())
             keep.add(p.name, after != 0)
     return keep, errors

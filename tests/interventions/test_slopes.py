@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from causalprune.calibration.examples import batches
 from causalprune.core.errors import OptionError
-from causalprune.core.types import Calibration, Decoder, silent
+from causalprune.core.types import Calibration, Decoder, Layer
 from causalprune.interventions.gradients import output_slopes
 from causalprune.pruning.allocation import keep_matrix, keep_rows
 from causalprune.pruning.criteria import Evidence, fisher, wanda
-from causalprune.pruning.layers import Work, prune
+from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
 from causalprune.pruning.obs import BLOCK, DAMPING, inverse_factor
+from causalprune.pruning.scores import score
+from causalprune.pruning.walks import Gathered, Plan, Steps, planned, walk
 from causalprune.streaming.files import Seen, prune_stream
 
 EXAMPLES = calibration(((14, 5), (13, 9), (9, 1)))
@@ -25,6 +27,20 @@ EXAMPLES = calibration(((14, 5), (13, 9), (9, 1)))
 
 def found(decoder: Decoder, examples: Calibration = EXAMPLES, room: int = 2048) -> dict[str, Tensor]:
     return output_slopes(decoder, batches(examples.examples, max_batch_tokens=room))
+
+
+def first_layer(
+    decoder: Decoder, method: Method, examples: Calibration = EXAMPLES
+) -> tuple[Plan, Gathered, Layer]:
+    """Return what a walk has gathered when it comes to the first layer, and gradients where the method needs them."""
+    plan = planned(decoder, method, {}, examples)
+    gathered = Gathered(found(decoder, examples) if "slopes" in method.needs else {})
+    moments = "moments" in method.needs
+    return (
+        plan,
+        gathered,
+        next(walk(plan, gathered, Steps(plan.total), advance_pruned=False, moments=moments)),
+    )
 
 
 def expected(decoder: Decoder, examples: Calibration = EXAMPLES) -> dict[str, Tensor]:
@@ -106,10 +122,8 @@ def test_equal_slopes_within_rows_are_wanda() -> None:
 
 def predicted(decoder: Decoder, row: int, column: int) -> float:
     """Return half the square of the score of one weight of the first matrix: its predicted rise per token."""
-    work = Work(decoder, Method("fisher", 0.5), {}, silent)
-    work.look_at(EXAMPLES, 2048)
-    next(iter(work.walk(advance_pruned=False, moments=False)))
-    return float(work.score(decoder.projections[0])[row, column]) ** 2 / 2
+    plan, gathered, _ = first_layer(decoder, Method("fisher", 0.5))
+    return float(score(plan, gathered, decoder.projections[0])[row, column]) ** 2 / 2
 
 
 def test_a_score_by_hand() -> None:
@@ -129,34 +143,36 @@ def test_a_score_by_hand() -> None:
 
 def test_an_expert_without_tokens_is_worth_what_its_siblings_are() -> None:
     decoder = shared("mixtral")
-    work = Work(decoder, Method("fisher", 0.5), {}, silent)
-    work.look_at(ONE_ROUTE, 2048)
-    layer = next(iter(work.walk(advance_pruned=False, moments=False)))
+    plan, gathered, layer = first_layer(decoder, Method("fisher", 0.5), ONE_ROUTE)
     downs = [p for p in layer.projections if p.role == "down"]
-    seen = [p for p in downs if work.norms.tokens.get(p.name)]
+    seen = [p for p in downs if gathered.norms.tokens.get(p.name)]
     assert 0 < len(seen) < len(downs)
 
     def mean(own: list[Tensor]) -> Tensor:
         return torch.cat(own).double().square().mean().sqrt()
 
-    norms = [norm for p in seen if (norm := work.norms.root_mean_square(p)) is not None]
-    factor = mean(norms) * mean([work.slopes[p.name] for p in seen])
+    norms = [norm for p in seen if (norm := gathered.norms.root_mean_square(p)) is not None]
+    factor = mean(norms) * mean([gathered.slopes[p.name] for p in seen])
     for p in downs:
         if p not in seen:
-            torch.testing.assert_close(work.score(p), p.read().abs() * factor.float(), rtol=1e-4, atol=0)
+            torch.testing.assert_close(
+                score(plan, gathered, p), p.read().abs() * factor.float(), rtol=1e-4, atol=0
+            )
 
 
 def test_unseen_experts_are_worth_what_their_siblings_are_to_sparsegpt() -> None:
     decoder = shared("mixtral")
-    work = Work(decoder, Method("sparsegpt", 0.5, "global"), {}, silent)
-    work.look_at(ONE_ROUTE, 2048)
-    layer = next(iter(work.walk(advance_pruned=False, moments=True)))
+    plan, gathered, layer = first_layer(decoder, Method("sparsegpt", 0.5, "global"), ONE_ROUTE)
     downs = [p for p in layer.projections if p.role == "down"]
-    seen = [work.moments.hessians[p.name].diagonal() for p in downs if work.moments.tokens.get(p.name)]
+    seen = [
+        gathered.moments.hessians[p.name].diagonal() for p in downs if gathered.moments.tokens.get(p.name)
+    ]
     known = torch.cat(seen).double().square().mean().sqrt().float()
     for p in downs:
-        if not work.moments.tokens.get(p.name):
-            torch.testing.assert_close(work.score(p), p.read().square() * known * 1.01, rtol=1e-4, atol=0)
+        if not gathered.moments.tokens.get(p.name):
+            torch.testing.assert_close(
+                score(plan, gathered, p), p.read().square() * known * 1.01, rtol=1e-4, atol=0
+            )
     assert 0 < len(seen) < len(downs)
 
 
@@ -211,10 +227,8 @@ def test_causal_counts_errors_by_their_slopes(family: str) -> None:
     """In the first matrix, all of whose columns are one block, it is SparseGPT's scores of the intact weights times slopes."""
     decoder = fresh(family)
     p, slopes = decoder.projections[0], found(decoder)
-    work = Work(decoder, Method("sparsegpt", 0.5), {}, silent)
-    work.look_at(EXAMPLES, 2048)
-    next(iter(work.walk(advance_pruned=False, moments=True)))
-    upper = inverse_factor(work.moments.hessians[p.name], DAMPING, p.name)
+    _, gathered, _ = first_layer(decoder, Method("sparsegpt", 0.5))
+    upper = inverse_factor(gathered.moments.hessians[p.name], DAMPING, p.name)
     alike = (p.read() / upper.diagonal()).square()
     score = alike * slopes[p.name].float()[:, None]
     method = Method("causal", 0.5, update="obs", budgets="uniform")

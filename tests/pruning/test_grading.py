@@ -7,12 +7,14 @@ from families import FAMILIES, VOCAB
 from causalprune.calibration.examples import batches
 from causalprune.checkpoints.saving import count_zeros
 from causalprune.core.errors import OptionError
-from causalprune.core.types import Calibration, Decoder, Example, silent
+from causalprune.core.types import Calibration, Decoder, Example
 from causalprune.models.anatomy import fingerprint, inspect_model
-from causalprune.pruning.grading import dose_response, doses, groups_of
-from causalprune.pruning.layers import Work, prune
+from causalprune.pruning.budgets import trial
+from causalprune.pruning.grading import Experiment, dose_response, doses, groups_of
+from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
 from causalprune.pruning.pruned import manifest
+from causalprune.pruning.walks import Gathered, Steps, planned, walk
 from causalprune.runs.recipe import label, parse_method
 
 
@@ -35,8 +37,7 @@ def test_a_dose_is_measured_as_a_pruned_model_is(name: str) -> None:
     found = dose_response(
         decoder,
         decoder.layers,
-        batches(calibration.examples, max_batch_tokens=40),
-        (0.5, 1.0),
+        Experiment(batches(calibration.examples, max_batch_tokens=40), (0.5, 1.0)),
         lambda p, tried: [p.read() * (1 - sparsity) for sparsity in tried],
     )
     assert fingerprint(decoder.model) == before
@@ -59,13 +60,12 @@ def test_a_dose_is_measured_as_a_pruned_model_is(name: str) -> None:
 
 def test_trials_side_by_side_are_those_one_by_one() -> None:
     decoder = decoder_of("llama3")
-    work = Work(decoder, parse_method("causal", 0.5), {}, silent)
-    work.groups = batches(problems().examples, max_batch_tokens=40)
+    plan, gathered = planned(decoder, parse_method("causal", 0.5), {}, problems(), 40), Gathered()
     p = decoder.layers[0].projections[-1]
-    next(iter(work.walk(advance_pruned=False, moments=True)))
-    together = work._tried(p, (0.3, 0.5, 0.7))
+    next(walk(plan, gathered, Steps(plan.total), advance_pruned=False, moments=True))
+    together = trial(plan, gathered, p, (0.3, 0.5, 0.7))
     for sparsity, found in zip((0.3, 0.5, 0.7), together, strict=True):
-        alone = work._tried(p, (sparsity,))[0]
+        alone = trial(plan, gathered, p, (sparsity,))[0]
         assert torch.equal(alone != 0, found != 0)
         assert int((found == 0).sum()) == round(sparsity * p.size)
         torch.testing.assert_close(alone, found, rtol=1e-4, atol=1e-6)

@@ -13,20 +13,22 @@ from transformers import AutoModelForCausalLM
 from causalprune.attribution.measured import Measured
 from causalprune.attribution.measuring import Passes
 from causalprune.attribution.plan import planned
-from causalprune.attribution.questions import Estimator
 from causalprune.checkpoints.saving import read_manifest
 from causalprune.core.errors import ModelError, OptionError
 from causalprune.core.types import Calibration, Decoder, Example, quiet, silent
 from causalprune.models.anatomy import inspect_model
-from causalprune.shrinking.removal import BY, Shares, Shrunk, _worth, ledgers, shares_for, shrink
+from causalprune.shrinking.removal import BY, Shares, Shrinking, Shrunk, _worth, ledgers, shares_for, shrink
 
 
 def decoder_of(name: str) -> Decoder:
     return inspect_model(FAMILIES[name](), None, name=name)
 
 
-def shrunk(name: str, shares: Shares, **options: object) -> Shrunk:
-    return shrink(decoder_of(name), shares, problems(), stage=quiet, **options)  # type: ignore[arg-type]
+def shrunk(
+    name: str, shares: Shares, by: str = "effect", update: str = "refit", ledger: Path | None = None
+) -> Shrunk:
+    how = Shrinking(by, update)
+    return shrink(decoder_of(name), shares, problems(), how, ledger=ledger, stage=quiet)
 
 
 def loss(decoder: Decoder, calibration: Calibration) -> float:
@@ -53,7 +55,7 @@ def test_layers_go_by_effect() -> None:
         if p.role in ("o", "down"):
             p.write(torch.zeros(p.shape))
     before = loss(decoder, problems())
-    found = shrink(decoder, Shares(layers=0.34), problems(), update="none", stage=quiet)
+    found = shrink(decoder, Shares(layers=0.34), problems(), Shrinking(update="none"), stage=quiet)
     assert found.kept.layers == (0, 2)
     assert loss(found.decoder, problems()) == pytest.approx(before, rel=1e-6)
 
@@ -67,7 +69,7 @@ def test_neurons_without_effect_go_first() -> None:
         down.write(weight)
     tokens = torch.tensor([problems(1, seed=5).examples[0].tokens])
     before = decoder.model(tokens).logits
-    found = shrink(decoder, Shares(neurons=0.25), problems(), update="none", stage=quiet)
+    found = shrink(decoder, Shares(neurons=0.25), problems(), Shrinking(update="none"), stage=quiet)
     for i, index in found.kept.neurons.items():
         assert set(index.tolist()) == set(range(40)) - set(range(i, i + 10))
     torch.testing.assert_close(found.decoder.model(tokens).logits, before, rtol=1e-5, atol=1e-5)
@@ -87,7 +89,7 @@ def test_kv_groups_that_do_nothing_go_first(update: str) -> None:
         assert own.n_heads % n == 0
     tokens = torch.tensor([problems(1, seed=5).examples[0].tokens])
     before = decoder.model(tokens).logits
-    found = shrink(decoder, Shares(kv_groups=0.5), problems(), update=update, stage=quiet)
+    found = shrink(decoder, Shares(kv_groups=0.5), problems(), Shrinking(update=update), stage=quiet)
     for i, index in found.kept.kv_groups.items():
         assert i % decoder.layers[i].attention.n_kv_heads not in index.tolist()
     torch.testing.assert_close(found.decoder.model(tokens).logits, before, rtol=1e-4, atol=1e-4)
@@ -103,7 +105,7 @@ def test_what_stays_makes_up_for_what_goes() -> None:
                     p.write(torch.cat([p.read()[:20], p.read()[:20]]))
         before = decoder.model(tokens).logits
         worth = Shares(neurons=0.5)
-        found = shrink(decoder, worth, problems(40), by="random", seed=3, update=update, stage=quiet)
+        found = shrink(decoder, worth, problems(40), Shrinking("random", update, seed=3), stage=quiet)
         error[update] = float((found.decoder.model(tokens).logits - before).norm())
     assert error["refit"] < 0.7 * error["none"]
 
@@ -111,7 +113,7 @@ def test_what_stays_makes_up_for_what_goes() -> None:
 def test_experts_go_and_unreached_ones_are_not_free() -> None:
     decoder = decoder_of("qwen3_moe")
     few = Calibration((Example((5, 5, 5), 1, "random", "0"),), (0,))  # tokens that go the same way
-    found = shrink(decoder, Shares(experts=0.3), few, stage=quiet, update="none")
+    found = shrink(decoder, Shares(experts=0.3), few, Shrinking(update="none"), stage=quiet)
     assert {layer.n_experts for layer in found.decoder.layers} == {0, 2}
     assert set(found.kept.experts) == {0, 2}
     for layer, kept in found.kept.experts.items():
@@ -125,7 +127,7 @@ def test_training_makes_up_for_experts_that_go_and_nothing_else_does() -> None:
     for update in ("none", "refit", "distill"):
         decoder = decoder_of("qwen3_moe")
         before = decoder.model(tokens).logits
-        found = shrink(decoder, shares, problems(40), by="random", update=update, stage=quiet)
+        found = shrink(decoder, shares, problems(40), Shrinking("random", update), stage=quiet)
         assert found.update == ("distill" if update == "distill" else "none")
         error[update] = float((found.decoder.model(tokens).logits - before).norm())
     assert error["refit"] == error["none"]
@@ -145,7 +147,7 @@ def test_what_was_measured_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["mixtral", "olmoe"])
 def test_experts_by_activation_are_ranked_as_reap_does(name: str) -> None:
     decoder, calibration = decoder_of(name), problems()
-    found = _worth(decoder, "experts", "activation", calibration, Estimator(), silent)
+    found = _worth(decoder, "experts", calibration, Shrinking("activation"), silent, None)
     layer, calls = decoder.layers[1], []
     assert layer.experts is not None
     handle = layer.experts.register_forward_pre_hook(lambda _module, args: calls.append(args))

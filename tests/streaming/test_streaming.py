@@ -22,7 +22,7 @@ from causalprune.models.loading import load
 from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
 from causalprune.streaming import files as streaming
-from causalprune.streaming.files import prune_stream
+from causalprune.streaming.files import Seen, prune_stream
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 CAP = Method("cap", 0.5)
@@ -58,7 +58,7 @@ def check_same(source: Path, method: Method, where: Path, effects: Effects | Non
     decoder = load(str(source))
     kept = prune(decoder, method, effects=effects)
     checkpoint.save(decoder, where / "memory", manifest={}, keep=kept.keep, effects=effects)
-    done = prune_stream(source, where / "stream", method, effects=effects)
+    done = prune_stream(source, where / "stream", method, seen=Seen(effects=effects))
     own, other = tensors(where / "stream"), tensors(where / "memory")
     assert own.keys() == other.keys() == tensors(source).keys()
     assert all(same(own[name], other[name]) for name in own)
@@ -245,7 +245,7 @@ def test_what_cannot_be_streamed_is_said(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="needs effects"):
         prune_stream(source, out, CAP)
     with pytest.raises(MismatchError, match="another model"):
-        prune_stream(source, out, CAP, effects=other)
+        prune_stream(source, out, CAP, seen=Seen(effects=other))
     with pytest.raises(CheckpointError, match="not a folder"):
         prune_stream(tmp_path / "none", out, Method("magnitude", 0.5))
     out.mkdir()

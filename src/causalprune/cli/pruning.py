@@ -159,7 +159,7 @@ def shrink(
     from causalprune.checkpoints import check_destination
     from causalprune.core import shown
     from causalprune.runs import CalibrationSpec, Options, prepared
-    from causalprune.shrinking import Shares, ledgers, save_shrunk, shares_for
+    from causalprune.shrinking import Shares, Shrinking, ledgers, save_shrunk, shares_for
     from causalprune.shrinking import shrink as smaller
 
     if parameters is not None and any((neurons, kv_groups, experts, layers)):
@@ -174,10 +174,7 @@ def shrink(
         decoder,
         shares,
         calibration,
-        by=by,
-        update=update,
-        seed=seed,
-        max_batch_tokens=batch_tokens,
+        Shrinking(by, update, seed, batch_tokens),
         ledger=(ledger := output.with_name(f"{output.name}.attribution")),
         stage=shown,
     )

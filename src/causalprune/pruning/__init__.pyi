@@ -35,10 +35,13 @@ from .importance import (
     head_importance as head_importance,
 )
 from .layers import (
-    Work as Work,
+    Repair as Repair,
 )
 from .layers import (
     prune as prune,
+)
+from .layers import (
+    prune_layers as prune_layers,
 )
 from .layers import (
     remove as remove,
@@ -59,3 +62,15 @@ from .pruned import (
     manifest as manifest,
 )
 from .training import lessons as lessons
+from .walks import (
+    Gathered as Gathered,
+)
+from .walks import (
+    Steps as Steps,
+)
+from .walks import (
+    planned as planned,
+)
+from .walks import (
+    unrouted as unrouted,
+)

@@ -49,14 +49,20 @@ def doses(sparsity: float) -> tuple[float, ...]:
     return tuple(min(dose * sparsity, max(MOST, (1 + sparsity) / 2)) for dose in DOSES)
 
 
-def dose_response(  # noqa: PLR0913 (what a trial is made of)
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """On what the divergence is measured, at which sparsities, and whether groups are what inference engines fuse."""
+
+    batches: Sequence[Batch]
+    sparsities: Sequence[float]
+    fused: bool = False
+
+
+def dose_response(
     decoder: Decoder,
     layers: Iterable[Layer],
-    batches: Sequence[Batch],
-    sparsities: Sequence[float],
+    experiment: Experiment,
     pruned: Callable[[Projection, Sequence[float]], Sequence[Float[Tensor, "out in"]]],
-    *,
-    fused: bool = False,
     state: State | None = None,
 ) -> DoseResponse:
     """Prune group after group, each alone and at every sparsity, and measure the divergence on the batches.
@@ -65,6 +71,7 @@ def dose_response(  # noqa: PLR0913 (what a trial is made of)
     as it was after each trial. Every group is kept in the `state`, and not tried again. Costs `groups · sparsities` passes
     through the rest of the model for every layer, with two groups or, `fused`, up to four.
     """
+    batches, sparsities = experiment.batches, experiment.sparsities
     wanted = [targets(batch) for batch in batches]
     with torch.no_grad():
         intact = [target_logits(decoder, *pair) for pair in zip(batches, wanted, strict=True)]
@@ -84,7 +91,7 @@ def dose_response(  # noqa: PLR0913 (what a trial is made of)
     rows = state.values.get("trials", [])
     known = len(rows)
     for layer in layers:
-        for group in groups_of(layer, fused=fused):
+        for group in groups_of(layer, fused=experiment.fused):
             groups.append(group)
             if len(groups) <= known:
                 continue

@@ -1,13 +1,9 @@
 """What came of a pruning run, and what a checkpoint's manifest says of it."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxtyping import Bool
-from torch import Tensor
-
-from causalprune.core import Calibration, Effects
+from causalprune.core import Calibration, Effects, Masks
 from causalprune.pruning.grading import DoseResponse
 from causalprune.pruning.methods import Method
 
@@ -22,7 +18,7 @@ class Pruned:
     """
 
     method: Method
-    keep: Mapping[str, Bool[Tensor, "out in"]]
+    keep: Masks
     unrouted: tuple[str, ...]
     response: DoseResponse | None = None
 

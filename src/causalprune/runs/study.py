@@ -299,20 +299,19 @@ def prune_streamed(
     effects = None
     if "effects" in method.needs and effects_path is not None:
         effects = load_effects(effects_path)
-    folder, seen = Path(spec.name).expanduser(), None
+    folder, calibration = Path(spec.name).expanduser(), None
     check_destination(output, options.overwrite)
     check_streams(method)
     if method.needs_calibration:
         with options.stage("calibration data"):
             bare = dataclasses.replace(skeleton(folder), tokenizer=tokenizer_of(folder))
             calibration = calibrated(bare, wanted, options.data_dir)
-        seen = Seen(calibration, options.batch_tokens, options.cache_gib)
+    seen = Seen(calibration, options.batch_tokens, options.cache_gib, effects)
     with options.stage("pruning") as progress:
         return prune_stream(
             folder,
             output,
             method,
-            effects=effects,
             seen=seen,
             overwrite=options.overwrite,
             on_progress=progress,

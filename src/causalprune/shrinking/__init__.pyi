@@ -2,6 +2,9 @@ from .removal import (
     Shares as Shares,
 )
 from .removal import (
+    Shrinking as Shrinking,
+)
+from .removal import (
     ledgers as ledgers,
 )
 from .removal import (

@@ -25,7 +25,7 @@ from causalprune.core import (
     unknown,
 )
 from causalprune.interventions import InputNorms, See, Site, gated_module, observed
-from causalprune.pruning import UPDATES, Update, lessons, remove
+from causalprune.pruning import UPDATES, Repair, Update, lessons, remove
 from causalprune.shrinking.structure import Kept, column_keep, silence, smaller
 
 Kind: TypeAlias = Literal["neurons", "kv_groups", "experts", "layers"]
@@ -59,6 +59,28 @@ class Shares:
             )
 
 
+@dataclass(frozen=True)
+class Shrinking:
+    """How units are chosen (`by`), how the others make up for them, and how many tokens a pass may have.
+
+    `by` is what units are worth: `effect` (the divergence from the intact model's predictions on the calibration targets
+    without the unit: measured for KV groups, experts and layers, predicted to second order for neurons), `activation` (root
+    mean square of what a neuron or the heads of a group send; for experts weighted by the router, which is REAP), `magnitude`
+    (of their weights) or `random`.
+    """
+
+    by: str = "effect"
+    update: str = "refit"
+    seed: int = 0
+    max_batch_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.by not in BY:
+            raise unknown("choice of units (by)", self.by, BY)
+        if self.update not in UPDATES:
+            raise unknown("update", self.update, UPDATES)
+
+
 @dataclass(frozen=True, eq=False)
 class Shrunk:
     """A smaller model, what it kept and how that was updated, and its number of parameters before and after.
@@ -89,63 +111,44 @@ def shares_for(decoder: Decoder, parameters: float) -> Shares:
     return Shares(neurons=parameters * total / pool)
 
 
-def shrink(  # noqa: PLR0913 (the command's options)
+def shrink(
     decoder: Decoder,
     shares: Shares,
     calibration: Calibration,
+    how: Shrinking = Shrinking(),
     *,
-    by: str = "effect",
-    update: str = "refit",
-    seed: int = 0,
-    max_batch_tokens: int = 2048,
     ledger: Path | None = None,
     stage: Stage,
 ) -> Shrunk:
     """Return a smaller model without the units that matter least, the others updated to make up for them.
 
-    All layers lose equally many units of a kind. `by` says what they are worth: `effect` (the divergence from the
-    intact model's predictions on the calibration targets without the unit: measured for KV groups, experts and
-    layers, predicted to second order for neurons), `activation` (root mean square of what a neuron or the heads of a
-    group send; for experts weighted by the router, which is REAP), `magnitude` (of their weights) or `random`. Where only experts
-    go, nothing but `distill` makes up for them. The decoder that is given is changed on the way. Effects that were
-    measured are kept in the `ledgers` of a path, so that a stopped run goes on.
+    All layers lose equally many units of a kind. Where only experts go, nothing but `distill` makes up for them. The
+    decoder that is given is changed on the way. Effects that were measured are kept in the `ledgers` of a path, so that a
+    stopped run goes on.
 
     Raises:
-        OptionError: a kind the model does not have, a share too small to remove one unit, an unknown `by`.
+        OptionError: a kind the model does not have, or a share too small to remove one unit.
         ModelError: the architecture cannot lose units of a kind, or some of the model is not in memory.
     """
     if decoder.offloaded:
         raise ModelError(
             f"{decoder.name} is not all in memory, which shrinking needs: leave out --device-map"
         )
-    if by not in BY:
-        raise unknown("choice of units (by)", by, BY)
-    own = next((u for u in UPDATES if u == update), None)
-    if own is None:
-        raise unknown("update", update, UPDATES)
     before = sum(p.numel() for p in decoder.model.parameters())
-    how = Estimator(seed=seed, max_batch_tokens=max_batch_tokens)
-    chosen, unrouted = _chosen(decoder, shares, by, calibration, how, ledger=ledger, stage=stage)
-    followed = lessons(decoder, calibration.examples, max_batch_tokens) if own == "distill" else []
+    update = next(own for own in UPDATES if own == how.update)
+    chosen, unrouted = _chosen(decoder, shares, calibration, how, ledger=ledger, stage=stage)
+    followed = lessons(decoder, calibration.examples, how.max_batch_tokens) if update == "distill" else []
     if "experts" in chosen:
         decoder = smaller(decoder, Kept(experts=chosen["experts"]))
-        own = own if own == "distill" or len(chosen) > 1 else "none"
+        update = update if update == "distill" or len(chosen) > 1 else "none"
     kept = Kept(**{**chosen, "experts": {}})
     with stage("updating what stays") as progress:
         silence(decoder, kept)
-        remove(
-            decoder,
-            column_keep(decoder, kept),
-            calibration,
-            update=own,
-            followed=followed,
-            seed=seed,
-            max_batch_tokens=max_batch_tokens,
-            on_progress=progress,
-        )
+        repair = Repair(calibration, update, followed, how.seed, how.max_batch_tokens)
+        remove(decoder, column_keep(decoder, kept), repair, progress)
     found = smaller(decoder, kept)
     after = sum(p.numel() for p in found.model.parameters())
-    return Shrunk(found, replace(kept, experts=chosen.get("experts", {})), own, before, after, unrouted)
+    return Shrunk(found, replace(kept, experts=chosen.get("experts", {})), update, before, after, unrouted)
 
 
 def ledgers(path: Path) -> dict[Kind, Path]:
@@ -175,12 +178,11 @@ def save_shrunk(
     save(shrunk.decoder, folder, manifest=record, overwrite=overwrite)
 
 
-def _chosen(  # noqa: PLR0913 (what `shrink` takes)
+def _chosen(
     decoder: Decoder,
     shares: Shares,
-    by: str,
     calibration: Calibration,
-    how: Estimator,
+    how: Shrinking,
     *,
     ledger: Path | None,
     stage: Stage,
@@ -197,7 +199,7 @@ def _chosen(  # noqa: PLR0913 (what `shrink` takes)
     for kind, share in wanted.items():
         with stage(f"what {kind.replace('_', ' ')} are worth") as progress:
             path = None if ledger is None else ledgers(ledger)[kind]
-            worth = _worth(decoder, kind, by, calibration, how, progress, ledger=path)
+            worth = _worth(decoder, kind, calibration, how, progress, path)
         chosen[kind] = _kept(kind, worth, share)
         for layer, own in worth.items() if kind == "experts" else ():
             unrouted += [f"layers.{layer}.experts.{i}" for i in own.isnan().nonzero()[:, 0].tolist()]
@@ -231,31 +233,30 @@ def _sizes(decoder: Decoder, kind: Kind) -> dict[int, int]:
     return sizes
 
 
-def _worth(  # noqa: PLR0913 (what `shrink` takes)
+def _worth(
     decoder: Decoder,
     kind: Kind,
-    by: str,
     calibration: Calibration,
-    how: Estimator,
+    how: Shrinking,
     on_progress: Progress,
-    *,
-    ledger: Path | None = None,
+    ledger: Path | None,
 ) -> Scores:
     sizes = _sizes(decoder, kind)
-    if by == "random":
+    if how.by == "random":
         generator = torch.Generator().manual_seed(how.seed)
         return {layer: torch.rand(n, generator=generator) for layer, n in sizes.items()}
-    if by == "magnitude":
+    if how.by == "magnitude":
         return {i: _magnitude(decoder.layers[i], kind, n) for i, n in sizes.items()}
-    if by == "activation":
+    if how.by == "activation":
         return _activation(decoder, kind, calibration, on_progress)
     question = Question(units=("neurons:1" if kind == "neurons" else kind,), effect="kl")
+    estimator = Estimator(seed=how.seed, max_batch_tokens=how.max_batch_tokens)
     if kind == "neurons":
-        how = replace(how, name="gradient")
+        estimator = replace(estimator, name="gradient")
     else:
         some = tuple(few(calibration.examples))
         calibration = Calibration(some, (0,) * len(some))
-    effects = attribute(decoder, calibration, question, how, ledger=ledger, on_progress=on_progress)
+    effects = attribute(decoder, calibration, question, estimator, ledger=ledger, on_progress=on_progress)
     values = effects.change_nats() if effects.predicted_nats is None else effects.predicted_nats
     by_layer = torch.tensor([unit.layer for unit in effects.units])
     return {layer: values.sum(1)[by_layer == layer] for layer in sizes}

@@ -22,6 +22,7 @@ from causalprune.core import (
     Decoder,
     Effects,
     Layer,
+    Masks,
     MismatchError,
     OptionError,
     Progress,
@@ -41,7 +42,18 @@ from causalprune.models import (
     raw_bytes,
     skeleton,
 )
-from causalprune.pruning import Factors, Method, Pruned, Work, head_factors, manifest
+from causalprune.pruning import (
+    Factors,
+    Gathered,
+    Method,
+    Pruned,
+    Steps,
+    head_factors,
+    manifest,
+    planned,
+    prune_layers,
+    unrouted,
+)
 from causalprune.streaming.residence import HiddenStates, Residence
 from causalprune.streaming.spectra import Spectra
 from causalprune.streaming.stored import Sources, Store, StoredProjection, find_sources, with_stored
@@ -60,19 +72,19 @@ class Streamed:
 
 @dataclass(frozen=True)
 class Seen:
-    """What methods that look at inputs see: calibration data, tokens in a pass, GiB of hidden states in memory."""
+    """What methods may look at: calibration data, tokens in a pass, GiB of hidden states in memory, effects of heads."""
 
-    calibration: Calibration
+    calibration: Calibration | None = None
     max_batch_tokens: int = 2048
     cache_gib: float = 1.0
+    effects: Effects | None = None
 
 
-def prune_stream(  # noqa: PLR0913 (what `prune` and `save` take)
+def prune_stream(
     source: Path,
     output: Path,
     method: Method,
     *,
-    effects: Effects | None = None,
     seen: Seen | None = None,
     overwrite: bool = False,
     on_progress: Progress = silent,
@@ -89,7 +101,9 @@ def prune_stream(  # noqa: PLR0913 (what `prune` and `save` take)
         MismatchError: the effects were measured on another model.
     """
     checkpoints.check_destination(output, overwrite)
-    check_streams(method, data=seen is not None)
+    seen = seen or Seen()
+    effects, calibration = seen.effects, seen.calibration if method.walks else None
+    check_streams(method, data=seen.calibration is not None)
     files, entries = open_checkpoint(source)
     size = sum(e.stop - e.start for e in entries.values())
     with closing(Store(2 * size, on_progress)) as store:
@@ -104,28 +118,27 @@ def prune_stream(  # noqa: PLR0913 (what `prune` and `save` take)
         decoder = replace(decoder, fingerprint=found)
         with checkpoints.complete(output, overwrite) as folder, ExitStack() as stack:
             _check_room(folder, files, decoder)
-            if method.walks and seen is not None:
+            gathered = Gathered()
+            if calibration is not None:
                 residence = stack.enter_context(_residence(source, sources, entries, store))
                 hidden = stack.enter_context(closing(HiddenStates(seen.cache_gib * 2**30, folder)))
-                work = Work(residence.decoder, method, factors, silent)
-                work.hold = hidden.keep
-                work.look_at(seen.calibration, seen.max_batch_tokens)
-                pruned = residence.through(work.prune_layers())
+                plan = planned(residence.decoder, method, factors, calibration, seen.max_batch_tokens)
+                plan = replace(plan, hold=hidden.keep)
+                pruned = residence.through(prune_layers(plan, gathered, Steps(plan.total)))
             else:
-                work = Work(decoder, method, factors, silent)
-                pruned = work.prune_layers(spectra.keeps(decoder))
+                plan = planned(decoder, method, factors)
+                pruned = prune_layers(plan, gathered, Steps(plan.total), fixed=spectra.keeps(decoder))
             rows = _write(
                 pruned, _pool(decoder), store, entries, {file: folder / file.name for file in files}
             )
             if factors and effects is not None:
                 checkpoints.save_effects(effects, folder / checkpoints.EFFECTS)
             _copy_rest(source, folder)
-            calibration = None if seen is None or not method.walks else seen.calibration
-            record = manifest(Pruned(method, {}, work.unrouted()), calibration, effects)
+            record = manifest(Pruned(method, Masks(), unrouted(plan, gathered)), calibration, effects)
             record["streamed"] = True
             checkpoints.write_manifest(folder, decoder, record, rows)
     weights, zeros = (sum(row[key] for row in rows) for key in ("weights", "zeros"))
-    return Streamed(weights, zeros, work.unrouted())
+    return Streamed(weights, zeros, unrouted(plan, gathered))
 
 
 def check_streams(method: Method, *, data: bool = True) -> None:
