@@ -16,9 +16,9 @@ from causalprune.checkpoints.saving import save_effects
 from causalprune.core.errors import CheckpointError, OptionError
 from causalprune.core.ledger import Ledger
 from causalprune.evaluation.results import interval, load_rows, paired_difference, read_json
-from causalprune.reports.summary import summary
 from causalprune.reports.evidence import by_head, by_matrix, read_run
 from causalprune.reports.page import embedded, finite, number
+from causalprune.reports.summary import summary
 from causalprune.reports.writing import report
 
 

@@ -9,8 +9,8 @@ from browsing import browser, opened
 from reporting import HOSTILE, made_effects, write_run
 
 from causalprune.checkpoints.saving import save_effects
-from causalprune.reports.summary import summary
 from causalprune.reports.evidence import read_run
+from causalprune.reports.summary import summary
 from causalprune.reports.writing import report
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
