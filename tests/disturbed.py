@@ -54,13 +54,13 @@ class Stage:
 
 WANDA = ("--method", "wanda", "--sparsity", "0.5", "--batch-tokens", "64")
 STAGES = {
-    "attribution": Stage("attribute", "runs.study.measure", ("--batch-tokens", "64")),
-    "pruning": Stage("prune", "runs.study.prune", WANDA),
-    "saving": Stage("prune", "runs.study.save", WANDA),
+    "attribution": Stage("attribute", "runs.single.measure", ("--batch-tokens", "64")),
+    "pruning": Stage("prune", "runs.single.prune", WANDA),
+    "saving": Stage("prune", "runs.single.save", WANDA),
     "streaming": Stage(
-        "prune", "runs.study.prune_stream", ("--stream", "--method", "magnitude:global", "--sparsity", "0.5")
+        "prune", "runs.single.prune_stream", ("--stream", "--method", "magnitude:global", "--sparsity", "0.5")
     ),
-    "streaming by layers": Stage("prune", "runs.study.prune_stream", (*WANDA, "--stream")),
+    "streaming by layers": Stage("prune", "runs.single.prune_stream", (*WANDA, "--stream")),
 }
 
 

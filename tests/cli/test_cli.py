@@ -329,7 +329,7 @@ def test_ctrl_c_says_how_to_go_on(
     def stop(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("causalprune.runs.study.measure", stop)
+    monkeypatch.setattr("causalprune.runs.single.measure", stop)
     code, _, err = run("attribute", model, "-o", tmp_path / "effects", "-n", "3", "--data-dir", data)
     assert code == 130
     assert "goes on" in err

@@ -54,7 +54,7 @@ def test_without_memory_an_error_says_what_takes_less(
     def crowded(*arguments: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("causalprune.runs.study.prune", crowded)
+    monkeypatch.setattr("causalprune.runs.single.prune", crowded)
     code, _, err = run("prune", model, "-o", tmp_path / "out", "-n", "3", "--data-dir", data)
     assert code == 1
     assert "2.00 GiB" in err

@@ -18,7 +18,7 @@ from causalprune.evaluation.results import load_rows, paired_difference
 from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
 from causalprune.reports.evidence import read_run
-from causalprune.runs import cells
+from causalprune.runs import cells, single
 from causalprune.runs import study as running
 from causalprune.runs.recipe import AttributionSpec, CalibrationSpec, ModelSpec, Recipe, Shape
 
@@ -124,17 +124,17 @@ def test_a_saved_checkpoint_is_measured_further_without_pruning_again(
 def test_a_stopped_prune_goes_on(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method, options = Method("causal", 0.5), running.Options(data)
+    method, options = Method("causal", 0.5), single.Options(data)
     given = ModelSpec(str(model)), method, tmp_path / "out", CalibrationSpec(("gsm8k",), n=6)
-    running.prune_checkpoint(*given[:2], tmp_path / "calm", given[3], None, options)
+    single.prune_checkpoint(*given[:2], tmp_path / "calm", given[3], None, options)
 
     with monkeypatch.context() as patch:
         patch.setattr("causalprune.pruning.layers.distill", lambda *_, **__: raised(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            running.prune_checkpoint(*given, None, options)
+            single.prune_checkpoint(*given, None, options)
     assert [path.name for path in tmp_path.glob("out*")] == ["out.pruning"]
     monkeypatch.setattr("causalprune.pruning.layers.output_slopes", None)  # it may not be called
-    running.prune_checkpoint(*given, None, options)
+    single.prune_checkpoint(*given, None, options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calm", "out"]
     calm, own = (load_file(tmp_path / name / "model.safetensors") for name in ("calm", "out"))
     assert all(torch.equal(weight, own[name]) for name, weight in calm.items())
@@ -229,25 +229,25 @@ def test_existing_output_is_refused_before_any_work(model: Path, tmp_path: Path)
     (tmp_path / "out").mkdir()
     method = recipe(model).cells()["magnitude-matrix-0.5"]
     with pytest.raises(CheckpointError, match="exists"):
-        running.prune_checkpoint(ModelSpec("no/such"), method, tmp_path / "out", CalibrationSpec(("gsm8k",)))
+        single.prune_checkpoint(ModelSpec("no/such"), method, tmp_path / "out", CalibrationSpec(("gsm8k",)))
 
 
 def test_cap_measures_first_where_no_effects_are_given(model: Path, data: Path, tmp_path: Path) -> None:
     method = recipe(model).cells()["cap-global-0.5"]
-    options = running.Options(data_dir=data)
+    options = single.Options(data_dir=data)
     spec, wanted = ModelSpec(str(model)), CalibrationSpec(("gsm8k",), n=6)
-    alone = running.prune_checkpoint(spec, method, tmp_path / "alone", wanted, options=options)
-    running.attribute(spec, wanted, tmp_path / "effects", options)
+    alone = single.prune_checkpoint(spec, method, tmp_path / "alone", wanted, options=options)
+    single.attribute(spec, wanted, tmp_path / "effects", options)
     effects = tmp_path / "effects" / "effects.json"
     assert json.loads(effects.read_text()) == json.loads((tmp_path / "alone" / "effects.json").read_text())
-    given = running.prune_checkpoint(spec, method, tmp_path / "given", wanted, effects, options)
+    given = single.prune_checkpoint(spec, method, tmp_path / "given", wanted, effects, options)
     assert all(torch.equal(alone.keep[name], given.keep[name]) for name in given.keep)
 
 
 def test_work_is_shared_out_in_one_way(model: Path, tmp_path: Path) -> None:
-    options = running.Options(share=(1, 2), cluster=running.Cluster(2))
+    options = single.Options(share=(1, 2), cluster=single.Cluster(2))
     with pytest.raises(OptionError, match=r"leave out --shard, or --executor ray"):
-        running.attribute(ModelSpec(str(model)), CalibrationSpec(("gsm8k",), n=6), tmp_path / "out", options)
+        single.attribute(ModelSpec(str(model)), CalibrationSpec(("gsm8k",), n=6), tmp_path / "out", options)
 
 
 def values(record: dict[str, Any]) -> list[Any]:
@@ -318,12 +318,12 @@ def test_a_stopped_evaluation_goes_on(
     out, spec, calls = tmp_path / "found.json", ModelSpec(str(model)), list[str]()
     settings = Settings(data_dir=data)
 
-    monkeypatch.setattr(running, "evaluate", stops_at(2, calls))
+    monkeypatch.setattr(single, "evaluate", stops_at(2, calls))
     tasks = ("gsm8k_nll:4", "strategyqa_nll")
     with pytest.raises(KeyboardInterrupt):
-        running.evaluate_model(spec, tasks, settings, out)
+        single.evaluate_model(spec, tasks, settings, out)
     assert not out.exists()
-    found = running.evaluate_model(spec, tasks, settings, out)
+    found = single.evaluate_model(spec, tasks, settings, out)
     assert calls == ["gsm8k_nll:4", "strategyqa_nll", "strategyqa_nll"]
     assert [r.task for r in found] == ["gsm8k_nll", "strategyqa_nll"]
     assert {path.name for path in tmp_path.iterdir()} == {"found.json"}

@@ -1,23 +1,111 @@
 """Commands that look at a model, measure it and compare what was measured."""
 
 import json
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from causalprune.cli import options as opt
+from causalprune.cli.groups import grouped
 from causalprune.cli.options import app, console
 from causalprune.core import OptionError
 
 if TYPE_CHECKING:
-    from causalprune.runs import ModelSpec
+    from causalprune.runs import AttributionSpec, Options
+
+
+@dataclass(frozen=True)
+class EstimateOptions(opt.EffectOptions):
+    """What is measured of a model, and how it is estimated."""
+
+    ablation: Annotated[
+        Literal["zero", "mean", "resample"],
+        typer.Option(
+            help="What takes the place of a removed unit; resample: what another example has there."
+        ),
+    ] = "zero"
+    estimator: Annotated[
+        Literal["exact", "gradient", "adaptive"] | None,
+        typer.Option(
+            help="exact (default), gradient (a few passes in all), adaptive (default with a budget)."
+        ),
+    ] = None
+    budget: Annotated[
+        str | None, typer.Option(help="Cost: `20x` is a twentieth of a whole pass per unit and example.")
+    ] = None
+    until_certain: Annotated[
+        bool,
+        typer.Option("--until-certain", help="Stop when the top fifth of the units is settled at 95 %."),
+    ] = False
+
+    def spec(self, seed: int = 0, cache_gib: float = 1.0) -> "AttributionSpec":
+        """Return what is measured, and how, as runs take it."""
+        from causalprune.runs import AttributionSpec
+
+        name = self.estimator or ("adaptive" if self.budget or self.until_certain else "exact")
+        return AttributionSpec(
+            tuple(self.units),
+            self.effect,
+            self.ablation,
+            name,
+            _times(self.budget),
+            self.until_certain,
+            seed=seed,
+            cache_gib=cache_gib,
+        )
+
+
+@dataclass(frozen=True)
+class SpreadOptions(opt.RunningOptions):
+    """How an attribution is done, and who shares its jobs."""
+
+    cache_gib: Annotated[
+        float, typer.Option(help="Memory for inputs of layers; what does not fit is computed again.", min=0)
+    ] = 1.0
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="`2/4` does the second quarter of the jobs: for machines side by side, joined by `merge`."
+        ),
+    ] = None
+    executor: Annotated[
+        Literal["serial", "ray"],
+        typer.Option(help="ray: spread the jobs over processes or machines (needs causalprune[ray])."),
+    ] = "serial"
+    workers: Annotated[
+        int, typer.Option(help="Processes of the executor `ray`, each with a model.", min=1)
+    ] = 2
+    address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster, as auto; else one on this machine.")
+    ] = None
+
+    def options(self, data_dir: Path | None = None, *, overwrite: bool = False) -> "Options":
+        """Return how the work is done as runs take it."""
+        from causalprune.attribution import Cluster
+
+        cluster = Cluster(self.workers, self.address) if self.executor == "ray" else None
+        return replace(
+            super().options(data_dir, overwrite=overwrite), share=_share(self.shard), cluster=cluster
+        )
+
+
+@dataclass(frozen=True)
+class DrawOptions(opt.CalibrationOptions):
+    """Which examples are drawn, five times of each source."""
+
+    task: Annotated[
+        list[str],
+        typer.Option("--task", "-t", help="Sources; the first is compared with the others."),
+    ] = field(default_factory=lambda: ["gsm8k", "arc_challenge", "wikitext2"])
+    n: Annotated[int, typer.Option("-n", help="Examples in each of five draws.", min=1)] = 8
 
 
 @app.command()
-@opt.of_model
+@grouped
 def inspect(
-    spec: "ModelSpec",
+    model: opt.ModelOptions,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what was found in a model: layers, heads, what is prunable, what is left out and why."""
@@ -25,6 +113,7 @@ def inspect(
     from causalprune.models import summary
     from causalprune.runs import load
 
+    spec = model.spec()
     found = summary(load(spec))
     if as_json:
         print(json.dumps(found, indent=1))
@@ -33,51 +122,29 @@ def inspect(
 
 
 @app.command()
-@opt.of_model
+@grouped
 def attribute(
-    spec: "ModelSpec",
+    model: opt.ModelOptions,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for effects.json and the ledger.")],
-    task: opt.Task = ["gsm8k"],  # noqa: B006
-    n: opt.N = 128,
+    data: opt.CalibrationOptions,
+    method: EstimateOptions,
+    running: SpreadOptions,
     subsets: opt.Subsets = 3,
-    seed: opt.Seed = 0,
-    max_tokens: opt.MaxTokens = 512,
-    chat: opt.Chat = "auto",
-    data_dir: opt.DataDir = None,
-    batch_tokens: opt.BatchTokens = 2048,
-    units: opt.Units = ["heads"],  # noqa: B006
-    effect: opt.EffectName = "ce",
-    ablation: opt.AblationName = "zero",
-    estimator: opt.EstimatorName = None,
-    budget: opt.Budget = None,
-    until_certain: opt.UntilCertain = False,
-    cache_gib: opt.CacheGib = 1.0,
-    shard: opt.Shard = None,
-    executor: opt.Executor = "serial",
-    workers: opt.Workers = 2,
-    address: opt.Address = None,
 ) -> None:
     """Measure every attention head (or other units): how much does the loss rise when it is removed?
 
     Every finished job is on disk at once: a run that was stopped goes on where it was.
     """
-    from causalprune.attribution import Cluster
     from causalprune.cli import tables
-    from causalprune.core import shown
-    from causalprune.runs import AttributionSpec, CalibrationSpec, Options
     from causalprune.runs import attribute as measure
 
-    calibration = CalibrationSpec(tuple(task), n, subsets, seed, max_tokens, chat)
-    name = estimator or ("adaptive" if budget or until_certain else "exact")
-    wanted = AttributionSpec(
-        tuple(units), effect, ablation, name, _times(budget), until_certain, seed=seed, cache_gib=cache_gib
-    )
-    cluster = Cluster(workers, address) if executor == "ray" else None
-    options = Options(data_dir, batch_tokens, stage=shown, share=_share(shard), cluster=cluster)
-    effects = measure(spec, calibration, output, options, wanted)
+    calibration = data.spec(subsets)
+    wanted = method.spec(data.reading.seed, running.cache_gib)
+    options = running.options(data.reading.data_dir)
+    effects = measure(model.spec(), calibration, output, options, wanted)
     file = output / options.named("effects.json")
-    if shard:
-        console.print(f"share {shard}: {file}; `causalprune merge` joins it with the others")
+    if running.shard:
+        console.print(f"share {running.shard}: {file}; `causalprune merge` joins it with the others")
         return
     console.print(tables.strongest(effects))
     console.print(f"effects of {len(effects.units)} units: {file}")
@@ -103,43 +170,30 @@ def merge(
 
 
 @app.command()
-@opt.of_model
+@grouped
 def stability(
-    spec: "ModelSpec",
+    model: opt.ModelOptions,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for stability.json and ledgers.")],
-    task: Annotated[
-        list[str],
-        typer.Option("--task", "-t", help="Sources; the first is compared with the others."),
-    ] = ["gsm8k", "arc_challenge", "wikitext2"],  # noqa: B006
-    n: Annotated[int, typer.Option("-n", help="Examples in each of five draws.", min=1)] = 8,
-    seed: opt.Seed = 0,
-    max_tokens: opt.MaxTokens = 512,
-    chat: opt.Chat = "auto",
-    data_dir: opt.DataDir = None,
-    batch_tokens: opt.BatchTokens = 2048,
-    units: opt.Units = ["heads"],  # noqa: B006
-    effect: opt.EffectName = "ce",
+    data: DrawOptions,
+    method: opt.EffectOptions,
+    running: opt.RunningOptions,
     top: Annotated[int, typer.Option(help="Strongest units that are removed in pairs.", min=2)] = 20,
 ) -> None:
     """Show how far effects can be trusted: between draws, tasks and plain text, and for pairs of units."""
     from causalprune.cli import tables
-    from causalprune.core import shown
-    from causalprune.runs import AttributionSpec, CalibrationSpec, Options, check_stability
+    from causalprune.runs import check_stability
 
-    calibration = CalibrationSpec(tuple(task), n, seed=seed, max_tokens=max_tokens, chat=chat)
-    wanted = AttributionSpec(tuple(units), effect)
-    found = check_stability(
-        spec, calibration, output, Options(data_dir, batch_tokens, stage=shown), wanted, top
-    )
+    options = running.options(data.reading.data_dir)
+    found = check_stability(model.spec(), data.spec(), output, options, method.spec(), top)
     for table in tables.stability(found):
         console.print(table)
     console.print(f"all numbers: {output / 'stability.json'}")
 
 
 @app.command()
-@opt.of_model
+@grouped
 def evaluate(
-    spec: "ModelSpec",
+    model: opt.ModelOptions,
     task: Annotated[
         list[str],
         typer.Option(
@@ -151,25 +205,30 @@ def evaluate(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="JSON file for the results, with per-example values.")
     ],
+    reading: opt.ReadingOptions,
     limit: Annotated[
         int | None,
         typer.Option(help="Problems per task (tokens for perplexity) where the task names none.", min=1),
     ] = None,
-    seed: opt.Seed = 0,
-    max_tokens: opt.MaxTokens = 512,
-    chat: opt.Chat = "auto",
-    data_dir: opt.DataDir = None,
-    batch_tokens: opt.BatchTokens = 4096,
+    running: opt.RunningOptions = opt.RunningOptions(batch_tokens=4096),
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Measure a model on tasks, and keep the value of every example."""
     from causalprune.cli import tables
-    from causalprune.core import shown
     from causalprune.evaluation import Settings
-    from causalprune.runs import Options, evaluate_model
+    from causalprune.runs import evaluate_model
 
-    settings = Settings(limit, data_dir, seed, max_tokens, chat=chat, batch_tokens=batch_tokens)
-    results = evaluate_model(spec, tuple(task), settings, output, Options(overwrite=overwrite, stage=shown))
+    spec = model.spec()
+    settings = Settings(
+        limit,
+        reading.data_dir,
+        reading.seed,
+        reading.max_tokens,
+        chat=reading.chat,
+        batch_tokens=running.batch_tokens,
+    )
+    options = running.options(reading.data_dir, overwrite=overwrite)
+    results = evaluate_model(spec, tuple(task), settings, output, options)
     console.print(tables.comparison([(spec.name, results)]))
     console.print(f"results: {output}")
 

@@ -1,69 +1,155 @@
 """Commands that make and check pruned checkpoints."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 
 from causalprune.cli import options as opt
+from causalprune.cli.groups import grouped
 from causalprune.cli.options import app, console
 from causalprune.core import OptionError
 
 if TYPE_CHECKING:
-    from causalprune.runs import ModelSpec
+    from causalprune.pruning import Method
+    from causalprune.runs import Options
+    from causalprune.shrinking import Shares
 
 
-@app.command()
-@opt.of_model
-def prune(
-    spec: "ModelSpec",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pruned checkpoint.")],
-    method: opt.MethodOrOwn = None,
+@dataclass(frozen=True)
+class PruningOptions(opt.MethodOptions):
+    """How weights are chosen, and how many."""
+
     sparsity: Annotated[
         str | None,
         typer.Option(help="Share of the prunable weights set to zero (default 0.2, or the pattern's own)."),
-    ] = None,
-    damping: opt.Damping = 0.01,
+    ] = None
     effects: Annotated[
         Path | None,
         typer.Option(
             help="effects.json that `attribute` wrote; for --method cap, which else measures all heads first (long)."
         ),
-    ] = None,
-    task: opt.Task = ["gsm8k"],  # noqa: B006
-    n: opt.N = 128,
+    ] = None
+
+    def parsed(self, seed: int) -> "Method":
+        """Return the method; raises `OptionError` where it has no use for the effects."""
+        from causalprune.runs import parse_method
+
+        named = self.method or ("causal" if self.effects is None else "cap")
+        wanted = parse_method(named, _sparsity(self.sparsity), seed, self.damping)
+        if self.effects is not None and "effects" not in wanted.needs:
+            raise OptionError(
+                f"--effects are for cap, and {wanted.criterion} does not use them: leave them out"
+            )
+        return wanted
+
+
+@dataclass(frozen=True)
+class SweptOptions(opt.MethodOptions):
+    """How weights are chosen, at every sparsity."""
+
+    method: Annotated[str, typer.Option(help=opt.METHODS)] = "causal"
+
+
+@dataclass(frozen=True)
+class StreamOptions(opt.RunningOptions):
+    """How a model is pruned, in memory or from file to file."""
+
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="From file to file, without loading the model (local folder): matrix by matrix, or layer by layer where "
+            "a method looks at inputs or updates weights. Not for causal, fisher, +graded, +distill, or scope global with inputs.",
+        ),
+    ] = False
+    cache_gib: Annotated[
+        float,
+        typer.Option(
+            "--cache-gib",
+            help="With --stream: memory for hidden states of the calibration data; the rest is kept on disk.",
+            min=0,
+        ),
+    ] = 1.0
+
+    def options(self, data_dir: Path | None = None, *, overwrite: bool = False) -> "Options":
+        """Return how the work is done as runs take it."""
+        return replace(super().options(data_dir, overwrite=overwrite), cache_gib=self.cache_gib)
+
+
+@dataclass(frozen=True)
+class RemovalOptions:
+    """Which units go for good, and how many."""
+
+    panel: ClassVar[str] = "Method"
+
+    parameters: Annotated[
+        float | None,
+        typer.Option("--parameters", help="Share of all parameters that goes, taken from MLP neurons."),
+    ] = None
+    neurons: Annotated[
+        float, typer.Option("--neurons", help="Share of the MLP neurons of every layer that goes.")
+    ] = 0.0
+    kv_groups: Annotated[
+        float,
+        typer.Option(
+            "--kv-groups", help="Share of the KV heads of every layer that goes, with their query heads."
+        ),
+    ] = 0.0
+    experts: Annotated[
+        float, typer.Option("--experts", help="Share of the experts of every layer that goes.")
+    ] = 0.0
+    layers: Annotated[float, typer.Option("--layers", help="Share of the layers that goes.")] = 0.0
+    by: Annotated[
+        Literal["effect", "activation", "magnitude", "random"],
+        typer.Option(
+            help="What units are worth: effect (on the task), activation (for experts as REAP ranks them; not for layers), "
+            "magnitude or random."
+        ),
+    ] = "effect"
+    update: Annotated[
+        Literal["none", "obs", "refit", "distill"],
+        typer.Option(help="What stays makes up for what goes: refit, distill after that, obs, or none."),
+    ] = "refit"
+
+    def shares(self) -> "Shares | None":
+        """Return the shares that go; None where a share of all parameters is asked for."""
+        from causalprune.shrinking import Shares
+
+        own = (self.neurons, self.kv_groups, self.experts, self.layers)
+        if self.parameters is None:
+            return Shares(*own)
+        if any(own):
+            raise OptionError("--parameters chooses the share of neurons itself: leave the other shares out")
+        return None
+
+
+@app.command()
+@grouped
+def prune(
+    model: opt.ModelOptions,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pruned checkpoint.")],
+    data: opt.MixedOptions,
+    method: PruningOptions,
+    running: StreamOptions,
     subsets: opt.Subsets = 3,
-    seed: opt.Seed = 0,
-    max_tokens: opt.MaxTokens = 512,
-    chat: opt.Chat = "auto",
-    objective: opt.Objective = "task",
-    general: opt.General = None,
-    data_dir: opt.DataDir = None,
-    batch_tokens: opt.BatchTokens = 2048,
     overwrite: opt.Overwrite = False,
-    stream: opt.Stream = False,
-    cache_gib: opt.HiddenGib = 1.0,
 ) -> None:
     """Prune a model and save it as a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
     With `cap` and no `--effects`, the heads are measured first. A stopped run goes on where it was.
     """
     from causalprune.cli import tables
-    from causalprune.core import shown
-    from causalprune.runs import CalibrationSpec, Options, parse_method, prune_checkpoint, prune_streamed
+    from causalprune.runs import prune_checkpoint, prune_streamed
 
-    share = opt.general_share(objective, general)
-    calibration = CalibrationSpec(tuple(task), n, subsets, seed, max_tokens, chat, share)
-    named = method or ("causal" if effects is None else "cap")
-    wanted = parse_method(named, _sparsity(sparsity), seed, damping)
-    if effects is not None and "effects" not in wanted.needs:
-        raise OptionError(f"--effects are for cap, and {wanted.criterion} does not use them: leave them out")
-    options = Options(data_dir, batch_tokens, overwrite, shown, cache_gib=cache_gib)
-    if stream:
-        done = prune_streamed(spec, wanted, output, calibration, effects, options)
+    spec, calibration, wanted = model.spec(), data.spec(subsets), method.parsed(data.reading.seed)
+    options = running.options(data.reading.data_dir, overwrite=overwrite)
+    if running.stream:
+        done = prune_streamed(spec, wanted, output, calibration, method.effects, options)
         achieved = tables.sparsity(done.weights, done.zeros, done.unrouted)
     else:
-        pruned = prune_checkpoint(spec, wanted, output, calibration, effects, options)
+        pruned = prune_checkpoint(spec, wanted, output, calibration, method.effects, options)
         counts = [(keep.numel(), int((~keep).sum())) for keep in pruned.keep.values()]
         weights, zeros = (sum(column) for column in zip(*counts, strict=True))
         achieved = tables.sparsity(weights, zeros, pruned.unrouted)
@@ -72,32 +158,25 @@ def prune(
 
 
 @app.command()
-@opt.of_model
+@grouped
 def sweep(
-    spec: "ModelSpec",
+    *,
+    model: opt.ModelOptions,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Run folder; a stopped sweep goes on there.")
     ],
     on: Annotated[
         list[str], typer.Option(help="Tasks that must hold, as gsm8k_nll:100 or strategyqa; repeatable.")
     ],
+    data: opt.MixedOptions = opt.MixedOptions(n=48),
+    method: SweptOptions,
+    running: opt.RunningOptions,
     keep: Annotated[
         float, typer.Option(help="Share of dense's accuracy or likelihood per token to keep.")
     ] = 0.95,
     certain: Annotated[
         bool, typer.Option("--certain", help="The far end of the 95 % interval must keep it too.")
     ] = False,
-    method: opt.MethodName = "causal",
-    task: opt.Task = ["gsm8k"],  # noqa: B006
-    n: opt.N = 48,
-    seed: opt.Seed = 0,
-    max_tokens: opt.MaxTokens = 512,
-    chat: opt.Chat = "auto",
-    objective: opt.Objective = "task",
-    general: opt.General = None,
-    damping: opt.Damping = 0.01,
-    data_dir: opt.DataDir = None,
-    batch_tokens: opt.BatchTokens = 2048,
 ) -> None:
     """Find the highest sparsity, in steps of 5 %, that keeps a share of the task: at most five prunings.
 
@@ -105,80 +184,64 @@ def sweep(
     """
     from causalprune.cli import tables
     from causalprune.core import shown
-    from causalprune.runs import CalibrationSpec, Recipe, candidates
+    from causalprune.runs import Recipe, candidates
     from causalprune.runs import sweep as swept
 
-    share = opt.general_share(objective, general)
     recipe = Recipe(
-        spec,
-        CalibrationSpec(tuple(task), n, seed=seed, max_tokens=max_tokens, chat=chat, general=share),
-        methods=(method,),
-        sparsities=candidates(method),
+        model.spec(),
+        data.spec(),
+        methods=(method.method,),
+        sparsities=candidates(method.method),
         tasks=tuple(on),
-        seed=seed,
-        batch_tokens=batch_tokens,
-        damping=damping,
+        seed=data.reading.seed,
+        batch_tokens=running.batch_tokens,
+        damping=method.damping,
     )
-    tried = swept(recipe, keep, output, certain=certain, data_dir=data_dir, stage=shown)
+    tried = swept(recipe, keep, output, certain=certain, data_dir=data.reading.data_dir, stage=shown)
     console.print(tables.swept(tried))
     best = max((one.sparsity for one in tried if one.holds), default=None)
     found = (
         "no sparsity keeps it"
         if best is None
-        else f"--method {method} --sparsity {best:g}, with the same other options, keeps it"
+        else f"--method {method.method} --sparsity {best:g}, with the same other options, keeps it"
     )
     console.print(f"{found}; all results: {output / 'results.json'}")
 
 
 @app.command()
-@opt.of_model
+@grouped
 def shrink(
-    spec: "ModelSpec",
+    *,
+    model: opt.ModelOptions,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the smaller checkpoint.")],
-    parameters: opt.FewerParameters = None,
-    neurons: opt.FewerNeurons = 0.0,
-    kv_groups: opt.FewerGroups = 0.0,
-    experts: opt.FewerExperts = 0.0,
-    layers: opt.FewerLayers = 0.0,
-    by: opt.By = "effect",
-    update: opt.Update = "refit",
-    task: opt.Task = ["gsm8k"],  # noqa: B006
-    n: opt.N = 48,
-    seed: opt.Seed = 0,
-    max_tokens: opt.MaxTokens = 512,
-    chat: opt.Chat = "auto",
-    objective: opt.Objective = "task",
-    general: opt.General = None,
-    data_dir: opt.DataDir = None,
-    batch_tokens: opt.BatchTokens = 2048,
+    data: opt.MixedOptions = opt.MixedOptions(n=48),
+    method: RemovalOptions,
+    running: opt.RunningOptions,
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Remove units for good: a smaller and faster model that every runtime loads, chosen by effect on the task."""
     from dataclasses import asdict
 
     from causalprune.checkpoints import check_destination
-    from causalprune.core import shown
-    from causalprune.runs import CalibrationSpec, Options, prepared
-    from causalprune.shrinking import Shares, Shrinking, ledgers, save_shrunk, shares_for
+    from causalprune.runs import prepared
+    from causalprune.shrinking import Shrinking, ledgers, save_shrunk, shares_for
     from causalprune.shrinking import shrink as smaller
 
-    if parameters is not None and any((neurons, kv_groups, experts, layers)):
-        raise OptionError("--parameters chooses the share of neurons itself: leave the other shares out")
-    shares = None if parameters is not None else Shares(neurons, kv_groups, experts, layers)
+    shares = method.shares()
     check_destination(output, overwrite)
-    share = opt.general_share(objective, general)
-    wanted = CalibrationSpec(tuple(task), n, 1, seed, max_tokens, chat, share)
-    decoder, calibration = prepared(spec, wanted, Options(data_dir, batch_tokens, stage=shown))
-    shares = shares or shares_for(decoder, parameters or 0.0)
+    options = running.options(data.reading.data_dir)
+    decoder, calibration = prepared(model.spec(), data.spec(1), options)
+    shares = shares or shares_for(decoder, method.parameters or 0.0)
+    seed, ledger = data.reading.seed, output.with_name(f"{output.name}.attribution")
     shrunk = smaller(
         decoder,
         shares,
         calibration,
-        Shrinking(by, update, seed, batch_tokens),
-        ledger=(ledger := output.with_name(f"{output.name}.attribution")),
-        stage=shown,
+        Shrinking(method.by, method.update, seed, options.batch_tokens),
+        ledger=ledger,
+        stage=options.stage,
     )
-    how = {"by": by, "seed": seed, "shares": asdict(shares)}
+    how = {"by": method.by, "seed": seed, "shares": asdict(shares)}
     save_shrunk(shrunk, output, calibration, how, overwrite=overwrite)
     for path in ledgers(ledger).values():
         path.unlink(missing_ok=True)

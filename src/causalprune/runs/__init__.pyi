@@ -29,25 +29,25 @@ from .recipe import (
 from .recipe import (
     without_limits as without_limits,
 )
-from .study import (
+from .single import (
     Options as Options,
 )
-from .study import (
+from .single import (
     attribute as attribute,
 )
-from .study import (
+from .single import (
     check_stability as check_stability,
 )
-from .study import (
+from .single import (
     evaluate_model as evaluate_model,
 )
-from .study import (
+from .single import (
     prepared as prepared,
 )
-from .study import (
+from .single import (
     prune_checkpoint as prune_checkpoint,
 )
-from .study import (
+from .single import (
     prune_streamed as prune_streamed,
 )
 from .study import (
