@@ -79,7 +79,6 @@ def _on_ray(workers: int, folder: Path, serial: Effects) -> dict[str, Any]:
 
         fill(own.plan, ledger, partial(passes, folder), Cluster(workers), note)
     with own.plan.ledger(ledger) as book:
-        assert book is not None
         keys, effects = list(book.rows), exact(Measured(own, book))
     names = ("masked_nats", "intact_nats", "kl_nats")
     return {

@@ -79,7 +79,6 @@ def filled(cluster: Cluster, make: Any, ledger: Path, done: list[int] | None = N
     own = plan()
     fill(own, ledger, make, cluster, lambda now, _total: (done if done is not None else []).append(now))
     with own.ledger(ledger) as book:
-        assert book is not None
         return exact(Measured(Passes(own), book)), dict(book.rows)
 
 

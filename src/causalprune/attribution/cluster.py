@@ -99,7 +99,6 @@ def fill(plan: Plan, path: Path, make: Callable[[], Passes], cluster: Cluster, o
         raise OptionError(f"only the estimator 'exact' runs on a cluster, not {plan.estimator.name!r}")
     wanted = in_order(exact_jobs(plan))
     with plan.ledger(path) as book:
-        assert book is not None
         missing = {key: job for key, job in wanted.items() if key not in book.rows}
         if not missing:
             return

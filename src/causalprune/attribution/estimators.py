@@ -17,7 +17,7 @@ from torch import Tensor
 
 from causalprune.attribution.measured import Measured
 from causalprune.attribution.measuring import Passes
-from causalprune.attribution.plan import Plan, planned
+from causalprune.attribution.plan import Plan, opened, planned
 from causalprune.attribution.questions import DEFAULT_BUDGET, Estimator, Question
 from causalprune.attribution.sampling import Allocation, next_cells, settled
 from causalprune.calibration import batches
@@ -45,7 +45,7 @@ def attribute(
     and returns the same values bit for bit (same machine, same number of threads).
     """
     plan = planned(decoder, calibration, question, estimator)
-    with plan.ledger(ledger) as book:
+    with opened(plan, ledger) as book:
         return ESTIMATORS[estimator.name](Measured(Passes(plan), book), on_progress)
 
 

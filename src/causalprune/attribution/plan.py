@@ -104,10 +104,8 @@ class Plan:
         }
         return {"neurons": groups}
 
-    def ledger(self, path: Path | None) -> AbstractContextManager[Ledger | None]:
-        """Return the ledger of this plan at `path`, to be entered; nothing to write in without a path."""
-        if path is None:
-            return nullcontext()
+    def ledger(self, path: Path) -> Ledger:
+        """Return the ledger of this plan at `path`, to be entered."""
         composition = repr([batch.indices for batch in self.groups])
         identity = {
             "model": self.model_fingerprint,
@@ -118,6 +116,11 @@ class Plan:
             **self.neurons,
         }
         return Ledger(path, identity)
+
+
+def opened(plan: Plan, ledger: Path | None) -> AbstractContextManager[Ledger | None]:
+    """Return a context in which finished jobs are recalled from, and added to, a file, where there is one."""
+    return nullcontext() if ledger is None else plan.ledger(ledger)
 
 
 def planned(

@@ -18,7 +18,7 @@ from torch import Tensor
 from causalprune.attribution.estimators import attribute
 from causalprune.attribution.measured import Measured
 from causalprune.attribution.measuring import Passes
-from causalprune.attribution.plan import Plan, planned
+from causalprune.attribution.plan import Plan, opened, planned
 from causalprune.attribution.questions import Estimator, Question
 from causalprune.attribution.uncertainty import agreement, reliability, spearman, top_overlap
 from causalprune.core import Calibration, Decoder, Effects, Progress, Stage, silent
@@ -151,7 +151,7 @@ def interactions(
     both = [(a, b) for i, a in enumerate(chosen) for b in chosen[i + 1 :]]
     joint = torch.zeros(len(both), len(examples), dtype=torch.float64)
     units = list(plan.units)
-    with plan.ledger(ledger) as book:
+    with opened(plan, ledger) as book:
         work = Measured(Passes(plan), book)
         for number, batch in enumerate(plan.groups):
             work.measure_intact(number)
