@@ -30,7 +30,7 @@ examples: $(DOCUMENTED)  ## run the notebook, every command that the documentati
 browser: $(BROWSED)  ## the report in Chromium, which has to be on this machine
 	$(BIN)/pytest -q -m slow tests/test_report_browser.py
 
-check: static test docs  ## everything that must hold before a commit; layers and line budget are tests
+check: static test docs  ## everything that must hold before a commit; wings and line budget are tests
 
 static: $(INSTALLED)  ## format, lint, types and bandit
 	$(BIN)/ruff format --check .
