@@ -70,18 +70,9 @@ def timed(name: str) -> Callable[[], Found]:
             data = {"CAUSALPRUNE_DATA": str(data_folder())}
             env = {"ours": {**data, "PYTHONPATH": str(ROOT / "src")}, "theirs": data}
             ledgers = [output.with_name(f"output.{end}") for end in ("attribution", "pruning", "ledger")]
-            both = [[*command], [*command]]
-            for own, variables in zip(
-                both, env.values(), strict=True
-            ):  # files of packages are read from disk once
-                subprocess.run(
-                    own, env={**os.environ, **variables}, cwd=scratch, capture_output=True, check=True
-                )
-                for path in (output, *ledgers):
-                    subprocess.run(["rm", "-rf", str(path)], check=True)
-            found = alternate(
-                *both, PAIRS.get(name, 5), caches=[output, *ledgers], cwd=Path(scratch), env=env
-            )
+            how = {"caches": [output, *ledgers], "cwd": Path(scratch), "env": env}
+            alternate(command, command, 1, **how)  # files of packages are read from disk once
+            found = alternate(command, command, PAIRS.get(name, 5), **how)
         median = found["ours_over_theirs"]["wall"]["median"]
         return {"figures": {f"{name}_time_over_before": median}, "raw": found}
 
