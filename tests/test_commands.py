@@ -1,4 +1,4 @@
-"""Commands that the documentation shows: all of them parse, and those of the guides run, on a tiny model in place of a real one."""
+"""Commands that the documentation shows: all of them parse, and all that carry no mark run, on a tiny model in place of a real one."""
 
 import re
 import shlex
@@ -14,33 +14,40 @@ from causalprune.cli import app as cli
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
+MARK = re.compile(r"# needs: (\w[\w.]*)")
+MARKS = ("network", "gpu", "hours", "llama.cpp")
+"""What a command may need that a test has not: such a command carries the word, and is not run."""
 FITTED = {"20x": "2x"}
 """A tiny model has too few heads for a budget of a twentieth."""
+TAKE_DATA = ("attribute", "stability", "prune", "shrink", "sweep", "evaluate", "run")
+SHARE = 0.9
+"""Share of the commands that carry no mark, at least."""
+
+Shown = tuple[list[str], str | None]
+"""The words of a command after `causalprune`, and its mark."""
 
 
-def commands(page: Path) -> list[list[str]]:
-    """Return the words of every `causalprune` command in the shell blocks of a page."""
+def commands(page: Path) -> list[Shown]:
+    """Return every `causalprune` command in the shell blocks of a page, with its mark."""
     lines = "\n".join(BLOCK.findall(page.read_text(encoding="utf-8"))).replace("\\\n", " ").splitlines()
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [own[1:] for own in words if own[:1] == ["causalprune"]]
+    words = [(shlex.split(line, comments=True), MARK.search(line)) for line in lines]
+    return [(own[1:], mark and mark[1]) for own, mark in words if own[:1] == ["causalprune"]]
 
 
-SHOWN = [(page, own) for page in PAGES for own in commands(page)]
+SHOWN = [(page, *one) for page in PAGES for one in commands(page)]
 
 
-def test_commands_are_found() -> None:
+def test_commands_are_found_and_few_of_them_marked() -> None:
+    marks = [mark for _, _, mark in SHOWN]
     assert len(SHOWN) > 30
-    assert {page.name for page, _ in SHOWN} >= {
-        "README.md",
-        "index.md",
-        "own-task.md",
-        "report.md",
-        "large.md",
-    }
+    assert {mark for mark in marks if mark} <= set(MARKS)
+    assert marks.count(None) >= SHARE * len(SHOWN)
 
 
 @pytest.mark.parametrize(
-    ("page", "words"), SHOWN, ids=[f"{page.stem}: {' '.join(words)}" for page, words in SHOWN]
+    ("page", "words"),
+    [(page, words) for page, words, _ in SHOWN],
+    ids=[f"{page.stem}: {' '.join(words)}" for page, words, _ in SHOWN],
 )
 def test_every_command_parses(page: Path, words: list[str]) -> None:
     group = typer.main.get_command(cli.app)
@@ -56,7 +63,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = tmp_path / "MODEL"
     decoder = tiny_decoder(positions=4096)
     write_model(model, decoder)
-    for name in ("FOLDER", "tuned"):
+    for name in ("FOLDER", "tuned", "merged"):
         shutil.copytree(model, tmp_path / name)
     shutil.copytree(REPOSITORY / "examples", tmp_path / "examples")
     shutil.copytree(REPOSITORY / "recipes", tmp_path / "recipes")
@@ -65,26 +72,28 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copy(tmp_path / "examples" / f"{name}.jsonl", tmp_path / f"{name}.jsonl")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("causalprune.checkpoints.embedded.embedded_model", lambda: model)
+    monkeypatch.setenv("CAUSALPRUNE_DATA", str(data))
     return data
 
 
+BEFORE = {
+    "large": (("prune", "MODEL", "-o", "pruned", "--method", "magnitude"),),
+    "report": (("run", "examples/own.yaml", "-o", "own"), ("run", "examples/own.yaml", "-o", "other")),
+}
+"""What a page goes on from, as another page has it."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README", "index", "own-task", "report"])
-def test_the_commands_of_the_guides_run_in_order(
-    run: Run, place: Path, page: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = REPOSITORY / "README.md" if page == "README" else REPOSITORY / "docs" / f"{page}.md"
-    if page == "report":  # goes on where the guide to a task of one's own ends
-        assert run("run", "examples/own.yaml", "-o", "own")[0] == 0
-        shutil.copytree("own", "other")
-    for shown in commands(path):
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
+def test_the_commands_of_a_page_run_in_order(run: Run, place: Path, page: Path) -> None:
+    for words in BEFORE.get(page.stem, ()):
+        assert run(*words, "--data-dir", place)[0] == 0
+    for shown, mark in commands(page):
+        if mark is not None:
+            continue
         words = [FITTED.get(word, word) for word in shown]
-        if words[0] == "demo":
-            continue  # `make demo`; too long for a test
-        monkeypatch.setenv("CAUSALPRUNE_DATA", str(place))
-        takes_data = words[0] in ("attribute", "stability", "prune", "shrink", "evaluate", "run")
-        code, _, err = run(*words, *(("--data-dir", place) if takes_data else ()))
-        lost = (
-            words[0] == "verify" and "--against" in words
-        )  # what was tuned here has no zeros, and it says so
+        words = [str(own) for word in words for own in (sorted(Path().glob(word)) if "*" in word else [word])]
+        code, _, err = run(*words, *(("--data-dir", place) if words[0] in TAKE_DATA else ()))
+        # what was tuned or merged here has no zeros, and `verify` says so
+        lost = words[0] == "verify" and "--against" in words
         assert code == int(lost), f"causalprune {shlex.join(words)}: {err}"
