@@ -24,6 +24,9 @@ from .recipe import (
     parse_method as parse_method,
 )
 from .recipe import (
+    preserving as preserving,
+)
+from .recipe import (
     read_recipe as read_recipe,
 )
 from .recipe import (
