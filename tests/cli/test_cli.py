@@ -270,7 +270,7 @@ def test_output_folder_exists(run: Run, model: Path, data: Path, tmp_path: Path)
     (out / "mine.txt").write_text("keep me")
     code, _, err = run("prune", model, "-o", out, "--data-dir", data, "--method", "magnitude")
     assert code == 2
-    assert "exists" in err
+    assert "exists: choose another folder, or pass --overwrite" in err
     assert run("prune", model, "-o", out, "--method", "magnitude", "--overwrite")[0] == 2
     assert (out / "mine.txt").read_text() == "keep me"
 

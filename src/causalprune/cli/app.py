@@ -60,7 +60,14 @@ def run_recipe(
         Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/RECIPE).")
     ] = None,
     data_dir: opt.DataDir = None,
-    full: Annotated[bool, typer.Option("--full", help="Drop the limits of all tasks.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Measure on all examples: drop the counts.")] = False,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            help="Draws of the calibration examples: a run for each, in a folder of its own, and means with their spread.",
+            min=1,
+        ),
+    ] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, load no weights.")
     ] = False,
@@ -68,19 +75,24 @@ def run_recipe(
 ) -> None:
     """Run a recipe: dense and every method × sparsity on every task, resumable, results in one folder."""
     from causalprune.cli import tables
-    from causalprune.runs import find_recipe, plan, read_recipe, run, without_limits
+    from causalprune.runs import find_recipe, plan, read_recipe, run, run_draws, times, without_limits
 
     path = find_recipe(recipe)
     wanted = without_limits(read_recipe(path)) if full else read_recipe(path)
     folder = output or Path("runs") / path.stem
     if dry_run:
-        planned = plan(wanted, folder, data_dir=data_dir)
+        planned = times(plan(wanted, folder, data_dir=data_dir), seeds)
         console.print(tables.plan(planned))
         document(as_json, plan=planned)
         return
-    command = shlex.join(typed(recipe, folder, data_dir, full=full))
-    record = run(wanted, folder, data_dir=data_dir, stage=voice.stage, command=command)
-    _print_run(record, folder, as_json)
+    command = shlex.join(typed(recipe, folder, data_dir, full=full, seeds=seeds))
+    if seeds == 1:
+        _print_run(
+            run(wanted, folder, data_dir=data_dir, stage=voice.stage, command=command), folder, as_json
+        )
+    else:
+        found = run_draws(wanted, seeds, folder, data_dir=data_dir, stage=voice.stage, command=command)
+        _print_draws(found, folder, as_json)
 
 
 @app.command()
@@ -105,10 +117,25 @@ def _print_run(record: dict[str, Any], folder: Path, as_json: bool) -> None:
     document(as_json, results=folder / RESULTS, report=page, rows=tables.figures(rows))
 
 
-def typed(recipe: str, folder: Path, data_dir: Path | None, *, full: bool) -> list[str]:
+def _print_draws(record: dict[str, Any], folder: Path, as_json: bool) -> None:
+    from causalprune.cli import tables
+    from causalprune.evaluation import rows_of
+    from causalprune.reports import REPORT, report
+    from causalprune.runs import DRAWS
+
+    rows = rows_of(record)
+    console.print(tables.comparison(rows))
+    console.print(f"means over {len(record['draws'])} draws: {folder / DRAWS}", soft_wrap=True)
+    (page,) = report([folder / name for name in record["draws"]], folder / REPORT)
+    console.print(f"report: {page}", soft_wrap=True)
+    document(as_json, results=folder / DRAWS, report=page, rows=tables.figures(rows))
+
+
+def typed(recipe: str, folder: Path, data_dir: Path | None, *, full: bool, seeds: int) -> list[str]:
     """Return the words of a `run` command with everything that was left to defaults or the environment."""
     words = ["causalprune", "run", recipe, "-o", str(folder)]
     words += [] if data_dir is None else ["--data-dir", str(data_dir)]
+    words += ["--seeds", str(seeds)] if seeds > 1 else []
     return words + (["--full"] if full else [])
 
 

@@ -211,7 +211,7 @@ def evaluate(
     reading: opt.ReadingOptions,
     limit: Annotated[
         int | None,
-        typer.Option(help="Examples (tokens for `_ppl`) of what names no count.", min=1),
+        typer.Option(help="Examples (tokens for `_ppl` and `_kl`) of what names no count.", min=1),
     ] = None,
     running: opt.RunningOptions = opt.RunningOptions(batch_tokens=4096),
     overwrite: opt.Overwrite = False,
@@ -259,7 +259,9 @@ def compare(
 
     rows = [row for path in results for row in load_rows(path)]
     table = tables.comparison(rows, against=against)
-    console.print(tables.to_markdown(table) if markdown else table, soft_wrap=markdown, markup=False)
+    console.print(
+        tables.to_markdown(table) if markdown else table, soft_wrap=markdown, markup=False, highlight=False
+    )
     document(as_json, against=against or rows[0][0], rows=tables.figures(rows, against=against))
 
 

@@ -6,7 +6,7 @@ takes. An option that joins a group is one more field here, and reaches every co
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
@@ -36,7 +36,7 @@ On = Annotated[
     typer.Option(
         "--on",
         help="What is measured: gsm8k_nll:200, gsm8k_cot, arc_challenge:500, test.jsonl_nll, wikitext2_ppl:40000, …; repeatable. "
-        "A count is one of examples, of tokens for `_ppl`.",
+        "A count is one of examples, of tokens for `_ppl` and `_kl`.",
     ),
 ]
 Subsets = Annotated[
@@ -166,7 +166,7 @@ class MixedOptions(CalibrationOptions):
         """Return the examples as runs take them; raises `OptionError` where an old word meets a new one."""
         from causalprune.runs import preserving
 
-        own = {"preserve": tuple(self.preserve), "preserve_share": self.preserve_share}
+        own: dict[str, Any] = {"preserve": tuple(self.preserve), "preserve_share": self.preserve_share}
         old = "--objective" if self.general is None else "--general"
         share = OBJECTIVES.get(self.objective or "") if self.general is None else self.general
         if share is not None and self.preserve:

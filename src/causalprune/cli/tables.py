@@ -29,7 +29,9 @@ def comparison(rows: Sequence[Row], *, against: str | None = None) -> Table:
     base_row = _base(rows, against)
     base = {_column(result): result for result in rows[base_row][1]}
     columns = list(dict.fromkeys(_column(result) for _, results in rows for result in results))
-    table = Table(caption=f"value (paired difference to {rows[base_row][0]}, 95 % interval)")
+    draws = {r.description["draws"] for _, results in rows for r in results if "draws" in r.description}
+    said = f"mean ± standard deviation of {max(draws)} draws" if draws else "value"
+    table = Table(caption=f"{said} (paired difference to {rows[base_row][0]}, 95 % interval)")
     table.add_column("model", no_wrap=True)
     for task, metric in columns:
         table.add_column(f"{task}\n{UNITS.get(metric, metric)}", justify="right", overflow="fold")
@@ -50,6 +52,9 @@ def figures(rows: Sequence[Row], *, against: str | None = None) -> list[dict[str
             other = None if i == base_row else base.get(_column(result))
             difference = None if other is None else paired_difference(result, other)
             measure = {"task": result.task, "metric": result.metric}
+            measure |= {
+                key: result.description[key] for key in ("draws", "spread") if key in result.description
+            }
             cells.append(measure | vars(interval(result)) | {"difference": difference})
         found.append({"label": label, "results": cells})
     return found
@@ -70,12 +75,15 @@ def _column(result: EvalResult) -> tuple[str, str]:
 def _cell(result: EvalResult | None, base: EvalResult | None, is_base: bool) -> Text:
     if result is None:
         return Text("–")
+    value = f"{headline(result):.4g}"
+    if "spread" in result.description:
+        value += f" ± {result.description['spread']:.2g}"
     if is_base or base is None:
         own = interval(result)
-        return Text(f"{own.value:.4g}\n[{own.low:.4g}, {own.high:.4g}]")
+        return Text(f"{value}\n[{own.low:.4g}, {own.high:.4g}]")
     difference = paired_difference(result, base)
     bounds = f"{difference.difference:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}]"
-    return Text(f"{headline(result):.4g}\n{bounds}", style=STYLES.get(difference.verdict, ""))
+    return Text(f"{value}\n{bounds}", style=STYLES.get(difference.verdict, ""))
 
 
 def to_markdown(table: Table) -> str:

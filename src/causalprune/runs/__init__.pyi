@@ -1,4 +1,13 @@
 from .cells import load as load
+from .draws import (
+    DRAWS as DRAWS,
+)
+from .draws import (
+    run_draws as run_draws,
+)
+from .draws import (
+    times as times,
+)
 from .plans import (
     Plan as Plan,
 )
