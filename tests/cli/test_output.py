@@ -15,8 +15,8 @@ import yaml
 from conftest import PACKAGE, REPOSITORY, Run, assert_refused
 
 import causalprune
-from causalprune.cli.app import app, in_front
-from causalprune.cli.output import Logged, Voice, document
+from causalprune.cli.app import app, in_front, one_line
+from causalprune.cli.output import Logged, Voice, document, voice
 
 PROSE = ("reapply", "report")
 """Commands that print no table."""
@@ -181,12 +181,18 @@ def test_stages_and_warnings_are_logged(run: Run, model: Path, data: Path, tmp_p
     assert err.splitlines() == [warned]
 
 
+def test_a_warning_is_shown_once_in_a_command() -> None:
+    for _ in range(2):
+        voice.begin()
+        assert [one_line(UserWarning("few\nexamples")) for _ in range(2)] == ["warning: few examples\n", ""]
+
+
 def test_progress_is_logged_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, seen = [0.0], list[tuple[int, int]]()
     monkeypatch.setattr("causalprune.cli.output.time.monotonic", lambda: now[0])
-    voice = Voice()
-    voice.begin(file=tmp_path / "log.txt")
-    progress = Logged("work", lambda *given: seen.append(given), voice)
+    own = Voice()
+    own.begin(file=tmp_path / "log.txt")
+    progress = Logged("work", lambda *given: seen.append(given), own)
     for second in range(100):
         now[0] = float(second)
         progress(second, 1000)

@@ -132,6 +132,7 @@ def test_what_is_preserved_comes_after_the_task(data: Path) -> None:
     spec = dataclasses.replace(alone, preserve=("wikitext2", "strategyqa:3"))
     found = calibrated(decoder, spec, data)
     assert found.description["sources"] == {"gsm8k": 4, "arc_challenge": 4, "wikitext2": 2, "strategyqa": 3}
+    assert found.description["preserve"] == ["wikitext2", "strategyqa"]
     assert found.examples[:8] == calibrated(decoder, alone, data).examples
     text = [e for e in found.examples if e.source == "wikitext2"]
     assert len(text) == 2

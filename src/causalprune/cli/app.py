@@ -140,8 +140,11 @@ def typed(recipe: str, folder: Path, data_dir: Path | None, *, full: bool, seeds
 
 
 def one_line(message: Warning | str, *_: Any, **__: Any) -> str:
-    """Return a warning as the command line shows it, without its place in the code; the log has it too."""
+    """Return a warning as the command line shows it, once and without its place in the code; the log has it too."""
     text = f"warning: {' '.join(str(message).split())}"
+    if text in voice.told:  # by every model of a run, say
+        return ""
+    voice.told.add(text)
     voice.log(text)
     return f"{text}\n"
 

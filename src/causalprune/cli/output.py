@@ -38,6 +38,7 @@ class Voice:
         except OSError as cause:
             raise OptionError(f"cannot write the log file {file}: {cause.strerror or cause}") from cause
         self.silent, self.file, console.quiet = silent, file, silent
+        self.told = set[str]()
         self.log(self.command)
 
     def log(self, text: str) -> None:
