@@ -32,7 +32,7 @@ from packed import light
 from safetensors.torch import load_file
 from tables import reported
 
-from causalprune.calibration.examples import calibrate
+from causalprune.calibration.examples import calibrate, split_counts
 from causalprune.checkpoints.embedded import cache_folder, load
 from causalprune.core.progress import shown
 from causalprune.core.types import EvalResult
@@ -67,7 +67,7 @@ class Table:
 
     cells: tuple[tuple[str, float | None], ...]
     calibration: CalibrationSpec = field(default=CalibrationSpec(("gsm8k",), n=48))
-    tasks: tuple[str, ...] = TASKS
+    on: tuple[str, ...] = TASKS
     model: str = "embedded"
     dtype: str = "auto"
 
@@ -76,7 +76,7 @@ class Table:
         name = "embedded" if self.model == "embedded" else str(fetched(self.model))
         model = ModelSpec(name, dtype=self.dtype, device=device)
         return Recipe(
-            model, self.calibration, (method,), (sparsity or 0.5,), self.tasks, texts=False
+            model, self.calibration, (method,), (sparsity or 0.5,), self.on, texts=False
         )  # no copies of data sets
 
 
@@ -97,13 +97,13 @@ TABLES = {
         )
     ),
     "mix": Table(at(0.5, *BEST), CalibrationSpec(MIX, n=64)),
-    "general": Table(at(0.5, "causal"), CalibrationSpec(("gsm8k",), n=48, general=0.25)),
+    "general": Table(at(0.5, "causal"), CalibrationSpec(("gsm8k:36",), preserve=("wikitext2:12",))),
     "own": Table(at(0.5, "causal"), CalibrationSpec(("own:gsm8k",), n=48)),
     **{
         f"draw_{seed}": Table(at(0.5, *BEST), CalibrationSpec(("gsm8k",), n=48, seed=seed), TASKS[:1])
         for seed in range(1, 5)
     },
-    "gemma": Table((*at(0.5, *BEST), *at(0.2, *BEST)), tasks=(TASKS[0], TASKS[-1]), model="gemma"),
+    "gemma": Table((*at(0.5, *BEST), *at(0.2, *BEST)), on=(TASKS[0], TASKS[-1]), model="gemma"),
     "qwen": Table(
         (*at(0.5, *BEST), *at(0.2, *BEST), *at(0.5, "cap"), *at(0.2, "cap")),
         CalibrationSpec(("own:gsm8k",)),
@@ -149,7 +149,17 @@ def measured(
 
 def _asked(recipe: Any) -> Any:
     """Return what the rows of a table depend on besides their method: rows by something else are measured anew."""
-    return light([recipe["calibration"], recipe["tasks"], recipe["model"]["dtype"]])
+    own, on = recipe["calibration"], recipe.get("on", recipe.get("tasks"))
+    how = [own[name] for name in ("subsets", "seed", "max_tokens", "chat")]
+    return light([_counts(own), how, on, recipe["model"]["dtype"]])
+
+
+def _counts(calibration: dict[str, Any]) -> dict[str, int]:
+    """Return the examples of every source; rows that are older than the words of today have them by other names."""
+    if "sources" not in calibration:
+        return CalibrationSpec(**calibration).counts()
+    text = round(calibration["general"] * calibration["n"])
+    return split_counts([*calibration["sources"], *[f"wikitext2:{text}"][: bool(text)]], calibration["n"])
 
 
 def _into_cache(written: Path) -> None:

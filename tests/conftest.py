@@ -1,7 +1,9 @@
 """Shapes in signatures are checked in every test; models and data that may be absent are fixtures."""
 
 import os
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -87,6 +89,19 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return int(stopped.value.code or 0), captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let warnings reach stderr as they do outside of tests."""
+
+    def show(message: Warning | str, category: type[Warning], name: str, line: int, *_: object) -> None:
+        sys.stderr.write(warnings.formatwarning(message, category, name, line))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        monkeypatch.setattr(warnings, "showwarning", show)
+        yield
 
 
 def assert_refused(outcome: tuple[int, str, str], words: str, output: Path) -> None:

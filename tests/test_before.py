@@ -24,8 +24,9 @@ MARK = 1234.5
 """A loss that no measurement gives: where it comes out, it was read and not measured again."""
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.* was begun with"
-)  # versions of packages have moved on since
+    "ignore:.* was begun with",  # versions of packages have moved on since
+    "ignore:.* is an old word:FutureWarning",
+)
 
 
 @pytest.fixture(autouse=True)

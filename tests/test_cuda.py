@@ -127,10 +127,10 @@ def test_commands_take_a_device(
     assert code == 0, err
     recipe = {
         "model": {"name": str(model), "device": "cuda", "dtype": dtype},
-        "calibration": {"sources": ["gsm8k"], "n": 6},
+        "calibration": {"task": ["gsm8k"], "n": 6},
         "methods": ["sparsegpt"],
         "sparsities": [0.5],
-        "tasks": ["gsm8k_nll:4"],
+        "on": ["gsm8k_nll:4"],
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert torch.cuda.max_memory_allocated() > 0
@@ -138,6 +138,6 @@ def test_commands_take_a_device(
     code, _, err = run("run", tmp_path / "recipe.yaml", "-o", tmp_path / "run", "--data-dir", data)
     assert code == 0, err
     code, _, err = run(
-        "evaluate", tmp_path / "pruned", "-t", "gsm8k_cot:2", "-o", tmp_path / "e.json", *where
+        "evaluate", tmp_path / "pruned", "--on", "gsm8k_cot:2", "-o", tmp_path / "e.json", *where
     )
     assert code == 0, err

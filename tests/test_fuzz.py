@@ -37,6 +37,8 @@ WORDS = [
     "name",
     "calibration",
     "sources",
+    "task",
+    "general",
     "methods",
     "wanda",
     "cap:global+refit",
@@ -45,6 +47,7 @@ WORDS = [
 ]
 WORDS += [
     "tasks",
+    "on",
     "gsm8k_nll:200",
     "seed",
     "attribution",
@@ -81,10 +84,10 @@ trees = st.recursive(
 
 GOOD = {
     "model": {"name": "embedded"},
-    "calibration": {"sources": ["gsm8k"]},
+    "calibration": {"task": ["gsm8k"]},
     "methods": ["wanda"],
     "sparsities": [0.2],
-    "tasks": ["gsm8k_nll:200"],
+    "on": ["gsm8k_nll:200"],
 }
 
 
@@ -95,6 +98,7 @@ def read_or_refused(read: object, *arguments: object) -> object:
         return None
 
 
+@pytest.mark.filterwarnings("ignore:.* is an old word")
 @fuzzed
 @given(
     changes=st.dictionaries(st.sampled_from([*GOOD, "seed", "attribution", "shape", "save", "other"]), trees)
@@ -106,6 +110,7 @@ def test_recipes(changes: dict[str, object], tmp_path: Path) -> None:
     assert found is None or isinstance(found, Recipe)
 
 
+@pytest.mark.filterwarnings("ignore:.* is an old word")
 @fuzzed
 @given(
     content=st.one_of(

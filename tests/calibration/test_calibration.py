@@ -114,7 +114,7 @@ def test_excluded_contents_never_appear(folder: Path) -> None:
 def test_evaluation_problems_are_excluded_without_being_asked(folder: Path) -> None:
     train, test = folder / "gsm8k" / "train.jsonl", folder / "gsm8k" / "test.jsonl"
     train.write_text(train.read_text() + test.read_text().replace("Ann has", "ANN  has"))
-    with pytest.raises(DataError, match=r"18 calibration examples wanted, 12 usable .*6 excluded"):
+    with pytest.raises(DataError, match=r"18 examples asked for, 12 of 18 usable .6 kept for measuring"):
         calibrate(byte_tokenizer(), ["gsm8k"], n=18, data_dir=folder)
 
 
@@ -123,8 +123,8 @@ def test_repeated_examples_are_skipped_and_counted(folder: Path) -> None:
     path.write_text(path.read_text() * 2)
     found = calibrate(byte_tokenizer(), ["gsm8k"], n=12, data_dir=folder)
     assert len({e.content for e in found.examples}) == 12
-    with pytest.raises(DataError, match=r"13 .* wanted, 12 usable .*12 repeated"):
-        calibrate(byte_tokenizer(), ["gsm8k"], n=13, data_dir=folder)
+    with pytest.raises(DataError, match=r"14 .* asked for, 12 of 24 usable .12 repeated"):
+        calibrate(byte_tokenizer(), ["gsm8k"], n=14, data_dir=folder)
 
 
 def test_over_long_examples_are_skipped_and_reported_not_cut(tmp_path: Path) -> None:
@@ -132,8 +132,40 @@ def test_over_long_examples_are_skipped_and_reported_not_cut(tmp_path: Path) -> 
     path = write_jsonl(tmp_path / "own.jsonl", rows)
     found = calibrate(byte_tokenizer(), [str(path)], n=4, subsets=1, max_tokens=30)
     assert [e.target_tokens for e in found.examples] == [10] * 4
-    with pytest.raises(DataError, match=r"5 .* wanted, 4 usable \(4 too long"):
+    with pytest.raises(
+        DataError,
+        match=r"5 .* asked for, 4 of 8 usable \(4 too long\): ask for fewer or raise the token limit",
+    ):
         calibrate(byte_tokenizer(), [str(path)], n=5, subsets=1, max_tokens=30)
+
+
+def test_a_source_that_holds_fewer_gives_all_and_says_so(folder: Path) -> None:
+    with pytest.warns(UserWarning, match="gsm8k: 99 examples asked for, 12 taken: all that it holds$"):
+        found = calibrate(byte_tokenizer(), ["gsm8k:99", "strategyqa:2"], n=None, data_dir=folder)
+    assert found.description["sources"] == {"gsm8k": 12, "strategyqa": 2}
+    assert len(found.examples) == len(found.subset) == 14
+
+
+@pytest.mark.parametrize(("long", "n"), [(2, 20), (1, 99), (3, 20), (3, 99)])
+def test_nine_in_ten_are_enough(tmp_path: Path, long: int, n: int) -> None:
+    rows = [{"prompt": f"p{i}", "target": "t" * (40 if i < long else 10)} for i in range(20)]
+    path = str(write_jsonl(tmp_path / "own.jsonl", rows))
+    if long > 2:
+        with pytest.raises(DataError, match=rf"{n} examples asked for, 17 of 20 usable \(3 too long\)"):
+            calibrate(byte_tokenizer(), [path], n=n, max_tokens=30)
+        return
+    said = rf"{n} examples asked for, {20 - long} taken: all that it holds but {long} too long"
+    with pytest.warns(UserWarning, match=said):
+        assert len(calibrate(byte_tokenizer(), [path], n=n, max_tokens=30).examples) == 20 - long
+
+
+def test_subsets_are_cut_from_what_is_there(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "own.jsonl", [{"prompt": "p", "target": "t"}])
+    with (
+        pytest.warns(UserWarning, match="1 taken"),
+        pytest.raises(DataError, match="1 examples cannot be cut"),
+    ):
+        calibrate(byte_tokenizer(), [str(path)], n=3, subsets=3)
 
 
 @pytest.mark.parametrize(("n", "subsets"), [(2, 3), (4, 0)])

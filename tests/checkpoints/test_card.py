@@ -88,7 +88,7 @@ def test_a_run_writes_its_results_into_the_cards(tmp_path: Path) -> None:
         CalibrationSpec(("gsm8k",), n=3, subsets=3),
         methods=("wanda",),
         sparsities=(0.5,),
-        tasks=("gsm8k_nll:4", "strategyqa"),
+        on=("gsm8k_nll:4", "strategyqa"),
         save=True,
     )
     running.run(recipe, tmp_path / "run", data_dir=write_data(tmp_path / "data"))

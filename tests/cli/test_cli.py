@@ -58,8 +58,8 @@ def test_from_model_to_comparison(run: Run, model: Path, data: Path, tmp_path: P
     assert code == 0, err
     assert "50.0000%" in out
     for source, name in ((model, "dense"), (tmp_path / "cap", "cap")):
-        tasks = ("-t", "gsm8k_nll", "-t", "strategyqa_nll:3")
-        assert run("evaluate", source, *tasks, "-o", tmp_path / f"{name}.json", *common)[0] == 0
+        measured = ("--on", "gsm8k_nll", "--on", "strategyqa_nll:3")
+        assert run("evaluate", source, *measured, "-o", tmp_path / f"{name}.json", *common)[0] == 0
     code, out, _ = run("compare", tmp_path / "dense.json", tmp_path / "cap.json", "--markdown")
     assert code == 0
     assert out.count("|") > 10
@@ -157,10 +157,10 @@ def test_verify_fails_where_zeros_were_lost(run: Run, model: Path, tmp_path: Pat
 def recipe_for(model: Path, /, **changes: Any) -> dict[str, Any]:
     return {
         "model": {"name": str(model)},
-        "calibration": {"sources": ["gsm8k"], "n": 6},
+        "calibration": {"task": ["gsm8k"], "n": 6},
         "methods": ["cap"],
         "sparsities": [0.2],
-        "tasks": ["gsm8k_nll:3"],
+        "on": ["gsm8k_nll:3"],
         **changes,
     }
 
@@ -222,7 +222,6 @@ def test_impossible_sparsities(run: Run, model: Path, tmp_path: Path, sparsity: 
         (("--chat", "maybe"), "chat"),
         (("--dtype", "float23"), "did you mean 'float32'"),
         (("--device", "abacus"), "abacus"),
-        (("-n", "1000"), "1000"),
         (("-n", "2", "--subsets", "3"), "subsets"),
         (("--max-tokens", "2"), "usable"),
         (("--effects", "nowhere.json"), "nowhere.json"),
@@ -271,7 +270,7 @@ def test_output_folder_exists(run: Run, model: Path, data: Path, tmp_path: Path)
     (out / "mine.txt").write_text("keep me")
     code, _, err = run("prune", model, "-o", out, "--data-dir", data, "--method", "magnitude")
     assert code == 2
-    assert "exists" in err
+    assert "exists: choose another folder, or pass --overwrite" in err
     assert run("prune", model, "-o", out, "--method", "magnitude", "--overwrite")[0] == 2
     assert (out / "mine.txt").read_text() == "keep me"
 
@@ -296,8 +295,7 @@ def test_effects_of_another_model(run: Run, model: Path, data: Path, tmp_path: P
     "case",
     [
         ({"methodes": []}, "did you mean 'methods'"),
-        ({"tasks": ["gsm8k_nl"]}, "did you mean 'gsm8k_nll'"),
-        ({"calibration": {"sources": ["gsm8k"], "n": 5000}}, "5000"),
+        ({"on": ["gsm8k_nl"]}, "did you mean 'gsm8k_nll'"),
         ({"model": {"name": "embedded", "dtype": "fp16"}}, "fp16"),
         ({"model": {"name": "embedded", "device": "abacus"}}, "abacus"),
     ],
@@ -312,11 +310,28 @@ def test_bad_recipes(
     assert_refused(run("run", path, "-o", out, "--data-dir", data, *mode), words, out)
 
 
+def test_more_examples_than_there_are_is_a_line_in_plan_and_run(
+    run: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    own = {"calibration": {"task": ["gsm8k"], "n": 5000}, "methods": ["wanda"], "on": ["gsm8k_nll:3"]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_for(model, **own)))
+    for mode in (("--dry-run",), ()):
+        with pytest.warns(
+            UserWarning, match="gsm8k: 5000 examples asked for, 12 taken: all that it holds"
+        ) as said:
+            assert (
+                run("run", tmp_path / "recipe.yaml", "-o", tmp_path / "out", "--data-dir", data, *mode)[0]
+                == 0
+            )
+        assert len(said) == 1
+    assert read_json(tmp_path / "out" / "results.json")["calibration"]["sources"] == {"gsm8k": 12}
+
+
 def test_results_on_other_examples_are_not_compared(
     run: Run, model: Path, data: Path, tmp_path: Path
 ) -> None:
     for name, limit in (("a", 2), ("b", 3)):
-        options = ("-t", f"gsm8k_nll:{limit}", "-o", tmp_path / f"{name}.json", "--data-dir", data)
+        options = ("--on", f"gsm8k_nll:{limit}", "-o", tmp_path / f"{name}.json", "--data-dir", data)
         assert run("evaluate", model, *options)[0] == 0
     code, _, err = run("compare", tmp_path / "a.json", tmp_path / "b.json")
     assert code == 2

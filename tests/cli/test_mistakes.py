@@ -1,6 +1,7 @@
 """What users get wrong on the command line: one line that names the thing and the way out, before long work."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -9,6 +10,7 @@ from tinydata import tiny_decoder
 
 from causalprune.checkpoints.saving import read_manifest
 from causalprune.core.errors import OptionError
+from causalprune.evaluation.results import read_json
 from causalprune.pruning.methods import Method
 from causalprune.runs.recipe import CalibrationSpec
 
@@ -20,9 +22,9 @@ def test_a_folder_without_a_tokenizer(run: Run, data: Path, tmp_path: Path) -> N
         ("prune", tmp_path / "bare", "-n", 4, *common, tmp_path / "out"),
         ("attribute", tmp_path / "bare", "-n", 4, *common, tmp_path / "out"),
         ("shrink", tmp_path / "bare", "-n", 4, "--layers", 0.5, *common, tmp_path / "out"),
-        ("evaluate", tmp_path / "bare", "-t", "gsm8k_nll:2", *common, tmp_path / "out.json"),
-        ("evaluate", tmp_path / "bare", "-t", "wikitext2_ppl:200", *common, tmp_path / "out.json"),
-        ("evaluate", tmp_path / "bare", "-t", "strategyqa:2", *common, tmp_path / "out.json"),
+        ("evaluate", tmp_path / "bare", "--on", "gsm8k_nll:2", *common, tmp_path / "out.json"),
+        ("evaluate", tmp_path / "bare", "--on", "wikitext2_ppl:200", *common, tmp_path / "out.json"),
+        ("evaluate", tmp_path / "bare", "--on", "strategyqa:2", *common, tmp_path / "out.json"),
     ):
         assert_refused(run(*command), "no tokenizer", command[-1])
     code, _, err = run("prune", tmp_path / "bare", "--method", "magnitude", "-o", tmp_path / "out")
@@ -33,7 +35,13 @@ def test_a_folder_without_a_tokenizer(run: Run, data: Path, tmp_path: Path) -> N
     ("options", "words"),
     [
         (("-t", "own:wikitext2"), "running text, with nothing to answer"),
-        (("-t", "wikitext2", "--objective", "balanced"), "wikitext2 is general text itself"),
+        (("-t", "wikitext2", "--preserve", "wikitext2:3"), "named twice"),
+        (("--preserve", "own:c4"), "running text, with nothing to answer"),
+        (("--preserve", "own"), "own is no source yet"),
+        (("--preserve-share", "0.5"), "name a source, or leave it out"),
+        (("--preserve", "c4", "--preserve-share", "0"), "above 0 and at most 1"),
+        (("--preserve", "c4", "--general", "0.1"), "--general is the old word for --preserve"),
+        (("--preserve", "c4", "--objective", "task"), "--objective is the old word for --preserve"),
         (("--damping", "nan"), "damping must be a number of at least 0"),
         (("--damping", "-1"), "damping must be a number of at least 0"),
         (("--stream",), "leave out --stream, or take another method"),
@@ -58,10 +66,10 @@ def test_choices_of_shrink_are_checked_before_a_model_is_loaded(
 def test_a_run_needs_a_folder(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
     recipe = {
         "model": {"name": str(model)},
-        "calibration": {"sources": ["gsm8k"], "n": 4},
+        "calibration": {"task": ["gsm8k"], "n": 4},
         "methods": ["wanda"],
         "sparsities": [0.5],
-        "tasks": ["gsm8k_nll:2"],
+        "on": ["gsm8k_nll:2"],
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "out").write_text("a file")
@@ -81,14 +89,15 @@ def test_a_run_needs_a_folder(run: Run, model: Path, data: Path, tmp_path: Path)
 def test_a_task_file_without_data(run: Run, model: Path, tmp_path: Path) -> None:
     task = {"task": "own", "output_type": "multiple_choice", "doc_to_text": "x", "metadata": None}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(task))
-    outcome = run("evaluate", model, "-t", tmp_path / "own.yaml", "-o", tmp_path / "out.json")
+    outcome = run("evaluate", model, "--on", tmp_path / "own.yaml", "-o", tmp_path / "out.json")
     assert_refused(outcome, "names its data", tmp_path / "out.json")
 
 
 @pytest.mark.parametrize(
-    ("option", "text"), [(("--objective", "balanced"), 2), (("--general", "0.5"), 4), ((), 0)]
+    ("option", "text"),
+    [(("--preserve", "wikitext2"), 2), (("--preserve", "wikitext2:3"), 3), (("--preserve", "none"), 0)],
 )
-def test_general_text_takes_its_share_of_every_command(
+def test_what_is_preserved_comes_on_top_in_every_command(
     run: Run, model: Path, data: Path, tmp_path: Path, option: tuple[str, ...], text: int
 ) -> None:
     common = ("-n", 8, "--max-tokens", 300, "--data-dir", data, *option)
@@ -98,13 +107,69 @@ def test_general_text_takes_its_share_of_every_command(
     assert code == 0, err
     for name in ("zeros", "small"):
         sources = read_manifest(tmp_path / name)["run"]["calibration"]["sources"]
-        assert sources == {"gsm8k": 8 - text, **({"wikitext2": text} if text else {})}
+        assert sources == {"gsm8k": 8, **({"wikitext2": text} if text else {})}
 
 
-def test_a_share_of_general_text_is_at_least_one_example() -> None:
-    assert CalibrationSpec(("gsm8k",), 3, general=0.1).counts() == {"gsm8k": 2, "wikitext2": 1}
-    assert CalibrationSpec(("gsm8k:3",), general=0.1).counts() == {"gsm8k": 3, "wikitext2": 1}
+@pytest.mark.parametrize(
+    ("option", "kept"),
+    [
+        (("--objective", "balanced"), {"preserve": ("wikitext2",), "preserve_share": 0.25}),
+        (("--general", "0.5"), {"preserve": ("wikitext2",), "preserve_share": 0.5}),
+        (("--general", "0.5", "--objective", "task"), {"preserve": ("wikitext2",), "preserve_share": 0.5}),
+        (("--objective", "task"), {}),
+    ],
+)
+def test_old_words_for_general_text_mean_the_new_ones(
+    run: Run, model: Path, option: tuple[str, ...], kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[CalibrationSpec] = []
+    monkeypatch.setattr("causalprune.runs.single.prepared", lambda *given: asked.append(given[1]) or stop())
+    with pytest.warns(FutureWarning, match=f"{option[0]} is an old word.*on top of the task's") as seen:
+        code, _, err = run("prune", model, "-o", model / "out", "-n", 8, *option)
+    assert code == 130, err
+    assert len(seen) == 1
+    assert asked == [CalibrationSpec(("gsm8k",), 8, **kept)]
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("warned")
+def test_old_words_are_hidden_and_warned_of_in_one_line(
+    run: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    out = run("prune", "--help")[1]
+    assert "--preserve" in out
+    assert not {"--general", "--objective"} & set(out.split())
+    common = ("-n", 4, "--max-tokens", 300, "--data-dir", data, "--method", "wanda")
+    code, _, err = run("prune", model, "-o", tmp_path / "out", *common, "--general", "0.5")
+    assert code == 0
+    (line,) = err.splitlines()
+    assert line.startswith("warning: --general is an old word")
+
+
+def test_evaluate_takes_its_old_word_without_a_word(
+    run: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    for name, option in (("new", "--on"), ("old", "-t"), ("older", "--task")):
+        common = ("-o", tmp_path / name, "--data-dir", data)
+        assert run("evaluate", model, option, "gsm8k_nll:2", option, "strategyqa_nll:2", *common)[0] == 0
+    found = [read_json(tmp_path / name)["results"] for name in ("new", "old", "older")]
+    assert [[(one["task"], one["values"]) for one in own] for own in found[1:]] == [
+        [(one["task"], one["values"]) for one in found[0]]
+    ] * 2
+    assert_refused(run("evaluate", model, "-o", tmp_path / "none"), "say what with --on", tmp_path / "none")
+    assert "--task" not in run("evaluate", "--help")[1]
+
+
+def test_shares_of_what_is_preserved() -> None:
+    spec = CalibrationSpec(("gsm8k",), 3, preserve=("wikitext2",), preserve_share=0.1)
+    assert spec.counts() == {"gsm8k": 3, "wikitext2": 1}
+    several = CalibrationSpec(("gsm8k:8", "strategyqa:4"), preserve=("wikitext2", "c4:5"))
+    assert several.counts() == {"gsm8k": 8, "strategyqa": 4, "wikitext2": 3, "c4": 5}
     assert CalibrationSpec(("gsm8k",), 3).counts() == {"gsm8k": 3}
+    assert CalibrationSpec(("gsm8k",), preserve=("none",)) == CalibrationSpec(("gsm8k",))
 
 
 def test_damping_that_is_no_number() -> None:

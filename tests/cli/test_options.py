@@ -18,12 +18,12 @@ PANELS = {
     "inspect": ["Model"],
     "attribute": ["Model", "Data", "Method", "Running"],
     "stability": ["Model", "Data", "Method", "Running"],
-    "prune": ["Model", "Data", "Method", "Running"],
+    "prune": ["Model", "Data", "Method", "Running", "Hub"],
     "sweep": ["Model", "Data", "Method", "Running"],
-    "shrink": ["Model", "Data", "Method", "Running"],
+    "shrink": ["Model", "Data", "Method", "Running", "Hub"],
     "evaluate": ["Model", "Data", "Running"],
 }
-SHARED = ("revision", "seed", "n", "damping", "effect", "objective", "batch_tokens")
+SHARED = ("revision", "seed", "n", "damping", "effect", "preserve", "batch_tokens")
 """An option of every shared group."""
 LISTED = """
 import json, typer

@@ -221,7 +221,7 @@ def test_solution_loss_of_a_file_and_its_skipped_lines(decoder: Decoder, tmp_pat
     (result,) = evaluate(decoder, [f"{path}_nll"], max_tokens=100)
     assert result.weights == (10.0,) * 3
     assert result.description["skipped"]["too_long"] == 1
-    with pytest.raises(DataError, match="no example is usable"):
+    with pytest.raises(DataError, match=r"all examples asked for, 0 of 4 usable \(4 too long\)"):
         evaluate(decoder, [f"{path}_nll"], max_tokens=5)
 
 

@@ -1,5 +1,6 @@
 """What cannot be loaded or is not understood is refused, in one line that names it."""
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -23,9 +24,11 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from causalprune.cli.options import ModelOptions
 from causalprune.core.errors import CausalPruneError, ModelError, OptionError
 from causalprune.models.anatomy import inspect_model
-from causalprune.models.loading import load
+from causalprune.models.loading import device_of, load
+from causalprune.runs.recipe import ModelSpec
 
 
 @pytest.mark.parametrize(
@@ -167,6 +170,17 @@ def test_an_unknown_name_says_what_to_pass(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ModelError, match=r"(?s)no model 'nobody/nothing'.*pass a Hub name") as caught:
         load("nobody/nothing")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("there", "name"), [(True, "cuda"), (False, "cpu")])
+def test_the_device_auto_is_cuda_where_there_is_one(
+    there: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    assert device_of("auto") == name
+    assert [device_of(own) for own in ("cpu", "cuda:1")] == ["cpu", "cuda:1"]
+    defaults = [inspect.signature(load).parameters["device"].default, ModelSpec("x").device]
+    assert [*defaults, ModelOptions("x").device] == ["auto"] * 3
 
 
 @pytest.mark.parametrize("option", [{"dtype": "float23"}, {"device": "cuda:99"}, {"device": "abacus"}])

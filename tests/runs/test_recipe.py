@@ -12,10 +12,10 @@ from causalprune.runs.recipe import RECIPES, find_recipe, label, parse_method, r
 
 MINIMAL: dict[str, Any] = {
     "model": {"name": "some/model"},
-    "calibration": {"sources": ["gsm8k"]},
+    "calibration": {"task": ["gsm8k"]},
     "methods": ["magnitude", "magnitude:global", "cap"],
     "sparsities": [0.2, 0.5],
-    "tasks": ["gsm8k_nll:200", "strategyqa"],
+    "on": ["gsm8k_nll:200", "strategyqa"],
 }
 
 
@@ -40,8 +40,8 @@ def test_cells_are_dense_and_every_method_at_every_sparsity(tmp_path: Path) -> N
 
 def test_without_limits_drops_only_limits(tmp_path: Path) -> None:
     found = without_limits(read_recipe(written(tmp_path, MINIMAL)))
-    assert found.tasks == ("gsm8k_nll", "strategyqa")
-    assert without_limits(replace(found, tasks=("my:task.yaml",))).tasks == ("my:task.yaml",)
+    assert found.on == ("gsm8k_nll", "strategyqa")
+    assert without_limits(replace(found, on=("my:task.yaml",))).on == ("my:task.yaml",)
 
 
 def test_label_names_the_scope_that_is_used() -> None:
@@ -68,7 +68,7 @@ def test_label_names_the_scope_that_is_used() -> None:
         ({"sparsities": [float("nan")]}, "sparsity must be between 0 and 1"),
         ({"sparsities": ["20 %"]}, "0.2, not '20 %'"),
         ({"sparsities": [True]}, "must be a number"),
-        ({"calibration": {"sources": ["gsm8k"], "chat": "of"}}, "did you mean 'off'"),
+        ({"calibration": {"task": ["gsm8k"], "chat": "of"}}, "did you mean 'off'"),
         ({"seed": "zero"}, "seed must be a whole number"),
         ({"save": 1}, "save must be true or false"),
     ],
@@ -78,6 +78,51 @@ def test_bad_recipe_is_one_clear_error(tmp_path: Path, change: dict[str, Any], w
         read_recipe(written(tmp_path, {**MINIMAL, **change}))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+OLD = """
+model: {name: some/model}
+calibration: {sources: [gsm8k], general: 0.5}
+methods: [wanda]
+sparsities: [0.5]
+tasks: [gsm8k_nll:200]
+"""
+NEW = """
+model: {name: some/model}
+calibration: {task: [gsm8k], preserve: [wikitext2], preserve_share: 0.5}
+methods: [wanda]
+sparsities: [0.5]
+on: [gsm8k_nll:200]
+"""
+
+
+def test_old_words_mean_the_new_ones_and_each_is_named(tmp_path: Path) -> None:
+    for name, text in (("old", OLD), ("new", NEW)):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    new = read_recipe(tmp_path / "new")  # warns of nothing; `on` needs no quotes
+    assert new.on == ("gsm8k_nll:200",)
+    with pytest.warns(FutureWarning, match="is an old word") as seen:
+        assert read_recipe(tmp_path / "old") == new
+    said = sorted(str(one.message) for one in seen)
+    assert [words.split(" ", 1)[0] for words in said] == ["general", "sources", "tasks"]
+    assert [words.rpartition("it is now ")[2].split(" ")[0] for words in said] == ["preserve", "task", "on"]
+
+
+@pytest.mark.filterwarnings("ignore:.* is an old word")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tasks": ["gsm8k"]}, "tasks is the old word for on"),
+        ({"calibration": {"task": ["gsm8k"], "sources": ["gsm8k"]}}, "sources is the old word for task"),
+        ({"calibration": {"task": ["gsm8k"], "general": 0.1, "preserve": ["c4"]}}, "general is the old word"),
+        ({"calibration": {"task": ["gsm8k"], "general": "much"}}, "general must be a number"),
+        ({"calibration": {"task": ["gsm8k"], "general": 1.0}}, "at least 0 and below 1"),
+        ({"model": {"name": "x", "tasks": []}}, "unknown key in recipe: model 'tasks'"),
+    ],
+)
+def test_old_words_beside_new_ones_or_elsewhere(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        read_recipe(written(tmp_path, {**MINIMAL, **change}))
 
 
 @pytest.mark.parametrize("text", ["a: [", "- just\n- a list", "", "\x00"])
@@ -103,7 +148,7 @@ def test_recipes_that_come_with_the_package_can_be_read(path: Path) -> None:
 def test_a_plan_counts_what_the_estimator_costs(tmp_path: Path) -> None:
     data, model = write_data(tmp_path / "data"), tmp_path / "model"
     tiny_decoder().model.save_pretrained(model)
-    fixed = {"model": {"name": str(model)}, "calibration": {"sources": ["gsm8k"], "n": 6}, "methods": ["cap"]}
+    fixed = {"model": {"name": str(model)}, "calibration": {"task": ["gsm8k"], "n": 6}, "methods": ["cap"]}
     tokens = {}
     for name, spec in (
         ("exact", {}),
@@ -112,7 +157,7 @@ def test_a_plan_counts_what_the_estimator_costs(tmp_path: Path) -> None:
     ):
         path = tmp_path / f"{name}.yaml"
         path.write_text(
-            yaml.safe_dump({**fixed, "sparsities": [0.2], "tasks": ["gsm8k_nll:3"], "attribution": spec})
+            yaml.safe_dump({**fixed, "sparsities": [0.2], "on": ["gsm8k_nll:3"], "attribution": spec})
         )
         (job,) = [
             j for j in plan(read_recipe(path), tmp_path / name, data_dir=data).jobs if j.name == "attribution"
@@ -131,8 +176,8 @@ def test_a_plan_knows_what_is_unpacked_to_float32(tmp_path: Path, name: str, dty
     path, data = tmp_path / "recipe.yaml", write_data(tmp_path / "data")
     own = {"model": {"name": name, "dtype": dtype}, "methods": ["wanda"], "sparsities": [0.2], "save": True}
     shape = {"layers": 30, "heads": 9, "parameters": 1e8}
-    calibration = {"sources": ["gsm8k"], "n": 6}
-    values = {**own, "tasks": ["gsm8k_nll:3"], "shape": shape, "calibration": calibration}
+    calibration = {"task": ["gsm8k"], "n": 6}
+    values = {**own, "on": ["gsm8k_nll:3"], "shape": shape, "calibration": calibration}
     path.write_text(yaml.safe_dump(values))
     found = plan(read_recipe(path), tmp_path / "run", data_dir=data)
     assert found.disk_bytes == pytest.approx(each * 1e8, rel=0.1)

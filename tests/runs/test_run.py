@@ -41,7 +41,7 @@ def recipe(model: Path, **changes: Any) -> Recipe:
         "calibration": CalibrationSpec(("gsm8k",), n=6, subsets=3),
         "methods": ("magnitude", "wanda", "cap"),
         "sparsities": (0.5,),
-        "tasks": ("gsm8k_nll:4", "strategyqa_nll"),
+        "on": ("gsm8k_nll:4", "strategyqa_nll"),
     }
     return Recipe(**{**values, **changes})
 
@@ -65,7 +65,7 @@ def test_run_measures_dense_and_every_method(model: Path, data: Path, tmp_path: 
 
 
 def test_a_run_records_what_a_report_shows(model: Path, data: Path, tmp_path: Path) -> None:
-    wanted = recipe(model, methods=("cap", "wanda+graded"), tasks=("gsm8k_nll:4", "strategyqa"))
+    wanted = recipe(model, methods=("cap", "wanda+graded"), on=("gsm8k_nll:4", "strategyqa"))
     record = running.run(wanted, tmp_path / "run", data_dir=data, command="as typed")
     dense, cap, graded = record["rows"]
     assert (record["command"], record["cells"]) == ("as typed", [row["label"] for row in record["rows"]])
@@ -215,12 +215,12 @@ def test_one_file_for_both_ends_is_cut_in_two(model: Path, tmp_path: Path) -> No
     wanted = recipe(
         model,
         calibration=CalibrationSpec((own,), n=6, subsets=3),
-        tasks=(f"{own}_nll:5",),
+        on=(f"{own}_nll:5",),
         methods=("wanda",),
     )
     record = running.run(wanted, tmp_path / "run")
     assert record["calibration"]["skipped"]["excluded"] > 0
-    greedy = recipe(model, calibration=CalibrationSpec((own,), n=8), tasks=(f"{own}_nll:5",))
+    greedy = recipe(model, calibration=CalibrationSpec((own,), n=8), on=(f"{own}_nll:5",))
     with pytest.raises(DataError, match="7"):
         running.run(greedy, tmp_path / "greedy")
 
@@ -302,14 +302,12 @@ def test_a_broken_model_does_not_stop_the_run(
 
     monkeypatch.setattr(cells, "prune", breaks)
     tasks = ("gsm8k_nll:4", "strategyqa", "gsm8k_cot:4")
-    record = running.run(recipe(model, methods=("wanda",), tasks=tasks), tmp_path / "run", data_dir=data)
+    record = running.run(recipe(model, methods=("wanda",), on=tasks), tmp_path / "run", data_dir=data)
     for own in (record["rows"], read_run(tmp_path / "run").rows):
         for dense, broken in zip(own[0]["results"], own[1]["results"], strict=True):
             assert not any(map(math.isnan, dense["values"]))
             assert all(map(math.isnan, broken["values"]))
-    assert values(
-        running.run(recipe(model, methods=("wanda",), tasks=tasks), tmp_path / "run", data_dir=data)
-    )
+    assert values(running.run(recipe(model, methods=("wanda",), on=tasks), tmp_path / "run", data_dir=data))
 
 
 def test_a_stopped_evaluation_goes_on(

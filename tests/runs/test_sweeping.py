@@ -36,7 +36,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, ...]]:
         found.append(recipe.sparsities)
         losses = {"dense": 1.0, **{f"wanda-{s:g}": 1.0 + s for s in recipe.sparsities}}
         rows = [
-            {"label": k, "results": [dataclasses.asdict(result(v)) for _ in recipe.tasks]}
+            {"label": k, "results": [dataclasses.asdict(result(v)) for _ in recipe.on]}
             for k, v in losses.items()
         ]
         return {"rows": rows}

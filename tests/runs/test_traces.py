@@ -1,5 +1,6 @@
-"""The model's own answers as calibration data, and a share of general text."""
+"""The model's own answers as calibration data, and examples that preserve."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from tinydata import tiny_decoder, write_jsonl
 
 from causalprune.calibration.examples import Reader, draw
-from causalprune.core.errors import DataError, OptionError
+from causalprune.core.errors import DataError
 from causalprune.runs.recipe import CalibrationSpec
 from causalprune.runs.traces import calibrated, own_answers
 
@@ -74,8 +75,21 @@ def test_answers_without_an_end_are_left_out(
     monkeypatch.setattr(
         "causalprune.runs.traces._answers", lambda _decoder, _some, _most, rows: [""] * len(rows)
     )
-    with pytest.raises(DataError, match=r"own:gsm8k: of 12 answers 0 end within 399 tokens"):
+    with pytest.raises(
+        DataError, match=r"own:gsm8k: 5 examples asked for, 0 of 12 usable \(12 too long\).*without own:"
+    ):
         own_answers(silent, other, "gsm8k", 5)
+
+
+def test_a_source_with_fewer_problems_gives_all_its_answers(
+    monkeypatch: pytest.MonkeyPatch, data: Path
+) -> None:
+    decoder, _ = speaking(monkeypatch, endless=1)
+    spec = dataclasses.replace(SPEC, n=99)
+    with pytest.warns(UserWarning, match="own:gsm8k: 99 examples asked for, 11 taken.* but 1 too long"):
+        found = calibrated(decoder, spec, data)
+    assert found.description["sources"] == {"own:gsm8k": 11}
+    assert len(found.examples) == 11
 
 
 def test_without_memory_fewer_answers_are_written_at_once(
@@ -101,31 +115,28 @@ def test_evaluation_problems_are_never_answered(monkeypatch: pytest.MonkeyPatch,
     decoder, _ = speaking(monkeypatch)
     reader = Reader(decoder.tokenizer, chat=False, max_tokens=400, data_dir=data)
     out = {e.content for e in draw(reader, "gsm8k", "calibration")}
-    with pytest.raises(DataError, match="0 end"):
+    with pytest.raises(DataError, match=r"0 of 12 usable \(12 kept for measuring\)"):
         own_answers(decoder, reader, "gsm8k", 4, frozenset(out))
 
 
 def test_real_generation_gives_text_or_nothing(data: Path) -> None:
     decoder = tiny_decoder()
     reader = Reader(decoder.tokenizer, chat=False, max_tokens=400, data_dir=data)
-    with pytest.raises(DataError, match="raise --max-tokens"):  # a random model does not come to an end
+    with pytest.raises(DataError, match="raise the token limit"):  # a random model does not come to an end
         own_answers(decoder, reader, "gsm8k", 3)
 
 
-def test_general_text_takes_its_share(data: Path) -> None:
+def test_what_is_preserved_comes_after_the_task(data: Path) -> None:
     decoder = tiny_decoder()
-    spec = CalibrationSpec(("gsm8k", "arc_challenge"), n=8, subsets=2, max_tokens=200, general=0.25)
+    alone = CalibrationSpec(("gsm8k", "arc_challenge"), n=8, subsets=2, max_tokens=200)
+    spec = dataclasses.replace(alone, preserve=("wikitext2", "strategyqa:3"))
     found = calibrated(decoder, spec, data)
-    assert found.description["sources"] == {"gsm8k": 3, "arc_challenge": 3, "wikitext2": 2}
+    assert found.description["sources"] == {"gsm8k": 4, "arc_challenge": 4, "wikitext2": 2, "strategyqa": 3}
+    assert found.description["preserve"] == ["wikitext2", "strategyqa"]
+    assert found.examples[:8] == calibrated(decoder, alone, data).examples
     text = [e for e in found.examples if e.source == "wikitext2"]
     assert len(text) == 2
     assert all(e.target_start == 1 for e in text)
-    for share, counts in ((0.0, {}), (0.25, {"wikitext2": 2})):
-        spec = CalibrationSpec(("gsm8k:4", "arc_challenge:2"), subsets=2, max_tokens=200, general=share)
-        assert spec.counts() == {"gsm8k": 4, "arc_challenge": 2} | counts, "all say how many: n is not asked"
-        assert calibrated(decoder, spec, data).description["sources"] == spec.counts()
-    with pytest.raises(OptionError, match="general text"):
-        CalibrationSpec(("gsm8k",), general=1.0)
 
 
 def test_own_answers_to_problems_of_a_file(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:

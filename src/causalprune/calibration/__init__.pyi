@@ -56,6 +56,9 @@ from .examples import (
     encode as encode,
 )
 from .examples import (
+    enough as enough,
+)
+from .examples import (
     few as few,
 )
 from .examples import (
@@ -63,6 +66,9 @@ from .examples import (
 )
 from .examples import (
     split_counts as split_counts,
+)
+from .examples import (
+    taken as taken,
 )
 from .examples import (
     text_tokens as text_tokens,

@@ -2,8 +2,9 @@
 
 import hashlib
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -29,6 +30,9 @@ PADDING = 0.12
 """The longest sequence of a batch is at most this fraction longer than its shortest."""
 
 
+ENOUGH = 0.9
+"""Share of the examples asked for that has to be usable, where a source holds as many."""
+
 FEW, FEW_TOKENS = 8, 600
 """Examples, and target tokens in them, on which divergences are measured."""
 
@@ -41,8 +45,13 @@ class Skipped:
     duplicate: int = 0
     excluded: int = 0
 
+    def since(self, before: "Skipped") -> "Skipped":
+        """Return what was left out since an earlier count."""
+        return Skipped(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
+
     def __str__(self) -> str:
-        return f"{self.too_long} too long, {self.duplicate} repeated, {self.excluded} excluded"
+        words = ("too long", "repeated", "kept for measuring")
+        return ", ".join(f"{n} {word}" for n, word in zip(astuple(self), words, strict=True) if n)
 
 
 @dataclass(frozen=True)
@@ -78,14 +87,11 @@ def calibrate(  # noqa: PLR0913 (the command's options)
     `n` is split evenly over the sources; a source may fix its own count as `name:count`, and `n` is
     None where all do. The draw depends on `seed` and the contents only. Examples whose content is in
     `exclude` (None: the sources' evaluation problems), repeated ones and those longer than
-    `max_tokens` are skipped and counted in the description. Example i goes to subset `i % subsets`.
+    `max_tokens` are skipped and counted in the description. Where a source holds fewer, see `taken`.
+    Example i goes to subset `i % subsets`.
     """
     counts = split_counts(sources, n)
-    total = sum(counts.values())
-    if subsets < 1 or total < subsets:
-        raise DataError(
-            f"{total} examples cannot be cut into {subsets} subsets: ask for more examples or fewer subsets"
-        )
+    _check_subsets(sum(counts.values()), subsets)
     reader = Reader(tokenizer, uses_chat(tokenizer, chat), max_tokens, seed, data_dir)
     if exclude is None:
         problems = [name for name in counts if name in SOURCES and name not in TEXT_SOURCES]
@@ -93,14 +99,10 @@ def calibrate(  # noqa: PLR0913 (the command's options)
     examples: list[Example] = []
     seen: set[str] = set()
     for name, count in counts.items():
-        pool = draw(reader, name, "calibration", exclude=exclude, seen=seen)
-        chosen = list(itertools.islice(pool, count))
-        if len(chosen) < count:
-            raise DataError(
-                f"{name}: {count} calibration examples wanted, {len(chosen)} usable ({reader.skipped}); "
-                "ask for fewer examples or raise the token limit"
-            )
+        chosen = taken(reader, name, "calibration", count, exclude=exclude, seen=seen)
+        counts[name] = len(chosen)
         examples += chosen
+    _check_subsets(len(examples), subsets)
     description = {
         "sources": counts,
         "seed": seed,
@@ -112,7 +114,14 @@ def calibrate(  # noqa: PLR0913 (the command's options)
         "tokens": sum(len(e.tokens) for e in examples),
         "target_tokens": sum(e.target_tokens for e in examples),
     }
-    return Calibration(tuple(examples), tuple(i % subsets for i in range(total)), description)
+    return Calibration(tuple(examples), tuple(i % subsets for i in range(len(examples))), description)
+
+
+def _check_subsets(examples: int, subsets: int) -> None:
+    if subsets < 1 or examples < subsets:
+        raise DataError(
+            f"{examples} examples cannot be cut into {subsets} subsets: ask for more examples or fewer subsets"
+        )
 
 
 def split_counts(sources: Sequence[str], n: int | None) -> dict[str, int]:
@@ -189,6 +198,44 @@ def draw(
             else:
                 seen.add(content)
                 yield example
+
+
+def taken(
+    reader: Reader,
+    name: str,
+    split: Split,
+    count: int | None,
+    *,
+    exclude: Set[str] = frozenset(),
+    seen: set[str] | None = None,
+) -> list[Example]:
+    """Return the first `count` usable examples of a source (None: all), or those that there are, as `enough` allows."""
+    before = replace(reader.skipped)
+    drawn = draw(reader, name, split, exclude=exclude, seen=seen)
+    found = list(itertools.islice(drawn, count))
+    shown = name if split == "calibration" else f"{name}, to measure"
+    enough(shown, count, len(found), reader.skipped.since(before))
+    return found
+
+
+def enough(
+    name: str, wanted: int | None, usable: int, skipped: Skipped | None = None, unit: str = "examples"
+) -> None:
+    """Check that as much as was asked for is usable (None: something); warn where it is less, but all that there is or almost.
+
+    Raises:
+        DataError: nothing is usable, or less than `ENOUGH` of what was asked for and is there.
+    """
+    if usable >= (wanted or 1):
+        return
+    out = skipped or Skipped()
+    there, asked = usable + sum(astuple(out)), f"{name}: {wanted or 'all'} {unit} asked for"
+    if not usable or usable < ENOUGH * min(wanted or there, there):
+        why = f"{usable} of {there} usable ({out})" if there else "none is there"
+        more = " or raise the token limit" if out.too_long else ""
+        raise DataError(f"{asked}, {why}: ask for fewer{more}")
+    left = f" but {out}" if there > usable else ""
+    warnings.warn(f"{asked}, {usable} taken: all that it holds{left}", stacklevel=2)
 
 
 def shuffled(items: Iterable[Item], seed: int) -> list[Item]:

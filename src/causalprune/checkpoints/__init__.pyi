@@ -58,6 +58,12 @@ from .saving import (
 from .saving import (
     write_manifest as write_manifest,
 )
+from .sharing import (
+    push as push,
+)
+from .sharing import (
+    reserve as reserve,
+)
 from .verification import (
     Verification as Verification,
 )

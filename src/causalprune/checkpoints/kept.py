@@ -81,7 +81,7 @@ def reapply(pruned: Path, model: Path, output: Path, *, overwrite: bool = False)
 
     For a model into which adapters were merged, or that was fine-tuned without `keep_sparsity`.
     """
-    decoder = load(str(model))
+    decoder = load(str(model), device="cpu")
     restored = keep_sparsity(decoder.model, pruned).restored
     run = {**read_manifest(pruned)["run"], "reapplied": {"from": str(pruned), "to": str(model)}}
     save(decoder, output, manifest=run, keep=load_keep(pruned), overwrite=overwrite)

@@ -63,7 +63,7 @@ def check_destination(folder: Path, overwrite: bool = False) -> None:
     """
     if os.path.lexists(folder):
         if not overwrite:
-            raise CheckpointError(f"{folder} exists: choose another folder, or allow it to be overwritten")
+            raise CheckpointError(f"{folder} exists: choose another folder, or pass --overwrite")
         if folder.is_symlink() or not folder.is_dir():
             raise CheckpointError(
                 f"{folder} is not a folder and will not be overwritten: choose another name"

@@ -60,7 +60,7 @@ def verify(folder: Path, *, against: Path | None = None, trust_remote_code: bool
     manifest = read_manifest(against or folder)
     findings = _changed_files(folder, manifest["files"]) if against is None else []
     try:
-        decoder = load(str(folder), trust_remote_code=trust_remote_code)
+        decoder = load(str(folder), device="cpu", trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever it is: these files cannot be read as a model
         changed = (
             f" (changed since it was saved: {', '.join(f.subject for f in findings)})" if findings else ""

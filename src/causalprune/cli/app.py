@@ -1,8 +1,11 @@
 """The command line, with the other modules of this wing the only place that prints."""
 
+import itertools
 import os
 import shlex
 import sys
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -11,7 +14,8 @@ import typer
 from causalprune import __version__
 from causalprune.cli import measuring, pruning, reporting
 from causalprune.cli import options as opt
-from causalprune.cli.options import app, console
+from causalprune.cli.options import app
+from causalprune.cli.output import AsJson, console, document, voice
 from causalprune.core import CausalPruneError
 
 COMMANDS = (measuring, pruning, reporting)  # importing them adds their commands
@@ -20,17 +24,31 @@ USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 """What a bad option raises: newer releases of typer carry their own click, older ones import it."""
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No progress and no tables: errors, warnings and files only.")
+    ] = False,
+    log_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--log-file", help="Add progress, warnings and errors to this file too, as lines with the time."
+        ),
+    ] = None,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version),
     ] = False,
 ) -> None:
-    """Options of every command."""
-    if version:
-        console.print(__version__)
-        raise typer.Exit
+    """Options of every command, before its name or after."""
+    voice.begin(quiet, log_file)
 
 
 @app.command(name="run")
@@ -42,58 +60,116 @@ def run_recipe(
         Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/RECIPE).")
     ] = None,
     data_dir: opt.DataDir = None,
-    full: Annotated[bool, typer.Option("--full", help="Drop the limits of all tasks.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Measure on all examples: drop the counts.")] = False,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            help="Draws of the calibration examples: a run for each, in a folder of its own, and means with their spread.",
+            min=1,
+        ),
+    ] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, load no weights.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a recipe: dense and every method × sparsity on every task, resumable, results in one folder."""
     from causalprune.cli import tables
-    from causalprune.core import shown
-    from causalprune.runs import find_recipe, plan, read_recipe, run, without_limits
+    from causalprune.runs import find_recipe, plan, read_recipe, run, run_draws, times, without_limits
 
     path = find_recipe(recipe)
     wanted = without_limits(read_recipe(path)) if full else read_recipe(path)
     folder = output or Path("runs") / path.stem
     if dry_run:
-        console.print(tables.plan(plan(wanted, folder, data_dir=data_dir)))
+        planned = times(plan(wanted, folder, data_dir=data_dir), seeds)
+        console.print(tables.plan(planned))
+        document(as_json, plan=planned)
         return
-    command = shlex.join(typed(recipe, folder, data_dir, full=full))
-    record = run(wanted, folder, data_dir=data_dir, stage=shown, command=command)
-    _print_run(record, folder)
+    command = shlex.join(typed(recipe, folder, data_dir, full=full, seeds=seeds))
+    if seeds == 1:
+        _print_run(
+            run(wanted, folder, data_dir=data_dir, stage=voice.stage, command=command), folder, as_json
+        )
+    else:
+        found = run_draws(wanted, seeds, folder, data_dir=data_dir, stage=voice.stage, command=command)
+        _print_draws(found, folder, as_json)
 
 
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/demo"),
+    as_json: AsJson = False,
 ) -> None:
     """Prune the embedded model on generated problems and compare the methods: no download but the model."""
-    run_recipe("demo", output)
+    run_recipe("demo", output, as_json=as_json)
 
 
-def _print_run(record: dict[str, Any], folder: Path) -> None:
+def _print_run(record: dict[str, Any], folder: Path, as_json: bool) -> None:
+    from causalprune.cli import tables
+    from causalprune.evaluation import RESULTS, rows_of
+    from causalprune.reports import REPORT, report
+
+    rows = rows_of(record)
+    console.print(tables.comparison(rows))
+    console.print(f"results: {folder / RESULTS}", soft_wrap=True)
+    (page,) = report([folder], folder / REPORT)
+    console.print(f"report: {page}", soft_wrap=True)
+    document(as_json, results=folder / RESULTS, report=page, rows=tables.figures(rows))
+
+
+def _print_draws(record: dict[str, Any], folder: Path, as_json: bool) -> None:
     from causalprune.cli import tables
     from causalprune.evaluation import rows_of
     from causalprune.reports import REPORT, report
+    from causalprune.runs import DRAWS
 
-    console.print(tables.comparison(rows_of(record)))
-    console.print(f"results: {folder / 'results.json'}", soft_wrap=True)
-    (page,) = report([folder], folder / REPORT)
+    rows = rows_of(record)
+    console.print(tables.comparison(rows))
+    console.print(f"means over {len(record['draws'])} draws: {folder / DRAWS}", soft_wrap=True)
+    (page,) = report([folder / name for name in record["draws"]], folder / REPORT)
     console.print(f"report: {page}", soft_wrap=True)
+    document(as_json, results=folder / DRAWS, report=page, rows=tables.figures(rows))
 
 
-def typed(recipe: str, folder: Path, data_dir: Path | None, *, full: bool) -> list[str]:
+def typed(recipe: str, folder: Path, data_dir: Path | None, *, full: bool, seeds: int) -> list[str]:
     """Return the words of a `run` command with everything that was left to defaults or the environment."""
     words = ["causalprune", "run", recipe, "-o", str(folder)]
     words += [] if data_dir is None else ["--data-dir", str(data_dir)]
+    words += ["--seeds", str(seeds)] if seeds > 1 else []
     return words + (["--full"] if full else [])
+
+
+def one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    """Return a warning as the command line shows it, once and without its place in the code; the log has it too."""
+    text = f"warning: {' '.join(str(message).split())}"
+    if text in voice.told:  # by every model of a run, say
+        return ""
+    voice.told.add(text)
+    voice.log(text)
+    return f"{text}\n"
+
+
+def in_front(words: Iterable[str]) -> list[str]:
+    """Return the words of a command with the options of every command first, wherever they were typed."""
+    left, front, rest = iter(words), list[str](), list[str]()
+    for word in left:
+        name, value, _ = word.partition("=")
+        if name not in ("--debug", "--quiet", "--log-file"):
+            rest.append(word)
+            continue
+        front.append(word)
+        front += itertools.islice(left, int(name == "--log-file" and not value))
+    return front + rest
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line: errors on one line with exit code 2, Ctrl-C with 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")  # asks a bot on the Hub for other weights
-    given = sys.argv[1:] if arguments is None else arguments
+    warnings.formatwarning = one_line
+    given = in_front(sys.argv[1:] if arguments is None else arguments)
+    voice.begin()
+    voice.command = shlex.join(["causalprune", *given])
     try:
         code = app(given, standalone_mode=False)
     except USAGE_ERROR as error:
@@ -104,18 +180,22 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except Exception as error:
         if "--debug" in given:
             raise
-        known = isinstance(error, CausalPruneError)
-        hint = "" if known else " (unexpected: run again as `causalprune --debug …` to see where)"
-        name = "" if known else f"{type(error).__name__}: "
-        if isinstance(error, RuntimeError):
-            from causalprune.core import out_of_memory
-
-            if out_of_memory(error):
-                hint = " (fewer --batch-tokens, batch_tokens in a recipe, take less, and so does --dtype bfloat16)"
-        print(f"error: {name}{' '.join(str(error).split())}{hint}", file=sys.stderr)
-        code = 2 if known else 1
+        code = 2 if isinstance(error, CausalPruneError) else 1
+        voice.tell(f"error: {_told(error)}")
     if code == STOPPED:  # some releases of typer answer Ctrl-C with this code themselves
-        print(
-            "stopped; finished measurements are on disk: the same command goes on from there", file=sys.stderr
-        )
+        voice.tell("stopped; finished measurements are on disk: the same command goes on from there")
     sys.exit(code)
+
+
+def _told(error: Exception) -> str:
+    """Return an error on one line, with what to do about one that was not foreseen."""
+    text = " ".join(str(error).split())
+    if isinstance(error, CausalPruneError):
+        return text
+    hint = "unexpected: run again as `causalprune --debug …` to see where"
+    if isinstance(error, RuntimeError):
+        from causalprune.core import out_of_memory
+
+        if out_of_memory(error):
+            hint = "fewer --batch-tokens, batch_tokens in a recipe, take less, and so does --dtype bfloat16"
+    return f"{type(error).__name__}: {text} ({hint})"

@@ -1,6 +1,5 @@
 """Commands that look at a model, measure it and compare what was measured."""
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,10 +8,12 @@ import typer
 
 from causalprune.cli import options as opt
 from causalprune.cli.groups import grouped
-from causalprune.cli.options import app, console
+from causalprune.cli.options import app
+from causalprune.cli.output import AsJson, console, document
 from causalprune.core import OptionError
 
 if TYPE_CHECKING:
+    from causalprune.core import Effects
     from causalprune.runs import AttributionSpec, Options
 
 
@@ -106,7 +107,7 @@ class DrawOptions(opt.CalibrationOptions):
 @grouped
 def inspect(
     model: opt.ModelOptions,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what was found in a model: layers, heads, what is prunable, what is left out and why."""
     from causalprune.cli import tables
@@ -115,10 +116,8 @@ def inspect(
 
     spec = model.spec()
     found = summary(load(spec))
-    if as_json:
-        print(json.dumps(found, indent=1))
-    else:
-        console.print(tables.inspection(spec.name, found))
+    console.print(tables.inspection(spec.name, found))
+    document(as_json, **found)
 
 
 @app.command()
@@ -130,12 +129,12 @@ def attribute(
     method: EstimateOptions,
     running: SpreadOptions,
     subsets: opt.Subsets = 3,
+    as_json: AsJson = False,
 ) -> None:
     """Measure every attention head (or other units): how much does the loss rise when it is removed?
 
     Every finished job is on disk at once: a run that was stopped goes on where it was.
     """
-    from causalprune.cli import tables
     from causalprune.runs import attribute as measure
 
     calibration = data.spec(subsets)
@@ -145,9 +144,9 @@ def attribute(
     file = output / options.named("effects.json")
     if running.shard:
         console.print(f"share {running.shard}: {file}; `causalprune merge` joins it with the others")
+        document(as_json, effects=file, share=running.shard)
         return
-    console.print(tables.strongest(effects))
-    console.print(f"effects of {len(effects.units)} units: {file}")
+    _print_effects(effects, file, as_json)
 
 
 @app.command()
@@ -155,18 +154,25 @@ def merge(
     shares: Annotated[list[Path], typer.Argument(help="Effects of all shares, as effects.1-of-4.json …")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File for the effects of the whole run.")],
     overwrite: opt.Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Join the shares of `attribute --shard` to the effects of the whole run, bit for bit those of a run alone."""
     from causalprune.attribution import merge as join
     from causalprune.checkpoints import load_effects, save_effects
-    from causalprune.cli import tables
 
     if output.exists() and not overwrite:
         raise OptionError(f"{output} exists: choose another name, or pass --overwrite")
     effects = join([load_effects(path) for path in shares])
     save_effects(effects, output)
+    _print_effects(effects, output, as_json)
+
+
+def _print_effects(effects: "Effects", file: Path, as_json: bool) -> None:
+    from causalprune.cli import tables
+
     console.print(tables.strongest(effects))
-    console.print(f"effects of {len(effects.units)} units: {output}")
+    console.print(f"effects of {len(effects.units)} units: {file}")
+    document(as_json, effects=file, **tables.effects(effects))
 
 
 @app.command()
@@ -178,6 +184,7 @@ def stability(
     method: opt.EffectOptions,
     running: opt.RunningOptions,
     top: Annotated[int, typer.Option(help="Strongest units that are removed in pairs.", min=2)] = 20,
+    as_json: AsJson = False,
 ) -> None:
     """Show how far effects can be trusted: between draws, tasks and plain text, and for pairs of units."""
     from causalprune.cli import tables
@@ -188,37 +195,36 @@ def stability(
     for table in tables.stability(found):
         console.print(table)
     console.print(f"all numbers: {output / 'stability.json'}")
+    document(as_json, stability=output / "stability.json", **found)
 
 
 @app.command()
 @grouped
 def evaluate(
+    *,
     model: opt.ModelOptions,
-    task: Annotated[
-        list[str],
-        typer.Option(
-            "--task",
-            "-t",
-            help="gsm8k_cot, gsm8k_nll:200, arc_challenge:500, wikitext2_ppl:40000, …; repeatable.",
-        ),
-    ],
+    on: opt.On = [],  # noqa: B006 (typer copies it)
+    task: Annotated[list[str], typer.Option("--task", "-t", hidden=True)] = [],  # noqa: B006
     output: Annotated[
         Path, typer.Option("--output", "-o", help="JSON file for the results, with per-example values.")
     ],
     reading: opt.ReadingOptions,
     limit: Annotated[
         int | None,
-        typer.Option(help="Problems per task (tokens for perplexity) where the task names none.", min=1),
+        typer.Option(help="Examples (tokens for `_ppl` and `_kl`) of what names no count.", min=1),
     ] = None,
     running: opt.RunningOptions = opt.RunningOptions(batch_tokens=4096),
     overwrite: opt.Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Measure a model on tasks, and keep the value of every example."""
+    """Measure a model, and keep the value of every example."""
     from causalprune.cli import tables
     from causalprune.evaluation import Settings
     from causalprune.runs import evaluate_model
 
-    spec = model.spec()
+    measures, spec = (*on, *task), model.spec()
+    if not measures:
+        raise OptionError("nothing to measure: say what with --on, as in --on gsm8k_nll:200")
     settings = Settings(
         limit,
         reading.data_dir,
@@ -228,9 +234,11 @@ def evaluate(
         batch_tokens=running.batch_tokens,
     )
     options = running.options(reading.data_dir, overwrite=overwrite)
-    results = evaluate_model(spec, tuple(task), settings, output, options)
-    console.print(tables.comparison([(spec.name, results)]))
+    results = evaluate_model(spec, measures, settings, output, options)
+    rows = [(spec.name, results)]
+    console.print(tables.comparison(rows))
     console.print(f"results: {output}")
+    document(as_json, results=output, rows=tables.figures(rows))
 
 
 @app.command()
@@ -243,6 +251,7 @@ def compare(
         str | None, typer.Option(help="Row to compare with, instead of the first (as wanda-row-0.5).")
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare results example by example: paired differences with 95 % bootstrap intervals."""
     from causalprune.cli import tables
@@ -250,10 +259,10 @@ def compare(
 
     rows = [row for path in results for row in load_rows(path)]
     table = tables.comparison(rows, against=against)
-    if markdown:
-        print(tables.to_markdown(table))
-    else:
-        console.print(table)
+    console.print(
+        tables.to_markdown(table) if markdown else table, soft_wrap=markdown, markup=False, highlight=False
+    )
+    document(as_json, against=against or rows[0][0], rows=tables.figures(rows, against=against))
 
 
 def _times(text: str | None) -> float | None:

@@ -1,15 +1,17 @@
-"""The app, its console, and options that several commands share: type, name and help, written once.
+"""The app, and options that several commands share: type, name and help, written once.
 
 A command takes a group of them as one parameter (`causalprune.cli.groups`); a group ends as what `causalprune.runs`
 takes. An option that joins a group is one more field here, and reaches every command that takes the group.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
-from rich.console import Console
+
+from causalprune.cli.output import voice
+from causalprune.core import OptionError
 
 if TYPE_CHECKING:
     from causalprune.runs import AttributionSpec, CalibrationSpec, ModelSpec, Options
@@ -18,10 +20,9 @@ app = typer.Typer(
     help="Prune language models by what their parts are measured to do for a task, and see what it costs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
-console = Console()
 
 DataDir = Annotated[
     Path | None,
@@ -30,6 +31,14 @@ DataDir = Annotated[
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+On = Annotated[
+    list[str],
+    typer.Option(
+        "--on",
+        help="What is measured: gsm8k_nll:200, gsm8k_cot, arc_challenge:500, test.jsonl_nll, wikitext2_ppl:40000, …; repeatable. "
+        "A count is one of examples, of tokens for `_ppl` and `_kl`.",
+    ),
+]
 Subsets = Annotated[
     int,
     typer.Option(
@@ -45,8 +54,8 @@ METHODS = (
     "squares, +distill by training after that (minutes, 20 bytes a weight), +none. causal has graded budgets and distill of its own. "
     "causal:2:4+graded at a sparsity below 0.5 lets the matrices stay dense that the task needs most."
 )
-SHARES = {"task": 0.0, "balanced": 0.25}
-"""The share of general text of each objective."""
+OBJECTIVES = {"task": 0.0, "balanced": 0.25}
+"""The share of general text that the old word `--objective` means."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,9 @@ class ModelOptions:
     ]
     revision: Annotated[str | None, typer.Option(help="Revision on the Hub.")] = None
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto"
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu"
+    device: Annotated[
+        str, typer.Option(help="auto (CUDA where there is one, else CPU), cpu, cuda, cuda:1, …")
+    ] = "auto"
     device_map: Annotated[
         str | None,
         typer.Option(
@@ -111,7 +122,7 @@ class CalibrationOptions:
         typer.Option(
             "--task",
             "-t",
-            help="Calibration data: gsm8k, strategyqa, arc_challenge, wikitext2, c4, gsm_symbolic, "
+            help="What calibrates: gsm8k, strategyqa, arc_challenge, wikitext2, c4, gsm_symbolic, "
             "or a JSONL file of {prompt, target}; repeat for a mix; `gsm8k:32` fixes a count; "
             "`own:gsm8k` takes the model's own answers instead of worked solutions.",
         ),
@@ -119,44 +130,50 @@ class CalibrationOptions:
     n: Annotated[
         int,
         typer.Option(
-            "-n", help="Number of calibration examples, unless every source says it (gsm8k:32).", min=1
+            "-n", help="Number of the task's examples, unless every source says it (gsm8k:32).", min=1
         ),
     ] = 128
     reading: ReadingOptions = field(default_factory=ReadingOptions)
-
-    def share(self) -> float:
-        """Return the share of the examples that is general text."""
-        return 0.0
 
     def spec(self, subsets: int = 3) -> "CalibrationSpec":
         """Return the examples as runs take them."""
         from causalprune.runs import CalibrationSpec
 
         read = self.reading
-        return CalibrationSpec(
-            tuple(self.task), self.n, subsets, read.seed, read.max_tokens, read.chat, self.share()
-        )
+        return CalibrationSpec(tuple(self.task), self.n, subsets, read.seed, read.max_tokens, read.chat)
 
 
 @dataclass(frozen=True)
 class MixedOptions(CalibrationOptions):
-    """Which examples the methods see, general text among them."""
+    """Which examples the methods see, those among them that keep what the task does not need."""
 
-    objective: Annotated[
-        Literal["task", "balanced"],
+    preserve: Annotated[
+        list[str],
         typer.Option(
-            help="task: calibrate on the task alone; balanced: a quarter of the examples is general text (WikiText-2), "
-            "which protects other abilities."
+            help="What must not get lost, as examples on top of the task's: wikitext2, c4, any other source of --task, "
+            "or none; repeat for more; `wikitext2:16` fixes a count.",
+            show_default="none",
         ),
-    ] = "task"
-    general: Annotated[
-        float | None,
-        typer.Option(help="Share of the examples that is general text, in place of --objective."),
-    ] = None
+    ] = field(default_factory=list)
+    preserve_share: Annotated[
+        float,
+        typer.Option(help="Examples of a source of --preserve without a count, as a share of the task's."),
+    ] = 0.25
+    objective: Annotated[Literal["task", "balanced"] | None, typer.Option(hidden=True)] = None
+    general: Annotated[float | None, typer.Option(hidden=True)] = None
 
-    def share(self) -> float:
-        """Return the share of general text that the two options ask for."""
-        return SHARES[self.objective] if self.general is None else self.general
+    def spec(self, subsets: int = 3) -> "CalibrationSpec":
+        """Return the examples as runs take them; raises `OptionError` where an old word meets a new one."""
+        from causalprune.runs import preserving
+
+        own: dict[str, Any] = {"preserve": tuple(self.preserve), "preserve_share": self.preserve_share}
+        old = "--objective" if self.general is None else "--general"
+        share = OBJECTIVES.get(self.objective or "") if self.general is None else self.general
+        if share is not None and self.preserve:
+            raise OptionError(f"{old} is the old word for --preserve: leave one of them out")
+        if share is not None:
+            own |= preserving(old, share)
+        return replace(super().spec(subsets), **own)
 
 
 @dataclass(frozen=True)
@@ -214,7 +231,6 @@ class RunningOptions:
 
     def options(self, data_dir: Path | None = None, *, overwrite: bool = False) -> "Options":
         """Return how the work is done as runs take it."""
-        from causalprune.core import shown
         from causalprune.runs import Options
 
-        return Options(data_dir, self.batch_tokens, overwrite, shown)
+        return Options(data_dir, self.batch_tokens, overwrite, voice.stage)

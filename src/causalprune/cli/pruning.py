@@ -8,7 +8,8 @@ import typer
 
 from causalprune.cli import options as opt
 from causalprune.cli.groups import grouped
-from causalprune.cli.options import app, console
+from causalprune.cli.options import app
+from causalprune.cli.output import AsJson, console, document, voice
 from causalprune.core import OptionError
 
 if TYPE_CHECKING:
@@ -125,6 +126,44 @@ class RemovalOptions:
         return None
 
 
+@dataclass(frozen=True)
+class HubOptions:
+    """Where the checkpoint goes besides its folder."""
+
+    panel: ClassVar[str] = "Hub"
+
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            help="Repository on the Hugging Face Hub (owner/name) that gets the checkpoint too; it is made, private."
+        ),
+    ] = None
+    public: Annotated[bool, typer.Option("--public", help="Everybody may see that repository.")] = False
+
+    def reserve(self, output: Path, overwrite: bool) -> str | None:
+        """Make the repository, if one is asked for, before the long work, and return its name."""
+        from causalprune.checkpoints import check_destination, reserve
+
+        if self.public and self.push_to_hub is None:
+            raise OptionError("--public is about --push-to-hub: name a repository there, or leave it out")
+        if self.push_to_hub is None:
+            return None
+        check_destination(output, overwrite)
+        return reserve(self.push_to_hub, public=self.public, overwrite=overwrite)
+
+
+def _pushed(output: Path, repository: str | None) -> str | None:
+    """Upload what was saved to a repository, if there is one, and return its address."""
+    from causalprune.checkpoints import push
+
+    if repository is None:
+        return None
+    with voice.stage(f"pushing to {repository}"):
+        place = push(output, repository)
+    console.print(f"pushed: {place}")
+    return place
+
+
 @app.command()
 @grouped
 def prune(
@@ -133,8 +172,10 @@ def prune(
     data: opt.MixedOptions,
     method: PruningOptions,
     running: StreamOptions,
+    hub: HubOptions,
     subsets: opt.Subsets = 3,
     overwrite: opt.Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Prune a model and save it as a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -145,16 +186,19 @@ def prune(
 
     spec, calibration, wanted = model.spec(), data.spec(subsets), method.parsed(data.reading.seed)
     options = running.options(data.reading.data_dir, overwrite=overwrite)
+    repository = hub.reserve(output, overwrite)
     if running.stream:
         done = prune_streamed(spec, wanted, output, calibration, method.effects, options)
-        achieved = tables.sparsity(done.weights, done.zeros, done.unrouted)
+        weights, zeros, unrouted = done.weights, done.zeros, done.unrouted
     else:
         pruned = prune_checkpoint(spec, wanted, output, calibration, method.effects, options)
         counts = [(keep.numel(), int((~keep).sum())) for keep in pruned.keep.values()]
         weights, zeros = (sum(column) for column in zip(*counts, strict=True))
-        achieved = tables.sparsity(weights, zeros, pruned.unrouted)
-    console.print(achieved, highlight=False)
+        unrouted = pruned.unrouted
+    console.print(tables.sparsity(weights, zeros, unrouted), highlight=False)
     console.print(f"saved: {output}")
+    pushed = _pushed(output, repository)
+    document(as_json, saved=output, weights=weights, zeros=zeros, unrouted=unrouted, pushed=pushed)
 
 
 @app.command()
@@ -165,9 +209,7 @@ def sweep(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Run folder; a stopped sweep goes on there.")
     ],
-    on: Annotated[
-        list[str], typer.Option(help="Tasks that must hold, as gsm8k_nll:100 or strategyqa; repeatable.")
-    ],
+    on: opt.On,
     data: opt.MixedOptions = opt.MixedOptions(n=48),
     method: SweptOptions,
     running: opt.RunningOptions,
@@ -177,13 +219,13 @@ def sweep(
     certain: Annotated[
         bool, typer.Option("--certain", help="The far end of the 95 % interval must keep it too.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find the highest sparsity, in steps of 5 %, that keeps a share of the task: at most five prunings.
 
     Supposes that more sparsity is never better. The table shows every sparsity that was tried, with intervals.
     """
     from causalprune.cli import tables
-    from causalprune.core import shown
     from causalprune.runs import Recipe, candidates
     from causalprune.runs import sweep as swept
 
@@ -192,12 +234,12 @@ def sweep(
         data.spec(),
         methods=(method.method,),
         sparsities=candidates(method.method),
-        tasks=tuple(on),
+        on=tuple(on),
         seed=data.reading.seed,
         batch_tokens=running.batch_tokens,
         damping=method.damping,
     )
-    tried = swept(recipe, keep, output, certain=certain, data_dir=data.reading.data_dir, stage=shown)
+    tried = swept(recipe, keep, output, certain=certain, data_dir=data.reading.data_dir, stage=voice.stage)
     console.print(tables.swept(tried))
     best = max((one.sparsity for one in tried if one.holds), default=None)
     found = (
@@ -206,6 +248,7 @@ def sweep(
         else f"--method {method.method} --sparsity {best:g}, with the same other options, keeps it"
     )
     console.print(f"{found}; all results: {output / 'results.json'}")
+    document(as_json, method=method.method, sparsity=best, tried=tried, results=output / "results.json")
 
 
 @app.command()
@@ -217,7 +260,9 @@ def shrink(
     data: opt.MixedOptions = opt.MixedOptions(n=48),
     method: RemovalOptions,
     running: opt.RunningOptions,
+    hub: HubOptions,
     overwrite: opt.Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Remove units for good: a smaller and faster model that every runtime loads, chosen by effect on the task."""
     from dataclasses import asdict
@@ -229,6 +274,7 @@ def shrink(
 
     shares = method.shares()
     check_destination(output, overwrite)
+    repository = hub.reserve(output, overwrite)
     options = running.options(data.reading.data_dir)
     decoder, calibration = prepared(model.spec(), data.spec(1), options)
     shares = shares or shares_for(decoder, method.parameters or 0.0)
@@ -246,10 +292,13 @@ def shrink(
     for path in ledgers(ledger).values():
         path.unlink(missing_ok=True)
     before, after = shrunk.parameters_before, shrunk.parameters_after
-    if unknown := shrunk.unrouted:
+    unknown = shrunk.unrouted
+    if unknown:
         text = f"{len(unknown)} experts, put before others, got no token that tells their worth"
         console.print(f"{text}: {', '.join(unknown[:5])}")
     console.print(f"{before:,} parameters before, {after:,} after ({1 - after / before:.1%} fewer): {output}")
+    sizes = {"parameters_before": before, "parameters_after": after}
+    document(as_json, saved=output, **sizes, unrouted=unknown, pushed=_pushed(output, repository))
 
 
 @app.command()
@@ -259,13 +308,15 @@ def verify(
         Path | None,
         typer.Option(help="The pruned checkpoint that FOLDER was made from (fine-tuned, merged)."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Recount the zeros of a checkpoint and compare its files with the manifest; exit code 1 if zeros were lost, not for a file that changed."""
     from causalprune.checkpoints import verify as check
     from causalprune.cli import tables
 
     report = check(folder, against=against)
-    print(tables.verification(report))
+    console.print(tables.verification(report), soft_wrap=True, highlight=False, markup=False)
+    document(as_json, **vars(report), ok=report.ok, sparsity_holds=report.sparsity_holds)
     if not report.sparsity_holds:
         raise typer.Exit(1)
 

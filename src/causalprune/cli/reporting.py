@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from causalprune.cli.options import app, console
+from causalprune.cli.options import app
+from causalprune.cli.output import AsJson, console, document
 
 
 @app.command()
@@ -34,6 +35,7 @@ def report(
 @app.command()
 def effects(
     run: Annotated[Path, typer.Argument(help="Run folder, or an effects.json.")],
+    as_json: AsJson = False,
 ) -> None:
     """Show effects as a heatmap in the terminal: layers × heads, coloured unless NO_COLOR is set."""
     from causalprune.checkpoints import EFFECTS, load_effects
@@ -46,3 +48,4 @@ def effects(
     for line in heatmap(own, width=console.width, colour=colour):
         console.print(line, soft_wrap=True)
     console.print(tables.strongest(found))
+    document(as_json, **tables.effects(found))

@@ -11,6 +11,7 @@ from causalprune.attribution import estimate, reliability
 from causalprune.checkpoints import Verification
 from causalprune.core import Effects, EvalResult, unknown
 from causalprune.evaluation import Row, Tried, headline, interval, paired_difference
+from causalprune.reports import measured
 from causalprune.runs import Plan
 
 STYLES = {"better": "green", "worse": "red"}
@@ -25,13 +26,12 @@ def comparison(rows: Sequence[Row], *, against: str | None = None) -> Table:
     Differences are to the row called `against`, or to the first. A value is green or red only where
     the interval of its difference excludes zero.
     """
-    labels = [label for label, _ in rows]
-    if against is not None and against not in labels:
-        raise unknown("row", against, labels)
-    base_row = 0 if against is None else labels.index(against)
+    base_row = _base(rows, against)
     base = {_column(result): result for result in rows[base_row][1]}
     columns = list(dict.fromkeys(_column(result) for _, results in rows for result in results))
-    table = Table(caption=f"value (paired difference to {labels[base_row]}, 95 % interval)")
+    draws = {r.description["draws"] for _, results in rows for r in results if "draws" in r.description}
+    said = f"mean ± standard deviation of {max(draws)} draws" if draws else "value"
+    table = Table(caption=f"{said} (paired difference to {rows[base_row][0]}, 95 % interval)")
     table.add_column("model", no_wrap=True)
     for task, metric in columns:
         table.add_column(f"{task}\n{UNITS.get(metric, metric)}", justify="right", overflow="fold")
@@ -41,6 +41,33 @@ def comparison(rows: Sequence[Row], *, against: str | None = None) -> Table:
     return table
 
 
+def figures(rows: Sequence[Row], *, against: str | None = None) -> list[dict[str, Any]]:
+    """Return the numbers of `comparison`, a row for each model; the differences of the row compared with are null."""
+    base_row = _base(rows, against)
+    base = {_column(result): result for result in rows[base_row][1]}
+    found = []
+    for i, (label, results) in enumerate(rows):
+        cells = []
+        for result in results:
+            other = None if i == base_row else base.get(_column(result))
+            difference = None if other is None else paired_difference(result, other)
+            measure = {"task": result.task, "metric": result.metric}
+            measure |= {
+                key: result.description[key] for key in ("draws", "spread") if key in result.description
+            }
+            cells.append(measure | vars(interval(result)) | {"difference": difference})
+        found.append({"label": label, "results": cells})
+    return found
+
+
+def _base(rows: Sequence[Row], against: str | None) -> int:
+    """Return the place of the row that others are compared with."""
+    labels = [label for label, _ in rows]
+    if against is not None and against not in labels:
+        raise unknown("row", against, labels)
+    return 0 if against is None else labels.index(against)
+
+
 def _column(result: EvalResult) -> tuple[str, str]:
     return result.task, result.metric
 
@@ -48,12 +75,15 @@ def _column(result: EvalResult) -> tuple[str, str]:
 def _cell(result: EvalResult | None, base: EvalResult | None, is_base: bool) -> Text:
     if result is None:
         return Text("–")
+    value = f"{headline(result):.4g}"
+    if "spread" in result.description:
+        value += f" ± {result.description['spread']:.2g}"
     if is_base or base is None:
         own = interval(result)
-        return Text(f"{own.value:.4g}\n[{own.low:.4g}, {own.high:.4g}]")
+        return Text(f"{value}\n[{own.low:.4g}, {own.high:.4g}]")
     difference = paired_difference(result, base)
     bounds = f"{difference.difference:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}]"
-    return Text(f"{headline(result):.4g}\n{bounds}", style=STYLES.get(difference.verdict, ""))
+    return Text(f"{value}\n{bounds}", style=STYLES.get(difference.verdict, ""))
 
 
 def to_markdown(table: Table) -> str:
@@ -93,6 +123,12 @@ def strongest(effects: Effects) -> Table:
         name = f"{unit.kind} {unit.index}"
         table.add_row(str(unit.layer), name, f"{float(found.value[i]):.4f}", bounds)
     return table
+
+
+def effects(found: Effects) -> dict[str, Any]:
+    """Return the effects of all units, with intervals, and how far they can be trusted."""
+    own = measured(found)[0]
+    return {"effect": own.effect, "exact": own.exact, "units": own.units, "reliability": own.reliability}
 
 
 def stability(found: Mapping[str, Any]) -> list[Table]:

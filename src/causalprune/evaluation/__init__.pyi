@@ -32,6 +32,9 @@ from .results import (
     Tried as Tried,
 )
 from .results import (
+    averaged as averaged,
+)
+from .results import (
     decoded as decoded,
 )
 from .results import (

@@ -154,12 +154,7 @@ def _solution_loss(
     reader = calibration.Reader(
         decoder.tokenizer, chat, settings.max_tokens, settings.seed, settings.data_dir
     )
-    drawn = calibration.draw(reader, name.removesuffix("_nll"), "evaluation")
-    examples = list(itertools.islice(drawn, settings.limit))
-    if not examples:
-        raise DataError(
-            f"{name}: no example is usable ({reader.skipped}); raise max_tokens = {settings.max_tokens}"
-        )
+    examples = calibration.taken(reader, name.removesuffix("_nll"), "evaluation", settings.limit)
     description = _description(decoder, settings) | {
         "max_tokens": settings.max_tokens,
         "chat_template": chat,
@@ -179,6 +174,7 @@ def _perplexity(decoder: Decoder, name: str, settings: Settings, on_progress: Pr
     longest = getattr(decoder.model.config, "max_position_embeddings", None)
     window = min(settings.window, longest or settings.window)
     tokens = calibration.text_tokens(decoder.tokenizer, source, "evaluation", data_dir=settings.data_dir)
+    calibration.enough(name, settings.limit, len(tokens), unit="tokens")
     tokens = tokens[: settings.limit]
     examples = calibration.windows(decoder.tokenizer, tokens, source, window)
     if not examples:
@@ -240,8 +236,10 @@ def _harness(decoder: Decoder, name: str, settings: Settings, on_progress: Progr
     with harness.quiet():
         task = harness.build(config, _rows(config, settings))
         hashes = harness.contents(task)
-        order = sorted(range(len(hashes)), key=lambda i: calibration.shuffle_key(hashes[i], settings.seed))
-        chosen = sorted(order[: settings.limit])
+    calibration.enough(name, settings.limit, len(hashes))
+    order = sorted(range(len(hashes)), key=lambda i: calibration.shuffle_key(hashes[i], settings.seed))
+    chosen = sorted(order[: settings.limit])
+    with harness.quiet():
         samples, tokens = harness.run(
             decoder, task, chosen, chat=chat, batch_size=settings.batch_size, on_progress=on_progress
         )

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -104,6 +104,28 @@ def difference_of(a: EvalResult, b: EvalResult, draws_a: Floats, draws_b: Floats
         low, high = _bounds(draws_a - draws_b, len(a.values))
     difference = headline(a) - headline(b)
     return Comparison(difference, low, high, len(a.values), _verdict(difference, low, high, a.metric))
+
+
+def averaged(results: Sequence[EvalResult]) -> EvalResult:
+    """Return the result whose values are means over several draws of calibration data, on the same examples.
+
+    Its description has the number of `draws` and their `spread`, the standard deviation of their results. Texts, which differ,
+    are left out. A perplexity is the geometric mean of those of the draws.
+    """
+    first, n = results[0], len(results)
+    for other in results[1:]:
+        _check_pair(other, first)
+    values = np.mean([_arrays(result)[0] for result in results], axis=0)
+    spread = float(np.std([headline(result) for result in results], ddof=1)) if n > 1 else math.nan
+    return replace(
+        first,
+        values=tuple(values.tolist()),
+        texts=(),
+        prompts=(),
+        golds=(),
+        seconds=sum(result.seconds for result in results),
+        description={**first.description, "draws": n, "spread": spread},
+    )
 
 
 def write_results(

@@ -29,6 +29,9 @@ from .loading import (
     check_options as check_options,
 )
 from .loading import (
+    device_of as device_of,
+)
+from .loading import (
     load as load,
 )
 from .loading import (

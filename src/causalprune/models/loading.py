@@ -32,7 +32,7 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
     name: str,
     *,
     dtype: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
     device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -41,12 +41,14 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
     """Load a causal language model for inference and find what can be pruned in it.
 
     `name` is a name on the Hugging Face Hub, a local folder, or a GGUF file (or a folder that holds
-    nothing but one). GGUF weights are dequantised to float32 unless `dtype` says otherwise.
+    nothing but one). GGUF weights are dequantised to float32 unless `dtype` says otherwise. The device `auto` is CUDA
+    where there is one, else the CPU.
     `device_map` (a dictionary may be given as JSON) goes to transformers and takes precedence over `device`; what
     it places on `disk` in another form than in the files is written to a temporary folder. The tokenizer is
     None for a local folder without tokenizer files. Weights that are there as a pickle only are refused unless
     `allow_pickle` is given; even then they are read as plain tensors (`weights_only`), never as code.
     """
+    device = device_of(device)
     check_options(dtype, device)
     folder, gguf = _source(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -84,6 +86,11 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
         vars(model.config).pop("quantization_config", None)
     model.eval().requires_grad_(False)
     return inspect_model(model, tokenizer, name=name, revision=revision)
+
+
+def device_of(name: str) -> str:
+    """Return the name of a device, for `auto` that of CUDA where there is one, else of the CPU."""
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_options(dtype: str, device: str) -> None:

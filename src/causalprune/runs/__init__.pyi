@@ -1,4 +1,13 @@
 from .cells import load as load
+from .draws import (
+    DRAWS as DRAWS,
+)
+from .draws import (
+    run_draws as run_draws,
+)
+from .draws import (
+    times as times,
+)
 from .plans import (
     Plan as Plan,
 )
@@ -22,6 +31,9 @@ from .recipe import (
 )
 from .recipe import (
     parse_method as parse_method,
+)
+from .recipe import (
+    preserving as preserving,
 )
 from .recipe import (
     read_recipe as read_recipe,

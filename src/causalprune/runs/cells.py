@@ -37,7 +37,7 @@ class Cells:
 
     def missing(self, name: str) -> list[str]:
         """Return the tasks of a cell that are not measured yet."""
-        return [task for task in self.recipe.tasks if f"{name}/{task}" not in self.book.rows]
+        return [task for task in self.recipe.on if f"{name}/{task}" not in self.book.rows]
 
     def finished(self, name: str) -> bool:
         """Tell whether all tasks of a cell are measured."""
@@ -108,5 +108,5 @@ class Cells:
         if method is not None:
             described |= {"criterion": method.criterion, "scope": method.resolved_scope}
             described |= {"sparsity": method.sparsity, "pruned": self.book.rows[f"{name}/pruned"]}
-        found = (decoded(self.book.rows[f"{name}/{task}"]) for task in self.recipe.tasks)
+        found = (decoded(self.book.rows[f"{name}/{task}"]) for task in self.recipe.on)
         return {**described, "results": [result for results in found for result in results]}

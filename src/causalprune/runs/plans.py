@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from causalprune.attribution import DEFAULT_BUDGET
-from causalprune.calibration import OWN, TEXT_SOURCES, Split, load_problems, load_texts, with_limit
+from causalprune.calibration import OWN, TEXT_SOURCES, Split, enough, load_problems, load_texts, with_limit
 from causalprune.checkpoints import EMBEDDED, check_destination, resolve
-from causalprune.core import DataError, OptionError
+from causalprune.core import OptionError
 from causalprune.evaluation import check_tasks, output_type, source_of
-from causalprune.models import check_options, read_shape
+from causalprune.models import check_options, device_of, read_shape
 from causalprune.runs.recipe import ModelSpec, Recipe, Shape
 
 CHARACTERS_PER_TOKEN = 3.5
@@ -59,8 +59,8 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
     Raises:
         CausalPruneError: names, data, model configuration or output folder are not in order.
     """
-    check_tasks(recipe.tasks)
-    device = recipe.model.device  # a GPU may be where the plan is carried out
+    check_tasks(recipe.on)
+    device = device_of(recipe.model.device)  # a GPU may be where the plan is carried out
     check_options(recipe.model.dtype, "meta" if device.startswith("cuda") else device)
     if not folder.exists():
         check_destination(folder)
@@ -79,7 +79,7 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
     ]
     if passes:
         jobs.append(Job("pruning on calibration data", len(passes), int(calibration * sum(passes))))
-    for task in recipe.tasks:
+    for task in recipe.on:
         tokens = len(cells) * _task_tokens(task, data_dir)
         jobs.append(Job(task, len(cells), tokens))
     flops = 2 * shape.parameters * sum(job.tokens for job in jobs)
@@ -123,9 +123,8 @@ def _calibration_tokens(recipe: Recipe, data_dir: Path | None) -> int:
             tokens += count * wanted.max_tokens
             continue
         lengths = _lengths(source.removeprefix(OWN), "calibration", data_dir)
-        if len(lengths) < count:
-            raise DataError(f"{source}: {count} examples wanted, but it has {len(lengths)}")
-        tokens += int(sum(lengths) / len(lengths) * count)
+        enough(source, count, len(lengths))
+        tokens += int(sum(lengths) / len(lengths) * min(count, len(lengths)))
     return tokens
 
 
@@ -154,7 +153,7 @@ def _lengths(source: str, split: Split, data_dir: Path | None) -> list[float]:
 
 def _flops_per_second(recipe: Recipe) -> float:
     """Time a matrix product on the device of the recipe, or on the CPU if that is not here."""
-    device = torch.device(recipe.model.device)
+    device = torch.device(device_of(recipe.model.device))
     if device.type == "cuda" and not torch.cuda.is_available():
         return ABSENT_GPU_FLOPS * EFFICIENCY
     dtype = torch.float32 if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)

@@ -3,6 +3,8 @@
 import dataclasses
 import types
 import typing
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +17,14 @@ from causalprune.core import MismatchError, OptionError, unknown
 from causalprune.pruning import BUDGETS, N_OF_M, Method, pattern_sparsity
 
 DEFAULT_SPARSITY = 0.2
+OLD = {"sources": "task", "general": "preserve", "tasks": "on"}
+OLD_WORD = "{} is an old word, which the next version will not know: it is now {}"
 GENERAL = "wikitext2"
-"""Where general text comes from."""
+"""What old words call general text."""
+PRESERVE_SHARE = 0.25
+"""Examples of a source to preserve that names no count, as a share of the task's."""
+OWN_TEXT = "own"
+"""A source to preserve: text that the intact model writes."""
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -27,7 +35,7 @@ class ModelSpec:
     name: str
     revision: str | None = None
     dtype: str = "auto"
-    device: str = "cpu"
+    device: str = "auto"
     device_map: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
@@ -37,42 +45,48 @@ class ModelSpec:
 class CalibrationSpec:
     """Which examples the methods see: the arguments of `causalprune.calibration.examples.calibrate`, and more.
 
-    A source `own:NAME` is problems of NAME with the model's own answers; `general` is the share of the examples that
-    are general text instead, to protect what the task does not need. `n` is the number of all examples, unless every
-    source says its own as in `gsm8k:32`.
+    A source `own:NAME` is problems of NAME with the model's own answers. `n` is the number of the task's examples, unless
+    every source of it says its own as in `gsm8k:32`. Those of `preserve`, which are to keep what the task does not need, come
+    on top: a source without a count of its own gives `preserve_share` of the task's number.
     """
 
-    sources: tuple[str, ...]
+    task: tuple[str, ...]
     n: int = 128
     subsets: int = 3
     seed: int = 0
     max_tokens: int = 512
     chat: Chat = "auto"
-    general: float = 0.0
+    preserve: tuple[str, ...] = ()
+    preserve_share: float = PRESERVE_SHARE
 
     def __post_init__(self) -> None:
-        if not 0 <= self.general < 1:
+        if self.preserve == ("none",):
+            object.__setattr__(self, "preserve", ())
+        if not 0 < self.preserve_share <= 1:
             raise OptionError(
-                f"the share of general text must be at least 0 and below 1, not {self.general:g}"
+                f"preserve_share must be above 0 and at most 1, not {self.preserve_share:g}: for more, say a count (c4:500)"
             )
-        names = [with_limit(source)[0] for source in self.sources]
+        if self.preserve_share != PRESERVE_SHARE and not self.preserve:
+            raise OptionError(
+                "preserve_share is a share of what is to be preserved: name a source, or leave it out"
+            )
+        names = [with_limit(source)[0] for source in (*self.task, *self.preserve)]
+        if len(set(names)) < len(names):
+            raise OptionError(f"a source is named twice in {', '.join(names)}: name each once")
         for text in TEXT_SOURCES:
             if f"{OWN}{text}" in names:
                 raise OptionError(
                     f"{OWN}{text}: {text} is running text, with nothing to answer: leave out {OWN}"
                 )
-        if self.general and GENERAL in names:
-            raise OptionError(f"{GENERAL} is general text itself: leave out the share of general text")
+        if OWN_TEXT in names:
+            raise OptionError(f"{OWN_TEXT} is no source yet: preserve wikitext2 or c4, or leave it out")
 
     def counts(self) -> dict[str, int]:
-        """Return the number of examples of every source, that of general text among them."""
-        own = [with_limit(source)[1] or 0 for source in self.sources]
-        if 0 in own:
-            n, text = self.n, max(round(self.general * self.n), int(self.general > 0))
-        else:
-            text = max(round(sum(own) / (1 - self.general)) - sum(own), int(self.general > 0))
-            n = sum(own) + text
-        return split_counts((*self.sources, f"{GENERAL}:{text}") if text else self.sources, n)
+        """Return the number of examples that is asked of every source, the task's before those to preserve."""
+        alone = all(with_limit(source)[1] for source in self.task)
+        own = split_counts(self.task, None if alone else self.n)
+        each = max(round(self.preserve_share * sum(own.values())), 1)
+        return own | {name: count or each for name, count in map(with_limit, self.preserve)}
 
 
 @dataclass(frozen=True)
@@ -125,14 +139,14 @@ class Recipe:
     A method is written `criterion[:scope][+budgets][+update]`; one with a pattern such as `wanda:2:4` has its own sparsity
     unless it is graded. `save` keeps the pruned checkpoints,
     `texts` the problems and answers that the report shows.
-    `damping` is that of `Method`, `batch_tokens` bounds a forward pass, `tasks` may carry a limit as in `gsm8k_nll:200`.
+    `damping` is that of `Method`, `batch_tokens` bounds a forward pass, what is measured, `on`, may carry a count as in `gsm8k_nll:200`.
     """
 
     model: ModelSpec
     calibration: CalibrationSpec
     methods: tuple[str, ...]
     sparsities: tuple[float, ...]
-    tasks: tuple[str, ...]
+    on: tuple[str, ...]
     seed: int = 0
     batch_tokens: int = 2048
     save: bool = False
@@ -142,7 +156,7 @@ class Recipe:
     damping: float = Method.damping
 
     def __post_init__(self) -> None:
-        for kind in ("methods", "sparsities", "tasks"):
+        for kind in ("methods", "sparsities", "on"):
             values = getattr(self, kind)
             if not values or len(set(values)) < len(values):
                 raise OptionError(f"recipe: {kind} must be a list without repetitions, not {list(values)}")
@@ -211,7 +225,7 @@ def find_recipe(name: str) -> Path:
 
 def without_limits(recipe: Recipe) -> Recipe:
     """Return the recipe with every task on all of its examples."""
-    return dataclasses.replace(recipe, tasks=tuple(with_limit(task)[0] for task in recipe.tasks))
+    return dataclasses.replace(recipe, on=tuple(with_limit(task)[0] for task in recipe.on))
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -226,10 +240,35 @@ def read_recipe(path: Path) -> Recipe:
     return recipe
 
 
+def preserving(word: str, share: float) -> dict[str, Any]:
+    """Return the words of today for the share of general text that an old `word` asks for, and warn that it is one."""
+    new = f"preserve ({GENERAL}), and its examples come on top of the task's now, not in their place"
+    warnings.warn(OLD_WORD.format(word, new), FutureWarning, stacklevel=2)
+    if not 0 <= share < 1:
+        raise OptionError(f"{word}, a share of general text, must be at least 0 and below 1, not {share:g}")
+    return {"preserve": (GENERAL,), "preserve_share": share} if share else {}
+
+
+def _renamed(values: Mapping[Any, Any], fields: Collection[str], where: str) -> dict[Any, Any]:
+    """Return a mapping with the words of today in place of old ones; a bare key `on` reaches us as true (YAML 1.1)."""
+    found = {"on" if key is True else key: value for key, value in values.items()}
+    for old in [key for key in found if OLD.get(key) in fields]:
+        new, value = OLD[old], found.pop(old)
+        if new in found:
+            raise OptionError(f"{where}: {old} is the old word for {new}: leave one of them out")
+        if old == "general":
+            found |= preserving(old, _value(float, value, f"{where}: {old}"))
+        else:
+            warnings.warn(OLD_WORD.format(old, new), FutureWarning, stacklevel=2)
+            found[new] = value
+    return found
+
+
 def _build(kind: Any, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise OptionError(f"{where} must be a mapping of keys to values, not {values!r}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
+    values = _renamed(values, fields, where)
     for key in values:
         if key not in fields:
             raise unknown(f"key in {where}", str(key), fields)
@@ -253,7 +292,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             raise unknown(where, str(value), typing.get_args(hint))
         return value
     if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list):
+        if not isinstance(value, list | tuple):
             raise OptionError(f"{where} must be a list, not {value!r}")
         return tuple(_value(typing.get_args(hint)[0], item, where) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

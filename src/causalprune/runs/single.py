@@ -43,7 +43,7 @@ from causalprune.evaluation import (
     write_json,
     write_results,
 )
-from causalprune.models import skeleton, tokenizer_of
+from causalprune.models import device_of, skeleton, tokenizer_of
 from causalprune.pruning import Method, Pruned, manifest, prune
 from causalprune.runs.cells import load
 from causalprune.runs.recipe import AttributionSpec, CalibrationSpec, ModelSpec
@@ -98,7 +98,7 @@ def attribute(
         make = functools.partial(_passes, spec, calibration, question, how)
         with options.stage("attribution on the cluster") as progress:
             plan = planned(decoder, calibration, question, how)
-            gpus = options.cluster.gpus or float(spec.device.startswith("cuda"))
+            gpus = options.cluster.gpus or float(device_of(spec.device).startswith("cuda"))
             cluster = dataclasses.replace(options.cluster, gpus=gpus)
             fill(plan, folder / "attribution.ledger", make, cluster, progress)
     return measured(decoder, calibration, folder, options, attribution)
@@ -146,10 +146,10 @@ def check_stability(
         decoder = load(spec)
     with options.stage("calibration data") as progress:
         calibrations = {}
-        for source in wanted.sources:
+        for source in wanted.task:
             name, count = with_limit(source)
             n = (count or wanted.n) * DRAWS
-            own = dataclasses.replace(wanted, sources=(name,), n=n, subsets=DRAWS)
+            own = dataclasses.replace(wanted, task=(name,), n=n, subsets=DRAWS)
             calibrations[source] = calibrated(decoder, own, options.data_dir, on_progress=progress)
     found = stability(
         decoder,
@@ -158,7 +158,7 @@ def check_stability(
         Trial(attribution.question(), Pairs(top, min(wanted.n, Pairs().sequences)), options.batch_tokens),
         stage=options.stage,
     )
-    description = {"model": spec.name, "sources": list(wanted.sources), "versions": versions()}
+    description = {"model": spec.name, "sources": list(wanted.task), "versions": versions()}
     write_json(folder / "stability.json", {**found, "description": description, "git_commit": git_commit()})
     return found
 
@@ -215,7 +215,7 @@ def prune_streamed(
     options: Options = Options(),
 ) -> Streamed:
     """Prune a checkpoint on disk without loading the model; `cap` needs effects that were measured before."""
-    if spec != ModelSpec(spec.name):
+    if spec not in (ModelSpec(spec.name), ModelSpec(spec.name, device="cpu")):
         raise OptionError(
             "--stream keeps the dtype of the files, uses no device and runs no code: leave those options out"
         )

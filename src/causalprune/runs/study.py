@@ -62,14 +62,14 @@ def run(
         max_tokens=recipe.calibration.max_tokens,
         batch_tokens=recipe.batch_tokens,
     )
-    check_tasks(recipe.tasks)
+    check_tasks(recipe.on)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file, and a run needs a folder: choose another name")
     with stage("loading model"):
         decoder = load(recipe.model)
     recipe.check_shape(decoder.name, len(decoder.layers), decoder.layers[0].attention.n_heads)
     with stage("calibration data") as progress:
-        exclude = evaluation_contents(recipe.tasks, settings, decoder.tokenizer)
+        exclude = evaluation_contents(recipe.on, settings, decoder.tokenizer)
         calibration = calibrated(decoder, recipe.calibration, data_dir, exclude, progress)
     identity = _identity(recipe, decoder, calibration)
     record: dict[str, Any] = {

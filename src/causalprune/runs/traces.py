@@ -19,9 +19,11 @@ from causalprune.calibration import (
     contents,
     draw,
     encode,
+    enough,
     is_file,
     load_problems,
     uses_chat,
+    with_limit,
 )
 from causalprune.checkpoints import cache_folder
 from causalprune.core import (
@@ -54,7 +56,7 @@ def calibrated(
     """Return the examples that a recipe or the command line asks for.
 
     `own:NAME` stands for problems of NAME with the answers that the model itself writes to them; they are written
-    once for a model, and kept in the cache folder. `general` is the share of examples that are general text instead.
+    once for a model, and kept in the cache folder.
     """
     counts = wanted.counts()
     reader = Reader(
@@ -69,6 +71,7 @@ def calibrated(
         for name, count in counts.items()
         if name.startswith(OWN)
     }
+    counts |= {name: len(load_problems(str(path), "calibration")) for name, path in files.items()}
     found = calibrate(
         decoder.tokenizer,
         [f"{files.get(name, name)}:{count}" for name, count in counts.items()],
@@ -80,7 +83,10 @@ def calibrated(
         data_dir=data_dir,
         exclude=exclude,
     )
-    description: dict[str, Any] = {**found.description, "sources": counts}
+    drawn = dict(zip(counts, found.description["sources"].values(), strict=True))
+    description: dict[str, Any] = {**found.description, "sources": drawn}
+    if wanted.preserve:
+        description["preserve"] = [with_limit(source)[0] for source in wanted.preserve]
     if files:
         hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
         description["own_answers_sha256"] = hashes
@@ -98,26 +104,24 @@ def own_answers(
     """Return a JSONL file of `count` problems with the model's own greedy answers, written where they are missing.
 
     Answers that do not end within the reader's `max_tokens` are left out, and so are problems in `exclude` (None:
-    those of the source's evaluation split). What is written survives a kill.
+    those of the source's evaluation split). Where the source holds fewer, all are taken. What is written survives a kill.
 
     Raises:
         DataError: too few answers come to an end.
     """
     if decoder.device.type == "meta":
         raise OptionError(f"{OWN}{source} needs a model that writes: leave out --stream, or take {source}")
-    identity = {
-        "model": decoder.fingerprint,
-        "source": source,
-        "seed": reader.seed,
-        "chat": reader.chat,
-        "max_tokens": reader.max_tokens,
-    }
+    how = {"seed": reader.seed, "chat": reader.chat, "max_tokens": reader.max_tokens}
+    identity = {"model": decoder.fingerprint, "source": source, **how}
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / "answers"
     if exclude is None and not is_file(source):  # which has no evaluation problems apart
         exclude = contents(source, "evaluation", data_dir=reader.data_dir)
     problems = {p.content: p for p in load_problems(source, "calibration", data_dir=reader.data_dir)}
-    drawn = draw(reader, source, "calibration", exclude=exclude or frozenset())
+    drawn, before = (
+        draw(reader, source, "calibration", exclude=exclude or frozenset()),
+        replace(reader.skipped),
+    )
     kept: list[dict[str, str]] = []
     tried, at_once = 0, AtOnce()
     # One run at a time: another may be writing the same answers.
@@ -138,12 +142,14 @@ def own_answers(
             on_progress(min(len(kept), count), count)
             if len(kept) >= count:
                 break
-        if len(kept) < count:
-            raise DataError(
-                f"own:{source}: of {tried} answers {len(kept)} end within {reader.max_tokens} tokens, and {count} are "
-                "wanted: raise --max-tokens, ask for fewer, or take the worked solutions (without own:)"
+        out = reader.skipped.since(before)
+        try:
+            enough(
+                f"{OWN}{source}", count, len(kept), replace(out, too_long=out.too_long + tried - len(kept))
             )
-        path = folder / f"{name}-{count}.jsonl"
+        except DataError as error:
+            raise DataError(f"{error}, or take the worked solutions (without {OWN})") from None
+        path = folder / f"{name}-{min(len(kept), count)}.jsonl"
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept[:count])
         write_text(path, text)
     return path

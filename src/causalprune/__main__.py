@@ -1,0 +1,6 @@
+"""`python -m causalprune` is the command `causalprune`."""
+
+from causalprune.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""How a command speaks: tables or one JSON document on stdout, progress on stderr, lines in a log file, or none of these."""
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from causalprune.core import OptionError
+
+if TYPE_CHECKING:
+    from causalprune.core import Progress
+
+LOG_SECONDS = 30.0
+console = Console()
+
+
+class Voice:
+    """What a command says beside its tables, as the options before every command ask for it."""
+
+    silent = False
+    file: Path | None = None
+    command = ""
+
+    def begin(self, silent: bool = False, file: Path | None = None) -> None:
+        """Start anew, as every command does; raises `OptionError` where the log file cannot be written."""
+        try:
+            if file is not None:
+                file.open("a", encoding="utf-8").close()
+        except OSError as cause:
+            raise OptionError(f"cannot write the log file {file}: {cause.strerror or cause}") from cause
+        self.silent, self.file, console.quiet = silent, file, silent
+        self.told = set[str]()
+        self.log(self.command)
+
+    def log(self, text: str) -> None:
+        """Add a line with the time to the log file, if there is one and its disk has room."""
+        if self.file is not None:
+            with contextlib.suppress(OSError), self.file.open("a", encoding="utf-8") as file:
+                file.write(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S} {text}\n")
+
+    def tell(self, text: str) -> None:
+        """Say on stderr, and in the log, what must be seen."""
+        print(text, file=sys.stderr)
+        self.log(text)
+
+    @contextlib.contextmanager
+    def stage(self, label: str) -> Iterator["Progress"]:
+        """Show a stage of work as it is asked for; what `Options.stage` takes."""
+        from causalprune.core import quiet, shown
+
+        with (quiet if self.silent else shown)(label) as progress:
+            if self.file is None:
+                yield progress
+                return
+            self.log(label)
+            start = time.monotonic()
+            yield Logged(label, progress, self)
+            self.log(f"{label}: done in {time.monotonic() - start:.0f} s")
+
+
+class Logged:
+    """A progress that also goes to the log file, with a line now and then."""
+
+    def __init__(self, label: str, inner: "Progress", to: Voice) -> None:
+        self.label, self.inner, self.to = label, inner, to
+        self.text, self.last = "", time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Take note of the work done and the work in all."""
+        self.inner(done, total)
+        if time.monotonic() - self.last >= LOG_SECONDS:
+            self.last = time.monotonic()
+            self.to.log(f"{self.label}: {done / max(total, 1):.0%}, {done:,}/{total:,}{self.text}")
+
+    def remark(self, text: str) -> None:
+        """Show this text beside the progress, in place of the one before."""
+        self.text = f"; {text}"
+        from causalprune.core import Remarked
+
+        if isinstance(self.inner, Remarked):
+            self.inner.remark(text)
+
+
+voice = Voice()
+
+
+def _alone(wanted: bool) -> bool:
+    """Keep tables and lines off stdout where a JSON document will stand there."""
+    console.quiet = console.quiet or wanted
+    return wanted
+
+
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document in place of tables and lines.", callback=_alone),
+]
+
+
+def document(as_json: bool, **found: Any) -> None:
+    """Print what a command found as JSON, if that is asked for; numbers that are not finite are null."""
+    if as_json:
+        print(json.dumps(_plain(found), indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

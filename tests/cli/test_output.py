@@ -1,0 +1,217 @@
+"""What every command has: a version, help by two names, JSON in place of tables, silence, a log, and words before or after."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from conftest import PACKAGE, REPOSITORY, Run, assert_refused
+
+import causalprune
+from causalprune.cli.app import app, in_front, one_line
+from causalprune.cli.output import Logged, Voice, document, voice
+
+PROSE = ("reapply", "report")
+"""Commands that print no table."""
+COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def own_process(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with these words, apart from this process."""
+    variables = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), **environment}
+    return subprocess.run(
+        [sys.executable, *words], env=variables, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_version_alone_by_the_module_and_soon() -> None:
+    done = own_process("-X", "importtime", "-m", "causalprune", "--version")
+    assert (done.returncode, done.stdout) == (0, f"{causalprune.__version__}\n")
+    assert "causalprune.cli.output" in done.stderr
+    assert "torch" not in done.stderr
+
+
+def test_completion_knows_commands_and_options() -> None:
+    code = "import sys; sys.argv[0] = 'causalprune'; from causalprune.cli.app import main; main()"
+    for typed, expected in (
+        ("causalprune swe", "sweep"),
+        ("causalprune prune --preserve-", "--preserve-share"),
+    ):
+        asked = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+        done = own_process("-c", code, **asked, _CAUSALPRUNE_COMPLETE="complete_bash")
+        assert expected in done.stdout.split(), done.stderr
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_by_its_short_name(run: Run, command: str) -> None:
+    words = [command] if command else []
+    assert run(*words, "-h") == run(*words, "--help")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("prune m --quiet -o x", "--quiet prune m -o x"),
+        ("prune m --log-file f -o x --debug", "--log-file f --debug prune m -o x"),
+        ("prune --log-file=f m", "--log-file=f prune m"),
+        ("--quiet --log-file f prune m", "--quiet --log-file f prune m"),
+        ("prune --log-file", "--log-file prune"),
+    ],
+)
+def test_options_of_every_command_may_stand_anywhere(words: str, expected: str) -> None:
+    assert in_front(words.split()) == expected.split()
+
+
+@pytest.fixture(scope="module")
+def calls(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """Return a call of every command that prints a table, in an order in which they can follow each other."""
+    place = tmp_path_factory.mktemp("calls")
+    recipe = {
+        "model": {"name": str(model)},
+        "calibration": {"task": ["gsm8k"], "n": 6},
+        "methods": ["magnitude"],
+        "sparsities": [0.5],
+        "on": ["gsm8k_nll:3"],
+    }
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    given, some = ["--data-dir", data], ["-t", "gsm8k", "-n", 3]
+    return {
+        "run": [place / "recipe.yaml", "-o", place / "run", *given],
+        "inspect": [model],
+        "attribute": [model, "-o", place / "effects", *some, *given],
+        "merge": [place / "effects" / "effects.json", "-o", place / "merged.json", "--overwrite"],
+        "effects": [place / "effects"],
+        "stability": [model, "-o", place / "stability", "-t", "gsm8k", "-n", 1, "--top", 3, *given],
+        "prune": [model, "-o", place / "pruned", "--method", "magnitude", "--overwrite", *given],
+        "sweep": [
+            model,
+            "-o",
+            place / "sweep",
+            "--method",
+            "magnitude",
+            *some,
+            "--on",
+            "gsm8k_nll:2",
+            *given,
+        ],
+        "shrink": [model, "-o", place / "small", "--layers", 0.5, *some, "--overwrite", *given],
+        "verify": [place / "pruned"],
+        "evaluate": [model, "--on", "gsm8k_nll:2", "-o", place / "found.json", "--overwrite", *given],
+        "compare": [place / "run"],
+    }
+
+
+EXPECTED: dict[str, Callable[[Any], bool]] = {
+    "run": lambda own: [row["label"] for row in own["rows"]] == ["dense", "magnitude-matrix-0.5"],
+    "inspect": lambda own: own["heads"] == 4,
+    "attribute": lambda own: len(own["units"]) == 8,
+    "merge": lambda own: {unit["kind"] for unit in own["units"]} == {"head"},
+    "effects": lambda own: own["exact"] is True,
+    "stability": lambda own: own["interactions"]["pairs"] == 3,
+    "prune": lambda own: 0 < own["zeros"] < own["weights"],
+    "sweep": lambda own: {"sparsity", "holds"} <= own["tried"][0].keys(),
+    "shrink": lambda own: own["parameters_after"] < own["parameters_before"],
+    "verify": lambda own: own["ok"] is True,
+    "evaluate": lambda own: own["rows"][0]["results"][0]["n"] == 2,
+    "compare": lambda own: own["rows"][1]["results"][0]["difference"]["n"] == 3,
+}
+
+
+def test_json_is_all_that_is_printed_and_quiet_prints_nothing(run: Run, calls: dict[str, list[Any]]) -> None:
+    for command, words in calls.items():
+        code, out, err = run(command, *words, "--json")
+        assert code == 0, (command, err)
+        assert EXPECTED[command](json.loads(out)), command
+        assert run(command, *words, "--quiet") == (0, "", ""), command
+
+
+def test_every_command_with_a_table_has_json_and_the_test_calls_it(calls: dict[str, list[Any]]) -> None:
+    group = typer.main.get_command(app)
+    own = {name: {o for p in c.params for o in p.opts} for name, c in group.commands.items()}  # type: ignore[attr-defined]
+    assert {name for name, options in own.items() if "--json" in options} == set(COMMANDS) - {"reapply"}
+    assert set(calls) == set(COMMANDS) - {*PROSE, "demo"}
+
+
+def test_a_plan_as_json(run: Run, calls: dict[str, list[Any]], tmp_path: Path) -> None:
+    words = [*calls["run"], "-o", tmp_path / "new", "--dry-run", "--json"]
+    code, out, err = run("run", *words)
+    assert code == 0, err
+    assert json.loads(out)["plan"]["jobs"][-1]["name"] == "gsm8k_nll:3"
+
+
+def test_json_has_no_numbers_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
+    document(True, value=float("nan"), many=(1.5, float("inf")), place=Path("x"))
+    assert json.loads(capsys.readouterr().out) == {"value": None, "many": [1.5, None], "place": "x"}
+    document(False, value=1)
+    assert not capsys.readouterr().out
+
+
+def test_errors_are_said_when_quiet_and_logged(run: Run, model: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    words = ("prune", model, "-o", tmp_path / "out", "--sparsity", "2", "--quiet", "--log-file", log)
+    assert_refused(run(*words), "sparsity", tmp_path / "out")
+    first, last = log.read_text(encoding="utf-8").splitlines()
+    assert re.fullmatch(
+        rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d causalprune .*prune {re.escape(str(model))} .*", first
+    )
+    assert "error: sparsity" in last
+    refused = run("inspect", model, "--log-file", tmp_path / "no" / "log.txt")
+    assert_refused(refused, "cannot write the log file", tmp_path / "no")
+    assert run("inspect", model)[1], "the next command is not quiet"
+
+
+@pytest.mark.usefixtures("warned")
+def test_stages_and_warnings_are_logged(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    words = ("--on", "gsm8k_nll:9", "-o", tmp_path / "out.json", "--data-dir", data, "--log-file", log)
+    code, out, err = run("evaluate", model, *words)
+    assert code == 0, err
+    assert out
+    lines = [line[20:] for line in log.read_text(encoding="utf-8").splitlines()]
+    warned = "warning: gsm8k, to measure: 9 examples asked for, 6 taken: all that it holds"
+    assert lines[1] == "loading model"
+    assert lines.index("gsm8k_nll:9") < lines.index(warned) < lines.index("gsm8k_nll:9: done in 0 s")
+    assert err.splitlines() == [warned]
+
+
+def test_a_warning_is_shown_once_in_a_command() -> None:
+    for _ in range(2):
+        voice.begin()
+        assert [one_line(UserWarning("few\nexamples")) for _ in range(2)] == ["warning: few examples\n", ""]
+
+
+def test_progress_is_logged_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, seen = [0.0], list[tuple[int, int]]()
+    monkeypatch.setattr("causalprune.cli.output.time.monotonic", lambda: now[0])
+    own = Voice()
+    own.begin(file=tmp_path / "log.txt")
+    progress = Logged("work", lambda *given: seen.append(given), own)
+    for second in range(100):
+        now[0] = float(second)
+        progress(second, 1000)
+        progress.remark("well")
+    assert len(seen) == 100
+    lines = [line[20:] for line in (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()]
+    assert lines[1:] == [f"work: {n / 1000:.0%}, {n}/1,000; well" for n in (30, 60, 90)]
+
+
+def test_every_variable_stands_in_the_reference() -> None:
+    page = (REPOSITORY / "docs" / "reference.md").read_text(encoding="utf-8")
+    folders = [PACKAGE, REPOSITORY / "tests", REPOSITORY / "bench"]
+    texts = [path.read_text(encoding="utf-8") for own in folders for path in own.rglob("*.py")]
+    found = {name for text in texts for name in re.findall(r"\bCAUSALPRUNE_[A-Z0-9]+", text)}
+    assert "CAUSALPRUNE_DATA" in found
+    assert not {name for name in found if f"`{name}`" not in page}
+
+
+def test_every_command_stands_in_the_reference() -> None:
+    page = (REPOSITORY / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert [row for row in re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) if row in COMMANDS]
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) >= set(COMMANDS)
