@@ -2,9 +2,10 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -72,6 +73,7 @@ def calibrate(  # noqa: PLR0913 (the command's options)
     chat: Chat = "auto",
     data_dir: Path | None = None,
     exclude: Set[str] | None = None,
+    given: Mapping[str, Sequence[Example]] = MappingProxyType({}),
 ) -> Calibration:
     """Return `n` examples drawn from the sources and cut into disjoint subsets.
 
@@ -79,6 +81,7 @@ def calibrate(  # noqa: PLR0913 (the command's options)
     None where all do. The draw depends on `seed` and the contents only. Examples whose content is in
     `exclude` (None: the sources' evaluation problems), repeated ones and those longer than
     `max_tokens` are skipped and counted in the description. Example i goes to subset `i % subsets`.
+    `given` are the examples of sources that are not drawn from data.
     """
     counts = split_counts(sources, n)
     total = sum(counts.values())
@@ -93,7 +96,7 @@ def calibrate(  # noqa: PLR0913 (the command's options)
     examples: list[Example] = []
     seen: set[str] = set()
     for name, count in counts.items():
-        pool = draw(reader, name, "calibration", exclude=exclude, seen=seen)
+        pool = given.get(name) or draw(reader, name, "calibration", exclude=exclude, seen=seen)
         chosen = list(itertools.islice(pool, count))
         if len(chosen) < count:
             raise DataError(
@@ -218,8 +221,8 @@ def encode(reader: Reader, problem: Problem) -> Example:
     """
     prompt: list[int] = []
     if problem.prompt:
-        prompt = _tokenize(reader.tokenizer, prompt_text(reader, problem.prompt), special=not reader.chat)
-    target = _tokenize(reader.tokenizer, problem.target, special=not problem.prompt)
+        prompt = tokenize(reader.tokenizer, prompt_text(reader, problem.prompt), special=not reader.chat)
+    target = tokenize(reader.tokenizer, problem.target, special=not problem.prompt)
     start = max(len(prompt), 1)
     if len(prompt) + len(target) <= start:
         raise DataError(f"{problem.source}: the target {problem.target[:40]!r} has no token to predict")
@@ -234,7 +237,7 @@ def text_tokens(
     rows = load_texts(name, split, data_dir=data_dir)
     if exclude:
         rows = [r for r in rows if len(r) < SHORTEST_LEAK or content_hash(r) not in exclude]
-    return _tokenize(tokenizer, "\n\n".join(rows), special=True)
+    return tokenize(tokenizer, "\n\n".join(rows), special=True)
 
 
 def windows(tokenizer: Any, tokens: Sequence[int], source: str, size: int) -> list[Example]:
@@ -296,7 +299,8 @@ def _blocks(reader: Reader, name: str, split: Split, exclude: Set[str]) -> list[
     return windows(reader.tokenizer, tokens, name, reader.max_tokens)
 
 
-def _tokenize(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+def tokenize(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    """Return the tokens of a text, with the tokenizer's own ones that open it if they are `special`."""
     # verbose=False: a text longer than the model's window is cut into windows later, no warning wanted.
     ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     if special and ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):

@@ -48,7 +48,10 @@ def _column(result: EvalResult) -> tuple[str, str]:
 def _cell(result: EvalResult | None, base: EvalResult | None, is_base: bool) -> Text:
     if result is None:
         return Text("–")
-    if is_base or base is None:
+    other_text = base is not None and base.description.get("written_by") != result.description.get(
+        "written_by"
+    )
+    if is_base or base is None or other_text:  # another model wrote its own
         own = interval(result)
         return Text(f"{own.value:.4g}\n[{own.low:.4g}, {own.high:.4g}]")
     difference = paired_difference(result, base)

@@ -125,6 +125,7 @@ class Recipe:
     A method is written `criterion[:scope][+budgets][+update]`; one with a pattern such as `wanda:2:4` has its own sparsity
     unless it is graded. `save` keeps the pruned checkpoints,
     `texts` the problems and answers that the report shows.
+    `general_text` auto measures it where no task does: text that the intact model writes, WikiText-2 where it is at hand.
     `damping` is that of `Method`, `batch_tokens` bounds a forward pass, `tasks` may carry a limit as in `gsm8k_nll:200`.
     """
 
@@ -137,6 +138,7 @@ class Recipe:
     batch_tokens: int = 2048
     save: bool = False
     texts: bool = True
+    general_text: Literal["auto", "none"] = "auto"
     attribution: AttributionSpec = field(default=AttributionSpec())
     shape: Shape | None = field(default=None)
     damping: float = Method.damping

@@ -13,6 +13,7 @@ import torch
 
 from causalprune.calibration import (
     OWN,
+    OWN_TEXT,
     Problem,
     Reader,
     calibrate,
@@ -23,7 +24,6 @@ from causalprune.calibration import (
     load_problems,
     uses_chat,
 )
-from causalprune.checkpoints import cache_folder
 from causalprune.core import (
     AtOnce,
     Calibration,
@@ -33,9 +33,10 @@ from causalprune.core import (
     Ledger,
     OptionError,
     Progress,
+    cache_folder,
     silent,
 )
-from causalprune.evaluation import write_text
+from causalprune.evaluation import own_pieces, write_text
 from causalprune.runs.recipe import CalibrationSpec
 
 BATCH = 16
@@ -53,8 +54,8 @@ def calibrated(
 ) -> Calibration:
     """Return the examples that a recipe or the command line asks for.
 
-    `own:NAME` stands for problems of NAME with the answers that the model itself writes to them; they are written
-    once for a model, and kept in the cache folder. `general` is the share of examples that are general text instead.
+    `own:NAME` stands for problems of NAME with the answers that the model itself writes to them, `own` for text that it
+    writes; both are written once for a model, and kept in the cache folder. `general` is the share of examples that are general text instead.
     """
     counts = wanted.counts()
     reader = Reader(
@@ -69,6 +70,11 @@ def calibrated(
         for name, count in counts.items()
         if name.startswith(OWN)
     }
+    given = {
+        name: own_pieces(decoder, count, wanted.max_tokens, wanted.seed, on_progress)
+        for name, count in counts.items()
+        if name == OWN_TEXT
+    }
     found = calibrate(
         decoder.tokenizer,
         [f"{files.get(name, name)}:{count}" for name, count in counts.items()],
@@ -79,6 +85,7 @@ def calibrated(
         chat=wanted.chat,
         data_dir=data_dir,
         exclude=exclude,
+        given=given,
     )
     description: dict[str, Any] = {**found.description, "sources": counts}
     if files:
