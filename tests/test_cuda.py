@@ -131,6 +131,7 @@ def test_commands_take_a_device(
         "methods": ["sparsegpt"],
         "sparsities": [0.5],
         "on": ["gsm8k_nll:4"],
+        "general_text": "none",
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert torch.cuda.max_memory_allocated() > 0

@@ -90,6 +90,7 @@ def test_a_run_writes_its_results_into_the_cards(tmp_path: Path) -> None:
         sparsities=(0.5,),
         on=("gsm8k_nll:4", "strategyqa"),
         save=True,
+        general_text="none",
     )
     running.run(recipe, tmp_path / "run", data_dir=write_data(tmp_path / "data"))
     card = ModelCard.load(tmp_path / "run" / "checkpoints" / "wanda-row-0.5" / CARD)

@@ -161,6 +161,7 @@ def recipe_for(model: Path, /, **changes: Any) -> dict[str, Any]:
         "methods": ["cap"],
         "sparsities": [0.2],
         "on": ["gsm8k_nll:3"],
+        "general_text": "none",
         **changes,
     }
 

@@ -70,6 +70,7 @@ def test_a_run_needs_a_folder(run: Run, model: Path, data: Path, tmp_path: Path)
         "methods": ["wanda"],
         "sparsities": [0.5],
         "on": ["gsm8k_nll:2"],
+        "general_text": "none",
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "out").write_text("a file")

@@ -42,6 +42,7 @@ def recipe(model: Path, **changes: Any) -> Recipe:
         "methods": ("magnitude", "wanda", "cap"),
         "sparsities": (0.5,),
         "on": ("gsm8k_nll:4", "strategyqa_nll"),
+        "general_text": "none",
     }
     return Recipe(**{**values, **changes})
 
@@ -58,7 +59,7 @@ def test_run_measures_dense_and_every_method(model: Path, data: Path, tmp_path: 
         assert pruned.values != dense.values
     checkpoint = tmp_path / "run" / "checkpoints" / "cap-global-0.5"
     assert verify(checkpoint).ok
-    reloaded = running.load(ModelSpec(str(checkpoint)))
+    reloaded = cells.load(ModelSpec(str(checkpoint)))
     again = evaluate(reloaded, ["gsm8k_nll:4"], data_dir=data, batch_tokens=2048)
     assert again[0].values == rows["cap-global-0.5"][0].values
     assert read_manifest(checkpoint)["run"]["calibration"]["sources"] == {"gsm8k": 6}

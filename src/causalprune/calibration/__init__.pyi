@@ -2,6 +2,9 @@ from .data import (
     OWN as OWN,
 )
 from .data import (
+    OWN_TEXT as OWN_TEXT,
+)
+from .data import (
     SOURCES as SOURCES,
 )
 from .data import (
@@ -50,6 +53,9 @@ from .examples import (
     calibrate as calibrate,
 )
 from .examples import (
+    check_tokenizer as check_tokenizer,
+)
+from .examples import (
     draw as draw,
 )
 from .examples import (
@@ -72,6 +78,9 @@ from .examples import (
 )
 from .examples import (
     text_tokens as text_tokens,
+)
+from .examples import (
+    tokenize as tokenize,
 )
 from .examples import (
     uses_chat as uses_chat,

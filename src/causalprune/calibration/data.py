@@ -145,6 +145,8 @@ SOURCES = {
     ),
 }
 TEXT_SOURCES = ("wikitext2", "c4")
+OWN_TEXT = "own"
+"""Text that the model itself writes, as a source (`causalprune.evaluation.written`)."""
 OWN = "own:"
 """Before the name of a source: its problems, with answers that the model itself writes (`causalprune.runs.traces`)."""
 

@@ -3,9 +3,10 @@
 import hashlib
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -81,6 +82,7 @@ def calibrate(  # noqa: PLR0913 (the command's options)
     chat: Chat = "auto",
     data_dir: Path | None = None,
     exclude: Set[str] | None = None,
+    given: Mapping[str, Sequence[Example]] = MappingProxyType({}),
 ) -> Calibration:
     """Return `n` examples drawn from the sources and cut into disjoint subsets.
 
@@ -89,6 +91,7 @@ def calibrate(  # noqa: PLR0913 (the command's options)
     `exclude` (None: the sources' evaluation problems), repeated ones and those longer than
     `max_tokens` are skipped and counted in the description. Where a source holds fewer, see `taken`.
     Example i goes to subset `i % subsets`.
+    `given` are the examples of sources that are not drawn from data.
     """
     counts = split_counts(sources, n)
     _check_subsets(sum(counts.values()), subsets)
@@ -99,7 +102,12 @@ def calibrate(  # noqa: PLR0913 (the command's options)
     examples: list[Example] = []
     seen: set[str] = set()
     for name, count in counts.items():
-        chosen = taken(reader, name, "calibration", count, exclude=exclude, seen=seen)
+        pool = given.get(name)
+        chosen = (
+            taken(reader, name, "calibration", count, exclude=exclude, seen=seen)
+            if pool is None
+            else list(itertools.islice(pool, count))
+        )
         counts[name] = len(chosen)
         examples += chosen
     _check_subsets(len(examples), subsets)
@@ -265,8 +273,8 @@ def encode(reader: Reader, problem: Problem) -> Example:
     """
     prompt: list[int] = []
     if problem.prompt:
-        prompt = _tokenize(reader.tokenizer, prompt_text(reader, problem.prompt), special=not reader.chat)
-    target = _tokenize(reader.tokenizer, problem.target, special=not problem.prompt)
+        prompt = tokenize(reader.tokenizer, prompt_text(reader, problem.prompt), special=not reader.chat)
+    target = tokenize(reader.tokenizer, problem.target, special=not problem.prompt)
     start = max(len(prompt), 1)
     if len(prompt) + len(target) <= start:
         raise DataError(f"{problem.source}: the target {problem.target[:40]!r} has no token to predict")
@@ -281,7 +289,7 @@ def text_tokens(
     rows = load_texts(name, split, data_dir=data_dir)
     if exclude:
         rows = [r for r in rows if len(r) < SHORTEST_LEAK or content_hash(r) not in exclude]
-    return _tokenize(tokenizer, "\n\n".join(rows), special=True)
+    return tokenize(tokenizer, "\n\n".join(rows), special=True)
 
 
 def windows(tokenizer: Any, tokens: Sequence[int], source: str, size: int) -> list[Example]:
@@ -343,7 +351,8 @@ def _blocks(reader: Reader, name: str, split: Split, exclude: Set[str]) -> list[
     return windows(reader.tokenizer, tokens, name, reader.max_tokens)
 
 
-def _tokenize(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+def tokenize(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    """Return the tokens of a text, with the tokenizer's own ones that open it if they are `special`."""
     # verbose=False: a text longer than the model's window is cut into windows later, no warning wanted.
     ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     if special and ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):

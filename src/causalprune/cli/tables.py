@@ -78,7 +78,10 @@ def _cell(result: EvalResult | None, base: EvalResult | None, is_base: bool) -> 
     value = f"{headline(result):.4g}"
     if "spread" in result.description:
         value += f" ± {result.description['spread']:.2g}"
-    if is_base or base is None:
+    other_text = base is not None and base.description.get("written_by") != result.description.get(
+        "written_by"
+    )
+    if is_base or base is None or other_text:  # another model wrote its own
         own = interval(result)
         return Text(f"{value}\n[{own.low:.4g}, {own.high:.4g}]")
     difference = paired_difference(result, base)

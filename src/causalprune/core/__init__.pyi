@@ -49,6 +49,7 @@ from .memory import (
 from .memory import (
     zeros_in as zeros_in,
 )
+from .places import cache_folder as cache_folder
 from .progress import shown as shown
 from .provenance import (
     PACKAGES as PACKAGES,

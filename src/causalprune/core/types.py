@@ -15,7 +15,7 @@ Axes in shape annotations:
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -179,7 +179,8 @@ class Decoder:
     """A loaded causal language model, its tokenizer, and everything in it that can be pruned.
 
     `name` and `revision` are as the user gave them; `fingerprint` is the SHA-256 of configuration
-    and weights, by which side files recognise their model.
+    and weights as they were loaded, by which side files recognise their model. `base` is what a checkpoint of ours says of
+    the model that it was made from: `name` and `fingerprint`, None where that is not known.
     """
 
     model: Any
@@ -189,6 +190,7 @@ class Decoder:
     layers: tuple[Layer, ...]
     left_out: tuple[LeftOut, ...]
     fingerprint: str
+    base: Mapping[str, Any] | None = None
 
     @property
     def projections(self) -> tuple[Projection, ...]:

@@ -79,5 +79,17 @@ from .results import (
 from .results import (
     write_text as write_text,
 )
-from .tasks.harness import ends_of as ends_of
+from .sampling import ends_of as ends_of
 from .tasks.harness import plain_generation as plain_generation
+from .written import (
+    OWN_TASKS as OWN_TASKS,
+)
+from .written import (
+    TOKENS as TOKENS,
+)
+from .written import (
+    on_general_text as on_general_text,
+)
+from .written import (
+    own_pieces as own_pieces,
+)

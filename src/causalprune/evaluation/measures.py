@@ -1,8 +1,9 @@
 """Measuring a model: benchmarks through lm-evaluation-harness, solution losses, perplexity.
 
 Task names: a task file of `causalprune/tasks` (or the path of one), `<source>_nll` for the loss of
-gold solutions and `<text>_ppl` for perplexity. `name:limit` bounds one task: problems, or tokens for
-perplexity. Every result keeps per-example values, so that models are compared in pairs.
+gold solutions and `<text>_ppl` for perplexity; `own_ppl` and `own_kl` for perplexity of, and divergence on, a text that the
+intact model writes (`written`). `name:limit` bounds one task: problems, or tokens of text. Every result keeps per-example
+values, so that models are compared in pairs.
 """
 
 import itertools
@@ -15,10 +16,16 @@ from typing import Any, Literal
 import yaml
 
 from causalprune import calibration
-from causalprune.calibration import SOURCES, TASK_FILES, TEXT_SOURCES, contents, is_file, load_problems
+from causalprune.calibration import (
+    OWN_TEXT,
+    SOURCES,
+    TASK_FILES,
+    TEXT_SOURCES,
+    contents,
+    is_file,
+    load_problems,
+)
 from causalprune.core import (
-    AtOnce,
-    Batch,
     DataError,
     Decoder,
     EvalResult,
@@ -29,7 +36,8 @@ from causalprune.core import (
     unknown,
 )
 from causalprune.evaluation.tasks.answers import KINDS
-from causalprune.interventions import selected, target_nats
+from causalprune.evaluation.written import OWN_TASKS, TOKENS, by_example, own_divergences, own_text
+from causalprune.interventions import target_nats
 
 Metric = Literal["accuracy", "acc_norm", "nats_per_token", "perplexity"]
 
@@ -88,7 +96,7 @@ def evaluate(
 def task_names() -> list[str]:
     """Return the names of all tasks that come with the library."""
     files = [path.stem for path in TASK_FILES.glob("*.yaml")]
-    return sorted([*files, *(f"{s}_nll" for s in SOURCES), *(f"{s}_ppl" for s in TEXT_SOURCES)])
+    return sorted([*files, *OWN_TASKS, *(f"{s}_nll" for s in SOURCES), *(f"{s}_ppl" for s in TEXT_SOURCES)])
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
@@ -120,7 +128,7 @@ def evaluation_contents(tasks: Sequence[str], settings: Settings, tokenizer: Any
     for task in tasks:
         name, limit = calibration.with_limit(task)
         source = source_of(name)
-        if source is None:
+        if source is None or source == OWN_TEXT:  # text that is written has random numbers of its own
             continue
         if not is_file(source):
             found |= contents(source, "evaluation", data_dir=settings.data_dir)
@@ -142,6 +150,8 @@ def _runner(name: str) -> Runner:
         return _solution_loss
     if name not in task_names():
         raise unknown("task", name, task_names())
+    if name in OWN_TASKS:
+        return _own
     if name.endswith("_nll"):
         return _solution_loss
     return _perplexity if name.endswith("_ppl") else _harness
@@ -192,23 +202,23 @@ def _perplexity(decoder: Decoder, name: str, settings: Settings, on_progress: Pr
     return [_loss_result(name, "perplexity", nats, examples, description)]
 
 
+def _own(decoder: Decoder, name: str, settings: Settings, on_progress: Progress) -> list[EvalResult]:
+    """Perplexity of the text that the intact model writes, or divergence from the intact model on it."""
+    own = own_text(decoder, name, settings.limit or TOKENS, settings.seed, on_progress)
+    size = {"window": own.text.piece, "tokens": own.text.tokens, "chat_template": False}
+    description = _description(decoder, settings) | size | {"written_by": own.text.model}
+    if name.endswith("_kl"):
+        nats = own_divergences(decoder, own, settings.batch_tokens, on_progress)
+        return [_loss_result(name, "nats_per_token", nats, own.documents, description)]
+    nats = _nats(decoder, own.documents, settings, on_progress)
+    return [_loss_result(name, "perplexity", nats, own.documents, description)]
+
+
 def _nats(
     decoder: Decoder, examples: Sequence[Example], settings: Settings, on_progress: Progress
 ) -> list[float]:
-    nats = [0.0] * len(examples)
-    done, at_once = 0, AtOnce()
-    on_progress(done, len(examples))
-    for batch in calibration.batches(examples, max_batch_tokens=settings.batch_tokens):
-
-        def some(rows: list[int], own: Batch = batch) -> list[float]:
-            return target_nats(decoder, selected(own, rows)).tolist()
-
-        found = at_once(len(batch.indices), batch.tokens.shape[1], some)
-        for i, value in zip(batch.indices, itertools.chain(*found), strict=True):
-            nats[i] = value
-        done += len(batch.indices)
-        on_progress(done, len(examples))
-    return nats
+    groups = calibration.batches(examples, max_batch_tokens=settings.batch_tokens)
+    return by_example(groups, lambda batch: target_nats(decoder, batch).tolist(), on_progress)
 
 
 def _loss_result(

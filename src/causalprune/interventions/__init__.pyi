@@ -14,6 +14,9 @@ from .ablation import (
     gated as gated,
 )
 from .ablation import (
+    last_hidden as last_hidden,
+)
+from .ablation import (
     replaced_forward as replaced_forward,
 )
 from .ablation import (

@@ -123,6 +123,14 @@ def capture(decoder: Decoder, tokens: Int[Tensor, "batch time"], *, stop: int) -
     return LayerInputs(hidden, as_tuple=isinstance(output, tuple))
 
 
+def last_hidden(decoder: Decoder, batch: Batch) -> LayerInputs:
+    """Return what the last layer sends to the final norm: all that is needed to make the logits again."""
+    after = len(decoder.layers)
+    with torch.inference_mode():
+        output = run_until(decoder, batch.tokens, after - 1)
+    return LayerInputs({after: residual(output)}, as_tuple=isinstance(output, tuple))
+
+
 @contextmanager
 def entered_at(decoder: Decoder, layer: int, inputs: LayerInputs) -> Iterator[None]:
     """Let forward passes skip the layers before `layer`, which then sees `inputs.hidden[layer]`.

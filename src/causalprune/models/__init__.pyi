@@ -11,6 +11,9 @@ from .anatomy import (
     fingerprint_of as fingerprint_of,
 )
 from .anatomy import (
+    frame_fingerprint as frame_fingerprint,
+)
+from .anatomy import (
     inspect_model as inspect_model,
 )
 from .anatomy import (

@@ -134,6 +134,16 @@ def fingerprint_of(model: PreTrainedModel, parts: Iterable[tuple[str, torch.dtyp
     return digest.hexdigest()
 
 
+def frame_fingerprint(decoder: Decoder) -> str:
+    """Return the SHA-256 of all weights outside the layers, which pruning leaves alone: embedding, final norm, head."""
+    path, digest = decoder.layers[0].name.rpartition(".")[0], hashlib.sha256()
+    for name, parameter in sorted(_parameters(decoder.model)):
+        if not name.startswith(f"{path}."):
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+            digest.update(raw_bytes(_present(decoder.model, name, parameter)))
+    return digest.hexdigest()
+
+
 def raw_bytes(weight: Tensor) -> Any:
     """Return the bytes of a tensor as an array, in row-major order."""
     return weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

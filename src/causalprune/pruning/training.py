@@ -14,9 +14,9 @@ from causalprune.calibration import batches
 from causalprune.core import Batch, Decoder, Example, OptionError, State
 from causalprune.interventions import (
     LayerInputs,
-    capture,
     divergence_slope,
     entered_at,
+    last_hidden,
     residual,
     run_until,
     target_logits,
@@ -60,13 +60,6 @@ def epochs(tokens: int) -> int:
 def rounds(followed: Sequence[Lesson]) -> int:
     """Return how often training goes through these lessons."""
     return epochs(sum(int(batch.lengths.sum()) for batch, _ in followed))
-
-
-def last_hidden(decoder: Decoder, batch: Batch) -> LayerInputs:
-    """Return what the last layer sends to the final norm: all that is needed to make the logits again."""
-    after = len(decoder.layers)
-    inputs = capture(decoder, batch.tokens, stop=after)
-    return LayerInputs({after: inputs.hidden[after]}, inputs.as_tuple)
 
 
 def distill(

@@ -2,6 +2,9 @@ from .evidence import (
     CHECKPOINTS as CHECKPOINTS,
 )
 from .evidence import (
+    LEDGER as LEDGER,
+)
+from .evidence import (
     achieved as achieved,
 )
 from .evidence import (

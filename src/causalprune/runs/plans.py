@@ -11,11 +11,21 @@ from pathlib import Path
 import torch
 
 from causalprune.attribution import DEFAULT_BUDGET
-from causalprune.calibration import OWN, TEXT_SOURCES, Split, enough, load_problems, load_texts, with_limit
+from causalprune.calibration import (
+    OWN,
+    OWN_TEXT,
+    TEXT_SOURCES,
+    Split,
+    enough,
+    load_problems,
+    load_texts,
+    with_limit,
+)
 from causalprune.checkpoints import EMBEDDED, check_destination, resolve
 from causalprune.core import OptionError
-from causalprune.evaluation import check_tasks, output_type, source_of
+from causalprune.evaluation import TOKENS, check_tasks, output_type, source_of
 from causalprune.models import check_options, device_of, read_shape
+from causalprune.runs.general import with_general_text
 from causalprune.runs.recipe import ModelSpec, Recipe, Shape
 
 CHARACTERS_PER_TOKEN = 3.5
@@ -60,6 +70,7 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
         CausalPruneError: names, data, model configuration or output folder are not in order.
     """
     check_tasks(recipe.on)
+    recipe = with_general_text(recipe, folder, data_dir)
     device = device_of(recipe.model.device)  # a GPU may be where the plan is carried out
     check_options(recipe.model.dtype, "meta" if device.startswith("cuda") else device)
     if not folder.exists():
@@ -119,7 +130,7 @@ def _calibration_tokens(recipe: Recipe, data_dir: Path | None) -> int:
     wanted = recipe.calibration
     tokens = 0
     for source, count in wanted.counts().items():
-        if source in TEXT_SOURCES:
+        if source in (OWN_TEXT, *TEXT_SOURCES):
             tokens += count * wanted.max_tokens
             continue
         lengths = _lengths(source.removeprefix(OWN), "calibration", data_dir)
@@ -131,6 +142,8 @@ def _calibration_tokens(recipe: Recipe, data_dir: Path | None) -> int:
 def _task_tokens(task: str, data_dir: Path | None) -> int:
     name, limit = with_limit(task)
     source, kind = source_of(name), output_type(name)
+    if source == OWN_TEXT:
+        return limit or TOKENS
     if source is None:
         raise OptionError(f"task {name}: a task file with data of its own cannot be planned")
     if source in TEXT_SOURCES:

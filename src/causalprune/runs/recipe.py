@@ -23,8 +23,6 @@ GENERAL = "wikitext2"
 """What old words call general text."""
 PRESERVE_SHARE = 0.25
 """Examples of a source to preserve that names no count, as a share of the task's."""
-OWN_TEXT = "own"
-"""A source to preserve: text that the intact model writes."""
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -45,7 +43,7 @@ class ModelSpec:
 class CalibrationSpec:
     """Which examples the methods see: the arguments of `causalprune.calibration.examples.calibrate`, and more.
 
-    A source `own:NAME` is problems of NAME with the model's own answers. `n` is the number of the task's examples, unless
+    A source `own:NAME` is problems of NAME with the model's own answers, `own` text that it writes. `n` is the number of the task's examples, unless
     every source of it says its own as in `gsm8k:32`. Those of `preserve`, which are to keep what the task does not need, come
     on top: a source without a count of its own gives `preserve_share` of the task's number.
     """
@@ -78,8 +76,6 @@ class CalibrationSpec:
                 raise OptionError(
                     f"{OWN}{text}: {text} is running text, with nothing to answer: leave out {OWN}"
                 )
-        if OWN_TEXT in names:
-            raise OptionError(f"{OWN_TEXT} is no source yet: preserve wikitext2 or c4, or leave it out")
 
     def counts(self) -> dict[str, int]:
         """Return the number of examples that is asked of every source, the task's before those to preserve."""
@@ -139,6 +135,7 @@ class Recipe:
     A method is written `criterion[:scope][+budgets][+update]`; one with a pattern such as `wanda:2:4` has its own sparsity
     unless it is graded. `save` keeps the pruned checkpoints,
     `texts` the problems and answers that the report shows.
+    `general_text` auto measures it where nothing in `on` does: text that the intact model writes, WikiText-2 where it is at hand.
     `damping` is that of `Method`, `batch_tokens` bounds a forward pass, what is measured, `on`, may carry a count as in `gsm8k_nll:200`.
     """
 
@@ -151,6 +148,7 @@ class Recipe:
     batch_tokens: int = 2048
     save: bool = False
     texts: bool = True
+    general_text: Literal["auto", "none"] = "auto"
     attribution: AttributionSpec = field(default=AttributionSpec())
     shape: Shape | None = field(default=None)
     damping: float = Method.damping

@@ -33,7 +33,8 @@ from causalprune.core import (
 from causalprune.evaluation import RESULTS, Settings, check_tasks, evaluation_contents, rows_of, write_json
 from causalprune.pruning import Method
 from causalprune.reports import CHECKPOINTS
-from causalprune.runs.cells import Cells, load
+from causalprune.runs.cells import Cells, load_intact
+from causalprune.runs.general import NOTE, begun, with_general_text
 from causalprune.runs.recipe import Recipe
 from causalprune.runs.single import Options, measured
 from causalprune.runs.traces import calibrated
@@ -63,10 +64,12 @@ def run(
         batch_tokens=recipe.batch_tokens,
     )
     check_tasks(recipe.on)
+    named = recipe.on
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file, and a run needs a folder: choose another name")
     with stage("loading model"):
-        decoder = load(recipe.model)
+        decoder = load_intact(recipe.model)
+    recipe = with_general_text(recipe, folder, data_dir)
     recipe.check_shape(decoder.name, len(decoder.layers), decoder.layers[0].attention.n_heads)
     with stage("calibration data") as progress:
         exclude = evaluation_contents(recipe.on, settings, decoder.tokenizer)
@@ -85,10 +88,12 @@ def run(
     }
     with Ledger(folder / "results.ledger", identity) as book:
         _note_versions(book)
+        if NOTE not in book.rows and not begun(book.rows):
+            book.append(NOTE, [task for task in recipe.on if task not in named])
         effects = _effects(recipe, decoder, calibration, folder, stage, book)
         if effects is not None:
             record["attribution"] = described(effects) | book.rows.get("attribution", {})
-        cells = Cells(recipe, folder, calibration, effects, settings, stage, book)
+        cells = Cells(recipe, folder, calibration, effects, settings, stage, book, named)
         loaded = [decoder]
         del decoder  # one model in memory at a time
         for name, method in recipe.cells().items():

@@ -5,7 +5,14 @@ import math
 from pathlib import Path
 
 from causalprune.core import EvalResult, OptionError, Stage, quiet
-from causalprune.evaluation import HIGHER_IS_BETTER, Tried, headline, paired_difference, rows_of
+from causalprune.evaluation import (
+    HIGHER_IS_BETTER,
+    Tried,
+    headline,
+    on_general_text,
+    paired_difference,
+    rows_of,
+)
 from causalprune.pruning import N_OF_M, pattern_sparsity
 from causalprune.runs.recipe import Recipe
 from causalprune.runs.study import run
@@ -40,7 +47,7 @@ def sweep(
 
     A task keeps the share `keep` where its accuracy is at least that share of dense, its likelihood per token
     (`exp(−loss)`, one over the perplexity) likewise; with `certain` the far end of the 95 % interval of the paired
-    difference must say so too. Supposes that tasks get worse with sparsity. Everything measured is in the run folder, so a
+    difference must say so too. General text decides only where the recipe names it. Supposes that tasks get worse with sparsity. Everything measured is in the run folder, so a
     stopped sweep goes on.
 
     Raises:
@@ -51,7 +58,7 @@ def sweep(
     if len(recipe.methods) != 1:
         raise OptionError(f"a sweep is about one method, not {', '.join(recipe.methods)}")
     candidates(recipe.methods[0])  # refuses a pattern that has but one
-    choices = sorted(recipe.sparsities)
+    choices, general = sorted(recipe.sparsities), any(map(on_general_text, recipe.on))
     below, above, tried = -1, len(choices), dict[float, Tried]()
     while above - below > 1:
         middle = (below + above) // 2
@@ -59,7 +66,7 @@ def sweep(
         record = run(dataclasses.replace(recipe, sparsities=asked), folder, data_dir=data_dir, stage=stage)
         rows = rows_of(record)
         tried = {
-            sparsity: _tried(sparsity, results, rows[0][1], keep, certain)
+            sparsity: _tried(sparsity, results, rows[0][1], keep, certain, general)
             for sparsity, (_, results) in zip(asked, rows[1:], strict=True)
         }
         below, above = (middle, above) if tried[choices[middle]].holds else (below, middle)
@@ -67,17 +74,23 @@ def sweep(
 
 
 def _tried(
-    sparsity: float, results: list[EvalResult], dense: list[EvalResult], keep: float, certain: bool
+    sparsity: float,
+    results: list[EvalResult],
+    dense: list[EvalResult],
+    keep: float,
+    certain: bool,
+    general: bool,
 ) -> Tried:
     found, holds = [], True
     for own, whole in zip(results, dense, strict=True):
         difference = paired_difference(own, whole)
-        found.append((f"{own.task} ({own.metric})", difference))
+        decides = general or not on_general_text(own.task)
+        found.append((f"{own.task} ({own.metric}{'' if decides else ', decides nothing'})", difference))
         end = difference.difference
         if certain:
             end = difference.low if HIGHER_IS_BETTER[own.metric] else difference.high
         limit = worst_difference(whole, keep)
-        holds &= end >= limit if HIGHER_IS_BETTER[own.metric] else end <= limit
+        holds &= not decides or (end >= limit if HIGHER_IS_BETTER[own.metric] else end <= limit)
     return Tried(sparsity, tuple(found), holds)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from causalprune.calibration import (
     OWN,
+    OWN_TEXT,
     Problem,
     Reader,
     calibrate,
@@ -25,7 +26,6 @@ from causalprune.calibration import (
     uses_chat,
     with_limit,
 )
-from causalprune.checkpoints import cache_folder
 from causalprune.core import (
     AtOnce,
     Calibration,
@@ -35,9 +35,10 @@ from causalprune.core import (
     Ledger,
     OptionError,
     Progress,
+    cache_folder,
     silent,
 )
-from causalprune.evaluation import write_text
+from causalprune.evaluation import own_pieces, write_text
 from causalprune.runs.recipe import CalibrationSpec
 
 BATCH = 16
@@ -55,8 +56,8 @@ def calibrated(
 ) -> Calibration:
     """Return the examples that a recipe or the command line asks for.
 
-    `own:NAME` stands for problems of NAME with the answers that the model itself writes to them; they are written
-    once for a model, and kept in the cache folder.
+    `own:NAME` stands for problems of NAME with the answers that the model itself writes to them, `own` for text that it
+    writes; both are written once for a model, and kept in the cache folder.
     """
     counts = wanted.counts()
     reader = Reader(
@@ -72,6 +73,11 @@ def calibrated(
         if name.startswith(OWN)
     }
     counts |= {name: len(load_problems(str(path), "calibration")) for name, path in files.items()}
+    given = {
+        name: own_pieces(decoder, count, wanted.max_tokens, wanted.seed, on_progress)
+        for name, count in counts.items()
+        if name == OWN_TEXT
+    }
     found = calibrate(
         decoder.tokenizer,
         [f"{files.get(name, name)}:{count}" for name, count in counts.items()],
@@ -82,6 +88,7 @@ def calibrated(
         chat=wanted.chat,
         data_dir=data_dir,
         exclude=exclude,
+        given=given,
     )
     drawn = dict(zip(counts, found.description["sources"].values(), strict=True))
     description: dict[str, Any] = {**found.description, "sources": drawn}

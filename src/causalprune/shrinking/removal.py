@@ -134,7 +134,7 @@ def shrink(
         raise ModelError(
             f"{decoder.name} is not all in memory, which shrinking needs: leave out --device-map"
         )
-    before = sum(p.numel() for p in decoder.model.parameters())
+    given, before = decoder, sum(p.numel() for p in decoder.model.parameters())
     update = next(own for own in UPDATES if own == how.update)
     chosen, unrouted = _chosen(decoder, shares, calibration, how, ledger=ledger, stage=stage)
     followed = lessons(decoder, calibration.examples, how.max_batch_tokens) if update == "distill" else []
@@ -146,7 +146,9 @@ def shrink(
         silence(decoder, kept)
         repair = Repair(calibration, update, followed, how.seed, how.max_batch_tokens)
         remove(decoder, column_keep(decoder, kept), repair, progress)
-    found = smaller(decoder, kept)
+    found = replace(
+        smaller(decoder, kept), fingerprint=given.fingerprint
+    )  # that of its base, as pruned models have
     after = sum(p.numel() for p in found.model.parameters())
     return Shrunk(found, replace(kept, experts=chosen.get("experts", {})), update, before, after, unrouted)
 

@@ -22,6 +22,7 @@ from transformers import GenerationConfig
 
 from causalprune.calibration import content_hash
 from causalprune.core import AtOnce, DataError, Decoder, Progress, out_of_memory
+from causalprune.evaluation.sampling import ends_of
 from causalprune.evaluation.tasks.answers import AnswerKind, is_correct
 
 AT_ONCE = 4
@@ -158,12 +159,6 @@ def plain_generation(model: Any) -> Iterator[None]:
     finally:
         handle.remove()
         model.generation_config = own
-
-
-def ends_of(model: Any, tokenizer: Any) -> set[int]:
-    """Return the tokens that end an answer, by the tokenizer and by the model's generation file; there may be none."""
-    own = model.generation_config.eos_token_id
-    return {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
 
 
 def _scorer(kind: AnswerKind) -> Callable[[Mapping[str, Any], Sequence[str]], dict[str, float]]:

@@ -1,0 +1,255 @@
+"""Text that the intact model writes, and what other versions of it make of that text."""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from tinydata import byte_tokenizer, tiny_decoder, write_model
+
+from causalprune.checkpoints import embedded
+from causalprune.checkpoints.saving import MANIFEST, save
+from causalprune.core.errors import DataError, MismatchError, OptionError
+from causalprune.core.types import Decoder
+from causalprune.evaluation import written
+from causalprune.evaluation.measures import evaluate
+from causalprune.evaluation.results import headline, paired_difference
+from causalprune.evaluation.sampling import OPENERS, nucleus, starts_of, write
+from causalprune.evaluation.written import own_pieces, own_text
+from causalprune.models.anatomy import inspect_model
+
+TASKS = ("own_ppl:96", "own_kl:96")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep texts apart, and pieces short."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(written, "PIECE", 24)
+    return tmp_path / "cache" / "causalprune" / "own"
+
+
+def pruned(decoder: Decoder) -> Decoder:
+    """Remove every other column of a projection, in place."""
+    for p in decoder.projections[:3]:
+        weight = p.read().clone()
+        weight[:, ::2] = 0
+        p.write(weight)
+    return decoder
+
+
+def texts(decoder: Decoder, tokens: int = 96, seed: int = 0) -> list[tuple[int, ...]]:
+    return [e.tokens for e in own_text(decoder, "own_ppl", tokens, seed).documents]
+
+
+def steered(decoder: Decoder, token: int) -> Decoder:
+    """Let the model always predict this token above all."""
+    head = decoder.model.get_output_embeddings()
+    chosen = torch.zeros(head.weight.shape[0])
+    chosen[token] = 1e3
+    head.register_forward_hook(lambda _module, _args, output: output + chosen)
+    return decoder
+
+
+def test_a_number_falls_to_a_token_of_the_nucleus() -> None:
+    shares = torch.tensor([0.02, 0.6, 0.08, 0.3])  # 0.6, 0.3 and 0.08 make up more than 0.95: 0.02 is out
+    borders = torch.tensor([0.0, 0.59, 0.61, 0.89, 0.91, 0.979]) / 0.98
+    found = nucleus(shares.log().expand(len(borders), -1), borders)
+    assert found.tolist() == [1, 1, 3, 3, 2, 2]
+    assert nucleus(shares.log().expand(len(borders), -1), borders, most=2).tolist() == [1, 1, 3, 3, 2, 2]
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral", "gemma3", "gpt2", "opt", "qwen3_moe"])
+def test_documents_are_written_as_if_each_was_alone(family: str) -> None:
+    decoder = inspect_model(FAMILIES[family](), byte_tokenizer(), name=family)
+    uniforms, starts = torch.rand(6, 40, generator=torch.Generator().manual_seed(1)), starts_of(decoder)
+    ends, count = {1, 2}, 0
+    assert starts == [[0]]
+    for numbers, (tokens, given) in zip(uniforms, write(decoder, uniforms), strict=True):
+        assert given[0] == 0
+        assert {tokens[at - 1] for at in given[1:]} <= ends, (
+            "another begins where one has ended, and nowhere else"
+        )
+        assert sum(token in ends for token in tokens[:-1]) == len(given) - 1
+        for begin, end in itertools.pairwise([*given, len(tokens)]):
+            with torch.inference_mode():
+                logits = decoder.model(input_ids=torch.tensor([tokens[begin:end]])).logits[0, :-1].float()
+                logits[:, 0] = -torch.inf  # special, and no end
+            assert nucleus(logits, numbers[begin + 1 : end]).tolist() == tokens[begin + 1 : end]
+            count += 1
+    assert count > 8
+
+
+def test_a_document_begins_with_bos_where_that_begins_no_chat() -> None:
+    words = byte_tokenizer(chat=True)
+    plain, opened = words.chat_template, "<s>" + words.chat_template
+    letter, bracket = words("a[")["input_ids"]
+    for template, predicted, chat in (
+        (None, bracket, False),
+        (plain, bracket, False),
+        (opened, letter, False),
+        (opened, bracket, True),
+        (plain, words.eos_token_id, True),
+        ("{% for m in messages %}<s>{{ m['content'] }}{% endfor %}<s>", letter, True),
+    ):
+        words.chat_template = template
+        decoder = dataclasses.replace(steered(tiny_decoder(), predicted), tokenizer=words)
+        assert (starts_of(decoder) != [[words.bos_token_id]]) == chat, (template, predicted)
+    words.bos_token = None
+    starts = starts_of(dataclasses.replace(tiny_decoder(), tokenizer=words))
+    assert [words.decode(start) for start in starts] == list(OPENERS)
+
+
+def test_a_text_is_written_once_and_comes_out_the_same(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, said = tiny_decoder(), list[tuple[int, int]]()
+    first = own_text(decoder, "own_ppl", 100, 0, lambda *done: said.append(done)).documents
+    assert said[-1] == (120, 120), "whole pieces are written"
+    assert sum(len(e.tokens) for e in first) <= 100
+    (file,) = cache.iterdir()
+    assert file.name.startswith(decoder.fingerprint[:16])
+    file.unlink()
+    assert own_text(decoder, "own_kl", 100, 0).documents == first
+    monkeypatch.setattr(written, "write", None)  # it may not be called
+    assert own_text(decoder, "own_ppl", 100, 0).documents == first
+    with pytest.raises(TypeError):
+        own_text(decoder, "own_ppl", 100, 1)
+
+
+def test_a_stopped_or_damaged_text_is_written_to_its_end(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(written, "BATCH", 1)
+    calm, calls = texts(tiny_decoder()), []
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+
+    def counted(*given: Any) -> Any:
+        calls.append(len(given[1]))
+        return write(*given)
+
+    monkeypatch.setattr(written, "write", counted)
+    file.write_bytes(b"".join(lines[:3]) + lines[3][:20])  # killed while the third piece was written
+    assert texts(tiny_decoder()) == calm
+    assert calls == [1, 1]
+    file.write_bytes(whole.replace(b'"given"', b'"taken"', 1))
+    with pytest.warns(UserWarning, match="damaged row.*written anew"):
+        assert texts(tiny_decoder()) == calm
+    assert file.read_bytes() == whole
+
+
+def test_measures_are_those_of_plain_logits() -> None:
+    decoder = tiny_decoder()
+    before = evaluate(decoder, TASKS)
+    documents = own_text(decoder, "own_ppl", 96, 0).documents
+    intact = [decoder.model(input_ids=torch.tensor([e.tokens])).logits[0].log_softmax(-1) for e in documents]
+    after = evaluate(pruned(decoder), TASKS)
+    assert set(before[1].values) == {0.0}
+    nats, divergences = [], []
+    for e, p in zip(documents, intact, strict=True):
+        own = slice(e.target_start - 1, len(e.tokens) - 1)
+        q = decoder.model(input_ids=torch.tensor([e.tokens])).logits[0].log_softmax(-1)
+        nats.append(float(-q[own].gather(1, torch.tensor(e.tokens[e.target_start :])[:, None]).sum()))
+        divergences.append(float((p.exp() * (p - q))[own].sum()))
+    assert after[0].values == pytest.approx(nats, rel=1e-5)
+    assert after[1].values == pytest.approx(divergences, rel=1e-4)
+    assert [r.metric for r in after] == ["perplexity", "nats_per_token"]
+    assert headline(after[1]) > 0.01
+    assert paired_difference(*reversed([after[0], before[0]])).n == len(documents) > 3
+
+
+def test_a_changed_model_does_not_write(cache: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"own_ppl:96: .* is not intact: `causalprune evaluate tiny --on own_ppl:96 --seed 0 "
+    ):
+        evaluate(pruned(tiny_decoder()), TASKS[:1])
+    assert not cache.exists()
+    evaluate(tiny_decoder(), TASKS[:1])
+    with pytest.raises(DataError, match=r"--on own_kl:96"):
+        evaluate(pruned(tiny_decoder()), TASKS)
+
+
+@pytest.mark.parametrize("bits", [{"dtype": torch.bfloat16}, {}])
+def test_another_head_is_refused(bits: dict[str, Any]) -> None:
+    decoder = tiny_decoder()
+    evaluate(decoder, TASKS)
+    decoder.model.to(**bits)
+    if not bits:
+        decoder.model.get_output_embeddings().weight.data[3, 3] += 1
+    with pytest.raises(MismatchError, match="own_kl:96: embedding, final norm or head of tiny differ"):
+        evaluate(decoder, TASKS[1:])
+
+
+def test_what_the_intact_model_makes_of_it_is_made_anew_where_it_is_damaged(cache: Path) -> None:
+    evaluate(tiny_decoder(), TASKS)
+    (file,) = cache.glob("*.hidden")
+    whole = file.read_bytes()
+    expected = evaluate(pruned(tiny_decoder()), TASKS[1:])[0].values
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning, match="damaged"):
+        evaluate(tiny_decoder(), TASKS)
+    assert evaluate(pruned(tiny_decoder()), TASKS[1:])[0].values == expected
+
+
+def test_a_checkpoint_is_measured_on_the_text_of_its_base(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    base = embedded.load(str(model))
+    assert base.base is None
+    save(pruned(base), tmp_path / "out", manifest={"method": {}})
+    own = embedded.load(str(tmp_path / "out"))
+    assert own.base == {"name": str(model), "fingerprint": base.fingerprint}
+    with pytest.raises(DataError, match=f"causalprune evaluate {model} --on own_ppl:96"):
+        evaluate(own, TASKS)
+    intact = evaluate(embedded.load(str(model)), TASKS)
+    for one, other in zip(intact, evaluate(own, TASKS), strict=True):
+        assert paired_difference(other, one).difference > 0
+    record = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    record["run"] = {"source": "elsewhere"}  # converted, not pruned
+    (tmp_path / "out" / MANIFEST).write_text(json.dumps(record))
+    assert embedded.load(str(tmp_path / "out")).base is None
+    record["run"] = {"shrink": {}}
+    record["base"]["fingerprint"] = own.fingerprint  # as earlier releases noted it
+    (tmp_path / "out" / MANIFEST).write_text(json.dumps(record))
+    with pytest.raises(DataError, match=r"own_ppl:96: .* does not say"):
+        evaluate(embedded.load(str(tmp_path / "out")), TASKS)
+
+
+def test_pieces_to_calibrate_on_are_others_than_what_is_measured() -> None:
+    decoder = tiny_decoder()
+    found = own_pieces(decoder, 4, 512, 0)
+    assert [len(e.tokens) for e in found] == [24] * 4
+    assert {e.target_start for e in found} == {1}
+    assert {e.source for e in found} == {"own"}
+    measured = {e.content for e in own_text(decoder, "own_ppl", 96, 0).documents}
+    assert not measured & {e.content for e in found}
+    assert [len(e.tokens) for e in own_pieces(decoder, 2, 16, 0)] == [16, 16]
+    with torch.device("meta"):
+        bare = dataclasses.replace(decoder, model=type(decoder.model)(decoder.model.config))
+    with pytest.raises(OptionError, match="leave out --stream"):
+        own_pieces(bare, 2, 16, 0)
+
+
+def test_what_cannot_write_says_so() -> None:
+    decoder = tiny_decoder()
+    decoder.model.get_output_embeddings().weight.data.fill_(float("nan"))
+    broken = dataclasses.replace(inspect_model(decoder.model, decoder.tokenizer, name="broken"))
+    with pytest.raises(DataError, match="broken predicts what is not a number"):
+        evaluate(broken, TASKS)
+    with pytest.raises(DataError, match="too short a text; the limit counts tokens"):
+        evaluate(tiny_decoder(), ["own_ppl:1"])
+    with pytest.raises(DataError, match="no tokenizer"):
+        evaluate(dataclasses.replace(decoder, tokenizer=None), TASKS)
+
+
+def test_models_that_wrote_texts_of_their_own_stand_side_by_side() -> None:
+    from causalprune.cli.tables import comparison, to_markdown
+
+    other = tiny_decoder()
+    other.model.get_output_embeddings().weight.data.mul_(0.5)
+    other = inspect_model(other.model, other.tokenizer, name="other")
+    rows = [(d.name, evaluate(d, TASKS)) for d in (tiny_decoder(), other)]
+    assert to_markdown(comparison(rows)).count("[") == 4, "intervals of both, and no difference"

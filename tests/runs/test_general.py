@@ -1,0 +1,177 @@
+"""General text that runs measure though nobody named it."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tinydata import tiny_decoder, write_model
+
+from causalprune.checkpoints import embedded
+from causalprune.checkpoints.saving import save
+from causalprune.core.errors import DataError
+from causalprune.core.ledger import Ledger, read_rows
+from causalprune.core.types import EvalResult
+from causalprune.evaluation import written
+from causalprune.evaluation.results import load_rows
+from causalprune.runs import cells, general, sweeping
+from causalprune.runs import study as running
+from causalprune.runs.general import with_general_text
+from causalprune.runs.plans import plan
+from causalprune.runs.recipe import CalibrationSpec, ModelSpec, Recipe
+from causalprune.runs.traces import calibrated
+
+OWN = ("own_ppl:96", "own_kl:96")
+
+
+@pytest.fixture(autouse=True)
+def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep texts apart, and short."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(written, "PIECE", 24)
+    monkeypatch.setattr(general, "TOKENS", 96)
+
+
+def recipe(model: Path, **changes: Any) -> Recipe:
+    calibration = CalibrationSpec(("gsm8k",), n=6, subsets=3)
+    own = Recipe(ModelSpec(str(model)), calibration, ("magnitude",), (0.5,), ("gsm8k_nll:4",))
+    return dataclasses.replace(own, **changes)
+
+
+def tasks(folder: Path) -> list[list[str]]:
+    return [[result.task for result in results] for _, results in load_rows(folder)]
+
+
+def test_a_run_measures_text_that_the_model_writes(model: Path, data: Path, tmp_path: Path) -> None:
+    record = running.run(recipe(model), tmp_path / "run", data_dir=data)
+    (_, dense), (_, pruned) = load_rows(tmp_path / "run")
+    assert [r.task for r in dense] == [r.task for r in pruned] == ["gsm8k_nll", "own_ppl", "own_kl"]
+    assert set(dense[2].values) == {0.0}
+    assert all(value > 0 for value in pruned[2].values)
+    assert pruned[1].examples == dense[1].examples
+    assert record["recipe"]["tasks"] == ("gsm8k_nll:4", *OWN)
+    assert read_rows(tmp_path / "run" / "results.ledger")["general_text"] == list(OWN)
+
+
+@pytest.mark.parametrize("change", [{"general_text": "none"}, {"tasks": ("gsm8k_nll:4", "own_kl:48")}])
+def test_a_recipe_has_the_last_word(change: dict[str, Any], model: Path, data: Path, tmp_path: Path) -> None:
+    wanted = recipe(model, **change)
+    assert with_general_text(wanted, tmp_path / "run", data) == wanted
+    running.run(wanted, tmp_path / "run", data_dir=data)
+    named = [task.partition(":")[0] for task in wanted.tasks]
+    assert tasks(tmp_path / "run") == [named] * 2
+    added = running.run(recipe(model), tmp_path / "run", data_dir=data)  # it may change its mind
+    assert [r["task"] for r in added["rows"][1]["results"]] == ["gsm8k_nll", "own_ppl", "own_kl"]
+
+
+def test_wikitext_is_measured_where_it_is_at_hand(data: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(data, tmp_path / "data")
+    assert with_general_text(recipe(data), tmp_path / "run", own).tasks[1:] == OWN, "that is no 40,000 tokens"
+    (own / "wikitext2" / "wiki.test.raw").write_text("some words\n" * 4000, encoding="utf-8")
+    wanted = with_general_text(recipe(data), tmp_path / "run", own)
+    assert wanted.tasks[1:] == (*OWN, "wikitext2_ppl:40000")
+    assert with_general_text(recipe(data), tmp_path / "run", None).tasks[1:] == OWN, "nothing is fetched"
+    with Ledger(tmp_path / "run" / "results.ledger", {}) as book:
+        book.append("general_text", list(wanted.tasks[2:]))
+    for where, found in ((own, wanted.tasks[2:]), (data, wanted.tasks[2:3])):
+        assert with_general_text(recipe(data), tmp_path / "run", where).tasks[1:] == found, "as it was begun"
+
+
+def test_a_run_that_an_earlier_release_has_begun_goes_on_without(data: Path, tmp_path: Path) -> None:
+    with Ledger(tmp_path / "results.ledger", {}) as book:
+        book.append("versions", {})
+    assert with_general_text(recipe(data), tmp_path, None).tasks[1:] == OWN, "nothing is measured yet"
+    with Ledger(tmp_path / "results.ledger", {}) as book:
+        book.append("dense/gsm8k_nll:4", [])
+    assert with_general_text(recipe(data), tmp_path, None).tasks == ("gsm8k_nll:4",)
+
+
+def test_a_model_that_cannot_write_is_measured_on_the_rest(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(*_: Any) -> None:
+        raise DataError("it cannot write")
+
+    monkeypatch.setattr(written, "write", silent)
+    with pytest.warns(UserWarning, match="general text is not measured: it cannot write") as said:
+        running.run(recipe(model), tmp_path / "run", data_dir=data)
+    assert len(said) == len(OWN), "once for each task, not for each model"
+    assert tasks(tmp_path / "run") == [["gsm8k_nll"]] * 2
+    with pytest.raises(DataError, match="it cannot write"):
+        running.run(recipe(model, tasks=OWN), tmp_path / "named", data_dir=data)
+
+
+def test_the_model_of_a_run_is_intact_whatever_it_was_made_from(data: Path, tmp_path: Path) -> None:
+    """Models that are read again from their checkpoint are measured on the text of the run's model too."""
+    base = embedded.load(str(write_model(tmp_path / "base")))
+    base.projections[0].write(torch.zeros(base.projections[0].shape))
+    save(base, tmp_path / "model", manifest={"method": {}})
+    wanted = recipe(tmp_path / "model", save=True)
+    calm = running.run(wanted, tmp_path / "calm", data_dir=data)
+    stops = wanted, tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        own = cells.evaluate
+
+        def evaluates(decoder: Any, task: list[str], *rest: Any, **options: Any) -> Any:
+            if task == [OWN[0]] and (tmp_path / "run" / "checkpoints").exists():
+                raise KeyboardInterrupt
+            return own(decoder, task, *rest, **options)
+
+        patch.setattr(cells, "evaluate", evaluates)
+        with pytest.raises(KeyboardInterrupt):
+            running.run(*stops, data_dir=data)
+    again = running.run(*stops, data_dir=data)
+    for one, other in zip(calm["rows"], again["rows"], strict=True):
+        assert [r["values"] for r in one["results"]] == [r["values"] for r in other["results"]]
+    assert again["rows"][1]["results"][2]["description"]["model"].endswith("magnitude-matrix-0.5")
+
+
+def test_a_plan_counts_it(model: Path, data: Path, tmp_path: Path) -> None:
+    found = {
+        job.name: (job.count, job.tokens) for job in plan(recipe(model), tmp_path / "run", data_dir=data).jobs
+    }
+    assert {found[task] for task in OWN} == {(2, 192)}
+    own = CalibrationSpec(("gsm8k:4", "own:2"), subsets=3, max_tokens=100)
+    jobs = plan(recipe(model, calibration=own, methods=("wanda",)), tmp_path / "run", data_dir=data).jobs
+    assert next(job.tokens for job in jobs if job.name.startswith("pruning")) > 200
+
+
+@pytest.mark.parametrize(("named", "best"), [((), 0.5), (("own_ppl",), None)])
+def test_a_sweep_decides_by_what_was_named(
+    named: tuple[str, ...], best: float | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def result(task: str, metric: Any, loss: float) -> dict[str, Any]:
+        return dataclasses.asdict(EvalResult(task, metric, (loss, loss + 0.2), (1.0, 1.0), ("a", "b")))
+
+    def run(wanted: Recipe, *_: Any, **__: Any) -> dict[str, Any]:
+        rows = {"dense": 1.0, **{f"magnitude-{s:g}": 1 + s for s in wanted.sparsities}}
+        return {
+            "rows": [
+                {
+                    "label": k,
+                    "results": [
+                        result("gsm8k_nll", "nats_per_token", 1.0),
+                        result("own_ppl", "perplexity", v),
+                    ],
+                }
+                for k, v in rows.items()
+            ]
+        }
+
+    monkeypatch.setattr(sweeping, "run", run)
+    wanted = recipe(tmp_path, sparsities=(0.3, 0.5), on=("gsm8k_nll:4", *named))
+    tried = sweeping.sweep(wanted, 0.9, tmp_path)
+    assert max((one.sparsity for one in tried if one.holds), default=None) == best
+    assert tried[-1].differences[1][1].difference > 0, "it is shown in any case"
+    assert ("decides nothing" in tried[-1].differences[1][0]) == (not named)
+
+
+def test_text_of_its_own_calibrates(data: Path) -> None:
+    decoder = tiny_decoder()
+    found = calibrated(decoder, CalibrationSpec(("gsm8k:4", "own:2"), subsets=2, max_tokens=400), data)
+    assert found.description["sources"] == {"gsm8k": 4, "own": 2}
+    own = [example for example in found.examples if example.source == "own"]
+    assert own == written.own_pieces(decoder, 2, 400, 0)
+    assert found.description["tokens"] == sum(len(example.tokens) for example in found.examples)
