@@ -37,7 +37,6 @@ def test_a_folder_without_a_tokenizer(run: Run, data: Path, tmp_path: Path) -> N
         (("-t", "own:wikitext2"), "running text, with nothing to answer"),
         (("-t", "wikitext2", "--preserve", "wikitext2:3"), "named twice"),
         (("--preserve", "own:c4"), "running text, with nothing to answer"),
-        (("--preserve", "own"), "own is no source yet"),
         (("--preserve-share", "0.5"), "name a source, or leave it out"),
         (("--preserve", "c4", "--preserve-share", "0"), "above 0 and at most 1"),
         (("--preserve", "c4", "--general", "0.1"), "--general is the old word for --preserve"),
