@@ -1,7 +1,4 @@
 from .measures import (
-    Settings as Settings,
-)
-from .measures import (
     check_tasks as check_tasks,
 )
 from .measures import (
@@ -32,6 +29,9 @@ from .results import (
     Tried as Tried,
 )
 from .results import (
+    answered as answered,
+)
+from .results import (
     decoded as decoded,
 )
 from .results import (
@@ -39,6 +39,9 @@ from .results import (
 )
 from .results import (
     headline as headline,
+)
+from .results import (
+    higher_is_better as higher_is_better,
 )
 from .results import (
     interval as interval,
@@ -54,6 +57,9 @@ from .results import (
 )
 from .results import (
     paired_difference as paired_difference,
+)
+from .results import (
+    read_as as read_as,
 )
 from .results import (
     read_json as read_json,
@@ -76,5 +82,7 @@ from .results import (
 from .results import (
     write_text as write_text,
 )
-from .tasks.harness import ends_of as ends_of
-from .tasks.harness import plain_generation as plain_generation
+from .settings import Settings as Settings
+from .tasks.generation import ends_of as ends_of
+from .tasks.generation import plain_generation as plain_generation
+from .tasks.scorers import load_scorers as load_scorers
