@@ -43,6 +43,12 @@ def run_recipe(
     ] = None,
     data_dir: opt.DataDir = None,
     full: Annotated[bool, typer.Option("--full", help="Drop the limits of all tasks.")] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run code that comes with the model, and scorers of the recipe."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, load no weights.")
     ] = False,
@@ -53,12 +59,14 @@ def run_recipe(
     from causalprune.runs import find_recipe, plan, read_recipe, run, without_limits
 
     path = find_recipe(recipe)
-    wanted = without_limits(read_recipe(path)) if full else read_recipe(path)
+    wanted = read_recipe(path, trust_remote_code=trust_remote_code)
+    wanted = without_limits(wanted) if full else wanted
     folder = output or Path("runs") / path.stem
     if dry_run:
         console.print(tables.plan(plan(wanted, folder, data_dir=data_dir)))
         return
-    command = shlex.join(typed(recipe, folder, data_dir, full=full))
+    words = typed(recipe, folder, data_dir, full=full)
+    command = shlex.join([*words, *(["--trust-remote-code"] if trust_remote_code else [])])
     record = run(wanted, folder, data_dir=data_dir, stage=shown, command=command)
     _print_run(record, folder)
 

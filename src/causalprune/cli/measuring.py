@@ -199,13 +199,14 @@ def evaluate(
         typer.Option(
             "--task",
             "-t",
-            help="gsm8k_cot, gsm8k_nll:200, arc_challenge:500, wikitext2_ppl:40000, …; repeatable.",
+            help="gsm8k_answers, gsm8k_nll:200, test.jsonl_answers, arc_challenge:500, wikitext2_ppl:40000, …; repeatable.",
         ),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="JSON file for the results, with per-example values.")
     ],
     reading: opt.ReadingOptions,
+    answers: opt.AnswerOptions,
     limit: Annotated[
         int | None,
         typer.Option(help="Problems per task (tokens for perplexity) where the task names none.", min=1),
@@ -215,7 +216,7 @@ def evaluate(
 ) -> None:
     """Measure a model on tasks, and keep the value of every example."""
     from causalprune.cli import tables
-    from causalprune.evaluation import Settings
+    from causalprune.evaluation import Settings, load_scorers
     from causalprune.runs import evaluate_model
 
     spec = model.spec()
@@ -226,6 +227,10 @@ def evaluate(
         reading.max_tokens,
         chat=reading.chat,
         batch_tokens=running.batch_tokens,
+        max_new_tokens=answers.max_new_tokens,
+        answer=answers.answer,
+        thinking=reading.thinking,
+        scorers=load_scorers(answers.scorer),
     )
     options = running.options(reading.data_dir, overwrite=overwrite)
     results = evaluate_model(spec, tuple(task), settings, output, options)

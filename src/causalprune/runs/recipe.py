@@ -3,6 +3,7 @@
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from causalprune.attribution import Estimator, Question
-from causalprune.calibration import OWN, TEXT_SOURCES, Chat, split_counts, with_limit
+from causalprune.calibration import OWN, TEXT_SOURCES, Chat, Thinking, split_counts, with_limit
 from causalprune.core import MismatchError, OptionError, unknown
 from causalprune.pruning import BUDGETS, N_OF_M, Method, pattern_sparsity
 
@@ -49,6 +50,7 @@ class CalibrationSpec:
     max_tokens: int = 512
     chat: Chat = "auto"
     general: float = 0.0
+    thinking: Thinking = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.general < 1:
@@ -126,6 +128,7 @@ class Recipe:
     unless it is graded. `save` keeps the pruned checkpoints,
     `texts` the problems and answers that the report shows.
     `damping` is that of `Method`, `batch_tokens` bounds a forward pass, `tasks` may carry a limit as in `gsm8k_nll:200`.
+    `answer`, `max_new_tokens` and `scorers` (as `NAME=module:function`) are about answers, as in `evaluation.Settings`.
     """
 
     model: ModelSpec
@@ -140,6 +143,9 @@ class Recipe:
     attribution: AttributionSpec = field(default=AttributionSpec())
     shape: Shape | None = field(default=None)
     damping: float = Method.damping
+    answer: str | None = None
+    max_new_tokens: int | None = None
+    scorers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for kind in ("methods", "sparsities", "tasks"):
@@ -214,8 +220,12 @@ def without_limits(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, tasks=tuple(with_limit(task)[0] for task in recipe.tasks))
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read a recipe from YAML; unknown keys, wrong types and impossible values are errors that name them."""
+def read_recipe(path: Path, *, trust_remote_code: bool = False) -> Recipe:
+    """Read a recipe from YAML; unknown keys, wrong types and impossible values are errors that name them.
+
+    With `trust_remote_code` it may run its model's code. Scorers are code too: a recipe that has some is refused unless
+    that is so, here or by the recipe itself.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as cause:
@@ -223,6 +233,13 @@ def read_recipe(path: Path) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as cause:
         raise OptionError(f"{path} is not valid YAML: {' '.join(str(cause).split())}") from cause
     recipe: Recipe = _build(Recipe, values, "recipe")
+    if trust_remote_code:
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, trust_remote_code=True))
+    if recipe.scorers and not recipe.model.trust_remote_code:
+        raise OptionError(
+            f"{path} runs code to score answers ({', '.join(recipe.scorers)}): pass --trust-remote-code, or put "
+            "trust_remote_code: true under its model, if you trust it"
+        )
     return recipe
 
 
@@ -249,9 +266,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where)
     if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise unknown(where, str(value), typing.get_args(hint))
-        return value
+        return _choice(typing.get_args(hint), value, where)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list):
             raise OptionError(f"{where} must be a list, not {value!r}")
@@ -260,6 +275,14 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if type(value) is not hint:
         raise OptionError(f"{where} must be {_KINDS[hint]}, not {value!r}")
+    return value
+
+
+def _choice(choices: Sequence[str], value: Any, where: str) -> Any:
+    if isinstance(value, bool):  # YAML's own reading of on and off
+        value = "on" if value else "off"
+    if value not in choices:
+        raise unknown(where, str(value), choices)
     return value
 
 
