@@ -15,7 +15,8 @@ from tinydata import tiny_decoder, write_data
 from causalprune.attribution.estimators import attribute
 from causalprune.attribution.questions import Estimator
 from causalprune.core.types import Decoder, quiet
-from causalprune.evaluation.measures import Settings, evaluate
+from causalprune.evaluation.measures import evaluate
+from causalprune.evaluation.settings import Settings
 from causalprune.models.anatomy import inspect_model
 from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method

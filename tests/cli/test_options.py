@@ -19,9 +19,9 @@ PANELS = {
     "attribute": ["Model", "Data", "Method", "Running"],
     "stability": ["Model", "Data", "Method", "Running"],
     "prune": ["Model", "Data", "Method", "Running", "Hub"],
-    "sweep": ["Model", "Data", "Method", "Running"],
+    "sweep": ["Model", "Data", "Method", "Answers", "Running"],
     "shrink": ["Model", "Data", "Method", "Running", "Hub"],
-    "evaluate": ["Model", "Data", "Running"],
+    "evaluate": ["Model", "Data", "Answers", "Running"],
 }
 SHARED = ("revision", "seed", "n", "damping", "effect", "preserve", "batch_tokens")
 """An option of every shared group."""

@@ -15,8 +15,10 @@ from causalprune.calibration.data import load_problems
 from causalprune.core.errors import DataError, OptionError
 from causalprune.core.types import Decoder, Example
 from causalprune.evaluation import measures
-from causalprune.evaluation.measures import Settings, check_tasks, evaluate, evaluation_contents, task_names
+from causalprune.evaluation.measures import check_tasks, evaluate, evaluation_contents, task_names
 from causalprune.evaluation.results import headline
+from causalprune.evaluation.settings import Settings
+from causalprune.evaluation.tasks import generation
 from causalprune.evaluation.tasks.answers import extract, is_correct
 from causalprune.interventions import losses
 
@@ -171,15 +173,17 @@ def test_generation_sees_the_prompt_of_calibration(
     seen: list[list[int]] = []
 
     def greedy(
-        engine: Any, context: torch.Tensor, mask: torch.Tensor, max_length: int, stop: list[str], ended: Any
-    ) -> torch.Tensor:
+        _speaker: Any, context: torch.Tensor, mask: torch.Tensor, max_length: int, stop: list[str], ended: Any
+    ) -> generation.Continued:
         seen.extend(row[real > 0].tolist() for row, real in zip(context, mask, strict=True))
         assert max_length == context.shape[1] + 3
         assert "\nQuestion:" in stop
         answer = torch.tensor([byte_tokenizer()("#### 102")["input_ids"]])
-        return torch.cat([context, answer.expand(len(context), -1)], 1)
+        n, written = len(context), answer.shape[1]
+        tokens = torch.cat([context, answer.expand(n, -1)], 1)
+        return generation.Continued(tokens, [written] * n, [True] * n, broken=False)
 
-    monkeypatch.setattr("causalprune.evaluation.tasks.harness.greedy", greedy)
+    monkeypatch.setattr(generation, "greedy", greedy)
     (result,) = evaluate(decoder, ["gsm8k_cot"], data_dir=folder, batch_size=1, max_new_tokens=3)
     reader = calibration.Reader(decoder.tokenizer, chat=chat, max_tokens=9999)
     examples = [calibration.encode(reader, p) for p in load_problems("gsm8k", "evaluation", data_dir=folder)]
@@ -347,21 +351,17 @@ def test_the_output_head_gets_the_last_positions_as_a_copy(folder: Path) -> None
 
 
 def test_a_model_need_not_say_what_ends_an_answer() -> None:
-    from causalprune.evaluation.tasks import harness
-
     own = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
-    assert harness.ends_of(own, SimpleNamespace(eos_token_id=None)) == set()
-    assert harness.ends_of(own, SimpleNamespace(eos_token_id=2)) == {2}
+    assert generation.ends_of(own, SimpleNamespace(eos_token_id=None)) == set()
+    assert generation.ends_of(own, SimpleNamespace(eos_token_id=2)) == {2}
     own.generation_config.eos_token_id = [2, 7]
-    assert harness.ends_of(own, SimpleNamespace(eos_token_id=None)) == {2, 7}
+    assert generation.ends_of(own, SimpleNamespace(eos_token_id=None)) == {2, 7}
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "mistral", "gpt2", "opt", "qwen3_moe"])
 def test_answers_that_leave_the_batch_are_those_of_generate(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from causalprune.evaluation.tasks import harness
-
     model, words = FAMILIES[family](), byte_tokenizer()
     words.pad_token = "</s>"
     random = torch.Generator().manual_seed(0)
@@ -378,18 +378,19 @@ def test_answers_that_leave_the_batch_are_those_of_generate(
             context, attention_mask=mask, max_new_tokens=14, do_sample=False, eos_token_id=-1, pad_token_id=1
         )
     stop = words.decode(plain[2, 11])  # a token that some answers reach early
-    engine, sizes, told = SimpleNamespace(model=model, tokenizer=words, broken=False), [], list[int]()
+    speaker, sizes, told = SimpleNamespace(model=model, tokenizer=words), [], list[int]()
     hook = model.register_forward_pre_hook(
         lambda _m, _a, own: sizes.append(len(own["input_ids"])), with_kwargs=True
     )
     with torch.inference_mode():
-        found = harness.greedy(engine, context, mask, 23, [stop], told.append)
+        found = generation.greedy(speaker, context, mask, 23, [stop], told.append)
     hook.remove()
     ends = 0
-    for one, other in zip(found.tolist(), plain.tolist(), strict=True):
+    for row, (one, other) in enumerate(zip(found.tokens.tolist(), plain.tolist(), strict=True)):
         answer = words.decode(other[9:])
         ended = [i for i in range(10, 24) if stop in words.decode(other[9:i]) or other[i - 1] in (1, 2)]
         end = ended[0] if ended else 23
+        assert (found.written[row], found.ended[row]) == (end - 9, bool(ended))
         assert one[:end] == other[:end], answer
         assert set(one[end:]) <= {words.pad_token_id}
         ends += bool(ended)

@@ -13,8 +13,9 @@ from tinydata import write_jsonl
 from causalprune.checkpoints.saving import read_manifest
 from causalprune.checkpoints.verification import verify
 from causalprune.core.errors import CheckpointError, DataError, MismatchError, OptionError
-from causalprune.evaluation.measures import Settings, evaluate
+from causalprune.evaluation.measures import evaluate
 from causalprune.evaluation.results import load_rows, paired_difference
+from causalprune.evaluation.settings import Settings
 from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
 from causalprune.reports.evidence import read_run

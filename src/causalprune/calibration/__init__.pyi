@@ -38,10 +38,19 @@ from .examples import (
     FEW as FEW,
 )
 from .examples import (
+    TRACE_END as TRACE_END,
+)
+from .examples import (
+    TRACE_START as TRACE_START,
+)
+from .examples import (
     Chat as Chat,
 )
 from .examples import (
     Reader as Reader,
+)
+from .examples import (
+    Thinking as Thinking,
 )
 from .examples import (
     batch_of as batch_of,
@@ -68,6 +77,12 @@ from .examples import (
     few as few,
 )
 from .examples import (
+    prompt_text as prompt_text,
+)
+from .examples import (
+    prompt_tokens as prompt_tokens,
+)
+from .examples import (
     shuffle_key as shuffle_key,
 )
 from .examples import (
@@ -84,6 +99,9 @@ from .examples import (
 )
 from .examples import (
     uses_chat as uses_chat,
+)
+from .examples import (
+    uses_thinking as uses_thinking,
 )
 from .examples import (
     windows as windows,

@@ -151,14 +151,17 @@ OWN = "own:"
 """Before the name of a source: its problems, with answers that the model itself writes (`causalprune.runs.traces`)."""
 
 
-def load_problems(name: str, split: Split, *, data_dir: Path | None = None) -> list[Problem]:
+def load_problems(
+    name: str, split: Split, *, data_dir: Path | None = None, with_targets: bool = True
+) -> list[Problem]:
     """Return the problems of a source or of a JSONL file with `prompt` and `target`, in file order.
 
     `data_dir` is a folder with a sub-folder per data set; without it rows come from the hub. Running
-    text gives one problem per non-blank row. DataError where a row is malformed or missing.
+    text gives one problem per non-blank row. A file may leave out targets (which are empty then) unless `with_targets`.
+    DataError where a row is malformed or missing.
     """
     if is_file(name):
-        return _own_problems(Path(name))
+        return _own_problems(Path(name), with_targets=with_targets)
     if name not in SOURCES:
         raise unknown("task", name, SOURCES)
     source = SOURCES[name]
@@ -213,17 +216,17 @@ def _parsed(source: Source, where: str, row: Row) -> dict[str, Any]:
         raise DataError(f"{where}: malformed row ({type(cause).__name__}: {cause})") from cause
 
 
-def _own_problems(path: Path) -> list[Problem]:
+def _own_problems(path: Path, *, with_targets: bool) -> list[Problem]:
     problems = []
     for where, row in _read_jsonl(path):
-        for key in ("prompt", "target"):
+        for key in ("prompt", "target") if with_targets or "target" in row else ("prompt",):
             if not isinstance(row.get(key), str):
                 raise DataError(
                     f"{where}: no text under {key!r}; every line must be an object with prompt and target"
                 )
-        if not row["target"].strip():
+        if with_targets and not row["target"].strip():
             raise DataError(f"{where}: the target is empty; nothing could be predicted")
-        problems.append(Problem(str(path), row["prompt"], row["target"]))
+        problems.append(Problem(str(path), row["prompt"], row.get("target", "")))
     return problems
 
 

@@ -25,6 +25,7 @@ from causalprune.calibration.data import (
 from causalprune.core import Batch, Calibration, DataError, Example, OptionError
 
 Chat = Literal["auto", "on", "off"]
+Thinking = Literal["auto", "on", "off"]
 Item = TypeVar("Item", bound=Problem | Example)
 
 PADDING = 0.12
@@ -36,6 +37,8 @@ ENOUGH = 0.9
 
 FEW, FEW_TOKENS = 8, 600
 """Examples, and target tokens in them, on which divergences are measured."""
+TRACE_START, TRACE_END = "<think>", "</think>"
+"""What stands around the thoughts of models that think before they answer."""
 
 
 @dataclass
@@ -60,7 +63,8 @@ class Reader:
     """How problems are drawn and become tokens.
 
     `chat` says whether prompts go through the tokenizer's template, `max_tokens` is the longest
-    sequence, `seed` fixes the order of the draw. `skipped` counts what was left out.
+    sequence, `seed` fixes the order of the draw. `skipped` counts what was left out. `thinking` says
+    whether the model thinks first where it writes answers itself.
     """
 
     tokenizer: Any
@@ -69,6 +73,7 @@ class Reader:
     seed: int = 0
     data_dir: Path | None = None
     skipped: Skipped = field(default_factory=Skipped)
+    thinking: bool = False
 
 
 def calibrate(  # noqa: PLR0913 (the command's options)
@@ -170,6 +175,27 @@ def uses_chat(tokenizer: Any, chat: Chat) -> bool:
     return chat != "off" and bool(tokenizer.chat_template)
 
 
+def uses_thinking(tokenizer: Any, thinking: Thinking, *, chat: bool) -> bool:
+    """Tell whether the model thinks before it answers; `auto`: only where its chat template always makes it.
+
+    Templates take the word `enable_thinking`, or open the trace of thoughts themselves, or at least cut it from
+    earlier answers.
+
+    Raises:
+        OptionError: thinking is asked for, and the template knows nothing of it, or the other way round.
+    """
+    off, on = (_rendered(tokenizer, "Hello", thinking=word) if chat else "" for word in (False, True))
+    always = off.rstrip().endswith(TRACE_START)
+    if thinking == "on" and not (always or off != on or (chat and TRACE_END in str(tokenizer.chat_template))):
+        missing = "the tokenizer's chat template knows nothing of it" if chat else "there is no chat template"
+        raise OptionError(f"thinking cannot be switched on, as {missing}: leave it out, or say auto")
+    if thinking == "off" and always:
+        raise OptionError(
+            f"thinking cannot be switched off, as the chat template opens {TRACE_START} itself: say auto or on"
+        )
+    return always or thinking == "on"
+
+
 def check_tokenizer(tokenizer: Any) -> None:
     """Raise `DataError` for a model that came without one."""
     if tokenizer is None:
@@ -256,24 +282,33 @@ def shuffle_key(content: str, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}:{content}".encode()).digest()
 
 
-def prompt_text(reader: Reader, prompt: str) -> str:
+def prompt_text(reader: Reader, prompt: str, *, thinking: bool = False) -> str:
     """Return the text that precedes the target: the chat template's, or the prompt and a blank line."""
-    if not reader.chat:
-        return f"{prompt}\n\n"
+    return _rendered(reader.tokenizer, prompt, thinking=thinking) if reader.chat else f"{prompt}\n\n"
+
+
+def _rendered(tokenizer: Any, prompt: str, *, thinking: bool) -> str:
     messages = [{"role": "user", "content": prompt}]
     # Templates that do not know of thinking ignore the word.
-    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-    return str(reader.tokenizer.apply_chat_template(messages, **options))
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
+    return str(tokenizer.apply_chat_template(messages, **options))
+
+
+def prompt_tokens(reader: Reader, prompt: str, *, thinking: bool = False) -> list[int]:
+    """Return the tokens of the text that precedes the target."""
+    text = prompt_text(reader, prompt, thinking=thinking)
+    return tokenize(reader.tokenizer, text, special=not reader.chat)
 
 
 def encode(reader: Reader, problem: Problem) -> Example:
     """Return prompt and target of a problem as tokens, tokenised apart so that their border is exact.
 
-    A problem without prompt is running text: all tokens but the first are predicted.
+    A problem without prompt is running text: all tokens but the first are predicted. A target that holds a trace of
+    thoughts follows a prompt that asks for one.
     """
     prompt: list[int] = []
     if problem.prompt:
-        prompt = tokenize(reader.tokenizer, prompt_text(reader, problem.prompt), special=not reader.chat)
+        prompt = prompt_tokens(reader, problem.prompt, thinking=TRACE_END in problem.target)
     target = tokenize(reader.tokenizer, problem.target, special=not problem.prompt)
     start = max(len(prompt), 1)
     if len(prompt) + len(target) <= start:

@@ -68,6 +68,12 @@ def run_recipe(
             min=1,
         ),
     ] = 1,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run code that comes with the model, and scorers of the recipe."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, load no weights.")
     ] = False,
@@ -78,14 +84,16 @@ def run_recipe(
     from causalprune.runs import find_recipe, plan, read_recipe, run, run_draws, times, without_limits
 
     path = find_recipe(recipe)
-    wanted = without_limits(read_recipe(path)) if full else read_recipe(path)
+    wanted = read_recipe(path, trust_remote_code=trust_remote_code)
+    wanted = without_limits(wanted) if full else wanted
     folder = output or Path("runs") / path.stem
     if dry_run:
         planned = times(plan(wanted, folder, data_dir=data_dir), seeds)
         console.print(tables.plan(planned))
         document(as_json, plan=planned)
         return
-    command = shlex.join(typed(recipe, folder, data_dir, full=full, seeds=seeds))
+    words = typed(recipe, folder, data_dir, full=full, seeds=seeds)
+    command = shlex.join([*words, *(["--trust-remote-code"] if trust_remote_code else [])])
     if seeds == 1:
         _print_run(
             run(wanted, folder, data_dir=data_dir, stage=voice.stage, command=command), folder, as_json

@@ -209,6 +209,7 @@ def evaluate(
         Path, typer.Option("--output", "-o", help="JSON file for the results, with per-example values.")
     ],
     reading: opt.ReadingOptions,
+    answers: opt.AnswerOptions,
     limit: Annotated[
         int | None,
         typer.Option(help="Examples (tokens for `_ppl` and `_kl`) of what names no count.", min=1),
@@ -219,7 +220,7 @@ def evaluate(
 ) -> None:
     """Measure a model, and keep the value of every example."""
     from causalprune.cli import tables
-    from causalprune.evaluation import Settings
+    from causalprune.evaluation import Settings, load_scorers
     from causalprune.runs import evaluate_model
 
     measures, spec = (*on, *task), model.spec()
@@ -232,6 +233,10 @@ def evaluate(
         reading.max_tokens,
         chat=reading.chat,
         batch_tokens=running.batch_tokens,
+        max_new_tokens=answers.max_new_tokens,
+        answer=answers.answer,
+        thinking=reading.thinking,
+        scorers=load_scorers(answers.scorer),
     )
     options = running.options(reading.data_dir, overwrite=overwrite)
     results = evaluate_model(spec, measures, settings, output, options)

@@ -108,6 +108,12 @@ class ReadingOptions:
         Literal["auto", "on", "off"],
         typer.Option(help="Chat template: auto (if the tokenizer has one), on, off."),
     ] = "auto"
+    thinking: Annotated[
+        Literal["auto", "on", "off"],
+        typer.Option(
+            help="Whether the model thinks before it answers: auto (only if its chat template always makes it), on, off."
+        ),
+    ] = "auto"
     data_dir: DataDir = None
 
 
@@ -140,7 +146,15 @@ class CalibrationOptions:
         from causalprune.runs import CalibrationSpec
 
         read = self.reading
-        return CalibrationSpec(tuple(self.task), self.n, subsets, read.seed, read.max_tokens, read.chat)
+        return CalibrationSpec(
+            tuple(self.task),
+            self.n,
+            subsets,
+            read.seed,
+            read.max_tokens,
+            read.chat,
+            thinking=read.thinking,
+        )
 
 
 @dataclass(frozen=True)
@@ -217,6 +231,36 @@ class EffectOptions:
         from causalprune.runs import AttributionSpec
 
         return AttributionSpec(tuple(self.units), self.effect)
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How answers that the model writes are measured: the fields of a recipe with these names."""
+
+    panel: ClassVar[str] = "Answers"
+
+    answer: Annotated[
+        str | None,
+        typer.Option(
+            help="How answers to problems of a file (FILE_answers) are read: number, yes_no, letter, text or regex:PATTERN "
+            "(the first group of its last match). Default: as its targets end."
+        ),
+    ] = None
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest answer; default 512, and 4096 for a model that thinks, or what fits its positions.",
+            show_default=False,
+            min=1,
+        ),
+    ] = None
+    scorer: Annotated[
+        list[str],
+        typer.Option(
+            help="NAME=module:function makes SOURCE_NAME a measure: called with texts and targets (or None), it returns a "
+            "number for each. It is code, and is run; repeatable."
+        ),
+    ] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,7 @@ def sweep(
     on: opt.On,
     data: opt.MixedOptions = opt.MixedOptions(n=48),
     method: SweptOptions,
+    answers: opt.AnswerOptions,
     running: opt.RunningOptions,
     keep: Annotated[
         float, typer.Option(help="Share of dense's accuracy or likelihood per token to keep.")
@@ -238,6 +239,9 @@ def sweep(
         seed=data.reading.seed,
         batch_tokens=running.batch_tokens,
         damping=method.damping,
+        answer=answers.answer,
+        max_new_tokens=answers.max_new_tokens,
+        scorers=tuple(answers.scorer),
     )
     tried = swept(recipe, keep, output, certain=certain, data_dir=data.reading.data_dir, stage=voice.stage)
     console.print(tables.swept(tried))

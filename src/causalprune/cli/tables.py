@@ -10,7 +10,7 @@ from rich.text import Text
 from causalprune.attribution import estimate, reliability
 from causalprune.checkpoints import Verification
 from causalprune.core import Effects, EvalResult, unknown
-from causalprune.evaluation import Row, Tried, headline, interval, paired_difference
+from causalprune.evaluation import Row, Tried, answered, headline, interval, paired_difference, read_as
 from causalprune.reports import measured
 from causalprune.runs import Plan
 
@@ -31,7 +31,9 @@ def comparison(rows: Sequence[Row], *, against: str | None = None) -> Table:
     columns = list(dict.fromkeys(_column(result) for _, results in rows for result in results))
     draws = {r.description["draws"] for _, results in rows for r in results if "draws" in r.description}
     said = f"mean ± standard deviation of {max(draws)} draws" if draws else "value"
-    table = Table(caption=f"{said} (paired difference to {rows[base_row][0]}, 95 % interval)")
+    lines = [f"{said} (paired difference to {rows[base_row][0]}, 95 % interval)"]
+    lines += [f"{result.task}: {how}" for result in base.values() if (how := read_as(result))]
+    table = Table(caption=Text("\n".join(lines)))
     table.add_column("model", no_wrap=True)
     for task, metric in columns:
         table.add_column(f"{task}\n{UNITS.get(metric, metric)}", justify="right", overflow="fold")
@@ -75,7 +77,7 @@ def _column(result: EvalResult) -> tuple[str, str]:
 def _cell(result: EvalResult | None, base: EvalResult | None, is_base: bool) -> Text:
     if result is None:
         return Text("–")
-    value = f"{headline(result):.4g}"
+    value, ended = f"{headline(result):.4g}", f"\n{how}" if (how := answered(result)) else ""
     if "spread" in result.description:
         value += f" ± {result.description['spread']:.2g}"
     other_text = base is not None and base.description.get("written_by") != result.description.get(
@@ -83,14 +85,14 @@ def _cell(result: EvalResult | None, base: EvalResult | None, is_base: bool) -> 
     )
     if is_base or base is None or other_text:  # another model wrote its own
         own = interval(result)
-        return Text(f"{value}\n[{own.low:.4g}, {own.high:.4g}]")
+        return Text(f"{value}\n[{own.low:.4g}, {own.high:.4g}]{ended}")
     difference = paired_difference(result, base)
     bounds = f"{difference.difference:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}]"
-    return Text(f"{value}\n{bounds}", style=STYLES.get(difference.verdict, ""))
+    return Text(f"{value}\n{bounds}{ended}", style=STYLES.get(difference.verdict, ""))
 
 
 def to_markdown(table: Table) -> str:
-    """Return a table of this module as Markdown; the second line of a cell goes into its brackets."""
+    """Return a table of this module as Markdown; the lines of a cell come with breaks between them."""
     cells = [[_plain(column.header) for column in table.columns]]
     cells += [
         list(row)
@@ -102,8 +104,7 @@ def to_markdown(table: Table) -> str:
 
 
 def _plain(cell: Any) -> str:
-    first, _, rest = str(cell).partition("\n")
-    return f"{first} <br> {rest}" if rest else first
+    return str(cell).replace("\n", " <br> ")
 
 
 def strongest(effects: Effects) -> Table:

@@ -364,14 +364,15 @@ class EvalResult:
     """Per-example outcome of one task on one model, and how to sum it up.
 
     The headline value is `Σ values / Σ weights`, through `exp` for `metric == "perplexity"`:
-    0/1 outcomes with unit weights give an accuracy, nats with token counts a loss or a perplexity.
+    0/1 outcomes with unit weights give an accuracy, nats with token counts a loss or a perplexity. Other metrics are the
+    names of a user's scorers; the description says whether `higher_is_better`.
     `examples` holds content hashes, so that two results can be paired; `texts` the generated answers or the
     chosen options, `prompts` and `golds` the problems and their right answers. These three are empty where a
     task has none, and the last two where another result on the same examples holds them.
     """
 
     task: str
-    metric: Literal["accuracy", "acc_norm", "nats_per_token", "perplexity"]
+    metric: str
     values: tuple[float, ...]
     weights: tuple[float, ...]
     examples: tuple[str, ...]

@@ -1,7 +1,4 @@
 from .measures import (
-    Settings as Settings,
-)
-from .measures import (
     check_tasks as check_tasks,
 )
 from .measures import (
@@ -32,6 +29,9 @@ from .results import (
     Tried as Tried,
 )
 from .results import (
+    answered as answered,
+)
+from .results import (
     averaged as averaged,
 )
 from .results import (
@@ -42,6 +42,9 @@ from .results import (
 )
 from .results import (
     headline as headline,
+)
+from .results import (
+    higher_is_better as higher_is_better,
 )
 from .results import (
     interval as interval,
@@ -57,6 +60,9 @@ from .results import (
 )
 from .results import (
     paired_difference as paired_difference,
+)
+from .results import (
+    read_as as read_as,
 )
 from .results import (
     read_json as read_json,
@@ -80,7 +86,9 @@ from .results import (
     write_text as write_text,
 )
 from .sampling import ends_of as ends_of
-from .tasks.harness import plain_generation as plain_generation
+from .settings import Settings as Settings
+from .tasks.generation import plain_generation as plain_generation
+from .tasks.scorers import load_scorers as load_scorers
 from .written import (
     OWN_TASKS as OWN_TASKS,
 )

@@ -1,19 +1,17 @@
-"""Measuring a model: benchmarks through lm-evaluation-harness, solution losses, perplexity.
+"""Measuring a model: answers, solution losses, perplexity, and benchmarks through lm-evaluation-harness.
 
-Task names: a task file of `causalprune/tasks` (or the path of one), `<source>_nll` for the loss of
-gold solutions and `<text>_ppl` for perplexity; `own_ppl` and `own_kl` for perplexity of, and divergence on, a text that the
-intact model writes (`written`). `name:limit` bounds one task: problems, or tokens of text. Every result keeps per-example
-values, so that models are compared in pairs.
+Task names: `<source>_answers` (and its older name, `<data set>_cot`) for answers that the model writes, `<source>_NAME` for
+a scorer's opinion of them, `<source>_nll` for the loss of gold solutions, `<text>_ppl` for perplexity, `own_ppl` and `own_kl` for
+perplexity of, and divergence on, a text that the intact model writes (`written`), a task file of `causalprune/tasks`, or the path
+of one. `name:limit` bounds one task: problems, or tokens of text. Every result keeps per-example values, so that models are
+compared in pairs.
 """
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
-
-import yaml
 
 from causalprune import calibration
 from causalprune.calibration import (
@@ -35,7 +33,9 @@ from causalprune.core import (
     silent,
     unknown,
 )
-from causalprune.evaluation.tasks.answers import KINDS
+from causalprune.evaluation.answering import chosen, right_or_wrong, scored, scorer_in
+from causalprune.evaluation.settings import Settings, described
+from causalprune.evaluation.tasks.files import is_task_file, task_file
 from causalprune.evaluation.written import OWN_TASKS, TOKENS, by_example, own_divergences, own_text
 from causalprune.interventions import target_nats
 
@@ -43,27 +43,6 @@ Metric = Literal["accuracy", "acc_norm", "nats_per_token", "perplexity"]
 
 METRICS: dict[str, Metric] = {"acc": "accuracy", "exact_match": "accuracy", "acc_norm": "acc_norm"}
 """The harness's metrics that are 0 or 1 per example, and what we call them."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How tasks are run.
-
-    `limit` is the number of problems (tokens for perplexity) of tasks that name none; which ones is
-    fixed by `seed`. `max_tokens` bounds a sequence of a solution loss, `window` is the length of a
-    perplexity window, or the model's positions where it has fewer. A batch holds up to `batch_tokens` tokens, in the harness `batch_size`
-    sequences. `max_new_tokens` overrides the task files' length of generated answers.
-    """
-
-    limit: int | None = None
-    data_dir: Path | None = None
-    seed: int = 0
-    max_tokens: int = 512
-    window: int = 2048
-    chat: calibration.Chat = "auto"
-    batch_tokens: int = 4096
-    batch_size: int = 16
-    max_new_tokens: int | None = None
 
 
 def evaluate(
@@ -81,10 +60,10 @@ def evaluate(
     requests in the harness.
     """
     settings = replace(settings, **changes)
-    jobs = [(*calibration.with_limit(name), name) for name in tasks]
-    runners = [_runner(name) for name, _, _ in jobs]
+    jobs = [calibration.with_limit(name) for name in tasks]
+    runners = [_runner(name, settings.scorers) for name, _ in jobs]
     results: list[EvalResult] = []
-    for (name, limit, _), run in zip(jobs, runners, strict=True):
+    for (name, limit), run in zip(jobs, runners, strict=True):
         own = settings if limit is None else replace(settings, limit=limit)
         start = time.perf_counter()
         found = run(decoder, name, own, on_progress)
@@ -93,29 +72,36 @@ def evaluate(
     return results
 
 
-def task_names() -> list[str]:
-    """Return the names of all tasks that come with the library."""
+def task_names(scorers: Iterable[str] = ()) -> list[str]:
+    """Return the names of all tasks that come with the library, and those of scorers on its data sets."""
     files = [path.stem for path in TASK_FILES.glob("*.yaml")]
-    return sorted([*files, *OWN_TASKS, *(f"{s}_nll" for s in SOURCES), *(f"{s}_ppl" for s in TEXT_SOURCES)])
+    solved = [source for source in SOURCES if source not in TEXT_SOURCES]
+    written = [f"{source}_{measure}" for source in solved for measure in ("answers", *scorers)]
+    measured = [*(f"{s}_nll" for s in SOURCES), *(f"{s}_ppl" for s in TEXT_SOURCES)]
+    return sorted([*files, *OWN_TASKS, *written, *measured])
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Raise `OptionError` for a task that does not exist or a limit that cannot be."""
+def check_tasks(tasks: Sequence[str], scorers: Iterable[str] = ()) -> None:
+    """Raise `OptionError` for a task that does not exist, by these names of scorers, or a limit that cannot be."""
     for name in tasks:
-        _runner(calibration.with_limit(name)[0])
+        _runner(calibration.with_limit(name)[0], scorers)
 
 
-def source_of(name: str) -> str | None:
+def source_of(name: str, scorers: Iterable[str] = ()) -> str | None:
     """Return the data that a task (without its limit) reads; None for a task file with data of its own."""
-    if _runner(name) is _harness:
-        source: str | None = _task_file(name)["metadata"].get("source")
+    runner = _runner(name, scorers)
+    if runner is _harness:
+        source: str | None = task_file(name)["metadata"].get("source")
         return source
-    return name.rpartition("_")[0]
+    return name.removesuffix(f"_{scorer_in(name, scorers)}") if runner is scored else name.rpartition("_")[0]
 
 
-def output_type(name: str) -> str:
+def output_type(name: str, scorers: Iterable[str] = ()) -> str:
     """Return what a task (without its limit) asks of the model: generate_until, multiple_choice, … or loss."""
-    return str(_task_file(name)["output_type"]) if _runner(name) is _harness else "loss"
+    runner = _runner(name, scorers)
+    if runner is _harness:
+        return str(task_file(name)["output_type"])
+    return "generate_until" if runner in WRITING else "loss"
 
 
 def evaluation_contents(tasks: Sequence[str], settings: Settings, tokenizer: Any) -> frozenset[str]:
@@ -127,34 +113,51 @@ def evaluation_contents(tasks: Sequence[str], settings: Settings, tokenizer: Any
     found: set[str] = set()
     for task in tasks:
         name, limit = calibration.with_limit(task)
-        source = source_of(name)
+        source = source_of(name, settings.scorers)
         if source is None or source == OWN_TEXT:  # text that is written has random numbers of its own
             continue
+        own = replace(settings, limit=limit or settings.limit)
         if not is_file(source):
             found |= contents(source, "evaluation", data_dir=settings.data_dir)
-            continue
-        chat = calibration.uses_chat(tokenizer, settings.chat)
-        reader = calibration.Reader(tokenizer, chat, settings.max_tokens, settings.seed, settings.data_dir)
-        drawn = calibration.draw(reader, source, "evaluation")
-        found |= {example.content for example in itertools.islice(drawn, limit or settings.limit)}
+        elif _runner(name, settings.scorers) in WRITING:
+            problems = load_problems(source, "evaluation", with_targets=False)
+            found |= {problem.content for problem in chosen(problems, own)}
+        else:
+            chat = calibration.uses_chat(tokenizer, settings.chat)
+            reader = calibration.Reader(
+                tokenizer, chat, settings.max_tokens, settings.seed, settings.data_dir
+            )
+            drawn = calibration.draw(reader, source, "evaluation")
+            found |= {example.content for example in itertools.islice(drawn, own.limit)}
     return frozenset(found)
 
 
 Runner = Callable[[Decoder, str, Settings, Progress], list[EvalResult]]
+WRITING: tuple[Runner, ...] = (right_or_wrong, scored)
+"""What lets the model write."""
 
 
-def _runner(name: str) -> Runner:
-    if name.endswith((".yaml", ".yml")):
+def _runner(name: str, scorers: Iterable[str] = ()) -> Runner:
+    if is_task_file(name):
         return _harness
-    if name.endswith("_nll") and is_file(name.removesuffix("_nll")):
-        return _solution_loss
-    if name not in task_names():
-        raise unknown("task", name, task_names())
+    source, _, measure = name.rpartition("_")
+    scorer = scorer_in(name, scorers)
+    if scorer and is_file(name.removesuffix(f"_{scorer}")):
+        return scored
+    if is_file(source):
+        if measure not in OF_FILES:
+            raise OptionError(
+                f"unknown task {name!r}: a file is measured as FILE_nll, as FILE_answers, or by a function of yours as "
+                "FILE_NAME with --scorer NAME=module:function"
+            )
+        return OF_FILES[measure]
+    if name not in (known := task_names(scorers)):
+        raise unknown("task", name, known)
     if name in OWN_TASKS:
         return _own
-    if name.endswith("_nll"):
-        return _solution_loss
-    return _perplexity if name.endswith("_ppl") else _harness
+    if measure in OF_SOURCES:
+        return OF_SOURCES[measure]
+    return _harness if (TASK_FILES / f"{name}.yaml").exists() else scored
 
 
 def _solution_loss(
@@ -165,7 +168,7 @@ def _solution_loss(
         decoder.tokenizer, chat, settings.max_tokens, settings.seed, settings.data_dir
     )
     examples = calibration.taken(reader, name.removesuffix("_nll"), "evaluation", settings.limit)
-    description = _description(decoder, settings) | {
+    description = described(decoder, settings) | {
         "max_tokens": settings.max_tokens,
         "chat_template": chat,
         "skipped": dict(vars(reader.skipped)),
@@ -192,7 +195,7 @@ def _perplexity(decoder: Decoder, name: str, settings: Settings, on_progress: Pr
             f"{name}: {len(tokens)} tokens do not fill one window of {window}; "
             f"its limit counts tokens, as in {name}:40000"
         )
-    description = _description(decoder, settings) | {
+    description = described(decoder, settings) | {
         "window": window,
         "tokens": len(tokens),
         "tokens_in_windows": len(examples) * window,
@@ -206,12 +209,18 @@ def _own(decoder: Decoder, name: str, settings: Settings, on_progress: Progress)
     """Perplexity of the text that the intact model writes, or divergence from the intact model on it."""
     own = own_text(decoder, name, settings.limit or TOKENS, settings.seed, on_progress)
     size = {"window": own.text.piece, "tokens": own.text.tokens, "chat_template": False}
-    description = _description(decoder, settings) | size | {"written_by": own.text.model}
+    description = described(decoder, settings) | size | {"written_by": own.text.model}
     if name.endswith("_kl"):
         nats = own_divergences(decoder, own, settings.batch_tokens, on_progress)
         return [_loss_result(name, "nats_per_token", nats, own.documents, description)]
     nats = _nats(decoder, own.documents, settings, on_progress)
     return [_loss_result(name, "perplexity", nats, own.documents, description)]
+
+
+OF_FILES: dict[str, Runner] = {"nll": _solution_loss, "answers": right_or_wrong}
+"""Measures of a user's file, by the last word of a task."""
+OF_SOURCES: dict[str, Runner] = {**OF_FILES, "cot": right_or_wrong, "ppl": _perplexity}
+"""Measures of data sets."""
 
 
 def _nats(
@@ -230,18 +239,15 @@ def _loss_result(
     return EvalResult(task, metric, tuple(nats), weights, shown, description=description)
 
 
-def _description(decoder: Decoder, settings: Settings) -> dict[str, Any]:
-    model = {"model": decoder.name, "revision": decoder.revision, "fingerprint": decoder.fingerprint}
-    return model | {"split": "evaluation", "limit": settings.limit, "seed": settings.seed}
-
-
 def _harness(decoder: Decoder, name: str, settings: Settings, on_progress: Progress) -> list[EvalResult]:
     """Run a task file in lm-evaluation-harness: zero-shot, greedy unless the file says otherwise."""
     from causalprune.evaluation.tasks import harness  # noqa: PLC0415 (takes seconds)
 
-    config = _task_file(name)
+    config = task_file(name)
     chat = calibration.uses_chat(decoder.tokenizer, _chat(config, settings))
     if config["output_type"] == "generate_until":
+        if settings.thinking == "on":
+            raise OptionError(f"{name}: task files are answered without thinking: leave out --thinking on")
         config = _generation(config, settings, chat)
     with harness.quiet():
         task = harness.build(config, _rows(config, settings))
@@ -253,7 +259,7 @@ def _harness(decoder: Decoder, name: str, settings: Settings, on_progress: Progr
         samples, tokens = harness.run(
             decoder, task, chosen, chat=chat, batch_size=settings.batch_size, on_progress=on_progress
         )
-    description = _description(decoder, settings) | {
+    description = described(decoder, settings) | {
         "engine": f"lm_eval {harness.VERSION}",
         "task_version": config["metadata"].get("version"),
         "chat_template": chat,
@@ -286,23 +292,6 @@ def _harness(decoder: Decoder, name: str, settings: Settings, on_progress: Progr
     if not results:
         raise OptionError(f"{name}: none of its metrics is one of {', '.join(METRICS)}")
     return results
-
-
-def _task_file(name: str) -> dict[str, Any]:
-    path = Path(name) if name.endswith((".yaml", ".yml")) else TASK_FILES / f"{name}.yaml"
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as cause:
-        raise OptionError(f"cannot read the task file {path}: {cause}") from cause
-    if not isinstance(config, dict) or not {"task", "output_type", "doc_to_text"} <= config.keys():
-        raise OptionError(f"{path}: a task file needs at least task, output_type and doc_to_text")
-    config["metadata"] = config.get("metadata") or {}
-    answer = config["metadata"].get("answer")
-    if answer is not None and answer not in KINDS:
-        raise unknown(f"answer in {path}", str(answer), KINDS)
-    if not ({"dataset_path", "custom_dataset"} & config.keys() or config["metadata"].get("source")):
-        raise OptionError(f"{path}: a task file names its data: dataset_path, or source in its metadata")
-    return config
 
 
 def _chat(config: Mapping[str, Any], settings: Settings) -> calibration.Chat:

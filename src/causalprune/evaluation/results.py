@@ -28,6 +28,8 @@ VERSION = 1
 RESULTS = "results.json"
 """Name of the results in a run folder."""
 HIGHER_IS_BETTER = {"accuracy": True, "acc_norm": True, "nats_per_token": False, "perplexity": False}
+SETTINGS = ("chat_template", "generation", "window", "task_version", "thinking", "read_as", "scorer")
+"""What two results that are compared must say alike."""
 CONFIDENCE = 0.95
 CHUNK = 4_000_000
 """Resampled examples held in memory at a time."""
@@ -103,7 +105,26 @@ def difference_of(a: EvalResult, b: EvalResult, draws_a: Floats, draws_b: Floats
     with np.errstate(invalid="ignore"):
         low, high = _bounds(draws_a - draws_b, len(a.values))
     difference = headline(a) - headline(b)
-    return Comparison(difference, low, high, len(a.values), _verdict(difference, low, high, a.metric))
+    verdict = _verdict(difference, low, high, higher_is_better(a))
+    return Comparison(difference, low, high, len(a.values), verdict)
+
+
+def higher_is_better(result: EvalResult) -> bool | None:
+    """Return the direction of a result's metric, as a scorer's result says itself; None for one that is not known."""
+    said: bool | None = result.description.get("higher_is_better")
+    return HIGHER_IS_BETTER.get(result.metric, said)
+
+
+def answered(result: EvalResult) -> str:
+    """Return in words how the answers of a result ended; empty where none were written."""
+    own = result.description.get("answers")
+    return f"{own['not_ended']:.0%} did not end, {own['mean_tokens']:.0f} tokens" if own else ""
+
+
+def read_as(result: EvalResult) -> str:
+    """Return in words how the answers to problems of a file were read; empty for other results."""
+    kind, guessed = (result.description.get(key) for key in ("read_as", "reading_guessed"))
+    return f"answers read as {kind}{', as all targets end so' if guessed else ''}" if kind else ""
 
 
 def averaged(results: Sequence[EvalResult]) -> EvalResult:
@@ -296,16 +317,16 @@ def _check_pair(a: EvalResult, b: EvalResult) -> None:
             f"{a.task}: results on different examples ({len(a.examples)} and {len(b.examples)}, {shared} shared); "
             "evaluate both models with the same limit, seed and data"
         )
-    for key in ("chat_template", "generation", "window", "task_version"):
+    for key in SETTINGS:
         if (one := a.description.get(key)) != (other := b.description.get(key)):
             raise MismatchError(
                 f"{a.task}: results of different settings ({key} is {one!r} and {other!r}): evaluate both models alike"
             )
 
 
-def _verdict(difference: float, low: float, high: float, metric: str) -> Verdict:
-    if not all(map(math.isfinite, (difference, low, high))):
+def _verdict(difference: float, low: float, high: float, higher: bool | None) -> Verdict:
+    if higher is None or not all(map(math.isfinite, (difference, low, high))):
         return "undefined"
     if low <= 0 <= high:
         return "no difference shown"
-    return "better" if (low > 0) == HIGHER_IS_BETTER[metric] else "worse"
+    return "better" if (low > 0) == higher else "worse"

@@ -34,7 +34,7 @@ def flips(rows: Rows) -> list[dict[str, Any]]:
                 continue
             if result.metric == "nats_per_token":
                 found.append(_losses(label, before, result, texts))
-            elif result.metric != "perplexity" and result.metric in HIGHER_IS_BETTER:
+            elif HIGHER_IS_BETTER.get(result.metric):
                 found.append(_answers(label, before, result, texts))
     return _cut(found)
 

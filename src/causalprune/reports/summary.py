@@ -10,7 +10,15 @@ from dataclasses import asdict
 from typing import Any
 
 from causalprune.core import EvalResult, MismatchError, versions
-from causalprune.evaluation import HIGHER_IS_BETTER, Floats, difference_of, interval_of, resampled, rows_of
+from causalprune.evaluation import (
+    Floats,
+    answered,
+    difference_of,
+    higher_is_better,
+    interval_of,
+    resampled,
+    rows_of,
+)
 from causalprune.reports.evidence import CHECKPOINTS, Evidence, by_matrix
 from causalprune.reports.examples import flips
 
@@ -75,12 +83,10 @@ def _run(name: str, run: Evidence) -> dict[str, Any]:
 def _tasks(rows: Sequence[tuple[str, list[EvalResult]]]) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for result in (result for _, results in rows for result in results):
-        if result.metric in HIGHER_IS_BETTER:
-            key = task_key(result)
-            own = {"key": key, "task": result.task, "metric": result.metric, "unit": UNITS[result.metric]}
-            found.setdefault(
-                key, {**own, "higher_is_better": HIGHER_IS_BETTER[result.metric], "n": len(result.values)}
-            )
+        if (higher := higher_is_better(result)) is not None:
+            key, unit = task_key(result), UNITS.get(result.metric, result.metric)
+            own = {"key": key, "task": result.task, "metric": result.metric, "unit": unit}
+            found.setdefault(key, {**own, "higher_is_better": higher, "n": len(result.values)})
     return list(found.values())
 
 
@@ -124,7 +130,7 @@ def _cell(
     result, own = draws[label, key]
     if own is None:
         return {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0, "dense": None, "wanda": None}
-    cell: Cell = asdict(interval_of(result, own))
+    cell: Cell = asdict(interval_of(result, own)) | {"ended": answered(result)}
     for name, other in (("dense", dense), ("wanda", wanda)):
         found = draws.get((other or "", key))
         cell[name] = None

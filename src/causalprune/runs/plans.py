@@ -5,6 +5,7 @@ product on the device of the recipe.
 """
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from causalprune.calibration import (
 )
 from causalprune.checkpoints import EMBEDDED, check_destination, resolve
 from causalprune.core import OptionError
-from causalprune.evaluation import TOKENS, check_tasks, output_type, source_of
+from causalprune.evaluation import TOKENS, check_tasks, load_scorers, output_type, source_of
 from causalprune.models import check_options, device_of, read_shape
 from causalprune.runs.general import with_general_text
 from causalprune.runs.recipe import ModelSpec, Recipe, Shape
@@ -33,6 +34,8 @@ EFFICIENCY = 0.5
 """Share of a matrix product's speed that a forward pass reaches."""
 ANSWER_TOKENS = 160
 """Tokens of a generated answer; each costs a pass over the weights, shared by its batch."""
+THINKING_TOKENS = 1500
+"""Tokens of an answer after thoughts."""
 OPTIONS = 4
 """Times that a multiple-choice question is read, once per option."""
 PROBE_SECONDS = 0.3
@@ -69,7 +72,8 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
     Raises:
         CausalPruneError: names, data, model configuration or output folder are not in order.
     """
-    check_tasks(recipe.on)
+    scorers = load_scorers(recipe.scorers)
+    check_tasks(recipe.on, scorers)
     recipe = with_general_text(recipe, folder, data_dir)
     device = device_of(recipe.model.device)  # a GPU may be where the plan is carried out
     check_options(recipe.model.dtype, "meta" if device.startswith("cuda") else device)
@@ -91,7 +95,7 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
     if passes:
         jobs.append(Job("pruning on calibration data", len(passes), int(calibration * sum(passes))))
     for task in recipe.on:
-        tokens = len(cells) * _task_tokens(task, data_dir)
+        tokens = len(cells) * _task_tokens(task, scorers, recipe, data_dir)
         jobs.append(Job(task, len(cells), tokens))
     flops = 2 * shape.parameters * sum(job.tokens for job in jobs)
     unpacked = recipe.model.name == EMBEDDED or recipe.model.name.endswith(".gguf")
@@ -139,9 +143,9 @@ def _calibration_tokens(recipe: Recipe, data_dir: Path | None) -> int:
     return tokens
 
 
-def _task_tokens(task: str, data_dir: Path | None) -> int:
+def _task_tokens(task: str, scorers: Iterable[str], recipe: Recipe, data_dir: Path | None) -> int:
     name, limit = with_limit(task)
-    source, kind = source_of(name), output_type(name)
+    source, kind = source_of(name, scorers), output_type(name, scorers)
     if source == OWN_TEXT:
         return limit or TOKENS
     if source is None:
@@ -153,14 +157,15 @@ def _task_tokens(task: str, data_dir: Path | None) -> int:
     problems = min(len(lengths), limit or len(lengths))
     tokens = sum(lengths) / len(lengths) * problems
     if kind == "generate_until":
-        tokens += ANSWER_TOKENS * problems
+        own = THINKING_TOKENS if recipe.calibration.thinking == "on" else ANSWER_TOKENS
+        tokens += min(own, recipe.max_new_tokens or own) * problems
     if kind == "multiple_choice":
         tokens *= OPTIONS
     return int(tokens)
 
 
 def _lengths(source: str, split: Split, data_dir: Path | None) -> list[float]:
-    problems = load_problems(source, split, data_dir=data_dir)
+    problems = load_problems(source, split, data_dir=data_dir, with_targets=split == "calibration")
     return [(len(p.prompt) + len(p.target)) / CHARACTERS_PER_TOKEN for p in problems]
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import types
 import typing
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from causalprune.attribution import Estimator, Question
-from causalprune.calibration import OWN, TEXT_SOURCES, Chat, split_counts, with_limit
+from causalprune.calibration import OWN, TEXT_SOURCES, Chat, Thinking, split_counts, with_limit
 from causalprune.core import MismatchError, OptionError, unknown
 from causalprune.pruning import BUDGETS, N_OF_M, Method, pattern_sparsity
 
@@ -56,6 +56,7 @@ class CalibrationSpec:
     chat: Chat = "auto"
     preserve: tuple[str, ...] = ()
     preserve_share: float = PRESERVE_SHARE
+    thinking: Thinking = "auto"
 
     def __post_init__(self) -> None:
         if self.preserve == ("none",):
@@ -137,6 +138,7 @@ class Recipe:
     `texts` the problems and answers that the report shows.
     `general_text` auto measures it where nothing in `on` does: text that the intact model writes, WikiText-2 where it is at hand.
     `damping` is that of `Method`, `batch_tokens` bounds a forward pass, what is measured, `on`, may carry a count as in `gsm8k_nll:200`.
+    `answer`, `max_new_tokens` and `scorers` (as `NAME=module:function`) are about answers, as in `evaluation.Settings`.
     """
 
     model: ModelSpec
@@ -152,6 +154,9 @@ class Recipe:
     attribution: AttributionSpec = field(default=AttributionSpec())
     shape: Shape | None = field(default=None)
     damping: float = Method.damping
+    answer: str | None = None
+    max_new_tokens: int | None = None
+    scorers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for kind in ("methods", "sparsities", "on"):
@@ -226,8 +231,12 @@ def without_limits(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, on=tuple(with_limit(task)[0] for task in recipe.on))
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read a recipe from YAML; unknown keys, wrong types and impossible values are errors that name them."""
+def read_recipe(path: Path, *, trust_remote_code: bool = False) -> Recipe:
+    """Read a recipe from YAML; unknown keys, wrong types and impossible values are errors that name them.
+
+    With `trust_remote_code` it may run its model's code. Scorers are code too: a recipe that has some is refused unless
+    that is so, here or by the recipe itself.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as cause:
@@ -235,6 +244,13 @@ def read_recipe(path: Path) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as cause:
         raise OptionError(f"{path} is not valid YAML: {' '.join(str(cause).split())}") from cause
     recipe: Recipe = _build(Recipe, values, "recipe")
+    if trust_remote_code:
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, trust_remote_code=True))
+    if recipe.scorers and not recipe.model.trust_remote_code:
+        raise OptionError(
+            f"{path} runs code to score answers ({', '.join(recipe.scorers)}): pass --trust-remote-code, or put "
+            "trust_remote_code: true under its model, if you trust it"
+        )
     return recipe
 
 
@@ -286,9 +302,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where)
     if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise unknown(where, str(value), typing.get_args(hint))
-        return value
+        return _choice(typing.get_args(hint), value, where)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
             raise OptionError(f"{where} must be a list, not {value!r}")
@@ -297,6 +311,14 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if type(value) is not hint:
         raise OptionError(f"{where} must be {_KINDS[hint]}, not {value!r}")
+    return value
+
+
+def _choice(choices: Sequence[str], value: Any, where: str) -> Any:
+    if isinstance(value, bool):  # YAML's own reading of on and off
+        value = "on" if value else "off"
+    if value not in choices:
+        raise unknown(where, str(value), choices)
     return value
 
 

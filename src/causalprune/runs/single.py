@@ -23,6 +23,7 @@ from causalprune.calibration import with_limit
 from causalprune.checkpoints import EFFECTS, check_destination, load_effects, save, save_effects
 from causalprune.core import (
     Calibration,
+    CausalPruneError,
     CheckpointError,
     Decoder,
     Effects,
@@ -252,18 +253,22 @@ def evaluate_model(
 
     Finished tasks are kept in `<output>.ledger` until all are there: when stopped, the same call goes on after the last.
     """
-    check_tasks(tasks)
+    check_tasks(tasks, settings.scorers)
     if output.exists() and not options.overwrite:
         raise CheckpointError(f"{output} exists: choose another name, or pass --overwrite")
     with options.stage("loading model"):
         decoder = load(spec)
-    how = {key: value for key, value in dataclasses.asdict(settings).items() if key != "data_dir"}
     path = output.with_name(f"{output.name}.ledger")
-    with Ledger(path, {"model": decoder.fingerprint, "settings": how}) as book:
+    with Ledger(path, {"model": decoder.fingerprint, "settings": settings.identity()}) as book:
         for task in tasks:
             if task not in book.rows:
-                with options.stage(task) as progress:
-                    found = evaluate(decoder, [task], settings, on_progress=progress)
+                try:
+                    with options.stage(task) as progress:
+                        found = evaluate(decoder, [task], settings, on_progress=progress)
+                except CausalPruneError:
+                    if not book.rows:  # nothing to keep, and other options may be asked for next
+                        path.unlink()
+                    raise
                 book.append(task, kept_rows(found))
         results = [result for task in tasks for result in results_in(book.rows[task])]
     write_results(output, results, {"model": spec.name, "versions": versions(), "git_commit": git_commit()})

@@ -11,10 +11,12 @@
 import dataclasses
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from causalprune.attribution import described
+from causalprune.calibration import with_limit
 from causalprune.checkpoints import describe
 from causalprune.core import (
     PACKAGES,
@@ -30,7 +32,16 @@ from causalprune.core import (
     quiet,
     versions,
 )
-from causalprune.evaluation import RESULTS, Settings, check_tasks, evaluation_contents, rows_of, write_json
+from causalprune.evaluation import (
+    RESULTS,
+    Settings,
+    check_tasks,
+    evaluation_contents,
+    load_scorers,
+    output_type,
+    rows_of,
+    write_json,
+)
 from causalprune.pruning import Method
 from causalprune.reports import CHECKPOINTS
 from causalprune.runs.cells import Cells, load_intact
@@ -56,15 +67,8 @@ def run(
         CheckpointError: the folder is a file, or cannot be written.
         MismatchError: the folder holds a run of another model, calibration, seed, damping or batch size.
     """
-    settings = Settings(
-        data_dir=data_dir,
-        seed=recipe.seed,
-        chat=recipe.calibration.chat,
-        max_tokens=recipe.calibration.max_tokens,
-        batch_tokens=recipe.batch_tokens,
-    )
-    check_tasks(recipe.on)
-    named = recipe.on
+    settings, named = _settings(recipe, data_dir), recipe.on
+    check_tasks(recipe.on, settings.scorers)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file, and a run needs a folder: choose another name")
     with stage("loading model"):
@@ -90,6 +94,7 @@ def run(
         _note_versions(book)
         if NOTE not in book.rows and not begun(book.rows):
             book.append(NOTE, [task for task in recipe.on if task not in named])
+        _note_answering(book, settings, recipe.on)
         effects = _effects(recipe, decoder, calibration, folder, stage, book)
         if effects is not None:
             record["attribution"] = described(effects) | book.rows.get("attribution", {})
@@ -104,6 +109,21 @@ def run(
     return record
 
 
+def _settings(recipe: Recipe, data_dir: Path | None) -> Settings:
+    """Return how the tasks of a recipe are measured; its scorers are imported."""
+    return Settings(
+        data_dir=data_dir,
+        seed=recipe.seed,
+        chat=recipe.calibration.chat,
+        max_tokens=recipe.calibration.max_tokens,
+        batch_tokens=recipe.batch_tokens,
+        max_new_tokens=recipe.max_new_tokens,
+        answer=recipe.answer,
+        thinking=recipe.calibration.thinking,
+        scorers=load_scorers(recipe.scorers),
+    )
+
+
 def _identity(recipe: Recipe, decoder: Decoder, calibration: Calibration) -> dict[str, Any]:
     """Return what the rows of a run depend on, besides their method and task."""
     wanted = recipe.calibration
@@ -115,7 +135,26 @@ def _identity(recipe: Recipe, decoder: Decoder, calibration: Calibration) -> dic
         "max_tokens": wanted.max_tokens,
         "batch_tokens": recipe.batch_tokens,
         **({} if recipe.damping == Method.damping else {"damping": recipe.damping}),
+        **({} if wanted.thinking == "auto" else {"thinking": wanted.thinking}),
     }
+
+
+def _note_answering(book: Ledger, settings: Settings, tasks: Sequence[str]) -> None:
+    """Keep how answers were written and read when a run measured the first; refuse to go on otherwise."""
+    kinds = [output_type(with_limit(task)[0], settings.scorers) for task in tasks]
+    if "generate_until" not in kinds:
+        return
+    own = settings.identity()
+    now = {name: own.get(name) for name in ("answer", "max_new_tokens")}
+    now |= {f"scorer {name}": place for name, place in own.get("scorers", {}).items()}
+    for name, value in now.items():
+        if (key := f"with {name}") not in book.rows:
+            book.append(key, value)
+        if (was := book.rows[key]) != value:
+            raise MismatchError(
+                f"answers in {book.path.parent} were measured with {name} {was}, which is now {value}: "
+                "choose another folder"
+            )
 
 
 def _note_versions(book: Ledger) -> None:

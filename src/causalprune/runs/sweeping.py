@@ -6,9 +6,9 @@ from pathlib import Path
 
 from causalprune.core import EvalResult, OptionError, Stage, quiet
 from causalprune.evaluation import (
-    HIGHER_IS_BETTER,
     Tried,
     headline,
+    higher_is_better,
     on_general_text,
     paired_difference,
     rows_of,
@@ -88,14 +88,23 @@ def _tried(
         found.append((f"{own.task} ({own.metric}{'' if decides else ', decides nothing'})", difference))
         end = difference.difference
         if certain:
-            end = difference.low if HIGHER_IS_BETTER[own.metric] else difference.high
+            end = difference.low if higher_is_better(own) else difference.high
         limit = worst_difference(whole, keep)
-        holds &= not decides or (end >= limit if HIGHER_IS_BETTER[own.metric] else end <= limit)
+        holds &= not decides or (end >= limit if higher_is_better(own) else end <= limit)
     return Tried(sparsity, tuple(found), holds)
 
 
 def worst_difference(dense: EvalResult, keep: float) -> float:
-    """Return the difference to dense at which exactly the share `keep` of a result is left."""
-    if HIGHER_IS_BETTER[dense.metric]:
-        return (keep - 1) * headline(dense)
-    return headline(dense) * (1 / keep - 1) if dense.metric == "perplexity" else -math.log(keep)
+    """Return the difference to dense at which exactly the share `keep` of a result is left.
+
+    Raises:
+        OptionError: a scorer gives the dense model a negative value, of which there is no share.
+    """
+    if dense.metric == "nats_per_token":
+        return -math.log(keep)
+    if headline(dense) < 0:
+        raise OptionError(
+            f"{dense.task}: the dense model has {headline(dense):.4g}, and a share to keep needs a value above zero: "
+            "add a constant in the scorer"
+        )
+    return headline(dense) * (keep - 1 if higher_is_better(dense) else 1 / keep - 1)

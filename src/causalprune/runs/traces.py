@@ -14,7 +14,7 @@ import torch
 from causalprune.calibration import (
     OWN,
     OWN_TEXT,
-    Problem,
+    TRACE_END,
     Reader,
     calibrate,
     contents,
@@ -23,7 +23,9 @@ from causalprune.calibration import (
     enough,
     is_file,
     load_problems,
+    prompt_tokens,
     uses_chat,
+    uses_thinking,
     with_limit,
 )
 from causalprune.core import (
@@ -60,12 +62,14 @@ def calibrated(
     writes; both are written once for a model, and kept in the cache folder.
     """
     counts = wanted.counts()
+    chat = uses_chat(decoder.tokenizer, wanted.chat)
     reader = Reader(
         decoder.tokenizer,
-        uses_chat(decoder.tokenizer, wanted.chat),
+        chat,
         wanted.max_tokens,
         wanted.seed,
         data_dir,
+        thinking=uses_thinking(decoder.tokenizer, wanted.thinking, chat=chat),
     )
     files = {
         name: own_answers(decoder, reader, name.removeprefix(OWN), count, exclude, on_progress)
@@ -111,15 +115,15 @@ def own_answers(
     """Return a JSONL file of `count` problems with the model's own greedy answers, written where they are missing.
 
     Answers that do not end within the reader's `max_tokens` are left out, and so are problems in `exclude` (None:
-    those of the source's evaluation split). Where the source holds fewer, all are taken. What is written survives a kill.
+    those of the source's evaluation split). Where the source holds fewer, all are taken. Thoughts are part of an answer. What is
+    written survives a kill.
 
     Raises:
         DataError: too few answers come to an end.
     """
     if decoder.device.type == "meta":
         raise OptionError(f"{OWN}{source} needs a model that writes: leave out --stream, or take {source}")
-    how = {"seed": reader.seed, "chat": reader.chat, "max_tokens": reader.max_tokens}
-    identity = {"model": decoder.fingerprint, "source": source, **how}
+    identity = _identity(decoder, reader, source)
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / "answers"
     if exclude is None and not is_file(source):  # which has no evaluation problems apart
@@ -134,13 +138,14 @@ def own_answers(
     # One run at a time: another may be writing the same answers.
     with Ledger(folder / f"{name}.ledger", identity, wait=True) as book:
         for examples in _batched(islice(drawn, TRIES * count)):
-            missing = [e for e in examples if e.content not in book.rows]
-            write = partial(_answers, decoder, missing, reader.max_tokens)
+            missing = [problems[e.content] for e in examples if e.content not in book.rows]
+            prompts = [prompt_tokens(reader, p.prompt, thinking=reader.thinking) for p in missing]
+            write = partial(_answers, decoder, prompts, reader)
             answers = chain(*at_once(len(missing), reader.max_tokens, write))
-            for example, answer in zip(missing, answers, strict=True):
-                own = Problem(source, problems[example.content].prompt, answer)
+            for problem, answer in zip(missing, answers, strict=True):
+                own = replace(problem, target=answer)
                 fits = bool(answer.strip()) and len(encode(reader, own).tokens) <= reader.max_tokens
-                book.append(example.content, answer if fits else None)
+                book.append(problem.content, answer if fits else None)
             tried += len(examples)
             for example in examples:
                 answer = book.rows[example.content]
@@ -162,13 +167,21 @@ def own_answers(
     return path
 
 
-def _answers(
-    decoder: Decoder, examples: Sequence[Example], max_tokens: int, rows: Sequence[int]
-) -> list[str]:
-    """Return the greedy answers to the prompts of these examples; empty where one does not end."""
-    from causalprune.evaluation import ends_of, plain_generation  # noqa: PLC0415 (takes seconds)
+def _identity(decoder: Decoder, reader: Reader, source: str) -> dict[str, Any]:
+    """Return what the answers depend on."""
+    return {
+        "model": decoder.fingerprint,
+        "source": source,
+        "seed": reader.seed,
+        "chat": reader.chat,
+        "max_tokens": reader.max_tokens,
+        **({"thinking": True} if reader.thinking else {}),
+    }
 
-    prompts = [list(e.tokens[: e.target_start]) for e in (examples[i] for i in rows)]
+
+def _answers(decoder: Decoder, asked: Sequence[list[int]], reader: Reader, rows: Sequence[int]) -> list[str]:
+    """Return the greedy answers to these prompts; empty where one does not end."""
+    prompts = [asked[i] for i in rows]
     longest, shortest = max(map(len, prompts)), min(map(len, prompts))
     padding = decoder.tokenizer.pad_token_id or decoder.tokenizer.eos_token_id or 0
     tokens = torch.tensor([[padding] * (longest - len(p)) + p for p in prompts])
@@ -177,17 +190,20 @@ def _answers(
         found = decoder.model.generate(
             tokens.to(decoder.device),
             attention_mask=real.to(decoder.device),
-            max_new_tokens=max(max_tokens - shortest, 1),
+            max_new_tokens=max(reader.max_tokens - shortest, 1),
             pad_token_id=padding,
         )
     ends = ends_of(decoder.model, decoder.tokenizer)
-    return [_ended(decoder.tokenizer, row[longest:].tolist(), ends) for row in found]
+    return [_ended(reader, row[longest:].tolist(), ends) for row in found]
 
 
-def _ended(tokenizer: Any, tokens: Sequence[int], ends: Set[int]) -> str:
-    """Return the text before the first token that ends an answer; empty if there is none."""
+def _ended(reader: Reader, tokens: Sequence[int], ends: Set[int]) -> str:
+    """Return the text before the first token that ends an answer; empty if there is none, or thoughts go on."""
     at = next((i for i, token in enumerate(tokens) if token in ends), None)
-    return "" if at is None else str(tokenizer.decode(tokens[:at], skip_special_tokens=True))
+    if at is None:
+        return ""
+    text = str(reader.tokenizer.decode(tokens[:at], skip_special_tokens=not reader.thinking))
+    return text if TRACE_END in text or not reader.thinking else ""
 
 
 def _batched(examples: Iterator[Example]) -> Iterator[list[Example]]:

@@ -1,42 +1,107 @@
-"""Reading the final answer out of a generated solution."""
+"""Reading the final answer out of a generated solution: functions of texts alone."""
 
 import re
+import string
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Literal, get_args
 
-AnswerKind = Literal["number", "yes_no", "letter"]
+from causalprune.calibration import TRACE_END, TRACE_START
+from causalprune.core import OptionError, unknown
+
+AnswerKind = Literal["number", "yes_no", "letter", "text"]
 KINDS: tuple[AnswerKind, ...] = get_args(AnswerKind)
+REGEX = "regex:"
+"""Before a pattern that reads answers, in place of a kind."""
 
 NUMBER = re.compile(r"(?:(?<![\w)])-\s?)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+")
 YES_NO = re.compile(r"\b(?:yes|no)\b", re.IGNORECASE)
+MARK = "####"
+ENDINGS: dict[AnswerKind, re.Pattern[str]] = {
+    "yes_no": re.compile(r"\b(?:yes|no)[\s.!)*]*\Z", re.IGNORECASE),
+    "number": re.compile(
+        rf"(?:{NUMBER.pattern})\s?(?:[%°€£$]|[^\W\d_]+(?:/[^\W\d_]+)?)?[\s.!)*\]}}$]*\Z"
+    ),  # and a unit
+    "letter": re.compile(r"(?:\A|[\s(*:])[A-Z][\s.!)*]*\Z"),
+}
+"""How targets end from which the way to read answers is guessed."""
+FEWEST_LABELS = 4
 
 
-def is_correct(text: str, kind: AnswerKind, gold: str, labels: Sequence[str] = ()) -> bool:
-    """Tell whether the final answer in `text` is `gold`; a text without an answer is wrong."""
-    found = extract(text, kind, labels)
-    if found is None:
-        return False
-    if kind == "number":
-        return found == extract(gold, kind)
-    return found.casefold() == gold.casefold()
+def check_kind(kind: str) -> str:
+    """Return a way to read answers; `OptionError` where there is none of this name, or a pattern cannot be used."""
+    if not kind.startswith(REGEX):
+        if kind not in KINDS:
+            raise unknown("way to read answers", kind, (*KINDS, f"{REGEX}PATTERN"))
+        return kind
+    try:
+        re.compile(kind.removeprefix(REGEX))
+    except re.error as cause:
+        raise OptionError(f"{kind}: the pattern is no regular expression ({cause})") from cause
+    return kind
 
 
-def extract(text: str, kind: AnswerKind, labels: Sequence[str] = ()) -> str | None:
+def guess(targets: Sequence[str]) -> AnswerKind | None:
+    """Return how answers are read where all targets end alike: in yes or no, a number (with a unit), a letter; else None."""
+    ends = [target.rpartition(MARK)[2] for target in targets]
+    found = (kind for kind, ending in ENDINGS.items() if all(map(ending.search, ends)))
+    return next(found, None) if ends else None
+
+
+def labels_of(targets: Sequence[str]) -> tuple[str, ...]:
+    """Return the labels of options: A, B, C, D, and on to the last letter that is the answer of a target."""
+    letters = string.ascii_uppercase
+    found = [extract(target, "letter", letters) for target in targets]
+    last = max((letters.index(letter) for letter in found if letter), default=0)
+    return tuple(letters[: max(last + 1, FEWEST_LABELS)])
+
+
+def after_trace(text: str, *, opened: bool = False) -> str | None:
+    """Return what follows the trace of thoughts, all of it where there is none; None if the trace does not end.
+
+    A trace begins with the text, or was `opened` by the prompt.
+    """
+    if TRACE_END in text:
+        return text.rpartition(TRACE_END)[2].lstrip()
+    return None if opened or text.lstrip().startswith(TRACE_START) else text
+
+
+def is_correct(text: str, kind: str, gold: str, labels: Sequence[str] = ()) -> bool:
+    """Tell whether the final answer in `text` is that in `gold`; a text without an answer is wrong.
+
+    A gold text in which a pattern finds nothing is the answer itself.
+    """
+    found, wanted = extract(text, kind, labels), extract(gold, kind, labels)
+    if wanted is None and kind.startswith(REGEX):
+        wanted = _normal(gold.rpartition(MARK)[2])
+    return found is not None and wanted is not None and found.casefold() == wanted.casefold()
+
+
+def extract(text: str, kind: str, labels: Sequence[str] = ()) -> str | None:
     """Return the answer that follows the last `####`, else the last one in `text`, else None.
 
-    Numbers come without separators, currency sign and trailing zeros, yes and no in lower case.
-    `labels` are the options of a `letter` answer.
+    Numbers come without separators, currency sign and trailing zeros, yes and no in lower case, a `text` (all that follows
+    the mark, or all of it) without regard to case and white space. `labels` are the options of a `letter` answer. A pattern
+    gives the first group of its last match, or all of it where there is no group.
     """
+    if kind.startswith(REGEX):
+        last = next(iter(reversed(list(re.finditer(kind.removeprefix(REGEX), text)))), None)
+        return None if last is None else _normal(last[1 if last.re.groups else 0] or "") or None
+    if kind == "text":
+        return _normal(text.rpartition(MARK)[2]) or None
     if kind == "letter":
         return _letter(text, labels)
     pattern = NUMBER if kind == "number" else YES_NO
-    marked = text.rpartition("####")[2] if "####" in text else ""
+    marked = text.rpartition(MARK)[2] if MARK in text else ""
     first = pattern.search(marked)
     found = first.group() if first else next(iter(reversed(pattern.findall(text))), None)
     if found is None:
         return None
     return _plain(found) if kind == "number" else found.lower()
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def _plain(number: str) -> str:
@@ -46,7 +111,7 @@ def _plain(number: str) -> str:
 
 def _letter(text: str, labels: Sequence[str]) -> str | None:
     label = "|".join(re.escape(name) for name in labels)
-    marked = text.rpartition("####")[2] if "####" in text else ""
+    marked = text.rpartition(MARK)[2] if MARK in text else ""
     if first := re.search(rf"(?<!\w)(?:{label})(?!\w)", marked):
         return first.group()
     said = re.findall(rf"(?:answer|option|choice)\s*(?:is|:)?[\s:(*]*({label})(?!\w)", text, re.IGNORECASE)

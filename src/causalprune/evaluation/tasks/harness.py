@@ -2,7 +2,6 @@
 
 import copy
 import importlib.metadata
-import inspect
 import logging
 import math
 import warnings
@@ -18,17 +17,12 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import GenerationConfig
 
 from causalprune.calibration import content_hash
 from causalprune.core import AtOnce, DataError, Decoder, Progress, out_of_memory
-from causalprune.evaluation.sampling import ends_of
-from causalprune.evaluation.tasks.answers import AnswerKind, is_correct
+from causalprune.evaluation.tasks.answers import is_correct
+from causalprune.evaluation.tasks.generation import AT_ONCE, greedy, plain_generation
 
-AT_ONCE = 4
-"""Answers that are generated at once, in multiples of the batch size: a step costs hardly more for many than for one."""
-LEAVE = 7 / 8
-"""Rows that have ended leave a batch when no more than this share of it is left."""
 VERSION = importlib.metadata.version("lm_eval")
 
 
@@ -141,27 +135,7 @@ def quiet() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-@contextmanager
-def plain_generation(model: Any) -> Iterator[None]:
-    """Generate without the defaults of a model's own file, such as a repetition penalty.
-
-    The output head gets the last positions of a prompt as a copy: given them as a slice, torch copies the head's weights
-    for every sequence of the batch (17 GB for 64 sequences and a vocabulary of 152,000).
-    """
-    own = model.generation_config
-    tokens = {key: getattr(own, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**tokens)
-    handle = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, args: (args[0].contiguous(), *args[1:])
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
-        model.generation_config = own
-
-
-def _scorer(kind: AnswerKind) -> Callable[[Mapping[str, Any], Sequence[str]], dict[str, float]]:
+def _scorer(kind: str) -> Callable[[Mapping[str, Any], Sequence[str]], dict[str, float]]:
     def score(row: Mapping[str, Any], generated: Sequence[str]) -> dict[str, float]:
         return {"exact_match": float(is_correct(generated[0], kind, row["answer"], row.get("labels", ())))}
 
@@ -193,7 +167,9 @@ class _Engine(HFLM):  # type: ignore[misc]  # the harness has no type stubs
             def ended(count: int) -> None:
                 self.cache_hook.ended(rows[0] + count)
 
-            return greedy(self, context[rows], attention_mask[rows], max_length, stop, ended)
+            found = greedy(self, context[rows], attention_mask[rows], max_length, stop, ended)
+            self.broken |= found.broken
+            return found.tokens
 
         with torch.inference_mode():
             found = self.at_once(len(context), max_length, answers)
@@ -239,52 +215,6 @@ class _Engine(HFLM):  # type: ignore[misc]  # the harness has no type stubs
             raise DataError(
                 f"a prompt of {longest} tokens does not fit into the model's {room} free positions"
             )
-
-
-def greedy(
-    engine: Any,
-    context: Tensor,
-    mask: Tensor,
-    max_length: int,
-    stop: Sequence[str],
-    on_ended: Callable[[int], None] = lambda _: None,
-) -> Tensor:
-    """Return the context, padded on the left, with greedy continuations up to an end or a stop, padded on the right.
-
-    `on_ended` hears at every step how many rows have ended. Rows leave the batch and its cache once an eighth of them
-    have ended, where the cache lets them.
-    """
-    model, words = engine.model, engine.tokenizer
-    ends = torch.tensor(sorted(ends_of(model, words)), dtype=torch.long, device=context.device)
-    found = torch.full((len(context), max_length), words.pad_token_id, device=context.device)
-    found[:, : context.shape[1]] = context
-    rows, running = torch.arange(len(context)), torch.ones(len(context), dtype=torch.bool)
-    known = inspect.signature(model.forward).parameters
-    step, places, cache = context, mask.cumsum(-1).sub(1).clamp_min(0), None
-    tail = max([len(words(text)["input_ids"]) for text in stop], default=0) + 2
-    for at in range(context.shape[1], max_length):
-        extra = {"position_ids": places, "logits_to_keep": 1}
-        extra = {name: value for name, value in extra.items() if name in known}
-        output = model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
-        cache, last = output.past_key_values, output.logits[:, -1]
-        engine.broken |= bool(last.amax(-1).isnan().any())
-        token = last.argmax(-1)
-        found[rows[running], at] = token[running.to(token.device)]
-        shown = words.batch_decode(found[rows, max(at + 1 - tail, context.shape[1]) : at + 1])
-        stopped = torch.tensor([any(text in own for text in stop) for own in shown])
-        running &= ~(torch.isin(token, ends).cpu() | stopped)
-        on_ended(len(context) - int(running.sum()))
-        if not bool(running.any()):
-            break
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        places, step = places[:, -1:] + 1, token[:, None]
-        can_leave = all(hasattr(layer, "batch_select_indices") for layer in getattr(cache, "layers", [None]))
-        if can_leave and int(running.sum()) <= LEAVE * len(running):
-            keep = running.nonzero()[:, 0]  # on the CPU: layers of the cache may lie on several devices
-            cache.batch_select_indices(keep)
-            mask, places, step = mask[keep], places[keep], step[keep]
-            rows, running = rows[keep], running[keep]
-    return found[:, : at + 1]
 
 
 class _Progress:

@@ -1,0 +1,58 @@
+"""How tasks are run, and what every result says of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from causalprune.calibration import Chat, Thinking
+from causalprune.core import Decoder
+from causalprune.evaluation.tasks.answers import check_kind
+from causalprune.evaluation.tasks.scorers import Scorer, reference
+
+NEWER = ("answer", "thinking", "scorers")
+"""Settings that ledgers of earlier releases do not know."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tasks are run.
+
+    `limit` is the number of problems (tokens for perplexity) of tasks that name none; which ones is
+    fixed by `seed`. `max_tokens` bounds a sequence of a solution loss, `window` is the length of a
+    perplexity window, or the model's positions where it has fewer. A batch holds up to `batch_tokens` tokens, in the harness `batch_size`
+    sequences. `max_new_tokens` is the length of generated answers at most; None: that of task files, else 512, and 4,096 for
+    a model that thinks first, or what fits its positions. `thinking` says whether it does, `answer` how answers to problems
+    of a file are read (None: as its targets end). `scorers` are functions that a task `SOURCE_name` calls by their names.
+    """
+
+    limit: int | None = None
+    data_dir: Path | None = None
+    seed: int = 0
+    max_tokens: int = 512
+    window: int = 2048
+    chat: Chat = "auto"
+    batch_tokens: int = 4096
+    batch_size: int = 16
+    max_new_tokens: int | None = None
+    answer: str | None = None
+    thinking: Thinking = "auto"
+    scorers: Mapping[str, Scorer] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.answer is not None:
+            check_kind(self.answer)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what results depend on, as ledgers keep it: newer settings where they are used."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "data_dir"}
+        own["scorers"] = {name: reference(scorer) for name, scorer in self.scorers.items()}
+        return {
+            key: value for key, value in own.items() if key not in NEWER or value not in (None, "auto", {})
+        }
+
+
+def described(decoder: Decoder, settings: Settings) -> dict[str, Any]:
+    """Return what every result says of its model and examples."""
+    model = {"model": decoder.name, "revision": decoder.revision, "fingerprint": decoder.fingerprint}
+    return model | {"split": "evaluation", "limit": settings.limit, "seed": settings.seed}
