@@ -47,7 +47,8 @@ def recipe(model: Path, own: Path, **changes: Any) -> Recipe:
         "calibration": CalibrationSpec(("gsm8k",), n=4, subsets=2),
         "methods": ("magnitude",),
         "sparsities": (0.5,),
-        "tasks": (f"{own}_answers", f"{own}_size:3"),
+        "on": (f"{own}_answers", f"{own}_size:3"),
+        "general_text": "none",
         "max_new_tokens": 4,
         "scorers": ("size=mymetrics:size",),
     }
@@ -59,7 +60,7 @@ def test_a_run_measures_answers_and_scores(model: Path, data: Path, tmp_path: Pa
     wanted = recipe(model, own)
     jobs = {job.name: job.tokens for job in plan(wanted, folder, data_dir=data).jobs}
     assert jobs[f"{own}_answers"] > jobs[f"{own}_size:3"] > 0
-    first = dataclasses.replace(wanted, tasks=wanted.tasks[:1], scorers=())
+    first = dataclasses.replace(wanted, on=wanted.on[:1], scorers=())
     carry_out(first, folder, data_dir=data)
     carry_out(wanted, folder, data_dir=data)
     for _, (answers, sizes) in load_rows(folder):
@@ -86,10 +87,10 @@ def test_scorers_of_a_recipe_run_only_where_it_is_trusted(tmp_path: Path, run: R
     path = tmp_path / "r.yaml"
     lines = [
         "model: {name: nowhere}",
-        "calibration: {sources: [gsm8k], thinking: on}",
+        "calibration: {task: [gsm8k], thinking: on}",
         "methods: [magnitude]",
         "sparsities: [0.5]",
-        "tasks: [a.jsonl_size]",
+        "on: [a.jsonl_size]",
         "scorers: ['size=mymetrics:size']",
     ]
     path.write_text("\n".join(lines))

@@ -40,7 +40,7 @@ from causalprune.core import (
     cache_folder,
     silent,
 )
-from causalprune.evaluation import own_pieces, write_text
+from causalprune.evaluation import ends_of, own_pieces, plain_generation, write_text
 from causalprune.runs.recipe import CalibrationSpec
 
 BATCH = 16

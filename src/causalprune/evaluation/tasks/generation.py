@@ -157,9 +157,3 @@ def plain_generation(model: Any) -> Iterator[None]:
     finally:
         handle.remove()
         model.generation_config = own
-
-
-def ends_of(model: Any, tokenizer: Any) -> set[int]:
-    """Return the tokens that end an answer, by the tokenizer and by the model's generation file; there may be none."""
-    own = model.generation_config.eos_token_id
-    return {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
