@@ -22,7 +22,8 @@ LABELS = ["dense", "wanda-row-0.5"]
 @pytest.fixture(scope="module")
 def recipe(model: Path) -> Recipe:
     calibration = CalibrationSpec(("gsm8k",), n=6, seed=3)
-    return Recipe(ModelSpec(str(model)), calibration, ("wanda",), (0.5,), ("gsm8k_nll:4", "strategyqa"))
+    on = ("gsm8k_nll:4", "strategyqa")
+    return Recipe(ModelSpec(str(model)), calibration, ("wanda",), (0.5,), on, general_text="none")
 
 
 def test_means_are_over_draws_and_intervals_over_problems(recipe: Recipe, data: Path, tmp_path: Path) -> None:

@@ -51,16 +51,16 @@ def test_a_run_measures_text_that_the_model_writes(model: Path, data: Path, tmp_
     assert set(dense[2].values) == {0.0}
     assert all(value > 0 for value in pruned[2].values)
     assert pruned[1].examples == dense[1].examples
-    assert record["recipe"]["tasks"] == ("gsm8k_nll:4", *OWN)
+    assert record["recipe"]["on"] == ("gsm8k_nll:4", *OWN)
     assert read_rows(tmp_path / "run" / "results.ledger")["general_text"] == list(OWN)
 
 
-@pytest.mark.parametrize("change", [{"general_text": "none"}, {"tasks": ("gsm8k_nll:4", "own_kl:48")}])
+@pytest.mark.parametrize("change", [{"general_text": "none"}, {"on": ("gsm8k_nll:4", "own_kl:48")}])
 def test_a_recipe_has_the_last_word(change: dict[str, Any], model: Path, data: Path, tmp_path: Path) -> None:
     wanted = recipe(model, **change)
     assert with_general_text(wanted, tmp_path / "run", data) == wanted
     running.run(wanted, tmp_path / "run", data_dir=data)
-    named = [task.partition(":")[0] for task in wanted.tasks]
+    named = [task.partition(":")[0] for task in wanted.on]
     assert tasks(tmp_path / "run") == [named] * 2
     added = running.run(recipe(model), tmp_path / "run", data_dir=data)  # it may change its mind
     assert [r["task"] for r in added["rows"][1]["results"]] == ["gsm8k_nll", "own_ppl", "own_kl"]
@@ -68,24 +68,24 @@ def test_a_recipe_has_the_last_word(change: dict[str, Any], model: Path, data: P
 
 def test_wikitext_is_measured_where_it_is_at_hand(data: Path, tmp_path: Path) -> None:
     own = shutil.copytree(data, tmp_path / "data")
-    assert with_general_text(recipe(data), tmp_path / "run", own).tasks[1:] == OWN, "that is no 40,000 tokens"
+    assert with_general_text(recipe(data), tmp_path / "run", own).on[1:] == OWN, "that is no 40,000 tokens"
     (own / "wikitext2" / "wiki.test.raw").write_text("some words\n" * 4000, encoding="utf-8")
     wanted = with_general_text(recipe(data), tmp_path / "run", own)
-    assert wanted.tasks[1:] == (*OWN, "wikitext2_ppl:40000")
-    assert with_general_text(recipe(data), tmp_path / "run", None).tasks[1:] == OWN, "nothing is fetched"
+    assert wanted.on[1:] == (*OWN, "wikitext2_ppl:40000")
+    assert with_general_text(recipe(data), tmp_path / "run", None).on[1:] == OWN, "nothing is fetched"
     with Ledger(tmp_path / "run" / "results.ledger", {}) as book:
-        book.append("general_text", list(wanted.tasks[2:]))
-    for where, found in ((own, wanted.tasks[2:]), (data, wanted.tasks[2:3])):
-        assert with_general_text(recipe(data), tmp_path / "run", where).tasks[1:] == found, "as it was begun"
+        book.append("general_text", list(wanted.on[2:]))
+    for where, found in ((own, wanted.on[2:]), (data, wanted.on[2:3])):
+        assert with_general_text(recipe(data), tmp_path / "run", where).on[1:] == found, "as it was begun"
 
 
 def test_a_run_that_an_earlier_release_has_begun_goes_on_without(data: Path, tmp_path: Path) -> None:
     with Ledger(tmp_path / "results.ledger", {}) as book:
         book.append("versions", {})
-    assert with_general_text(recipe(data), tmp_path, None).tasks[1:] == OWN, "nothing is measured yet"
+    assert with_general_text(recipe(data), tmp_path, None).on[1:] == OWN, "nothing is measured yet"
     with Ledger(tmp_path / "results.ledger", {}) as book:
         book.append("dense/gsm8k_nll:4", [])
-    assert with_general_text(recipe(data), tmp_path, None).tasks == ("gsm8k_nll:4",)
+    assert with_general_text(recipe(data), tmp_path, None).on == ("gsm8k_nll:4",)
 
 
 def test_a_model_that_cannot_write_is_measured_on_the_rest(

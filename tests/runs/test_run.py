@@ -166,7 +166,7 @@ def test_one_model_is_in_memory_at_a_time(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[weakref.ref[Any]] = []
-    load = running.load
+    load = cells.load
 
     def counts(spec: ModelSpec) -> Any:
         gc.collect()
@@ -175,7 +175,6 @@ def test_one_model_is_in_memory_at_a_time(
         seen.append(weakref.ref(decoder.model))
         return decoder
 
-    monkeypatch.setattr(running, "load", counts)
     monkeypatch.setattr(cells, "load", counts)
     running.run(recipe(model, methods=("magnitude", "wanda")), tmp_path / "run", data_dir=data)
     assert len(seen) == 3

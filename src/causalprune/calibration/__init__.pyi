@@ -50,6 +50,9 @@ from .examples import (
     Reader as Reader,
 )
 from .examples import (
+    Skipped as Skipped,
+)
+from .examples import (
     Thinking as Thinking,
 )
 from .examples import (

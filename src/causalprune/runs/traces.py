@@ -16,6 +16,7 @@ from causalprune.calibration import (
     OWN_TEXT,
     TRACE_END,
     Reader,
+    Skipped,
     calibrate,
     contents,
     draw,
@@ -155,16 +156,18 @@ def own_answers(
             if len(kept) >= count:
                 break
         out = reader.skipped.since(before)
-        try:
-            enough(
-                f"{OWN}{source}", count, len(kept), replace(out, too_long=out.too_long + tried - len(kept))
-            )
-        except DataError as error:
-            raise DataError(f"{error}, or take the worked solutions (without {OWN})") from None
+        _check_enough(source, count, len(kept), replace(out, too_long=out.too_long + tried - len(kept)))
         path = folder / f"{name}-{min(len(kept), count)}.jsonl"
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept[:count])
         write_text(path, text)
     return path
+
+
+def _check_enough(source: str, count: int, found: int, skipped: Skipped) -> None:
+    try:
+        enough(f"{OWN}{source}", count, found, skipped)
+    except DataError as error:
+        raise DataError(f"{error}, or take the worked solutions (without {OWN})") from None
 
 
 def _identity(decoder: Decoder, reader: Reader, source: str) -> dict[str, Any]:
