@@ -51,6 +51,7 @@ def test_a_run_measures_text_that_the_model_writes(model: Path, data: Path, tmp_
     assert set(dense[2].values) == {0.0}
     assert all(value > 0 for value in pruned[2].values)
     assert pruned[1].examples == dense[1].examples
+    assert [bool(r.description.get("added")) for r in pruned] == [False, True, True]
     assert record["recipe"]["on"] == ("gsm8k_nll:4", *OWN)
     assert read_rows(tmp_path / "run" / "results.ledger")["general_text"] == list(OWN)
 
@@ -100,7 +101,7 @@ def test_a_model_that_cannot_write_is_measured_on_the_rest(
     assert len(said) == len(OWN), "once for each task, not for each model"
     assert tasks(tmp_path / "run") == [["gsm8k_nll"]] * 2
     with pytest.raises(DataError, match="it cannot write"):
-        running.run(recipe(model, tasks=OWN), tmp_path / "named", data_dir=data)
+        running.run(recipe(model, on=OWN), tmp_path / "named", data_dir=data)
 
 
 def test_the_model_of_a_run_is_intact_whatever_it_was_made_from(data: Path, tmp_path: Path) -> None:
@@ -138,34 +139,24 @@ def test_a_plan_counts_it(model: Path, data: Path, tmp_path: Path) -> None:
     assert next(job.tokens for job in jobs if job.name.startswith("pruning")) > 200
 
 
-@pytest.mark.parametrize(("named", "best"), [((), 0.5), (("own_ppl",), None)])
+@pytest.mark.parametrize(("added", "best"), [(True, 0.5), (False, None)])
 def test_a_sweep_decides_by_what_was_named(
-    named: tuple[str, ...], best: float | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    added: bool, best: float | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def result(task: str, metric: Any, loss: float) -> dict[str, Any]:
-        return dataclasses.asdict(EvalResult(task, metric, (loss, loss + 0.2), (1.0, 1.0), ("a", "b")))
+    def result(task: str, loss: float, **own: bool) -> dict[str, Any]:
+        values = (loss, loss + 0.2), (1.0, 1.0), ("a", "b")
+        return dataclasses.asdict(EvalResult(task, "nats_per_token", *values, description=own))
 
     def run(wanted: Recipe, *_: Any, **__: Any) -> dict[str, Any]:
-        rows = {"dense": 1.0, **{f"magnitude-{s:g}": 1 + s for s in wanted.sparsities}}
-        return {
-            "rows": [
-                {
-                    "label": k,
-                    "results": [
-                        result("gsm8k_nll", "nats_per_token", 1.0),
-                        result("own_ppl", "perplexity", v),
-                    ],
-                }
-                for k, v in rows.items()
-            ]
-        }
+        losses = {"dense": 1.0, **{f"magnitude-{s:g}": 1 + s for s in wanted.sparsities}}
+        rows = {k: [result("gsm8k_nll", 1.0), result("own_kl", v, added=added)] for k, v in losses.items()}
+        return {"rows": [{"label": label, "results": results} for label, results in rows.items()]}
 
     monkeypatch.setattr(sweeping, "run", run)
-    wanted = recipe(tmp_path, sparsities=(0.3, 0.5), on=("gsm8k_nll:4", *named))
-    tried = sweeping.sweep(wanted, 0.9, tmp_path)
+    tried = sweeping.sweep(recipe(tmp_path, sparsities=(0.3, 0.5)), 0.9, tmp_path)
     assert max((one.sparsity for one in tried if one.holds), default=None) == best
     assert tried[-1].differences[1][1].difference > 0, "it is shown in any case"
-    assert ("decides nothing" in tried[-1].differences[1][0]) == (not named)
+    assert ("decides nothing" in tried[-1].differences[1][0]) == added
 
 
 def test_text_of_its_own_calibrates(data: Path) -> None:

@@ -16,6 +16,8 @@ from causalprune.attribution.plan import planned
 from causalprune.checkpoints.saving import read_manifest
 from causalprune.core.errors import ModelError, OptionError
 from causalprune.core.types import Calibration, Decoder, Example, quiet, silent
+from causalprune.evaluation.measures import evaluate
+from causalprune.evaluation.results import paired_difference
 from causalprune.models.anatomy import inspect_model
 from causalprune.shrinking.removal import BY, Shares, Shrinking, Shrunk, _worth, ledgers, shares_for, shrink
 
@@ -240,8 +242,22 @@ def test_the_command_leaves_a_model_that_loads(run: Run, tmp_path: Path) -> None
     assert small.num_parameters() < decoder.model.num_parameters()
     assert f"{small.num_parameters():,} after" in out
     assert run("verify", tmp_path / "small")[0] == 0
+    assert read_manifest(tmp_path / "small")["base"]["fingerprint"] == decoder.fingerprint
     said = read_manifest(tmp_path / "small")["run"]["shrink"]
     assert len(said["kept"]["layers"]) == small.config.num_hidden_layers
     assert said["parameters_after"] == small.num_parameters()
     code, _, err = run("shrink", model, "-o", tmp_path / "other", *common, "--parameters", "0.1")
     assert (code, "leave the other shares out" in err) == (2, True)
+
+
+def test_a_smaller_model_is_measured_on_the_text_of_the_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    decoder, tasks = tiny_decoder(), ("own_ppl:64", "own_kl:64")
+    whole = evaluate(decoder, tasks)
+    how = Shrinking("magnitude", "none")
+    small = shrink(decoder, Shares(layers=0.5, neurons=0.5), problems(), how, stage=quiet).decoder
+    for one, other in zip(whole, evaluate(small, tasks), strict=True):
+        assert paired_difference(other, one).n == len(one.values)
+        assert all(b > 0 for b in other.values)

@@ -20,23 +20,10 @@ from causalprune.core import DataError, Decoder
 Piece: TypeAlias = tuple[list[int], list[int]]
 """Tokens, and the places of those that were given and not chosen: where documents begin."""
 TOP_P = 0.95
-OPENERS: tuple[str, ...] = (
-    "The",
-    "In",
-    "It",
-    "A",
-    "This",
-    "When",
-    "If",
-    "There",
-    "He",
-    "She",
-    "They",
-    "We",
-    "I",
-    "You",
+OPENERS = (
+    *("The", "In", "It", "A", "This", "When", "If", "There", "He", "She", "They", "We", "I", "You"),
+    *("For", "On", "At", "As", "After", "Most", "Many", "One", "By", "How", "To", "What", "But", "My"),
 )
-OPENERS += ("For", "On", "At", "As", "After", "Most", "Many", "One", "By", "How", "To", "What", "But", "My")
 """Words that English sentences often begin with."""
 
 

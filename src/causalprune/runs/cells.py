@@ -23,6 +23,9 @@ from causalprune.pruning import Method, manifest, prune
 from causalprune.reports import CHECKPOINTS, achieved
 from causalprune.runs.recipe import ModelSpec, Recipe
 
+ADDED = "added"
+"""In the description of a result: nobody named its task, so that it is shown, and decides nothing."""
+
 
 def load(spec: ModelSpec) -> Decoder:
     """Load the model that a recipe or the command line names."""
@@ -39,7 +42,8 @@ def load_intact(spec: ModelSpec) -> Decoder:
 class Cells:
     """Measures the cells of a run, one after the other, each with a freshly loaded model.
 
-    `book` holds what is finished. Of the recipe's tasks, those that the user has not `named` may be impossible.
+    `book` holds what is finished. Of the recipe's tasks, those that the user has not `named` may be impossible, and their
+    results say that they were `ADDED`.
     """
 
     recipe: Recipe
@@ -136,5 +140,9 @@ class Cells:
         if method is not None:
             described |= {"criterion": method.criterion, "scope": method.resolved_scope}
             described |= {"sparsity": method.sparsity, "pruned": self.book.rows[f"{name}/pruned"]}
-        found = (decoded(self.book.rows[f"{name}/{task}"]) for task in self.recipe.on)
-        return {**described, "results": [result for results in found for result in results]}
+        results = []
+        for task in self.recipe.on:
+            for result in decoded(self.book.rows[f"{name}/{task}"]):
+                own = {} if task in self.named else {ADDED: True}
+                results.append({**result, "description": {**result["description"], **own}})
+        return {**described, "results": results}

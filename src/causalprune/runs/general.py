@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from causalprune.calibration import SOURCES
-from causalprune.core import read_rows
+from causalprune.core import Ledger, read_rows
 from causalprune.evaluation import OWN_TASKS, TOKENS, on_general_text
 from causalprune.reports import LEDGER
 from causalprune.runs.recipe import Recipe
@@ -29,12 +29,18 @@ def with_general_text(recipe: Recipe, folder: Path, data_dir: Path | None) -> Re
     added += [f"{TEXT}_ppl:{TEXT_TOKENS}"] if _at_hand(data_dir) else []
     if was := rows.get(NOTE):
         added = [task for task in added if task in was]
-    elif NOTE not in rows and begun(rows):
+    elif NOTE not in rows and _begun(rows):
         added = []
     return dataclasses.replace(recipe, on=(*recipe.on, *added))
 
 
-def begun(rows: Mapping[str, Any]) -> bool:
+def note_general_text(book: Ledger, added: list[str]) -> None:
+    """Keep what was added to the tasks of a run that is only beginning."""
+    if NOTE not in book.rows and not _begun(book.rows):
+        book.append(NOTE, [*added])
+
+
+def _begun(rows: Mapping[str, Any]) -> bool:
     """Tell whether a ledger holds anything of a model."""
     return any("/" in key for key in rows)
 

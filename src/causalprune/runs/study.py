@@ -45,7 +45,7 @@ from causalprune.evaluation import (
 from causalprune.pruning import Method
 from causalprune.reports import CHECKPOINTS
 from causalprune.runs.cells import Cells, load_intact
-from causalprune.runs.general import NOTE, begun, with_general_text
+from causalprune.runs.general import note_general_text, with_general_text
 from causalprune.runs.recipe import Recipe
 from causalprune.runs.single import Options, measured
 from causalprune.runs.traces import calibrated
@@ -92,8 +92,7 @@ def run(
     }
     with Ledger(folder / "results.ledger", identity) as book:
         _note_versions(book)
-        if NOTE not in book.rows and not begun(book.rows):
-            book.append(NOTE, [task for task in recipe.on if task not in named])
+        note_general_text(book, [task for task in recipe.on if task not in named])
         _note_answering(book, settings, recipe.on)
         effects = _effects(recipe, decoder, calibration, folder, stage, book)
         if effects is not None:

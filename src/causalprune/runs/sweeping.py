@@ -5,15 +5,9 @@ import math
 from pathlib import Path
 
 from causalprune.core import EvalResult, OptionError, Stage, quiet
-from causalprune.evaluation import (
-    Tried,
-    headline,
-    higher_is_better,
-    on_general_text,
-    paired_difference,
-    rows_of,
-)
+from causalprune.evaluation import Tried, headline, higher_is_better, paired_difference, rows_of
 from causalprune.pruning import N_OF_M, pattern_sparsity
+from causalprune.runs.cells import ADDED
 from causalprune.runs.recipe import Recipe
 from causalprune.runs.study import run
 
@@ -58,7 +52,7 @@ def sweep(
     if len(recipe.methods) != 1:
         raise OptionError(f"a sweep is about one method, not {', '.join(recipe.methods)}")
     candidates(recipe.methods[0])  # refuses a pattern that has but one
-    choices, general = sorted(recipe.sparsities), any(map(on_general_text, recipe.on))
+    choices = sorted(recipe.sparsities)
     below, above, tried = -1, len(choices), dict[float, Tried]()
     while above - below > 1:
         middle = (below + above) // 2
@@ -66,7 +60,7 @@ def sweep(
         record = run(dataclasses.replace(recipe, sparsities=asked), folder, data_dir=data_dir, stage=stage)
         rows = rows_of(record)
         tried = {
-            sparsity: _tried(sparsity, results, rows[0][1], keep, certain, general)
+            sparsity: _tried(sparsity, results, rows[0][1], keep, certain)
             for sparsity, (_, results) in zip(asked, rows[1:], strict=True)
         }
         below, above = (middle, above) if tried[choices[middle]].holds else (below, middle)
@@ -74,17 +68,12 @@ def sweep(
 
 
 def _tried(
-    sparsity: float,
-    results: list[EvalResult],
-    dense: list[EvalResult],
-    keep: float,
-    certain: bool,
-    general: bool,
+    sparsity: float, results: list[EvalResult], dense: list[EvalResult], keep: float, certain: bool
 ) -> Tried:
     found, holds = [], True
     for own, whole in zip(results, dense, strict=True):
         difference = paired_difference(own, whole)
-        decides = general or not on_general_text(own.task)
+        decides = not own.description.get(ADDED)
         found.append((f"{own.task} ({own.metric}{'' if decides else ', decides nothing'})", difference))
         end = difference.difference
         if certain:
