@@ -3,6 +3,7 @@
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -223,6 +224,18 @@ def read_recipe(path: Path) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as cause:
         raise OptionError(f"{path} is not valid YAML: {' '.join(str(cause).split())}") from cause
     recipe: Recipe = _build(Recipe, values, "recipe")
+    return recipe
+
+
+def as_recipe(given: Recipe | Mapping[str, Any] | Path | str) -> Recipe:
+    """Return a recipe from what stands for one: itself, its keys as in YAML, its file, or its name."""
+    if isinstance(given, Recipe):
+        return given
+    recipe: Recipe = (
+        _build(Recipe, dict(given), "recipe")
+        if isinstance(given, Mapping)
+        else read_recipe(find_recipe(str(given)))
+    )
     return recipe
 
 
