@@ -88,8 +88,8 @@ def test_heatmaps_stay_small_and_leave_out_what_is_unknown() -> None:
 
 
 def test_zeros_are_shown_by_layer_and_matrix() -> None:
-    decoder = tiny_decoder()
-    page = Page(html(prune(decoder, Method("magnitude", 0.5), calibration=problems())))
+    assert prune(tiny_decoder(), Method("magnitude", 0.5))._repr_html_() is None, "all have the same"
+    page = Page(html(prune(tiny_decoder(), Method("magnitude", 0.5, "global"))))
     assert squares(page) == 2 * 7
     assert {"q", "k", "v", "o", "gate", "up", "down"} <= set(page.texts)
 

@@ -67,12 +67,14 @@ def _effects(own: Measured) -> Iterator[Markup]:
         yield paragraph(f"matter most: {'; '.join(said)}")
 
 
-def _zeros(pruned: Pruned) -> Markup:
-    """Return the share of zeros by layer and matrix."""
+def _zeros(pruned: Pruned) -> Markup | None:
+    """Return the share of zeros by layer and matrix, None where all have the same."""
     rows = by_matrix(pruned.keep.counted())
     roles = [role for role in ROLES if any(row[1] == role for row in rows)]
     cells = {(layer, roles.index(role)): zeros / weights for layer, role, weights, zeros in rows}
     top = max(cells.values())
+    if top - min(cells.values()) < 0.01:
+        return None
     return paragraph(f"zeros by layer and matrix; the strongest shade is {top:.1%}") + _grid(
         cells, roles, top
     )
@@ -94,7 +96,7 @@ def _grid(cells: Mapping[tuple[int, int], float], columns: Sequence[Any], top: f
     text = Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>')
     texts = Markup("").join(text.format(x, y, anchor, name) for x, y, name, anchor in labels)
     return Markup(
-        '<svg viewBox="-3 -2 {} {}" width="{}" style="max-width:100%" role="img" aria-label="heatmap: a row for each layer">'
+        '<svg viewBox="-3 -2 {} {}" width="{}" style="max-width:100%" shape-rendering="crispEdges" role="img" aria-label="heatmap: a row for each layer">'
         '{}<g font-size=".8" fill="currentColor">{}</g></svg>'
     ).format(width + 4, height + 2, 14 * (width + 4), squares, texts)
 

@@ -23,7 +23,7 @@ class Record(dict[str, Any]):
 
     def __repr__(self) -> str:
         models, on = len(self["rows"]), len(self["rows"][0]["results"]) if self["rows"] else 0
-        return f"Record({self.folder}: {models} models, {on} measures each)\n{self.verdict}"
+        return f"Record({self.folder}: {models} models × {on} measures)\n{self.verdict}"
 
     def _repr_html_(self) -> str:
         return f"{paragraph(self.verdict)}{compare(rows_of(self))._repr_html_()}"
