@@ -21,4 +21,13 @@ def test_the_quickstart_runs(smollm2: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PYTHONWARNINGS", "default")
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert (tmp_path / "pruned" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "report.html").exists()
+    shown = [output.data for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    pictures = [data["text/html"] for data in shown if "text/html" in data]
+    assert [("<svg" in html, "<table" in html) for html in pictures] == [
+        (True, False),  # effects
+        (False, True),  # compared
+        (False, True),  # the run
+    ]
+    assert all(data["text/plain"].count("\n") < 5 for data in shown)
     assert os.environ["HF_HUB_OFFLINE"] == "1"

@@ -40,7 +40,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "plotly": {"reports"},
     "matplotlib": {"reports"},
     "lm_eval": {"evaluation"},
-    "tqdm": {"evaluation"},
+    "tqdm": {"core", "evaluation"},
     "huggingface_hub": {"checkpoints", "shrinking"},
     "yaml": {"calibration", "checkpoints", "evaluation", "runs"},
     "numpy": {"core", "calibration", "evaluation", "attribution"},

@@ -2,10 +2,10 @@
 
 ```python
 decoder = load("embedded")
-calibration = calibrate(decoder.tokenizer, ["gsm_symbolic"], n=6)
+calibration = calibrate(decoder, ["gsm_symbolic"], n=6)
 effects = attribute(decoder, calibration)
 pruned = prune(decoder, Method("cap", sparsity=0.2), effects=effects)
-save(decoder, Path("pruned"), manifest={}, keep=pruned.keep, effects=effects)
+save(decoder, "pruned", keep=pruned.keep, effects=effects)
 ```
 """
 

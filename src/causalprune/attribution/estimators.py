@@ -21,7 +21,7 @@ from causalprune.attribution.plan import Plan, opened, planned
 from causalprune.attribution.questions import DEFAULT_BUDGET, Estimator, Question
 from causalprune.attribution.sampling import Allocation, next_cells, settled
 from causalprune.calibration import batches
-from causalprune.core import Calibration, Decoder, Effects, Progress, Unit, silent
+from causalprune.core import Calibration, Decoder, Effects, Progress, Unit, bar, silent
 
 Job: TypeAlias = tuple[int, int]  # a batch and a layer
 ROUNDS = 4
@@ -37,16 +37,17 @@ def attribute(
     estimator: Estimator = Estimator(),
     *,
     ledger: Path | None = None,
-    on_progress: Progress = silent,
+    on_progress: Progress | None = None,
 ) -> Effects:
     """Measure or estimate the effect of every unit on every calibration sequence.
 
     With `ledger`, each finished job is on disk before the next begins: a killed run goes on where it was
     and returns the same values bit for bit (same machine, same number of threads).
+    Where no `on_progress` is given, a bar shows how far it has come (`silent`: nothing does).
     """
     plan = planned(decoder, calibration, question, estimator)
-    with opened(plan, ledger) as book:
-        return ESTIMATORS[estimator.name](Measured(Passes(plan), book), on_progress)
+    with opened(plan, ledger) as book, bar(on_progress, "attribution") as tell:
+        return ESTIMATORS[estimator.name](Measured(Passes(plan), book), tell)
 
 
 def exact(work: Measured, on_progress: Progress = silent) -> Effects:

@@ -82,9 +82,9 @@ def check_destination(folder: Path, overwrite: bool = False) -> None:
 
 def save(
     decoder: Decoder,
-    folder: Path,
+    folder: Path | str,
     *,
-    manifest: dict[str, Any],
+    manifest: dict[str, Any] | None = None,
     keep: Keep | None = None,
     effects: Effects | None = None,
     overwrite: bool = False,
@@ -95,6 +95,7 @@ def save(
     maps names of projections to masks. On any failure nothing new is left under the final name,
     and the error is a `CheckpointError`.
     """
+    folder = Path(folder)
     _check_keep(keep or {}, decoder)
     with complete(folder, overwrite) as temporary:
         _write_model(decoder, temporary)
@@ -102,7 +103,7 @@ def save(
             write_keep(keep, temporary / KEEP)
         if effects is not None:
             save_effects(effects, temporary / EFFECTS)
-        write_manifest(temporary, decoder, manifest, count_zeros(decoder)["projections"])
+        write_manifest(temporary, decoder, manifest or {}, count_zeros(decoder)["projections"])
     return folder
 
 
@@ -197,8 +198,9 @@ def save_effects(effects: Effects, path: Path) -> None:
         raise CheckpointError(f"cannot write effects to {path}: {error}") from error
 
 
-def load_effects(path: Path, decoder: Decoder | None = None) -> Effects:
+def load_effects(path: Path | str, decoder: Decoder | None = None) -> Effects:
     """Return the effects in `path`; those of a model other than `decoder` raise `MismatchError`."""
+    path = Path(path)
     record = _read_json(path, ("masked_nats", "intact_nats", "tokens", "subset", "units"))
     try:
         effects = Effects(

@@ -50,13 +50,16 @@ class Verification:
         return all(f.problem == "changed" for f in self.findings)
 
 
-def verify(folder: Path, *, against: Path | None = None, trust_remote_code: bool = False) -> Verification:
+def verify(
+    folder: Path | str, *, against: Path | None = None, trust_remote_code: bool = False
+) -> Verification:
     """Compare a saved folder with its manifest: hashes, zeros per matrix, and keep masks if any.
 
     Loads the model. A file that was written again with the same zeros is reported as `changed`
     only; missing or unreadable files raise `CheckpointError`. `against` is the pruned checkpoint that
     the model in `folder` was made from, by fine-tuning say: zeros are compared with those, and hashes with nothing.
     """
+    folder = Path(folder)
     manifest = read_manifest(against or folder)
     findings = _changed_files(folder, manifest["files"]) if against is None else []
     try:

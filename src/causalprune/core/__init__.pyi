@@ -64,6 +64,7 @@ from .provenance import (
     versions as versions,
 )
 from .resuming import State as State
+from .showing import Shown as Shown
 from .types import (
     Attention as Attention,
 )
@@ -123,4 +124,10 @@ from .types import (
 )
 from .types import (
     silent as silent,
+)
+from .waiting import (
+    bar as bar,
+)
+from .waiting import (
+    bars as bars,
 )

@@ -58,6 +58,14 @@ class Masks(Mapping[str, Tensor]):
         """Return the bits of every mask, as `unpacked` takes them."""
         return {name: torch.from_numpy(data) for name, (data, *_) in self._packed.items()}
 
+    def counted(self) -> list[dict[str, Any]]:
+        """Return `name`, `weights` and `zeros` of every projection: those that do not stay."""
+        found = []
+        for name, (data, (out, into), _) in self._packed.items():
+            stays = int.from_bytes(data.tobytes(), "little").bit_count()
+            found.append({"name": name, "weights": out * into, "zeros": out * into - stays})
+        return found
+
     def __getitem__(self, name: str) -> Bool[Tensor, "out in"]:
         data, shape, device = self._packed[name]
         return unpacked(data, shape).to(device)

@@ -24,6 +24,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from causalprune.core.showing import Shown
+
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 Progress = Callable[[int, int], None]
@@ -69,8 +71,8 @@ def bits_of(weight: Float[Tensor, "out in"]) -> Int[Tensor, "out in"]:
     return weight.view(_INTEGERS[weight.element_size()])
 
 
-@dataclass(frozen=True, eq=False)
-class Projection:
+@dataclass(frozen=True, eq=False, repr=False)
+class Projection(Shown):
     """One prunable weight matrix, seen as `[out in]` however the model stores it.
 
     `parameter` is the stored tensor; `expert` picks one matrix of a 3-D stack, `transposed` says
@@ -135,8 +137,8 @@ class Projection:
         return self.parameter.device
 
 
-@dataclass(frozen=True, eq=False)
-class Attention:
+@dataclass(frozen=True, eq=False, repr=False)
+class Attention(Shown):
     """The attention block of a layer; `output` is the module of its output projection (`W_o`).
 
     The input of `output` is the concatenation of the heads, `n_heads * head_dim` wide.
@@ -149,8 +151,8 @@ class Attention:
     head_dim: int
 
 
-@dataclass(frozen=True, eq=False)
-class Layer:
+@dataclass(frozen=True, eq=False, repr=False)
+class Layer(Shown):
     """One decoder layer: its module, attention block and prunable projections, in a fixed order.
 
     `experts` is the module that holds a mixture of experts, None for a dense MLP.
@@ -174,8 +176,8 @@ class LeftOut:
     reason: str
 
 
-@dataclass(frozen=True, eq=False)
-class Decoder:
+@dataclass(frozen=True, eq=False, repr=False)
+class Decoder(Shown):
     """A loaded causal language model, its tokenizer, and everything in it that can be pruned.
 
     `name` and `revision` are as the user gave them; `fingerprint` is the SHA-256 of configuration
@@ -230,8 +232,8 @@ class Unit:
     kind: UnitKind = "head"
 
 
-@dataclass(frozen=True)
-class Example:
+@dataclass(frozen=True, repr=False)
+class Example(Shown):
     """One tokenised problem: the target is `tokens[target_start:]`, the prompt what precedes it.
 
     `source` names the data set, `content` is the SHA-256 of the normalised prompt text, by which
@@ -249,8 +251,8 @@ class Example:
         return len(self.tokens) - self.target_start
 
 
-@dataclass(frozen=True)
-class Calibration:
+@dataclass(frozen=True, repr=False)
+class Calibration(Shown):
     """Examples cut into disjoint subsets, and what is needed to say where they came from.
 
     `subset[i]` is the subset of example i, in `0 … n_subsets - 1`. `description` holds sources,
@@ -273,8 +275,8 @@ class Calibration:
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
+@dataclass(frozen=True, eq=False, repr=False)
+class Batch(Shown):
     """Sequences padded on the right; causal attention keeps the padding out of every target.
 
     `indices` are the positions of the sequences in their calibration or evaluation set.
@@ -291,8 +293,8 @@ class Batch:
         return torch.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
 
-@dataclass(frozen=True, eq=False)
-class Effects:
+@dataclass(frozen=True, eq=False, repr=False)
+class Effects(Shown):
     """What removing each unit did to each calibration sequence: the values that all scores come from.
 
     All values are nats summed over the target tokens of a sequence; `tokens` counts those. A masked value
@@ -359,8 +361,8 @@ class Effects:
         return replace(self, units=tuple(self.units[i] for i in chosen), **tensors)
 
 
-@dataclass(frozen=True)
-class EvalResult:
+@dataclass(frozen=True, repr=False)
+class EvalResult(Shown):
     """Per-example outcome of one task on one model, and how to sum it up.
 
     The headline value is `Σ values / Σ weights`, through `exp` for `metric == "perplexity"`:

@@ -30,7 +30,7 @@ from causalprune.core import (
     Example,
     OptionError,
     Progress,
-    silent,
+    bar,
     unknown,
 )
 from causalprune.evaluation.answering import chosen, right_or_wrong, scored, scorer_in
@@ -50,14 +50,14 @@ def evaluate(
     tasks: Sequence[str],
     settings: Settings = Settings(),
     *,
-    on_progress: Progress = silent,
+    on_progress: Progress | None = None,
     **changes: Any,
 ) -> list[EvalResult]:
     """Return the results of all tasks; a multiple-choice task may give two, by metric.
 
     `changes` are fields of `Settings`. All names are checked before the first forward pass.
     `on_progress` is called with what is done and the total of the current task: sequences, or
-    requests in the harness.
+    requests in the harness; where none is given, every task has a bar (`silent`: none has).
     """
     settings = replace(settings, **changes)
     jobs = [calibration.with_limit(name) for name in tasks]
@@ -66,7 +66,8 @@ def evaluate(
     for (name, limit), run in zip(jobs, runners, strict=True):
         own = settings if limit is None else replace(settings, limit=limit)
         start = time.perf_counter()
-        found = run(decoder, name, own, on_progress)
+        with bar(on_progress, name) as tell:
+            found = run(decoder, name, own, tell)
         seconds = time.perf_counter() - start
         results += [replace(result, seconds=seconds) for result in found]
     return results

@@ -60,13 +60,19 @@ class Comparison:
     verdict: Verdict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tried:
     """One sparsity of a sweep: the difference to dense of every task, and whether all keep the share asked for."""
 
     sparsity: float
     differences: tuple[tuple[str, Comparison], ...]
     holds: bool
+
+    def __repr__(self) -> str:
+        found = ", ".join(
+            f"{task} {d.difference:+.3g} [{d.low:+.3g}, {d.high:+.3g}]" for task, d in self.differences
+        )
+        return f"Tried({self.sparsity:g}: {'holds' if self.holds else 'does not hold'}; to dense: {found})"
 
 
 def headline(result: EvalResult) -> float:

@@ -21,6 +21,7 @@ from causalprune.core import (
     Progress,
     Projection,
     State,
+    bar,
     silent,
     unpacked,
 )
@@ -47,7 +48,7 @@ def prune(  # noqa: PLR0913 (the command's options)
     effects: Effects | None = None,
     max_batch_tokens: int = 2048,
     kept_in: Path | None = None,
-    on_progress: Progress = silent,
+    on_progress: Progress | None = None,
 ) -> Pruned:
     """Set the least important weights of the decoder to exactly zero, in place, and update the others.
 
@@ -57,6 +58,7 @@ def prune(  # noqa: PLR0913 (the command's options)
     through the layers, and for updates `out · in²` multiplications for every matrix, some times over; see
     `training.distill` for what that costs. What takes long is kept in the file `kept_in` as soon as it is finished (training every ten
     minutes): a stopped run that begins again with the same arguments goes on from there. The caller removes the file.
+    Where no `on_progress` is given, a bar shows how far it has come (`silent`: nothing does).
 
     Raises:
         OptionError: calibration or effects are missing, or a matrix has not the multiple of inputs that a pattern needs.
@@ -76,13 +78,14 @@ def prune(  # noqa: PLR0913 (the command's options)
     followed = _followed(decoder, method, calibration, max_batch_tokens)
     examples = None if stopped else calibration
     plan = planned(decoder, method, factors, examples, max_batch_tokens, _epochs(followed))
-    steps = Steps(plan.total, on_progress)
-    pruned = _restored(plan, state.values) if stopped else _pruned(plan, steps, state)
-    if followed is not None:
-        response = pruned.response and asdict(pruned.response)
-        state.values |= {"keep": pruned.keep.stored(), "unrouted": pruned.unrouted, "response": response}
-        on_step = partial(steps.part, plan.total)
-        distill(decoder, pruned.keep, followed, seed=method.seed, on_step=on_step, state=state)
+    with bar(on_progress, "pruning") as tell:
+        steps = Steps(plan.total, tell)
+        pruned = _restored(plan, state.values) if stopped else _pruned(plan, steps, state)
+        if followed is not None:
+            response = pruned.response and asdict(pruned.response)
+            state.values |= {"keep": pruned.keep.stored(), "unrouted": pruned.unrouted, "response": response}
+            on_step = partial(steps.part, plan.total)
+            distill(decoder, pruned.keep, followed, seed=method.seed, on_step=on_step, state=state)
     return pruned
 
 

@@ -3,13 +3,13 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from causalprune.core import Calibration, Effects, Masks
+from causalprune.core import Calibration, Effects, Masks, Shown
 from causalprune.pruning.grading import DoseResponse
 from causalprune.pruning.methods import Method
 
 
-@dataclass(frozen=True, eq=False)
-class Pruned:
+@dataclass(frozen=True, eq=False, repr=False)
+class Pruned(Shown):
     """What a pruning run kept, and what it has to say.
 
     `keep[name]` is True where a weight stays. `unrouted` names experts' matrices that no calibration
@@ -21,6 +21,13 @@ class Pruned:
     keep: Masks
     unrouted: tuple[str, ...]
     response: DoseResponse | None = None
+
+    def __repr__(self) -> str:
+        own, counts = self.method, self.keep.counted()
+        weights, zeros = (sum(row[kind] for row in counts) for kind in ("weights", "zeros"))
+        words = "".join(f"+{word}" for word in (own.budgets, own.update) if word)
+        share = f"{zeros:,} of {weights:,} prunable weights are zero ({zeros / weights:.2%})"
+        return f"Pruned({own.criterion}:{own.resolved_scope}{words}; {share})"
 
 
 def manifest(pruned: Pruned, calibration: Calibration | None, effects: Effects | None) -> dict[str, Any]:

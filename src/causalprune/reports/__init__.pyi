@@ -1,3 +1,4 @@
+from .compared import compare as compare
 from .evidence import (
     CHECKPOINTS as CHECKPOINTS,
 )
@@ -11,6 +12,15 @@ from .evidence import (
     measured as measured,
 )
 from .heatmaps import heatmap as heatmap
+from .pictures import (
+    drawn as drawn,
+)
+from .pictures import (
+    paragraph as paragraph,
+)
+from .pictures import (
+    verdict as verdict,
+)
 from .writing import (
     REPORT as REPORT,
 )

@@ -1,7 +1,7 @@
 """Effects as a heatmap of characters: a row for each layer, a column for each head, colours or signs for Δ."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.text import Text
 
@@ -23,16 +23,21 @@ def heatmap(own: Measured, *, width: int, colour: bool) -> Iterator[Text]:
     """
     for kind in dict.fromkeys(unit["kind"] for unit in own.units):
         cells = {(u["layer"], u["index"]): u["delta"] for u in own.units if u["kind"] == kind}
-        sizes = sorted(abs(value) for value in cells.values() if math.isfinite(value))
-        if not sizes:
+        top = strongest_shade(cells.values())
+        if not top:
             yield Text(f"{kind}: nothing measured")
             continue
-        top = sizes[math.ceil(0.98 * (len(sizes) - 1))] or sizes[-1] or 1.0
         yield Text(f"{kind}, Δ in nats per token; the strongest shade is {top:.3g} or more", style="bold")
         indices = sorted({index for _, index in cells})
         room = max((width - MARGIN) // 2, 1)
         for start in range(0, len(indices), room):
             yield from _block(cells, indices[start : start + room], top, colour=colour)
+
+
+def strongest_shade(values: Iterable[float]) -> float:
+    """Return the size from which on an effect has the strongest shade: nearly the largest; 0 where nothing is known."""
+    sizes = sorted(abs(value) for value in values if math.isfinite(value))
+    return (sizes[math.ceil(0.98 * (len(sizes) - 1))] or sizes[-1] or 1.0) if sizes else 0.0
 
 
 def _block(

@@ -16,23 +16,27 @@ REPORT = "report.html"
 
 
 def report(
-    folders: Sequence[Path],
-    output: Path,
+    folders: Sequence[Path | str] | Path | str,
+    output: Path | str | None = None,
     *,
     figures: Path | None = None,
     json: Path | None = None,
     csv: Path | None = None,
 ) -> list[Path]:
-    """Write the report on runs as one HTML file, and what else is asked for; return all files written.
+    """Write the report on one run or several as one HTML file, and what else is asked for; return all files written.
 
+    Without `output`, the file is `report.html` in the (first) run's folder. `figures` is a folder, `json` and `csv` are files.
     Costs seconds; no model is loaded. An older report under the same name is replaced.
 
     Raises:
         CheckpointError: a folder holds nothing of a run, or a file of it is damaged.
     """
+    folders = [folders] if isinstance(folders, str | Path) else folders
+    runs = [Path(folder) for folder in folders]
+    output = Path(runs[0] / REPORT if output is None else output)
     if output.is_dir():
         raise OptionError(f"{output} is a folder: name a file, as {output / REPORT}")
-    told = summary([read_run(folder) for folder in folders])
+    told = summary([read_run(folder) for folder in runs])
     write_text(output, page(told))
     files = [output]
     if json is not None:

@@ -278,6 +278,18 @@ def _renamed(values: Mapping[Any, Any], fields: Collection[str], where: str) -> 
     return found
 
 
+def as_recipe(given: Recipe | Mapping[str, Any] | Path | str) -> Recipe:
+    """Return a recipe from what stands for one: itself, its keys as in YAML, its file, or its name."""
+    if isinstance(given, Recipe):
+        return given
+    recipe: Recipe = (
+        _build(Recipe, dict(given), "recipe")
+        if isinstance(given, Mapping)
+        else read_recipe(find_recipe(str(given)))
+    )
+    return recipe
+
+
 def _build(kind: Any, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise OptionError(f"{where} must be a mapping of keys to values, not {values!r}")

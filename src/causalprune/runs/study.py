@@ -11,7 +11,7 @@
 import dataclasses
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from causalprune.core import (
     Ledger,
     MismatchError,
     Stage,
+    bars,
     git_commit,
     peak_bytes,
-    quiet,
     versions,
 )
 from causalprune.evaluation import (
@@ -46,27 +46,31 @@ from causalprune.pruning import Method
 from causalprune.reports import CHECKPOINTS
 from causalprune.runs.cells import Cells, load_intact
 from causalprune.runs.general import note_general_text, with_general_text
-from causalprune.runs.recipe import Recipe
+from causalprune.runs.recipe import Recipe, as_recipe
+from causalprune.runs.record import Record
 from causalprune.runs.single import Options, measured
 from causalprune.runs.traces import calibrated
 
 
 def run(
-    recipe: Recipe,
-    folder: Path,
+    recipe: Recipe | Mapping[str, Any] | Path | str,
+    folder: Path | str,
     *,
     data_dir: Path | None = None,
-    stage: Stage = quiet,
+    stage: Stage | None = None,
     command: str | None = None,
-) -> dict[str, Any]:
+) -> Record:
     """Carry out a recipe in `folder`, or go on where it was stopped; return what `results.json` holds.
 
+    A recipe is one that was made here, its keys as a dictionary, a YAML file, or the name of one that comes with the package.
+    Where no `stage` is given, every stage of the work has a bar (`quiet`: none has).
     `command` is what the user typed, for the record. Methods, sparsities and tasks may be added to a recipe whose folder exists: what is there is not done again.
 
     Raises:
         CheckpointError: the folder is a file, or cannot be written.
         MismatchError: the folder holds a run of another model, calibration, seed, damping or batch size.
     """
+    recipe, folder, stage = as_recipe(recipe), Path(folder), stage or bars
     settings, named = _settings(recipe, data_dir), recipe.on
     check_tasks(recipe.on, settings.scorers)
     if folder.exists() and not folder.is_dir():
@@ -105,7 +109,7 @@ def run(
             record["rows"] = [cells.row(*cell) for cell in recipe.cells().items() if cells.finished(cell[0])]
             write_json(folder / RESULTS, record)
             describe(folder / CHECKPOINTS / name, rows_of(record), name)
-    return record
+    return Record(record, folder)
 
 
 def _settings(recipe: Recipe, data_dir: Path | None) -> Settings:

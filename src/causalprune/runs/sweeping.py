@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from causalprune.core import EvalResult, OptionError, Stage, quiet
+from causalprune.core import EvalResult, OptionError, Stage
 from causalprune.evaluation import Tried, headline, higher_is_better, paired_difference, rows_of
 from causalprune.pruning import N_OF_M, pattern_sparsity
 from causalprune.runs.cells import ADDED
-from causalprune.runs.recipe import Recipe
+from causalprune.runs.recipe import Recipe, as_recipe
 from causalprune.runs.study import run
 
 
@@ -29,16 +31,17 @@ def candidates(method: str) -> tuple[float, ...]:
 
 
 def sweep(
-    recipe: Recipe,
+    recipe: Recipe | Mapping[str, Any] | Path | str,
     keep: float,
-    folder: Path,
+    folder: Path | str,
     *,
     certain: bool = False,
     data_dir: Path | None = None,
-    stage: Stage = quiet,
+    stage: Stage | None = None,
 ) -> list[Tried]:
     """Return what was tried of the recipe's sparsities, ascending; the last that holds is the answer.
 
+    A recipe is what `run` takes; a dictionary without `sparsities` stands for steps of 5 %. `stage` is as there.
     A task keeps the share `keep` where its accuracy is at least that share of dense, its likelihood per token
     (`exp(−loss)`, one over the perplexity) likewise; with `certain` the far end of the 95 % interval of the paired
     difference must say so too. General text decides only where the recipe names it. Supposes that tasks get worse with sparsity. Everything measured is in the run folder, so a
@@ -49,6 +52,9 @@ def sweep(
     """
     if not 0 < keep < 1:
         raise OptionError(f"the share to keep must be between 0 and 1 (both excluded), not {keep:g}")
+    if isinstance(recipe, Mapping) and "sparsities" not in recipe and recipe.get("methods"):
+        recipe = {**recipe, "sparsities": [*candidates(recipe["methods"][0])]}
+    recipe = as_recipe(recipe)
     if len(recipe.methods) != 1:
         raise OptionError(f"a sweep is about one method, not {', '.join(recipe.methods)}")
     candidates(recipe.methods[0])  # refuses a pattern that has but one

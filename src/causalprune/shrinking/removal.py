@@ -21,7 +21,9 @@ from causalprune.core import (
     OptionError,
     Progress,
     Projection,
+    Shown,
     Stage,
+    bars,
     unknown,
 )
 from causalprune.interventions import InputNorms, See, Site, gated_module, observed
@@ -81,8 +83,8 @@ class Shrinking:
             raise unknown("update", self.update, UPDATES)
 
 
-@dataclass(frozen=True, eq=False)
-class Shrunk:
+@dataclass(frozen=True, eq=False, repr=False)
+class Shrunk(Shown):
     """A smaller model, what it kept and how that was updated, and its number of parameters before and after.
 
     `unrouted` names experts that no token reached where their worth was measured: it is unknown, so they stay before others.
@@ -94,6 +96,11 @@ class Shrunk:
     parameters_before: int
     parameters_after: int
     unrouted: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        before, after = self.parameters_before, self.parameters_after
+        sizes = f"{before:,} parameters before, {after:,} after ({1 - after / before:.1%} fewer)"
+        return f"Shrunk({sizes}; what stays updated by {self.update}; the model is .decoder)"
 
 
 def shares_for(decoder: Decoder, parameters: float) -> Shares:
@@ -113,23 +120,27 @@ def shares_for(decoder: Decoder, parameters: float) -> Shares:
 
 def shrink(
     decoder: Decoder,
-    shares: Shares,
+    shares: Shares | float,
     calibration: Calibration,
     how: Shrinking = Shrinking(),
     *,
     ledger: Path | None = None,
-    stage: Stage,
+    stage: Stage | None = None,
+    **changes: Any,
 ) -> Shrunk:
     """Return a smaller model without the units that matter least, the others updated to make up for them.
 
-    All layers lose equally many units of a kind. Where only experts go, nothing but `distill` makes up for them. The
+    `shares` may be the share of all parameters that goes, 0 … 1, from the neurons of MLPs. All layers lose equally many
+    units of a kind. `changes` are fields of `Shrinking`. Where only experts go, nothing but `distill` makes up for them. The
     decoder that is given is changed on the way. Effects that were measured are kept in the `ledgers` of a path, so that a
-    stopped run goes on.
+    stopped run goes on. Where no `stage` is given, every stage of the work has a bar (`quiet`: none has).
 
     Raises:
         OptionError: a kind the model does not have, or a share too small to remove one unit.
         ModelError: the architecture cannot lose units of a kind, or some of the model is not in memory.
     """
+    how, stage = replace(how, **changes), stage or bars
+    shares = shares if isinstance(shares, Shares) else shares_for(decoder, shares)
     if decoder.offloaded:
         raise ModelError(
             f"{decoder.name} is not all in memory, which shrinking needs: leave out --device-map"
