@@ -33,7 +33,8 @@ def recipe(model: Path, **changes: Any) -> dict[str, Any]:
         "calibration": {"task": ["gsm8k"], "n": 4, "subsets": 2},
         "methods": ["magnitude"],
         "sparsities": [0.5],
-        "on": ["gsm8k_nll:3"], "general_text": "none",
+        "on": ["gsm8k_nll:3"],
+        "general_text": "none",
         **changes,
     }
 

@@ -134,9 +134,12 @@ def test_a_plan_counts_it(model: Path, data: Path, tmp_path: Path) -> None:
         job.name: (job.count, job.tokens) for job in plan(recipe(model), tmp_path / "run", data_dir=data).jobs
     }
     assert {found[task] for task in OWN} == {(2, 192)}
+    assert found["text of its own, written once"] == (1, 8 * 96)
     own = CalibrationSpec(("gsm8k:4", "own:2"), subsets=3, max_tokens=100)
     jobs = plan(recipe(model, calibration=own, methods=("wanda",)), tmp_path / "run", data_dir=data).jobs
-    assert next(job.tokens for job in jobs if job.name.startswith("pruning")) > 200
+    found = {job.name: job.tokens for job in jobs}
+    assert found["pruning on calibration data"] > 200
+    assert found["text of its own, written once"] == 8 * (96 + 200)
 
 
 @pytest.mark.parametrize(("added", "best"), [(True, 0.5), (False, None)])

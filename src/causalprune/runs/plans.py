@@ -24,7 +24,7 @@ from causalprune.calibration import (
 )
 from causalprune.checkpoints import EMBEDDED, check_destination, resolve
 from causalprune.core import OptionError
-from causalprune.evaluation import TOKENS, check_tasks, load_scorers, output_type, source_of
+from causalprune.evaluation import OWN_TASKS, TOKENS, check_tasks, load_scorers, output_type, source_of
 from causalprune.models import check_options, device_of, read_shape
 from causalprune.runs.general import with_general_text
 from causalprune.runs.recipe import ModelSpec, Recipe, Shape
@@ -36,6 +36,8 @@ ANSWER_TOKENS = 160
 """Tokens of a generated answer; each costs a pass over the weights, shared by its batch."""
 THINKING_TOKENS = 1500
 """Tokens of an answer after thoughts."""
+WRITING = 8
+"""Times that a token of a text costs more to write than to read: few pieces are written at once."""
 OPTIONS = 4
 """Times that a multiple-choice question is read, once per option."""
 PROBE_SECONDS = 0.3
@@ -97,6 +99,8 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
     for task in recipe.on:
         tokens = len(cells) * _task_tokens(task, scorers, recipe, data_dir)
         jobs.append(Job(task, len(cells), tokens))
+    if own := _written_tokens(recipe):
+        jobs.append(Job("text of its own, written once", 1, WRITING * own))
     flops = 2 * shape.parameters * sum(job.tokens for job in jobs)
     unpacked = recipe.model.name == EMBEDDED or recipe.model.name.endswith(".gguf")
     size = (
@@ -141,6 +145,14 @@ def _calibration_tokens(recipe: Recipe, data_dir: Path | None) -> int:
         enough(source, count, len(lengths))
         tokens += int(sum(lengths) / len(lengths) * min(count, len(lengths)))
     return tokens
+
+
+def _written_tokens(recipe: Recipe) -> int:
+    """Return the tokens of all texts that the model writes, to be measured and to calibrate on."""
+    named = dict(map(with_limit, recipe.on))
+    measured = {named[task] or TOKENS for task in OWN_TASKS if task in named}
+    wanted = recipe.calibration
+    return sum(measured) + wanted.counts().get(OWN_TEXT, 0) * wanted.max_tokens
 
 
 def _task_tokens(task: str, scorers: Iterable[str], recipe: Recipe, data_dir: Path | None) -> int:
