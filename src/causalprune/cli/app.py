@@ -74,12 +74,16 @@ def demo(
 def _print_run(record: dict[str, Any], folder: Path) -> None:
     from causalprune.cli import tables
     from causalprune.evaluation import rows_of
-    from causalprune.reports import REPORT, report
+    from causalprune.reports import REPORT, report, verdict
+    from causalprune.runs import next_command, outcome_of
 
     console.print(tables.comparison(rows_of(record)))
-    console.print(f"results: {folder / 'results.json'}", soft_wrap=True)
+    found = verdict(record)
+    opt.say(tables.verdict(found))
     (page,) = report([folder], folder / REPORT)
-    console.print(f"report: {page}", soft_wrap=True)
+    opt.say(f"results: {folder / 'results.json'}\nreport: {page}")
+    if (made := outcome_of(record, folder, found.label, next_command(record, folder, found))) is not None:
+        opt.say(tables.outcome(made))
 
 
 def typed(recipe: str, folder: Path, data_dir: Path | None, *, full: bool) -> list[str]:

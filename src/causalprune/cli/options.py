@@ -23,6 +23,12 @@ app = typer.Typer(
 )
 console = Console()
 
+
+def say(text: str) -> None:
+    """Print lines as they are: a command or a path in them can be pasted."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 DataDir = Annotated[
     Path | None,
     typer.Option(

@@ -1,5 +1,6 @@
 """Commands that make and check pruned checkpoints."""
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -141,20 +142,16 @@ def prune(
     With `cap` and no `--effects`, the heads are measured first. A stopped run goes on where it was.
     """
     from causalprune.cli import tables
-    from causalprune.runs import prune_checkpoint, prune_streamed
+    from causalprune.runs import outcome, prune_checkpoint, prune_streamed
 
     spec, calibration, wanted = model.spec(), data.spec(subsets), method.parsed(data.reading.seed)
     options = running.options(data.reading.data_dir, overwrite=overwrite)
-    if running.stream:
-        done = prune_streamed(spec, wanted, output, calibration, method.effects, options)
-        achieved = tables.sparsity(done.weights, done.zeros, done.unrouted)
-    else:
-        pruned = prune_checkpoint(spec, wanted, output, calibration, method.effects, options)
-        counts = [(keep.numel(), int((~keep).sum())) for keep in pruned.keep.values()]
-        weights, zeros = (sum(column) for column in zip(*counts, strict=True))
-        achieved = tables.sparsity(weights, zeros, pruned.unrouted)
-    console.print(achieved, highlight=False)
-    console.print(f"saved: {output}")
+    work = spec, wanted, output, calibration, method.effects, options
+    done = prune_streamed(*work) if running.stream else prune_checkpoint(*work)
+    if done.unrouted:
+        said = "matrices of experts got no calibration token and were scored by magnitude"
+        opt.say(tables.unrouted(done.unrouted, said))
+    opt.say(tables.outcome(outcome(output)))
 
 
 @app.command()
@@ -184,7 +181,9 @@ def sweep(
     """
     from causalprune.cli import tables
     from causalprune.core import shown
-    from causalprune.runs import Recipe, candidates
+    from causalprune.evaluation import RESULTS, read_json
+    from causalprune.reports import verdict
+    from causalprune.runs import Recipe, candidates, label, outcome_of, parse_method
     from causalprune.runs import sweep as swept
 
     recipe = Recipe(
@@ -199,13 +198,17 @@ def sweep(
     )
     tried = swept(recipe, keep, output, certain=certain, data_dir=data.reading.data_dir, stage=shown)
     console.print(tables.swept(tried))
+    record = read_json(output / RESULTS)
+    opt.say(tables.verdict(verdict(record)))
     best = max((one.sparsity for one in tried if one.holds), default=None)
-    found = (
-        "no sparsity keeps it"
-        if best is None
-        else f"--method {method.method} --sparsity {best:g}, with the same other options, keeps it"
-    )
-    console.print(f"{found}; all results: {output / 'results.json'}")
+    then = f"causalprune report {shlex.quote(str(output))}"
+    if best is None:
+        opt.say(f"no sparsity keeps {keep:g} of every task\nnext: {then}")
+        return
+    name = label(parse_method(method.method, best))
+    opt.say(f"{name} keeps {keep:g} of every task; all results: {output / RESULTS}")
+    if (made := outcome_of(record, output, name, then)) is not None:
+        opt.say(tables.outcome(made))
 
 
 @app.command()
@@ -217,13 +220,19 @@ def shrink(
     data: opt.MixedOptions = opt.MixedOptions(n=48),
     method: RemovalOptions,
     running: opt.RunningOptions,
+    time: Annotated[
+        bool,
+        typer.Option("--time/--no-time", help="Time the model beside the whole one, for at most 20 seconds."),
+    ] = True,
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Remove units for good: a smaller and faster model that every runtime loads, chosen by effect on the task."""
     from dataclasses import asdict
 
     from causalprune.checkpoints import check_destination
-    from causalprune.runs import prepared
+    from causalprune.cli import tables
+    from causalprune.core import size_of
+    from causalprune.runs import outcome, prepared, speeds
     from causalprune.shrinking import Shrinking, ledgers, save_shrunk, shares_for
     from causalprune.shrinking import shrink as smaller
 
@@ -241,15 +250,19 @@ def shrink(
         ledger=ledger,
         stage=options.stage,
     )
-    how = {"by": method.by, "seed": seed, "shares": asdict(shares)}
+    speed = None
+    if time:
+        with options.stage("timing"):
+            speed = speeds(decoder, shrunk.decoder)
+    how = {"by": method.by, "seed": seed, "shares": asdict(shares), "speed": speed and asdict(speed)}
+    how["size"] = {"before": asdict(size_of(decoder)), "after": asdict(size_of(shrunk.decoder))}
     save_shrunk(shrunk, output, calibration, how, overwrite=overwrite)
     for path in ledgers(ledger).values():
         path.unlink(missing_ok=True)
-    before, after = shrunk.parameters_before, shrunk.parameters_after
-    if unknown := shrunk.unrouted:
-        text = f"{len(unknown)} experts, put before others, got no token that tells their worth"
-        console.print(f"{text}: {', '.join(unknown[:5])}")
-    console.print(f"{before:,} parameters before, {after:,} after ({1 - after / before:.1%} fewer): {output}")
+    if shrunk.unrouted:
+        said = "experts, put before others, got no token that tells their worth"
+        opt.say(tables.unrouted(shrunk.unrouted, said))
+    opt.say(tables.outcome(outcome(output)))
 
 
 @app.command()

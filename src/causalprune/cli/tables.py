@@ -11,7 +11,8 @@ from causalprune.attribution import estimate, reliability
 from causalprune.checkpoints import Verification
 from causalprune.core import Effects, EvalResult, unknown
 from causalprune.evaluation import Row, Tried, headline, interval, paired_difference
-from causalprune.runs import Plan
+from causalprune.reports import RELIABLE_FROM, SPEED_OF_ZEROS, Verdict, reliability_word
+from causalprune.runs import Outcome, Plan
 
 STYLES = {"better": "green", "worse": "red"}
 STRONGEST = 10
@@ -82,7 +83,10 @@ def strongest(effects: Effects) -> Table:
         lines += [f"{int((found.value < 0).sum())} of {int(known.sum())} units lower the loss when removed"]
         lines += [f"certain of their sign: {own['certain_signs']:.0%} of the units"]
     if "split_half" in own:
-        lines.append(f"two halves of the examples rank units alike: {own['split_half']:.2f} (Spearman)")
+        word = f"{reliability_word(own['split_half'])} ({RELIABLE_FROM})"
+        lines.append(
+            f"two halves of the examples rank units alike: {own['split_half']:.2f} (Spearman), {word}"
+        )
     if unreached := effects.description.get("unreached_experts"):
         lines.append(f"{len(unreached)} experts got no token and are unmeasured")
     table = Table(title="most critical units", caption="\n".join(lines))
@@ -177,15 +181,31 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def sparsity(weights: int, zeros: int, unrouted: Sequence[str]) -> str:
-    """Return what a pruning run achieved, in a sentence or two."""
-    text = f"{zeros:,} of {weights:,} prunable weights are zero ({zeros / weights:.4%})"
-    if unrouted:
-        text += (
-            f"; {len(unrouted)} matrices of experts got no calibration token and were scored by magnitude: "
+def outcome(made: Outcome) -> str:
+    """Return what came of a command, a line each: size, zeros, speed, where it is, and how to go on."""
+    lines = [f"size: {made.after.beside(made.before)}"]
+    if made.zeros:
+        share = f"{made.zeros / made.weights:.4%}"
+        lines.append(f"zeros: {made.zeros:,} of {made.weights:,} prunable weights are zero ({share})")
+    if made.speed is not None:
+        lines.append(
+            f"speed: {made.speed}, by {made.speed.how}; other runtimes, batches and memory not measured"
         )
-        text += ", ".join(unrouted[:STRONGEST])
-    return text
+    else:
+        late = "not measured: not asked for, or it would have taken more than a few seconds"
+        lines.append(f"speed: {SPEED_OF_ZEROS if made.after == made.before else late}")
+    lines += [f"saved: {made.checkpoint}"] if made.checkpoint else []
+    return "\n".join([*lines, f"next: {made.then}"])
+
+
+def verdict(found: Verdict) -> str:
+    """Return what a run says of its models, a line for each reason."""
+    return "\n".join([f"verdict: {found.headline}", *(f"  {reason}" for reason in found.reasons)])
+
+
+def unrouted(names: Sequence[str], what: str) -> str:
+    """Return which experts no calibration token reached, and what was done with them."""
+    return f"{len(names)} {what}: {', '.join(names[:STRONGEST])}"
 
 
 def verification(report: Verification) -> str:

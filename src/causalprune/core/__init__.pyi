@@ -63,6 +63,15 @@ from .provenance import (
     versions as versions,
 )
 from .resuming import State as State
+from .sizes import (
+    Size as Size,
+)
+from .sizes import (
+    Speed as Speed,
+)
+from .sizes import (
+    size_of as size_of,
+)
 from .types import (
     Attention as Attention,
 )

@@ -1,4 +1,16 @@
 from .cells import load as load
+from .endings import (
+    Outcome as Outcome,
+)
+from .endings import (
+    next_command as next_command,
+)
+from .endings import (
+    outcome as outcome,
+)
+from .endings import (
+    outcome_of as outcome_of,
+)
 from .plans import (
     Plan as Plan,
 )
@@ -19,6 +31,9 @@ from .recipe import (
 )
 from .recipe import (
     find_recipe as find_recipe,
+)
+from .recipe import (
+    label as label,
 )
 from .recipe import (
     parse_method as parse_method,
@@ -58,4 +73,7 @@ from .sweeping import (
 )
 from .sweeping import (
     sweep as sweep,
+)
+from .timing import (
+    speeds as speeds,
 )

@@ -5,17 +5,17 @@
 | `attribution.ledger` | every finished attribution job; `effects.json` when all are done |
 | `results.ledger` | every finished evaluation; a run that was stopped goes on after the last one |
 | `results.json` | all finished rows with per-example values: what `compare` reads |
-| `checkpoints/<label>` | pruned models, if the recipe says `save: true` |
+| `checkpoints/<label>` | the recommended model, replaced when another beats it; all, if the recipe says `save: true` |
 """
 
 import dataclasses
 import time
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from causalprune.attribution import described
-from causalprune.checkpoints import describe
 from causalprune.core import (
     PACKAGES,
     Calibration,
@@ -28,11 +28,12 @@ from causalprune.core import (
     git_commit,
     peak_bytes,
     quiet,
+    size_of,
     versions,
 )
 from causalprune.evaluation import RESULTS, Settings, check_tasks, evaluation_contents, rows_of, write_json
 from causalprune.pruning import Method
-from causalprune.reports import CHECKPOINTS
+from causalprune.reports import verdict
 from causalprune.runs.cells import Cells, load
 from causalprune.runs.recipe import Recipe
 from causalprune.runs.single import Options, measured
@@ -46,10 +47,12 @@ def run(
     data_dir: Path | None = None,
     stage: Stage = quiet,
     command: str | None = None,
+    best: Callable[[Mapping[str, Any]], str | None] = lambda record: verdict(record).label,
 ) -> dict[str, Any]:
     """Carry out a recipe in `folder`, or go on where it was stopped; return what `results.json` holds.
 
-    `command` is what the user typed, for the record. Methods, sparsities and tasks may be added to a recipe whose folder exists: what is there is not done again.
+    `command` is what the user typed, for the record. `best` names the row whose checkpoint is kept, of those that are
+    finished: the recommended one. Methods, sparsities and tasks may be added to a recipe whose folder exists: what is there is not done again.
 
     Raises:
         CheckpointError: the folder is a file, or cannot be written.
@@ -67,7 +70,7 @@ def run(
         raise CheckpointError(f"{folder} is a file, and a run needs a folder: choose another name")
     with stage("loading model"):
         decoder = load(recipe.model)
-    recipe.check_shape(decoder.name, len(decoder.layers), decoder.layers[0].attention.n_heads)
+    recipe.check_shape(decoder)
     with stage("calibration data") as progress:
         exclude = evaluation_contents(recipe.tasks, settings, decoder.tokenizer)
         calibration = calibrated(decoder, recipe.calibration, data_dir, exclude, progress)
@@ -88,14 +91,14 @@ def run(
         effects = _effects(recipe, decoder, calibration, folder, stage, book)
         if effects is not None:
             record["attribution"] = described(effects) | book.rows.get("attribution", {})
-        cells = Cells(recipe, folder, calibration, effects, settings, stage, book)
+        cells = Cells(recipe, folder, calibration, effects, settings, stage, book, size_of(decoder))
         loaded = [decoder]
         del decoder  # one model in memory at a time
         for name, method in recipe.cells().items():
             cells.measure(name, method, loaded.pop() if method is None else None)
             record["rows"] = [cells.row(*cell) for cell in recipe.cells().items() if cells.finished(cell[0])]
             write_json(folder / RESULTS, record)
-            describe(folder / CHECKPOINTS / name, rows_of(record), name)
+            cells.settle(best(record), rows_of(record))
     return record
 
 
@@ -130,7 +133,8 @@ def _note_versions(book: Ledger) -> None:
 def _effects(
     recipe: Recipe, decoder: Decoder, calibration: Calibration, folder: Path, stage: Stage, book: Ledger
 ) -> Effects | None:
-    if not any(method is not None and "effects" in method.needs for method in recipe.cells().values()):
+    methods = [method for method in recipe.cells().values() if isinstance(method, Method)]
+    if not any("effects" in method.needs for method in methods):
         return None
     options = Options(batch_tokens=recipe.batch_tokens, stage=stage)
     own = {
