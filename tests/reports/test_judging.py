@@ -111,9 +111,10 @@ def test_the_smallest_that_holds_comes_before_the_sparsest() -> None:
     smaller = {"removed": 0.2, "sparsity": 0.0, **size}
     found = judged({"wanda-0.2": same, "wanda-0.5": same, "shrink-0.2": same}, shrink=smaller)
     assert found.label == "shrink-0.2"
-    assert any("1.20 times" in reason and "by a clock" in reason for reason in found.reasons)
+    assert "1.20 times" in str(found.size)
+    assert "by a clock" in str(found.size)
     assert any(
-        r.startswith("Beside it wanda-0.5 holds too.") and "dense model's speed" in r for r in found.reasons
+        r.startswith("Beside it wanda-0.5 holds too:") and "dense model's speed" in r for r in found.reasons
     )
     found = judged({"wanda-0.2": same, "wanda-0.5": same, "shrink-0.2": bad}, shrink=smaller)
     assert (found.label, found.holds) == ("wanda-0.5", True)

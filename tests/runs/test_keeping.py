@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Run
+from reporting import write_run
 from test_run import stops_at
 from tinydata import tiny_decoder
 
@@ -135,6 +137,14 @@ def test_smaller_models_stand_beside_sparse_ones(
     assert f",0.1,{small['parameters']}," in numbers.read_text()
 
 
+def test_sizes_stand_in_the_tables(run: Run, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", methods=("wanda-row", "shrink"), sparsities=(0.2,))
+    code, out, err = run("compare", folder, "--markdown")
+    assert code == 0, err
+    assert "| shrink-0.2 <br> 0 MB, writing 1.25× |" in out
+    assert "| wanda-row-0.2 <br> 0 MB, speed 1× |" in out
+
+
 def test_names_of_smaller_models() -> None:
     assert parse_removal("shrink").share == 0.2
     assert parse_removal("shrink:0.1+distill", seed=3).how.update == "distill"
@@ -192,7 +202,7 @@ def test_the_next_command_names_what_lacks(model: Path, data: Path, tmp_path: Pa
     best = tmp_path / "run" / "checkpoints" / "wanda-row-0.5"
 
     def then(holds: bool) -> str:
-        judged = Verdict("wanda-row-0.5", holds, "", (), "gsm8k_answers:4")
+        judged = Verdict("wanda-row-0.5", holds, "", measure="gsm8k_answers:4")
         return endings.next_command(record, tmp_path / "run", judged).removeprefix("causalprune ")
 
     assert then(holds=False) == f"evaluate {best} -t gsm8k_answers:4 -o {best}.json"

@@ -227,13 +227,13 @@ def test_one_file_for_both_ends_is_cut_in_two(model: Path, tmp_path: Path) -> No
 
 def test_existing_output_is_refused_before_any_work(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    method = recipe(model).cells()["magnitude-matrix-0.5"]
+    method = Method("magnitude", 0.5)
     with pytest.raises(CheckpointError, match="exists"):
         single.prune_checkpoint(ModelSpec("no/such"), method, tmp_path / "out", CalibrationSpec(("gsm8k",)))
 
 
 def test_cap_measures_first_where_no_effects_are_given(model: Path, data: Path, tmp_path: Path) -> None:
-    method = recipe(model).cells()["cap-global-0.5"]
+    method = Method("cap", 0.5)
     options = single.Options(data_dir=data)
     spec, wanted = ModelSpec(str(model)), CalibrationSpec(("gsm8k",), n=6)
     alone = single.prune_checkpoint(spec, method, tmp_path / "alone", wanted, options=options)

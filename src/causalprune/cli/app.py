@@ -77,7 +77,7 @@ def _print_run(record: dict[str, Any], folder: Path) -> None:
     from causalprune.reports import REPORT, report, verdict
     from causalprune.runs import next_command, outcome_of
 
-    console.print(tables.comparison(rows_of(record)))
+    console.print(tables.comparison(rows_of(record), sizes=tables.sizes(record)))
     found = verdict(record)
     opt.say(tables.verdict(found))
     (page,) = report([folder], folder / REPORT)

@@ -20,11 +20,11 @@ UNITS = {"nats_per_token": "nats/token"}
 """What a metric is shown as, where that is not its name."""
 
 
-def comparison(rows: Sequence[Row], *, against: str | None = None) -> Table:
+def comparison(rows: Sequence[Row], *, against: str | None = None, sizes: Sequence[str] = ()) -> Table:
     """Return one row per model, one column per metric: value, and paired difference with 95 % interval.
 
     Differences are to the row called `against`, or to the first. A value is green or red only where
-    the interval of its difference excludes zero.
+    the interval of its difference excludes zero. `sizes` says of every row how large and fast its model is.
     """
     labels = [label for label, _ in rows]
     if against is not None and against not in labels:
@@ -38,8 +38,22 @@ def comparison(rows: Sequence[Row], *, against: str | None = None) -> Table:
         table.add_column(f"{task}\n{UNITS.get(metric, metric)}", justify="right", overflow="fold")
     for i, (label, results) in enumerate(rows):
         own = {_column(result): result for result in results}
-        table.add_row(label, *(_cell(own.get(c), base.get(c), i == base_row) for c in columns))
+        name = "\n".join(filter(None, (label, *sizes[i : i + 1])))
+        table.add_row(name, *(_cell(own.get(c), base.get(c), i == base_row) for c in columns))
     return table
+
+
+def sizes(record: Mapping[str, Any]) -> list[str]:
+    """Return of every row of a record how large and fast its model is, in a few words; empty where that was not noted."""
+    return [_size(row) if "bytes" in row else "" for row in record.get("rows", [{}])]
+
+
+def _size(row: Mapping[str, Any]) -> str:
+    size, speed = f"{row['bytes'] / 1e6:,.0f} MB", row.get("speed")
+    if speed:
+        return f"{size}, writing {speed['writing_gain']:.2f}×"
+    zeros = row["criterion"] != "dense" and not row.get("removed")
+    return f"{size}, speed 1×" if zeros else size
 
 
 def _column(result: EvalResult) -> tuple[str, str]:

@@ -23,14 +23,15 @@ RELIABLE_FROM = "good from 0.8, fair from 0.6, weak below"
 class Verdict:
     """The model that a run speaks for (None: none is measured yet), and what it says of it.
 
-    `holds`: what matters was measured, and nothing is shown to be worse than the dense model. `measure` names a task
-    that would say more.
+    `holds`: what matters was measured, and nothing is shown to be worse than the dense model. `size` is said of its size and
+    speed; `measure` names a task that would say more.
     """
 
     label: str | None
     holds: bool
     headline: str
     reasons: tuple[str, ...] = ()
+    size: str | None = None
     measure: str | None = None
 
 
@@ -91,7 +92,7 @@ def judge(models: Sequence[Told], tasks: Sequence[Told]) -> Verdict:
         return Verdict(None, holds=False, headline=text)
     best = min(full, key=lambda own: own.order)
     answers = None if "answers" in best.kinds else _answers_task(tasks)
-    reasons = [_choice(best, full), _size(best.model, models)]
+    reasons = [_choice(best, full)]
     if best.form and "answers" not in best.kinds:
         reasons.append(
             "A lower loss on solutions like those of the calibration may be their form alone, and not that more problems are "
@@ -102,13 +103,14 @@ def judge(models: Sequence[Told], tasks: Sequence[Told]) -> Verdict:
     others = sorted((own for own in full if own is not best and best.holds), key=lambda own: own.order)
     for own in (own for own in others if bool(own.model["removed"]) != bool(best.model["removed"])):
         if own.holds:
-            reasons.append(f"Beside it {own.model['label']} holds too. {_size(own.model, models)}")
+            reasons.append(f"Beside it {own.model['label']} holds too: {_size(own.model, models)}.")
             break
     if more := [own.model["label"] for own in others if own.order[2:] < best.order[2:] and not own.worse]:
         reasons.append(
             f"{more[0]} loses more and is shown to be worse nowhere, but was fitted to the form of the task."
         )
-    return Verdict(best.model["label"], best.holds, _headline(best), tuple(reasons), answers)
+    size = _size(best.model, models)
+    return Verdict(best.model["label"], best.holds, _headline(best), tuple(reasons), size, answers)
 
 
 def _judged(model: Told, tasks: Sequence[Told]) -> _Judged:
@@ -187,7 +189,7 @@ def _size(model: Told, models: Sequence[Told]) -> str:
     speed = model["speed"]
     seen = f"{Speed(**speed)}, by {speed['how']}" if speed else "speed not measured"
     said = [size, seen if model["removed"] else SPEED_OF_ZEROS]
-    return f"Size and speed: {'; '.join(filter(None, said))}."
+    return "; ".join(filter(None, said))
 
 
 def _answers_task(tasks: Sequence[Told]) -> str | None:

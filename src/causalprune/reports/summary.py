@@ -100,7 +100,7 @@ def _tasks(rows: Sequence[Row], sources: Set[str]) -> list[dict[str, Any]]:
     for result in (result for _, results in rows for result in results):
         if result.metric in HIGHER_IS_BETTER:
             key, unit = task_key(result), UNITS.get(result.metric, result.metric)
-            own = {"key": key, "task": result.task, "metric": result.metric, "unit": unit}
+            own: dict[str, Any] = {"key": key, "task": result.task, "metric": result.metric, "unit": unit}
             own |= {"higher_is_better": HIGHER_IS_BETTER[result.metric], "n": len(result.values)}
             own |= {"kind": kind_of(result), "calibrated": is_calibrated(result.task, sources)}
             found.setdefault(key, own)

@@ -94,11 +94,14 @@ def run(
         cells = Cells(recipe, folder, calibration, effects, settings, stage, book, size_of(decoder))
         loaded = [decoder]
         del decoder  # one model in memory at a time
+        *_, last = recipe.cells()
         for name, method in recipe.cells().items():
+            settled = cells.finished(name) and name != last
             cells.measure(name, method, loaded.pop() if method is None else None)
             record["rows"] = [cells.row(*cell) for cell in recipe.cells().items() if cells.finished(cell[0])]
             write_json(folder / RESULTS, record)
-            cells.settle(best(record), rows_of(record))
+            if not settled:
+                cells.settle(best(record), rows_of(record))
     return record
 
 

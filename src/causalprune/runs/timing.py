@@ -37,7 +37,7 @@ def speeds(whole: Decoder, smaller: Decoder, seconds: float = BUDGET_SECONDS) ->
     timed = rounds[1:]  # the first warms up
     middle = statistics.median
     how = f"transformers, {str(whole.model.dtype).removeprefix('torch.')}, {whole.device.type}"
-    how += f" with {torch.get_num_threads()} threads" if whole.device.type == "cpu" else ""
+    how += f" (threads: {torch.get_num_threads()})" if whole.device.type == "cpu" else ""
     return Speed(
         reading=read / middle(b[0] for _, b in timed),
         writing=written / middle(b[1] for _, b in timed),
