@@ -79,7 +79,7 @@ def _print_run(record: dict[str, Any], folder: Path) -> None:
 
     console.print(tables.comparison(rows_of(record), sizes=tables.sizes(record)))
     found = verdict(record)
-    opt.say(tables.verdict(found))
+    opt.say(tables.verdict(found), "green" if found.holds else None)
     (page,) = report([folder], folder / REPORT)
     opt.say(f"results: {folder / 'results.json'}\nreport: {page}")
     if (made := outcome_of(record, folder, found.label, next_command(record, folder, found))) is not None:

@@ -24,9 +24,9 @@ app = typer.Typer(
 console = Console()
 
 
-def say(text: str) -> None:
+def say(text: str, style: str | None = None) -> None:
     """Print lines as they are: a command or a path in them can be pasted."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 DataDir = Annotated[

@@ -199,7 +199,8 @@ def sweep(
     tried = swept(recipe, keep, output, certain=certain, data_dir=data.reading.data_dir, stage=shown)
     console.print(tables.swept(tried))
     record = read_json(output / RESULTS)
-    opt.say(tables.verdict(verdict(record)))
+    found = verdict(record)
+    opt.say(tables.verdict(found), "green" if found.holds else None)
     best = max((one.sparsity for one in tried if one.holds), default=None)
     then = f"causalprune report {shlex.quote(str(output))}"
     if best is None:

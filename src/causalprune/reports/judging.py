@@ -157,17 +157,13 @@ def _found(best: _Judged, kind: Kind, name: str) -> str:
 
 def _choice(best: _Judged, full: Sequence[_Judged]) -> str:
     """Say why this model was chosen."""
-    held, tasks = [own for own in full if own.holds], len(best.model["cells"])
     if best.worse:
+        tasks = len(best.model["cells"])
         return f"It is shown to be worse on {len(best.worse)} of {tasks} measures; of those with as few, its result on the first is best."
-    same = held or [own for own in full if not own.worse]
-    what = (
-        "hold the level of the dense model" if held else "are not shown to be worse than dense on any measure"
-    )
-    return (
-        f"Of {len(full)} pruned models {len(same)} {what}; this is the smallest of them, among those of one size the "
-        "sparsest, then the one with the best result on the first measure."
-    )
+    same = [own for own in full if own.holds == best.holds and not own.worse]
+    what = "hold the level of the dense model" if best.holds else "are shown to be worse on no measure"
+    rest = "the smallest of them, of one size the sparsest, then the best on the first measure"
+    return f"Pruned models that {what}: {len(same)} of {len(full)}. This is {rest}."
 
 
 def taken(model: Told) -> str:

@@ -75,17 +75,7 @@ def run(
         exclude = evaluation_contents(recipe.tasks, settings, decoder.tokenizer)
         calibration = calibrated(decoder, recipe.calibration, data_dir, exclude, progress)
     identity = _identity(recipe, decoder, calibration)
-    record: dict[str, Any] = {
-        "recipe": dataclasses.asdict(recipe),
-        "cells": list(recipe.cells()),
-        "command": command,
-        "identity": identity,
-        "calibration": calibration.description,
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "attribution": None,
-        "rows": [],
-    }
+    record = _record(recipe, calibration, identity, command)
     with Ledger(folder / "results.ledger", identity) as book:
         _note_versions(book)
         effects = _effects(recipe, decoder, calibration, folder, stage, book)
@@ -103,6 +93,23 @@ def run(
             if not settled:
                 cells.settle(best(record), rows_of(record))
     return record
+
+
+def _record(
+    recipe: Recipe, calibration: Calibration, identity: dict[str, Any], command: str | None
+) -> dict[str, Any]:
+    """Return what `results.json` says before anything is measured."""
+    return {
+        "recipe": dataclasses.asdict(recipe),
+        "cells": list(recipe.cells()),
+        "command": command,
+        "identity": identity,
+        "calibration": calibration.description,
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "attribution": None,
+        "rows": [],
+    }
 
 
 def _identity(recipe: Recipe, decoder: Decoder, calibration: Calibration) -> dict[str, Any]:
