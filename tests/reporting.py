@@ -16,6 +16,15 @@ from causalprune.evaluation.results import write_json
 TASKS = {"gsm8k_cot": "accuracy", "own_nll": "nats_per_token", "wikitext2_ppl": "perplexity"}
 METHODS = ("magnitude-matrix", "wanda-row", "cap-global")
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+SPEED = {
+    "reading": 120.0,
+    "writing": 12.5,
+    "dense_reading": 100.0,
+    "dense_writing": 10.0,
+    "reading_gain": 1.2,
+}
+SPEED |= {"writing_gain": 1.25, "rounds": 5}
+TIMED: dict[str, Any] = {**SPEED, "how": "a clock, on paper"}
 
 
 def made_effects(
@@ -62,6 +71,36 @@ def made_result(
     return EvalResult(task, metric, values, weights, examples, seconds=2.5, description=about, **shown)
 
 
+def _row(label: str, sparsity: float, layers: int, heads: int) -> dict[str, Any]:
+    """Return what a row says of its model, besides the results."""
+    name, _, scope = label.removesuffix(f"-{sparsity:g}").rpartition("-")
+    row: dict[str, Any] = {"label": label, "criterion": name or "dense", "scope": scope or None}
+    row |= {"parameters": 1000, "bytes": 4000, "sparsity": sparsity}
+    if scope == "shrink":
+        size = {"parameters": round(1000 * (1 - sparsity)), "bytes": round(4000 * (1 - sparsity))}
+        row |= {**size, "criterion": "shrink", "scope": None, "sparsity": 0.0, "removed": sparsity}
+        row |= {"speed": TIMED, "pruned": {**size, "speed": TIMED, "seconds": 4.0}}
+    elif sparsity:
+        zeros = [[i, role, 1000, int(1000 * sparsity)] for i in range(layers) for role in ROLES]
+        row["pruned"] = {
+            "sparsity": sparsity,
+            "seconds": 4.0,
+            "tokens_forwarded": 5000,
+            "peak_bytes": {"process": 2**31},
+            "matrices": zeros,
+            "heads": [[sparsity + 0.01 * h for h in range(heads)] for _ in range(layers)],
+        }
+        if name == "cap":
+            members = [[f"layers.{i}.{role}"] for i in range(layers) for role in ("q", "up")]
+            nats = [[0.01, 0.05, 0.2 + 0.1 * i] for i in range(len(members))]
+            row["pruned"]["dose_response"] = {
+                "members": members,
+                "sparsities": [0.3, 0.5, 0.7],
+                "nats": nats,
+            }
+    return row
+
+
 def write_run(  # noqa: PLR0913 (whatever a run may be)
     folder: Path,
     *,
@@ -85,27 +124,8 @@ def write_run(  # noqa: PLR0913 (whatever a run may be)
     for number, (label, sparsity) in enumerate(cells[: len(cells) - left]):
         loss = sparsity * (1 + 0.2 * number)
         results = [made_result(task, metric, loss, n=n) for task, metric in tasks.items()]
-        name, _, scope = label.removesuffix(f"-{sparsity:g}").rpartition("-")
-        row: dict[str, Any] = {"label": label, "criterion": name or "dense", "scope": scope or None}
-        if sparsity:
-            zeros = [[i, role, 1000, int(1000 * sparsity)] for i in range(layers) for role in ROLES]
-            row["pruned"] = {
-                "sparsity": sparsity,
-                "seconds": 4.0,
-                "tokens_forwarded": 5000,
-                "peak_bytes": {"process": 2**31},
-                "matrices": zeros,
-                "heads": [[sparsity + 0.01 * h for h in range(heads)] for _ in range(layers)],
-            }
-            if name == "cap":
-                members = [[f"layers.{i}.{role}"] for i in range(layers) for role in ("q", "up")]
-                nats = [[0.01, 0.05, 0.2 + 0.1 * i] for i in range(len(members))]
-                row["pruned"]["dose_response"] = {
-                    "members": members,
-                    "sparsities": [0.3, 0.5, 0.7],
-                    "nats": nats,
-                }
-        rows.append({**row, "sparsity": sparsity, "results": [asdict(change(label, r)) for r in results]})
+        row = _row(label, sparsity, layers, heads)
+        rows.append({**row, "results": [asdict(change(label, r)) for r in results]})
     record = {
         "recipe": {"model": {"name": model}, "methods": list(methods), "sparsities": list(sparsities)},
         "cells": [label for label, _ in cells],

@@ -1,4 +1,5 @@
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,17 @@ def test_from_model_to_comparison(run: Run, model: Path, data: Path, tmp_path: P
     assert run("verify", tmp_path / "cap")[0] == 0
 
 
+def test_the_next_command_can_be_pasted(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
+    own = ("--data-dir", data, "-t", "strategyqa", "-n", "3")
+    code, out, err = run("prune", model, "-o", tmp_path / "a model", "--method", "wanda", *own)
+    assert code == 0, err
+    assert "speed: runs at the dense model's speed" in out
+    then = shlex.split(out.rpartition("next: causalprune ")[2])
+    assert "strategyqa_nll:200" in then
+    assert run(*then, "--data-dir", data)[0] == 0
+    assert (tmp_path / "a model.json").exists()
+
+
 def test_other_units_effects_and_estimators(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
     common = ("-t", "gsm8k", "-n", "4", "--data-dir", data)
     ways = {
@@ -128,7 +140,9 @@ def test_run_prints_the_table_and_keeps_results(run: Run, model: Path, data: Pat
     assert not (tmp_path / "run").exists()
     code, out, err = run("run", recipe, "-o", tmp_path / "run", "--data-dir", data)
     assert code == 0, err
-    assert "cap-global-0.2" in out
+    assert "verdict: cap-global-0.2" in out
+    assert f"saved: {tmp_path / 'run' / 'checkpoints' / 'cap-global-0.2'}" in out
+    assert "next: causalprune evaluate" in out or "next: causalprune sweep" in out
     assert len(read_json(tmp_path / "run" / "results.json")["rows"]) == 2
     assert "report.html" in "".join(out.split())
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

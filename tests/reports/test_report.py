@@ -113,6 +113,42 @@ def test_the_page_fetches_nothing_and_holds_its_data(folder: Path, tmp_path: Pat
         assert word in tags.shown
 
 
+def test_size_and_speed_stand_beside_what_was_measured(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", methods=("wanda-row", "shrink"), sparsities=(0.2,))
+    told = summary([read_run(folder)])["runs"][0]
+    assert [(m["method"], m["share"], m["removed"]) for m in told["models"]] == [
+        ("dense", 0.0, 0.0),
+        ("wanda-row", 0.2, 0.0),
+        ("shrink", 0.2, 0.2),
+    ]
+    assert list(told["zeros"]) == ["wanda-row-0.2"], "a smaller model has no zeros to show"
+    shown = Tags(page_of(folder, tmp_path / "report.html")).shown
+    for word in (
+        "1,000 parameters in 0.004 MB, the dense model's speed",
+        "800 parameters in 0.0032 MB, reading 1.20 times, writing 1.25 times as fast",
+        "20 % fewer parameters",
+        "a clock, on paper",
+    ):
+        assert word in shown
+
+
+def test_better_is_about_dense_and_wanda_has_other_words(folder: Path, tmp_path: Path) -> None:
+    told = summary([read_run(folder)])["runs"][0]
+    page = page_of(folder, tmp_path / "report.html")
+    cells = [cell for model in told["models"] for cell in model["cells"].values()]
+    for verdict, mark, word in (
+        ("better", "▲ better", "ahead of Wanda"),
+        ("worse", "▼ worse", "behind Wanda"),
+    ):
+        dense, wanda = (
+            sum((c[k] or {}).get("verdict") == verdict for c in cells) for k in ("dense", "wanda")
+        )
+        chosen = next(m for m in told["models"] if m["label"] == told["recommended"]["label"])
+        listed = sum(cell["dense"]["verdict"] == verdict for cell in chosen["cells"].values())
+        assert page.count(f">{mark}</span>") == dense + listed + 1
+        assert page.count(f'soft">{word}') == wanda
+
+
 @pytest.mark.parametrize("case", HOSTILE)
 def test_no_text_becomes_markup(case: str, folder: Path, tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run", **HOSTILE[case]), tmp_path / "report.html")

@@ -86,6 +86,8 @@ def test_impossible_sweeps_are_refused(tmp_path: Path) -> None:
         sweep(RECIPE, 1.0, tmp_path)
     with pytest.raises(OptionError, match="one method"):
         sweep(dataclasses.replace(RECIPE, methods=("wanda", "magnitude")), 0.9, tmp_path)
+    with pytest.raises(OptionError, match=r"shrink:0\.2 makes no zeros"):
+        sweep(dataclasses.replace(RECIPE, methods=("shrink:0.2",)), 0.9, tmp_path)
     with pytest.raises(OptionError, match=r"wanda:2:4 has one sparsity, 0\.5, .*add \+graded"):
         sweep(dataclasses.replace(RECIPE, methods=("wanda:2:4",)), 0.9, tmp_path)
 
@@ -97,3 +99,22 @@ def test_a_pattern_with_dense_matrices_is_sought_below_its_own_sparsity() -> Non
         RECIPE, methods=("wanda:1:4+graded",), sparsities=candidates("wanda:1:4+graded")
     )
     assert len(recipe.cells()) == 15
+
+
+def test_the_checkpoint_of_the_highest_sparsity_that_holds_is_kept(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sweeping, "worst_difference", lambda dense, keep: 1e-3
+    )  # little: some sparsities fail
+    wanted = dataclasses.replace(
+        RECIPE,
+        model=ModelSpec(str(model)),
+        calibration=CalibrationSpec(("gsm8k",), n=6),
+        on=("gsm8k_nll:4",),
+    )
+    tried = sweep(wanted, 0.9, tmp_path / "run", data_dir=data)
+    best = max((one.sparsity for one in tried if one.holds), default=None)
+    kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert kept == ([] if best is None else [f"wanda-row-{best:g}"])
+    assert any(not one.holds for one in tried)

@@ -240,7 +240,10 @@ def test_the_command_leaves_a_model_that_loads(run: Run, tmp_path: Path) -> None
     assert code == 0, err
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert small.num_parameters() < decoder.model.num_parameters()
-    assert f"{small.num_parameters():,} after" in out
+    assert f"size: {small.num_parameters():,} parameters in" in out
+    assert "tokens/s" in out
+    (then,) = (line.removeprefix("next: ") for line in out.splitlines() if line.startswith("next: "))
+    assert then == f"causalprune evaluate {tmp_path / 'small'} -t TEST.jsonl_nll -o {tmp_path / 'small'}.json"
     assert run("verify", tmp_path / "small")[0] == 0
     assert read_manifest(tmp_path / "small")["base"]["fingerprint"] == decoder.fingerprint
     said = read_manifest(tmp_path / "small")["run"]["shrink"]

@@ -1,3 +1,4 @@
+from .card import CARD as CARD
 from .embedded import (
     EMBEDDED as EMBEDDED,
 )

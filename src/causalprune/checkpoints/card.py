@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub as hub
 import yaml
 
-from causalprune.core import EvalResult
+from causalprune.core import EvalResult, Size, Speed
 from causalprune.evaluation import Row, headline, interval, paired_difference, write_text
 
 CARD = "README.md"
@@ -95,14 +95,26 @@ def _what(base: str, record: Mapping[str, Any]) -> str:
     run, sparsity = record["run"], record["sparsity"]
     if shrunk := run.get("shrink"):
         before, after = shrunk["parameters_before"], shrunk["parameters_after"]
-        return f"{base} with {1 - after / before:.1%} of its parameters removed: {after:,} of {before:,} are left."
+        text = f"{base} with {1 - after / before:.1%} of its parameters removed: {after:,} of {before:,} are left."
+        return f"{text} {_size(shrunk)}".strip()
     if not sparsity["zeros"]:
         return f"{base}, as plain safetensors; nothing was pruned."
     share, zeros, weights = sparsity["sparsity"], sparsity["zeros"], sparsity["weights"]
     counts = f"{zeros:,} of {weights:,}"
-    return (
+    text = (
         f"{base} with {share:.2%} of the weights in its decoder layers ({counts}) set to zero by causalprune."
     )
+    return f"{text} {_size(run)}".strip()
+
+
+def _size(about: Mapping[str, Any]) -> str:
+    """Return size and measured speed in sentences; nothing where an older release did not record them."""
+    said = []
+    if size := about.get("size"):
+        said.append(f"It has {Size(**size['after']).beside(Size(**size['before']))}.")
+    if speed := about.get("speed"):
+        said.append(f"Speed when it was made: {Speed(**speed)}, by {speed['how']}.")
+    return " ".join(said)
 
 
 def _made(record: Mapping[str, Any]) -> str:

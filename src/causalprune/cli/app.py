@@ -15,7 +15,7 @@ from causalprune import __version__
 from causalprune.cli import measuring, pruning, reporting
 from causalprune.cli import options as opt
 from causalprune.cli.options import app
-from causalprune.cli.output import AsJson, console, document, voice
+from causalprune.cli.output import AsJson, console, document, say, voice
 from causalprune.core import CausalPruneError
 
 COMMANDS = (measuring, pruning, reporting)  # importing them adds their commands
@@ -115,14 +115,19 @@ def demo(
 def _print_run(record: dict[str, Any], folder: Path, as_json: bool) -> None:
     from causalprune.cli import tables
     from causalprune.evaluation import RESULTS, rows_of
-    from causalprune.reports import REPORT, report
+    from causalprune.reports import REPORT, report, verdict
+    from causalprune.runs import next_command, outcome_of
 
-    rows = rows_of(record)
-    console.print(tables.comparison(rows))
-    console.print(f"results: {folder / RESULTS}", soft_wrap=True)
+    rows, found = rows_of(record), verdict(record)
+    console.print(tables.comparison(rows, sizes=tables.sizes(record)))
+    say(tables.verdict(found), "green" if found.holds else None)
     (page,) = report([folder], folder / REPORT)
-    console.print(f"report: {page}", soft_wrap=True)
-    document(as_json, results=folder / RESULTS, report=page, rows=tables.figures(rows))
+    say(f"results: {folder / RESULTS}\nreport: {page}")
+    made = outcome_of(record, folder, found.label, next_command(record, folder, found))
+    if made is not None:
+        say(tables.outcome(made))
+    files = {"results": folder / RESULTS, "report": page}
+    document(as_json, **files, rows=tables.figures(rows), verdict=found, outcome=made)
 
 
 def _print_draws(record: dict[str, Any], folder: Path, as_json: bool) -> None:

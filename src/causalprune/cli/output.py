@@ -23,6 +23,11 @@ LOG_SECONDS = 30.0
 console = Console()
 
 
+def say(text: str, style: str | None = None) -> None:
+    """Print lines as they are: a command or a path in them can be pasted."""
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
 class Voice:
     """What a command says beside its tables, as the options before every command ask for it."""
 

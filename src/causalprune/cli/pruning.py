@@ -1,5 +1,6 @@
 """Commands that make and check pruned checkpoints."""
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -9,7 +10,7 @@ import typer
 from causalprune.cli import options as opt
 from causalprune.cli.groups import grouped
 from causalprune.cli.options import app
-from causalprune.cli.output import AsJson, console, document, voice
+from causalprune.cli.output import AsJson, console, document, say, voice
 from causalprune.core import OptionError
 
 if TYPE_CHECKING:
@@ -182,23 +183,20 @@ def prune(
     With `cap` and no `--effects`, the heads are measured first. A stopped run goes on where it was.
     """
     from causalprune.cli import tables
-    from causalprune.runs import prune_checkpoint, prune_streamed
+    from causalprune.runs import outcome, prune_checkpoint, prune_streamed
 
     spec, calibration, wanted = model.spec(), data.spec(subsets), method.parsed(data.reading.seed)
     options = running.options(data.reading.data_dir, overwrite=overwrite)
     repository = hub.reserve(output, overwrite)
-    if running.stream:
-        done = prune_streamed(spec, wanted, output, calibration, method.effects, options)
-        weights, zeros, unrouted = done.weights, done.zeros, done.unrouted
-    else:
-        pruned = prune_checkpoint(spec, wanted, output, calibration, method.effects, options)
-        counts = [(keep.numel(), int((~keep).sum())) for keep in pruned.keep.values()]
-        weights, zeros = (sum(column) for column in zip(*counts, strict=True))
-        unrouted = pruned.unrouted
-    console.print(tables.sparsity(weights, zeros, unrouted), highlight=False)
-    console.print(f"saved: {output}")
+    work = spec, wanted, output, calibration, method.effects, options
+    done = prune_streamed(*work) if running.stream else prune_checkpoint(*work)
+    if done.unrouted:
+        said = "matrices of experts got no calibration token and were scored by magnitude"
+        say(tables.unrouted(done.unrouted, said))
+    made = outcome(output)
+    say(tables.outcome(made))
     pushed = _pushed(output, repository)
-    document(as_json, saved=output, weights=weights, zeros=zeros, unrouted=unrouted, pushed=pushed)
+    document(as_json, saved=output, **vars(made), unrouted=done.unrouted, pushed=pushed)
 
 
 @app.command()
@@ -227,7 +225,9 @@ def sweep(
     Supposes that more sparsity is never better. The table shows every sparsity that was tried, with intervals.
     """
     from causalprune.cli import tables
-    from causalprune.runs import Recipe, candidates
+    from causalprune.evaluation import RESULTS, read_json
+    from causalprune.reports import verdict
+    from causalprune.runs import Recipe, candidates, label, outcome_of, parse_method
     from causalprune.runs import sweep as swept
 
     recipe = Recipe(
@@ -245,14 +245,22 @@ def sweep(
     )
     tried = swept(recipe, keep, output, certain=certain, data_dir=data.reading.data_dir, stage=voice.stage)
     console.print(tables.swept(tried))
+    record = read_json(output / RESULTS)
+    found = verdict(record)
+    say(tables.verdict(found), "green" if found.holds else None)
     best = max((one.sparsity for one in tried if one.holds), default=None)
-    found = (
-        "no sparsity keeps it"
-        if best is None
-        else f"--method {method.method} --sparsity {best:g}, with the same other options, keeps it"
+    then, made = f"causalprune report {shlex.quote(str(output))}", None
+    if best is None:
+        say(f"no sparsity keeps {keep:g} of every task\nnext: {then}")
+    else:
+        name = label(parse_method(method.method, best))
+        say(f"{name} keeps {keep:g} of every task; all results: {output / RESULTS}")
+        made = outcome_of(record, output, name, then)
+    if made is not None:
+        say(tables.outcome(made))
+    document(
+        as_json, method=method.method, sparsity=best, tried=tried, results=output / RESULTS, outcome=made
     )
-    console.print(f"{found}; all results: {output / 'results.json'}")
-    document(as_json, method=method.method, sparsity=best, tried=tried, results=output / "results.json")
 
 
 @app.command()
@@ -264,6 +272,10 @@ def shrink(
     data: opt.MixedOptions = opt.MixedOptions(n=48),
     method: RemovalOptions,
     running: opt.RunningOptions,
+    time: Annotated[
+        bool,
+        typer.Option("--time/--no-time", help="Time the model beside the whole one, for at most 20 seconds."),
+    ] = True,
     hub: HubOptions,
     overwrite: opt.Overwrite = False,
     as_json: AsJson = False,
@@ -272,7 +284,9 @@ def shrink(
     from dataclasses import asdict
 
     from causalprune.checkpoints import check_destination
-    from causalprune.runs import prepared
+    from causalprune.cli import tables
+    from causalprune.core import size_of
+    from causalprune.runs import outcome, prepared, speeds
     from causalprune.shrinking import Shrinking, ledgers, save_shrunk, shares_for
     from causalprune.shrinking import shrink as smaller
 
@@ -291,18 +305,22 @@ def shrink(
         ledger=ledger,
         stage=options.stage,
     )
-    how = {"by": method.by, "seed": seed, "shares": asdict(shares)}
+    speed = None
+    if time:
+        with options.stage("timing"):
+            speed = speeds(decoder, shrunk.decoder)
+    how = {"by": method.by, "seed": seed, "shares": asdict(shares), "speed": speed and asdict(speed)}
+    how["size"] = {"before": asdict(size_of(decoder)), "after": asdict(size_of(shrunk.decoder))}
     save_shrunk(shrunk, output, calibration, how, overwrite=overwrite)
     for path in ledgers(ledger).values():
         path.unlink(missing_ok=True)
-    before, after = shrunk.parameters_before, shrunk.parameters_after
-    unknown = shrunk.unrouted
-    if unknown:
-        text = f"{len(unknown)} experts, put before others, got no token that tells their worth"
-        console.print(f"{text}: {', '.join(unknown[:5])}")
-    console.print(f"{before:,} parameters before, {after:,} after ({1 - after / before:.1%} fewer): {output}")
-    sizes = {"parameters_before": before, "parameters_after": after}
-    document(as_json, saved=output, **sizes, unrouted=unknown, pushed=_pushed(output, repository))
+    if shrunk.unrouted:
+        said = "experts, put before others, got no token that tells their worth"
+        say(tables.unrouted(shrunk.unrouted, said))
+    made = outcome(output)
+    say(tables.outcome(made))
+    pushed = _pushed(output, repository)
+    document(as_json, saved=output, **vars(made), unrouted=shrunk.unrouted, pushed=pushed)
 
 
 @app.command()

@@ -11,8 +11,8 @@ from causalprune.attribution import estimate, reliability
 from causalprune.checkpoints import Verification
 from causalprune.core import Effects, EvalResult, unknown
 from causalprune.evaluation import Row, Tried, answered, headline, interval, paired_difference, read_as
-from causalprune.reports import measured
-from causalprune.runs import Plan
+from causalprune.reports import RELIABLE_FROM, SPEED_OF_ZEROS, Verdict, measured, reliability_word
+from causalprune.runs import Outcome, Plan
 
 STYLES = {"better": "green", "worse": "red"}
 STRONGEST = 10
@@ -20,11 +20,11 @@ UNITS = {"nats_per_token": "nats/token"}
 """What a metric is shown as, where that is not its name."""
 
 
-def comparison(rows: Sequence[Row], *, against: str | None = None) -> Table:
+def comparison(rows: Sequence[Row], *, against: str | None = None, sizes: Sequence[str] = ()) -> Table:
     """Return one row per model, one column per metric: value, and paired difference with 95 % interval.
 
     Differences are to the row called `against`, or to the first. A value is green or red only where
-    the interval of its difference excludes zero.
+    the interval of its difference excludes zero. `sizes` says of every row how large and fast its model is.
     """
     base_row = _base(rows, against)
     base = {_column(result): result for result in rows[base_row][1]}
@@ -39,7 +39,8 @@ def comparison(rows: Sequence[Row], *, against: str | None = None) -> Table:
         table.add_column(f"{task}\n{UNITS.get(metric, metric)}", justify="right", overflow="fold")
     for i, (label, results) in enumerate(rows):
         own = {_column(result): result for result in results}
-        table.add_row(label, *(_cell(own.get(c), base.get(c), i == base_row) for c in columns))
+        name = "\n".join(filter(None, (label, *sizes[i : i + 1])))
+        table.add_row(name, *(_cell(own.get(c), base.get(c), i == base_row) for c in columns))
     return table
 
 
@@ -68,6 +69,19 @@ def _base(rows: Sequence[Row], against: str | None) -> int:
     if against is not None and against not in labels:
         raise unknown("row", against, labels)
     return 0 if against is None else labels.index(against)
+
+
+def sizes(record: Mapping[str, Any]) -> list[str]:
+    """Return of every row of a record how large and fast its model is, in a few words; empty where that was not noted."""
+    return [_size(row) if "bytes" in row else "" for row in record.get("rows", [{}])]
+
+
+def _size(row: Mapping[str, Any]) -> str:
+    size, speed = f"{row['bytes'] / 1e6:,.0f} MB", row.get("speed")
+    if speed:
+        return f"{size}, writing {speed['writing_gain']:.2f}×"
+    zeros = row["criterion"] != "dense" and not row.get("removed")
+    return f"{size}, speed 1×" if zeros else size
 
 
 def _column(result: EvalResult) -> tuple[str, str]:
@@ -116,7 +130,10 @@ def strongest(effects: Effects) -> Table:
         lines += [f"{int((found.value < 0).sum())} of {int(known.sum())} units lower the loss when removed"]
         lines += [f"certain of their sign: {own['certain_signs']:.0%} of the units"]
     if "split_half" in own:
-        lines.append(f"two halves of the examples rank units alike: {own['split_half']:.2f} (Spearman)")
+        word = f"{reliability_word(own['split_half'])} ({RELIABLE_FROM})"
+        lines.append(
+            f"two halves of the examples rank units alike: {own['split_half']:.2f} (Spearman), {word}"
+        )
     if unreached := effects.description.get("unreached_experts"):
         lines.append(f"{len(unreached)} experts got no token and are unmeasured")
     table = Table(title="most critical units", caption="\n".join(lines))
@@ -217,15 +234,31 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def sparsity(weights: int, zeros: int, unrouted: Sequence[str]) -> str:
-    """Return what a pruning run achieved, in a sentence or two."""
-    text = f"{zeros:,} of {weights:,} prunable weights are zero ({zeros / weights:.4%})"
-    if unrouted:
-        text += (
-            f"; {len(unrouted)} matrices of experts got no calibration token and were scored by magnitude: "
+def outcome(made: Outcome) -> str:
+    """Return what came of a command, a line each: size, zeros, speed, where it is, and how to go on."""
+    lines = [f"size: {made.after.beside(made.before)}"]
+    if made.zeros:
+        share = f"{made.zeros / made.weights:.4%}"
+        lines.append(f"zeros: {made.zeros:,} of {made.weights:,} prunable weights are zero ({share})")
+    if made.speed is not None:
+        lines.append(
+            f"speed: {made.speed}, by {made.speed.how}; other runtimes, batches and memory not measured"
         )
-        text += ", ".join(unrouted[:STRONGEST])
-    return text
+    else:
+        late = "not measured: not asked for, or it would have taken more than a few seconds"
+        lines.append(f"speed: {SPEED_OF_ZEROS if made.after == made.before else late}")
+    lines += [f"saved: {made.checkpoint}"] if made.checkpoint else []
+    return "\n".join([*lines, f"next: {made.then}"])
+
+
+def verdict(found: Verdict) -> str:
+    """Return what a run says of its models, a line for each reason."""
+    return "\n".join([f"verdict: {found.headline}", *(f"  {reason}" for reason in found.reasons)])
+
+
+def unrouted(names: Sequence[str], what: str) -> str:
+    """Return which experts no calibration token reached, and what was done with them."""
+    return f"{len(names)} {what}: {', '.join(names[:STRONGEST])}"
 
 
 def verification(report: Verification) -> str:

@@ -65,6 +65,15 @@ from .provenance import (
 )
 from .resuming import State as State
 from .showing import Shown as Shown
+from .sizes import (
+    Size as Size,
+)
+from .sizes import (
+    Speed as Speed,
+)
+from .sizes import (
+    size_of as size_of,
+)
 from .types import (
     Attention as Attention,
 )

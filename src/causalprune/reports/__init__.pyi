@@ -12,13 +12,25 @@ from .evidence import (
     measured as measured,
 )
 from .heatmaps import heatmap as heatmap
+from .judging import (
+    RELIABLE_FROM as RELIABLE_FROM,
+)
+from .judging import (
+    SPEED_OF_ZEROS as SPEED_OF_ZEROS,
+)
+from .judging import (
+    Verdict as Verdict,
+)
+from .judging import (
+    reliability_word as reliability_word,
+)
 from .pictures import (
     drawn as drawn,
 )
 from .pictures import (
     paragraph as paragraph,
 )
-from .pictures import (
+from .summary import (
     verdict as verdict,
 )
 from .writing import (

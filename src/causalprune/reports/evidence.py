@@ -28,6 +28,8 @@ from causalprune.evaluation import RESULTS, decoded, read_json
 from causalprune.pruning import head_importance
 
 CHECKPOINTS, LEDGER, STABILITY = "checkpoints", "results.ledger", "stability.json"
+SIZES = ("parameters", "bytes", "speed")
+"""What a row says of a smaller model's size, and of its speed beside the dense one's."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def read_run(folder: Path) -> Evidence:
         raise CheckpointError(
             f"{folder} holds nothing to report: no {RESULTS}, {LEDGER} or {EFFECTS} of `causalprune run` or `attribute`"
         )
-    saved = sorted((folder / CHECKPOINTS).glob(f"*/{MANIFEST}"))
+    saved = sorted((folder / CHECKPOINTS).glob(f"[!.]*/{MANIFEST}"))
     manifests = {path.parent.name: read_manifest(path.parent) for path in saved}
     heads = {row["label"]: row["pruned"]["heads"] for row in rows if "heads" in row.get("pruned", {})}
     counts = _head_counts(effects)
@@ -100,23 +102,23 @@ def rows_of_ledger(ledger: Mapping[str, Any]) -> list[dict[str, Any]]:
         label, _, task = key.partition("/")
         if not task:
             continue
-        name, _, sparsity = label.rpartition("-")
-        criterion, _, scope = name.rpartition("-")
-        dense = {"criterion": "dense", "scope": None, "sparsity": 0.0}
-        pruned = {"criterion": criterion.partition("+")[0], "scope": scope}
-        row = rows.setdefault(
-            label,
-            {
-                "label": label,
-                **({**pruned, "sparsity": float(sparsity)} if name else dense),
-                "results": [],
-            },
-        )
+        row = rows.setdefault(label, {"label": label, **_described(label), "results": []})
         if task == "pruned":
-            row["pruned"] = value
+            row |= {"pruned": value, **{key: value[key] for key in SIZES if key in value}}
         else:
             row["results"] += decoded(value)
     return list(rows.values())
+
+
+def _described(label: str) -> dict[str, Any]:
+    """Return what a label says of how its model was made."""
+    name, _, share = label.rpartition("-")
+    criterion, _, scope = name.rpartition("-")
+    if not name:
+        return {"criterion": "dense", "scope": None, "sparsity": 0.0}
+    if not criterion:  # `shrink-0.2`: no scope, and no zeros
+        return {"criterion": name.partition("+")[0], "scope": None, "sparsity": 0.0, "removed": float(share)}
+    return {"criterion": criterion.partition("+")[0], "scope": scope, "sparsity": float(share)}
 
 
 def measured(effects: Effects, name: str | None = None) -> list[Measured]:

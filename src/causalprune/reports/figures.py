@@ -73,8 +73,8 @@ def _scores(figure: Any, run: Mapping[str, Any], pruned: list[Mapping[str, Any]]
     for ax, task in zip(axes, run["tasks"], strict=False):
         values = []
         for i, method in enumerate(methods):
-            own = sorted((m for m in pruned if m["method"] == method), key=lambda m: m["sparsity"])
-            points = [(m["sparsity"] * 100, m["cells"].get(task["key"])) for m in own]
+            own = sorted((m for m in pruned if m["method"] == method), key=lambda m: m["share"])
+            points = [(m["share"] * 100, m["cells"].get(task["key"])) for m in own]
             known = [(x, c) for x, c in points if c and math.isfinite(c["value"])]
             apart = 0.6 * (i - (len(methods) - 1) / 2)
             at, middle = [x + apart for x, _ in known], [c["value"] for _, c in known]
@@ -91,7 +91,7 @@ def _scores(figure: Any, run: Mapping[str, Any], pruned: list[Mapping[str, Any]]
             ax.set_yscale("log")
             ax.yaxis.set_major_formatter("{x:g}")
         ax.set_title(task["task"][:40], loc="left", fontweight="bold", fontsize=9)
-        ax.set_xlabel("zeros, %")
+        ax.set_xlabel("zeros, or parameters removed, %" if any(m["removed"] for m in pruned) else "zeros, %")
         ax.set_ylabel(task["unit"])
     for ax in axes[len(run["tasks"]) :]:
         ax.set_axis_off()

@@ -77,12 +77,14 @@ function legend(place, styles) {
   place.append(list);
 }
 
-/** Lines of one task: value or difference against sparsity, with intervals; a method's points are moved apart a little. */
+/** What lies along the axis of shares. */
+const taken = (models) => ({ title: { text: models.some((m) => m.removed) ? "zeros, or parameters removed, %" : "zeros, %" }, zeroline: false, rangemode: "tozero" });
+
+/** Lines of one task: value or difference against the share that was taken, with intervals; a method's points are moved apart a little. */
 function lines(models, task, which, styles, methodOf) {
-  const sparsities = unique(models.map((m) => m.sparsity)).sort((a, b) => a - b);
-  const step = Math.max(...sparsities, 0.1) * 0.012;
+  const step = Math.max(...models.map((m) => m.share), 0.1) * 0.012;
   return [...styles].map(([name, look], i) => {
-    const own = models.filter((m) => methodOf(m) === name && m.cells[task.key]).sort((a, b) => a.sparsity - b.sparsity);
+    const own = models.filter((m) => methodOf(m) === name && m.cells[task.key]).sort((a, b) => a.share - b.share);
     const cells = own.map((m) => (which === "value" ? m.cells[task.key] : m.cells[task.key].dense));
     const at = cells.map((cell) => cell && (which === "value" ? cell.value : cell.difference));
     const reach = (from, to) => cells.map((_, j) => (from(j) === null || to(j) === null ? 0 : from(j) - to(j)));
@@ -90,7 +92,7 @@ function lines(models, task, which, styles, methodOf) {
     const text = own.map((m, j) => `${plain(short(m.label))}<br>${number(value(j))} [${number(low(j))}, ${number(high(j))}]`);
     return {
       type: "scatter", mode: "lines+markers", name: plain(name), text, hovertemplate: "%{text}<extra></extra>",
-      x: own.map((m) => m.sparsity * 100 + (i - (styles.size - 1) / 2) * step * 100), y: at,
+      x: own.map((m) => m.share * 100 + (i - (styles.size - 1) / 2) * step * 100), y: at,
       error_y: { type: "data", symmetric: false, array: reach(high, value), arrayminus: reach(value, low), thickness: 1.3, width: 3, color: colour(look.colour) },
       line: { color: colour(look.colour), width: 2, dash: look.dash }, marker: { color: colour(look.colour), size: 8, symbol: look.symbol },
     };
@@ -118,7 +120,7 @@ function scores(place, run, r, tasks = run.tasks) {
       annotations.push({ xref: "paper", x: 0, y: log ? Math.log10(level.value) : level.value, xanchor: "left", yanchor: "bottom", text: "dense", showarrow: false, font: { color: colour("soft") } });
     }
     Plotly.newPlot(canvas, traces, layout({
-      shapes, annotations, xaxis: { title: { text: "zeros, %" }, zeroline: false, rangemode: "tozero" },
+      shapes, annotations, xaxis: taken(pruned),
       yaxis: { type: log ? "log" : "linear", dtick: log ? 1 : undefined, zeroline: false },
     }), config);
   }
@@ -136,7 +138,7 @@ function runs(place) {
     const traces = lines(pruned, task, "value", styles, (m) => m.series);
     const values = traces.flatMap((t) => t.y).filter((v) => v > 0);
     const log = !task.higher_is_better && Math.max(...values) > 8 * Math.min(...values);
-    Plotly.newPlot(canvas, traces, layout({ xaxis: { title: { text: "zeros, %" }, zeroline: false, rangemode: "tozero" }, yaxis: { type: log ? "log" : "linear", dtick: log ? 1 : undefined, zeroline: false } }), config);
+    Plotly.newPlot(canvas, traces, layout({ xaxis: taken(pruned), yaxis: { type: log ? "log" : "linear", dtick: log ? 1 : undefined, zeroline: false } }), config);
   }
 }
 

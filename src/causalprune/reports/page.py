@@ -12,16 +12,31 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from causalprune.core import Size
+from causalprune.reports.judging import RELIABLE_FROM, reliability_word, taken
+
 HERE = Path(__file__).parent
 MOST_UNITS = 1500
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 MARKS = {"better": "▲ better", "worse": "▼ worse", "no difference shown": "= no difference shown"}
+"""Verdicts against the dense model; those against Wanda have other words."""
+BESIDE_WANDA = {
+    "better": "ahead of Wanda",
+    "worse": "behind Wanda",
+    "no difference shown": "not told apart from Wanda",
+}
 STABILITY = (
-    ("certain_signs", "certain of their sign", "share of parts whose 95 % interval excludes zero"),
-    ("split_half", "split-half", "rank correlation of the effects on two halves of the problems"),
-    ("between_subsets", "between subsets", "mean rank correlation between the K subsets"),
-    ("split_half_top_fifth", "top fifth shared", "share of the strongest fifth that two halves agree on"),
+    ("certain_signs", "certain of their sign", "share of parts whose 95 % interval excludes zero", False),
+    ("split_half", "split-half", "rank correlation of the effects on two halves of the problems", True),
+    ("between_subsets", "between subsets", "mean rank correlation between the K subsets", True),
+    (
+        "split_half_top_fifth",
+        "top fifth shared",
+        "share of the strongest fifth that two halves agree on",
+        False,
+    ),
 )
+"""Key, title and meaning of each number, and whether it is a correlation, which comes with a word."""
 
 
 def page(told: Mapping[str, Any]) -> str:
@@ -41,6 +56,7 @@ def page(told: Mapping[str, Any]) -> str:
             all_tasks=list(tasks.values()),
             reasons=_reasons,
             stability_words=STABILITY,
+            reliable_from=RELIABLE_FROM,
             version=told["causalprune"],
             policy=_policy(plotly, script),
             style=Markup((HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704 (our own file)
@@ -82,6 +98,10 @@ def _environment() -> Environment:
         "bounds": bounds,
         "slug": lambda verdict: "none" if verdict == "no difference shown" else verdict,
         "mark": lambda verdict: MARKS.get(verdict, "undefined"),
+        "beside_wanda": lambda verdict: BESIDE_WANDA.get(verdict, "not to be compared with Wanda"),
+        "grouped": _grouped,
+        "size": _size,
+        "reliability": reliability_word,
         "per_model": per_model,
         "extremes": _extremes,
         "by_label": _by_label,
@@ -182,6 +202,26 @@ def _facts(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 def _reasons(run: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     model = next(m for m in run["models"] if m["label"] == run["recommended"]["label"])
     return [(task, model["cells"][task["key"]]) for task in run["tasks"] if task["key"] in model["cells"]]
+
+
+def _grouped(models: Iterable[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """Return the models by what was taken from them: dense, then by zeros, then the smaller ones."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for model in sorted(models, key=lambda m: (m["removed"], m["sparsity"])):
+        groups.setdefault("dense" if model["criterion"] == "dense" else taken(model), []).append(model)
+    return list(groups.items())
+
+
+def _size(model: Mapping[str, Any]) -> str:
+    """Return size and speed of a model in a few words."""
+    said = [str(Size(model["parameters"], model["bytes"]))] if model["parameters"] else []
+    if speed := model["speed"]:
+        said.append(
+            f"reading {speed['reading_gain']:.2f} times, writing {speed['writing_gain']:.2f} times as fast"
+        )
+    elif model["criterion"] != "dense":
+        said.append("speed not measured" if model["removed"] else "the dense model's speed")
+    return ", ".join(said)
 
 
 def _extremes(units: Sequence[Mapping[str, Any]]) -> list[tuple[list[Mapping[str, Any]], str]]:

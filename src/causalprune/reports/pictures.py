@@ -9,10 +9,9 @@ from markupsafe import Markup
 from causalprune.core import Effects, EvalResult
 from causalprune.pruning import Pruned
 from causalprune.reports.compared import compare
-from causalprune.reports.evidence import Measured, by_matrix, measured, read_run
+from causalprune.reports.evidence import Measured, by_matrix, measured
 from causalprune.reports.heatmaps import strongest_shade
 from causalprune.reports.page import ROLES, bounds, number
-from causalprune.reports.summary import summary
 
 COLOURS = ("#2a7fc9", "#d9542b")
 """Of values below zero, and above."""
@@ -30,11 +29,6 @@ def drawn(record: Any) -> str | None:
     if isinstance(record, EvalResult):
         return compare({str(record.description.get("model", "")): [record]})._repr_html_()
     return _zeros(record) if isinstance(record, Pruned) else None
-
-
-def verdict(folder: Any) -> str:
-    """Return which model a run recommends, in a sentence."""
-    return str(summary([read_run(folder)])["runs"][0]["recommended"]["headline"])
 
 
 def paragraph(text: str) -> Markup:

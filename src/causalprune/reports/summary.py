@@ -5,13 +5,14 @@ Everything here is plain Python (dicts, lists, numbers that may be NaN, text), t
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
 from causalprune.core import EvalResult, MismatchError, versions
 from causalprune.evaluation import (
     Floats,
+    Row,
     answered,
     difference_of,
     higher_is_better,
@@ -21,6 +22,7 @@ from causalprune.evaluation import (
 )
 from causalprune.reports.evidence import CHECKPOINTS, Evidence, by_matrix
 from causalprune.reports.examples import flips
+from causalprune.reports.judging import Verdict, is_calibrated, judge, kind_of
 
 UNITS = {
     "nats_per_token": "nats per token",
@@ -29,6 +31,8 @@ UNITS = {
     "acc_norm": "accuracy by option length",
 }
 VERDICTS = ("better", "no difference shown", "worse", "undefined")
+ABOUT = ("label", "criterion", "scope", "sparsity", "parameters", "bytes", "speed")
+"""What a row says of its model."""
 Cell = dict[str, Any]
 
 
@@ -53,17 +57,14 @@ def _names(runs: Sequence[Evidence]) -> list[str]:
 
 
 def _run(name: str, run: Evidence) -> dict[str, Any]:
-    rows = [(str(label), results) for label, results in rows_of({"rows": run.rows})]
-    tasks = _tasks(rows)
-    models = _models(run, rows, tasks)
-    recipe = run.record.get("recipe") or {}
-    recommended = _recommended(models, tasks)
+    rows, tasks, models = _measured(run.record, run.rows)
+    recipe, recommended = run.record.get("recipe") or {}, judge(models, tasks)
     return {
         "name": name,
         "model": _model_name(recipe, rows),
         "tasks": tasks,
         "models": models,
-        "recommended": {**recommended, "checkpoint": _checkpoint(run, recommended["label"])},
+        "recommended": {**asdict(recommended), "checkpoint": _checkpoint(run, recommended.label)},
         "against_wanda": _against_wanda(models),
         "missing": _missing(run, models, tasks),
         "cost": _cost(run, rows),
@@ -80,13 +81,30 @@ def _run(name: str, run: Evidence) -> dict[str, Any]:
     }
 
 
-def _tasks(rows: Sequence[tuple[str, list[EvalResult]]]) -> list[dict[str, Any]]:
+def verdict(record: Mapping[str, Any]) -> Verdict:
+    """Return what is to be said of a run from what its `results.json` holds."""
+    _, tasks, models = _measured(record, record["rows"])
+    return judge(models, tasks)
+
+
+def _measured(
+    record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> tuple[list[Row], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the results of a run by label, its tasks, and its models with a cell for every task."""
+    found = [(str(label), results) for label, results in rows_of({"rows": rows})]
+    tasks = _tasks(found, frozenset((record.get("calibration") or {}).get("sources") or ()))
+    return found, tasks, _models(rows, found, tasks)
+
+
+def _tasks(rows: Sequence[Row], sources: Set[str]) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for result in (result for _, results in rows for result in results):
         if (higher := higher_is_better(result)) is not None:
             key, unit = task_key(result), UNITS.get(result.metric, result.metric)
-            own = {"key": key, "task": result.task, "metric": result.metric, "unit": unit}
-            found.setdefault(key, {**own, "higher_is_better": higher, "n": len(result.values)})
+            own: dict[str, Any] = {"key": key, "task": result.task, "metric": result.metric, "unit": unit}
+            own |= {"higher_is_better": higher, "n": len(result.values)}
+            own |= {"kind": kind_of(result), "calibrated": is_calibrated(result.task, sources)}
+            found.setdefault(key, own)
     return list(found.values())
 
 
@@ -96,10 +114,10 @@ def task_key(result: EvalResult) -> str:
 
 
 def _models(
-    run: Evidence, rows: Sequence[tuple[str, list[EvalResult]]], tasks: Sequence[Mapping[str, Any]]
+    told: Sequence[Mapping[str, Any]], rows: Sequence[Row], tasks: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Return one entry for each model, with a cell for every task that is measured."""
-    about = {str(row["label"]): row for row in run.rows}
+    about = {str(row["label"]): row for row in told}
     draws: dict[tuple[str, str], tuple[EvalResult, Floats | None]] = {}
     for label, results in rows:
         for result in results:
@@ -113,9 +131,10 @@ def _models(
         for task in tasks:
             if (label, task["key"]) in draws:
                 cells[task["key"]] = _cell(draws, label, task["key"], dense, wanda)
-        own = {key: row.get(key) for key in ("label", "criterion", "scope", "sparsity")}
+        own = {key: row.get(key) for key in ABOUT} | {"removed": row.get("removed") or 0.0}
         zeros = (row.get("pruned") or {}).get("sparsity")
-        models.append({**own, "method": _method(row), "achieved": zeros, "wanda": wanda, "cells": cells})
+        own |= {"share": own["removed"] or own["sparsity"], "method": _method(row), "achieved": zeros}
+        models.append({**own, "wanda": wanda, "cells": cells})
     return models
 
 
@@ -155,47 +174,8 @@ def _wanda_for(row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) ->
 
 
 def _method(row: Mapping[str, Any]) -> str:
-    """Return the name of a method without its sparsity: `cap-global`."""
-    return str(row["label"]).removesuffix(f"-{row['sparsity'] or 0:g}")
-
-
-def _recommended(models: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Choose a pruned model: the sparsest that is not shown to be worse than dense on any task, then the best on the first."""
-    keys = [task["key"] for task in tasks]
-    full = [
-        m
-        for m in models
-        if m["criterion"] != "dense" and keys and all((m["cells"].get(k) or {}).get("dense") for k in keys)
-    ]
-    if not full:
-        return {
-            "label": None,
-            "holds": False,
-            "headline": "Nothing can be recommended yet: no pruned model is measured on all tasks beside the dense one.",
-            "reasons": [],
-        }
-
-    def worse(model: Mapping[str, Any]) -> int:
-        return sum(
-            model["cells"][key]["dense"]["verdict"] not in ("better", "no difference shown") for key in keys
-        )
-
-    def loss(model: Mapping[str, Any]) -> float:
-        change = model["cells"][keys[0]]["dense"].get("difference", math.nan)
-        rise = -change if tasks[0]["higher_is_better"] else change
-        return math.inf if math.isnan(rise) else rise
-
-    held = [model for model in full if not worse(model)]
-    if held:
-        best = min(held, key=lambda m: (-m["sparsity"], loss(m)))
-        text = f"{best['label']} holds the level of the dense model: at {best['sparsity'] * 100:g} % zeros no task is shown to be worse."
-        why = f"Of {len(full)} pruned models {len(held)} are not shown to be worse than dense on any task; this is the sparsest"
-        why += " of them, and at its sparsity the one with the best result on the first task."
-    else:
-        best = min(full, key=lambda m: (worse(m), loss(m)))
-        text = f"Every pruned model is worse than the dense one somewhere; {best['label']} loses least."
-        why = f"It is shown to be worse on {worse(best)} of {len(keys)} tasks; of those with as few, its result on the first task is best."
-    return {"label": best["label"], "holds": bool(held), "headline": text, "reasons": [why]}
+    """Return the name of a method without its sparsity, or the share that it removes: `cap-global`."""
+    return str(row["label"]).removesuffix(f"-{row.get('removed') or row['sparsity'] or 0:g}")
 
 
 def _checkpoint(run: Evidence, label: str | None) -> str | None:
@@ -257,7 +237,7 @@ def _missing(
     return said
 
 
-def _cost(run: Evidence, rows: Sequence[tuple[str, list[EvalResult]]]) -> list[dict[str, Any]]:
+def _cost(run: Evidence, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return seconds, tokens and peak memory of each step; None where a run did not record it."""
     steps = []
     attribution = run.record.get("attribution")
@@ -291,7 +271,8 @@ def _zeros(run: Evidence) -> dict[str, list[list[Any]]]:
         for row in run.rows
         if "matrices" in (row.get("pruned") or {})
     }
-    return {label: by_matrix(m["sparsity"]["projections"]) for label, m in run.manifests.items()} | found
+    sparse = {label: own for label, own in run.manifests.items() if "shrink" not in own["run"]}
+    return {label: by_matrix(m["sparsity"]["projections"]) for label, m in sparse.items()} | found
 
 
 def _doses(run: Evidence) -> dict[str, dict[str, Any]]:
@@ -314,7 +295,7 @@ def _doses(run: Evidence) -> dict[str, dict[str, Any]]:
     return curves
 
 
-def _provenance(run: Evidence, rows: Sequence[tuple[str, list[EvalResult]]]) -> dict[str, Any]:
+def _provenance(run: Evidence, rows: Sequence[Row]) -> dict[str, Any]:
     record = run.record
     data = {}
     for result in (result for _, results in rows[:1] for result in results):
@@ -334,7 +315,7 @@ def _provenance(run: Evidence, rows: Sequence[tuple[str, list[EvalResult]]]) -> 
     }
 
 
-def _model_name(recipe: Mapping[str, Any], rows: Sequence[tuple[str, list[EvalResult]]]) -> str:
+def _model_name(recipe: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Return the name that the recipe has for the model; for a folder, and for the embedded model, its last part."""
     found = [str(result.description.get("model") or "") for _, results in rows for result in results]
     named = str((recipe.get("model") or {}).get("name") or "")

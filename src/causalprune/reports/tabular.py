@@ -5,8 +5,10 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-ABOUT = ("run", "label", "method", "criterion", "scope", "sparsity", "achieved", "task", "metric", "n")
-COLUMNS = (*ABOUT, "value", "low", "high")
+ABOUT = ("run", "label", "method", "criterion", "scope", "sparsity", "achieved")
+SIZE = ("removed", "parameters", "bytes")
+GAINS = ("reading_gain", "writing_gain")
+COLUMNS = (*ABOUT, *SIZE, *GAINS, "task", "metric", "n", "value", "low", "high")
 DIFFERENCE = ("difference", "low", "high", "verdict")
 
 
@@ -25,7 +27,8 @@ def to_csv(told: Mapping[str, Any]) -> str:
                 cell = model["cells"].get(task["key"])
                 if cell is None:
                     continue
-                values = {**task, **model, **cell, "run": run["name"]}
+                gains = {name: (model["speed"] or {}).get(name) for name in GAINS}
+                values = {**task, **model, **gains, **cell, "run": run["name"]}
                 row = [values[name] for name in COLUMNS]
                 for other in ("dense", "wanda"):
                     row += [(cell[other] or {}).get(name) for name in DIFFERENCE]

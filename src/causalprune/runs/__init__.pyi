@@ -9,6 +9,18 @@ from .draws import (
 from .draws import (
     times as times,
 )
+from .endings import (
+    Outcome as Outcome,
+)
+from .endings import (
+    next_command as next_command,
+)
+from .endings import (
+    outcome as outcome,
+)
+from .endings import (
+    outcome_of as outcome_of,
+)
 from .plans import (
     Plan as Plan,
 )
@@ -29,6 +41,9 @@ from .recipe import (
 )
 from .recipe import (
     find_recipe as find_recipe,
+)
+from .recipe import (
+    label as label,
 )
 from .recipe import (
     parse_method as parse_method,
@@ -71,4 +86,7 @@ from .sweeping import (
 )
 from .sweeping import (
     sweep as sweep,
+)
+from .timing import (
+    speeds as speeds,
 )

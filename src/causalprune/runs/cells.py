@@ -3,11 +3,13 @@
 import dataclasses
 import time
 import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from causalprune import checkpoints
-from causalprune.checkpoints import read_manifest, save
+from causalprune.checkpoints import MANIFEST, count_zeros, describe, read_manifest, save
 from causalprune.core import (
     Calibration,
     CausalPruneError,
@@ -15,13 +17,18 @@ from causalprune.core import (
     Effects,
     EvalResult,
     Ledger,
+    Size,
     Stage,
     peak_bytes,
+    size_of,
 )
-from causalprune.evaluation import Settings, decoded, evaluate, kept_rows
+from causalprune.evaluation import Row, Settings, decoded, evaluate, kept_rows
 from causalprune.pruning import Method, manifest, prune
 from causalprune.reports import CHECKPOINTS, achieved
-from causalprune.runs.recipe import ModelSpec, Recipe
+from causalprune.runs.keeping import keep_for_now, let_go
+from causalprune.runs.recipe import SHRINK, Cell, ModelSpec, Recipe, Removal
+from causalprune.runs.timing import speeds
+from causalprune.shrinking import ledgers, record_of, shares_for, shrink
 
 ADDED = "added"
 """In the description of a result: nobody named its task, so that it is shown, and decides nothing."""
@@ -29,7 +36,7 @@ ADDED = "added"
 
 def load(spec: ModelSpec) -> Decoder:
     """Load the model that a recipe or the command line names."""
-    arguments = dataclasses.asdict(spec)
+    arguments = asdict(spec)
     return checkpoints.load(arguments.pop("name"), **arguments)
 
 
@@ -42,7 +49,7 @@ def load_intact(spec: ModelSpec) -> Decoder:
 class Cells:
     """Measures the cells of a run, one after the other, each with a freshly loaded model.
 
-    `book` holds what is finished. Of the recipe's tasks, those that the user has not `named` may be impossible, and their
+    `size` is that of the intact model; `book` holds what is finished. Of the recipe's tasks, those that the user has not `named` may be impossible, and their
     results say that they were `ADDED`.
     """
 
@@ -54,6 +61,7 @@ class Cells:
     stage: Stage
     book: Ledger
     named: tuple[str, ...]
+    size: Size
 
     def missing(self, name: str) -> list[str]:
         """Return the tasks of a cell that are not measured yet."""
@@ -63,7 +71,7 @@ class Cells:
         """Tell whether all tasks of a cell are measured."""
         return not self.missing(name)
 
-    def measure(self, name: str, method: Method | None, decoder: Decoder | None) -> None:
+    def measure(self, name: str, method: Cell, decoder: Decoder | None) -> None:
         """Measure what is missing of a cell, with the intact `decoder` if it is there already."""
         missing = self.missing(name)
         if not missing:
@@ -73,7 +81,9 @@ class Cells:
             decoder = load(dataclasses.replace(self.recipe.model, name=str(checkpoint), revision=None))
         else:
             decoder = decoder or load_intact(self.recipe.model)
-            if method is not None:
+            if isinstance(method, Removal):
+                decoder = self._shrink(name, method, decoder)
+            elif method is not None:
                 self._prune(name, method, decoder)
         for task in missing:
             results = self._results(name, task, decoder)
@@ -84,7 +94,18 @@ class Cells:
             if not self.recipe.texts:
                 results = [dataclasses.replace(result, texts=()) for result in results]
             self.book.append(f"{name}/{task}", kept_rows(results))
-        self._kept_in(name).unlink(missing_ok=True)
+        for path in (self._kept_in(name), *ledgers(self._kept_in(name)).values()):
+            path.unlink(missing_ok=True)
+
+    def settle(self, best: str | None, rows: Sequence[Row]) -> None:
+        """Write results into the cards, and let go of checkpoints that were kept only until something beat them."""
+        for name in self.recipe.cells():
+            checkpoint = self.folder / CHECKPOINTS / name
+            if name != "dense" and self.finished(name):
+                if name != best and not self.recipe.save:
+                    let_go(checkpoint)
+                if self._saved(name, checkpoint):
+                    describe(checkpoint, rows, name)
 
     def _results(self, name: str, task: str, decoder: Decoder) -> list[EvalResult]:
         """Measure a task; one that nobody named has no results where the intact model cannot have any."""
@@ -105,7 +126,7 @@ class Cells:
 
     def _saved(self, name: str, checkpoint: Path) -> bool:
         """Tell whether the model of a cell that was pruned is saved, and not one of an earlier run in this folder."""
-        known = f"{name}/pruned" in self.book.rows and checkpoint.exists()
+        known = f"{name}/pruned" in self.book.rows and (checkpoint / MANIFEST).exists()
         own = read_manifest(checkpoint).get("run", {}).get("calibration", {}) if known else {}
         return bool(own.get("fingerprint") == self.calibration.fingerprint)
 
@@ -122,10 +143,9 @@ class Cells:
                 kept_in=self._kept_in(name),
                 on_progress=progress,
             )
-        checkpoint = self.folder / CHECKPOINTS / name
-        if self.recipe.save:  # in place of what an earlier run has left there
-            record = manifest(pruned, self.calibration, own)
-            save(decoder, checkpoint, manifest=record, keep=pruned.keep, effects=own, overwrite=True)
+        size = {"size": dict.fromkeys(("before", "after"), asdict(self.size))}
+        record = {**manifest(pruned, self.calibration, own), **size}
+        self._save(name, decoder, record, keep=pruned.keep, effects=own)
         if f"{name}/pruned" not in self.book.rows:
             tokens = self.calibration.description["tokens"]
             passes = method.passes(len(decoder.layers), len(self.calibration.examples), tokens)
@@ -134,12 +154,44 @@ class Cells:
             found = {**manifest(pruned, None, None), **achieved(decoder, pruned.keep), **cost}
             self.book.append(f"{name}/pruned", {**found, "peak_bytes": peak_bytes()})
 
-    def row(self, name: str, method: Method | None) -> dict[str, Any]:
+    def _shrink(self, name: str, method: Removal, decoder: Decoder) -> Decoder:
+        """Return a smaller model, timed beside the whole one where it is new."""
+        start, shares = time.perf_counter(), shares_for(decoder, method.share)
+        shrunk = shrink(
+            decoder, shares, self.calibration, method.how, ledger=self._kept_in(name), stage=self.stage
+        )
+        after, seconds = size_of(shrunk.decoder), time.perf_counter() - start
+        if f"{name}/pruned" not in self.book.rows:
+            with self.stage(f"{name}: timing"):
+                speed = speeds(decoder, shrunk.decoder)
+            zeros = {k: v for k, v in count_zeros(shrunk.decoder).items() if k != "projections"}
+            own = {**asdict(after), "speed": speed and asdict(speed), "seconds": seconds, **zeros}
+            self.book.append(f"{name}/pruned", {**own, "peak_bytes": peak_bytes()})
+        sizes = {"before": asdict(self.size), "after": asdict(after)}
+        about = {"by": method.how.by, "seed": method.how.seed, "shares": asdict(shares), "size": sizes}
+        about["speed"] = self.book.rows[f"{name}/pruned"]["speed"]
+        self._save(name, shrunk.decoder, record_of(shrunk, self.calibration, about))
+        return shrunk.decoder
+
+    def _save(self, name: str, decoder: Decoder, record: dict[str, Any], **side: Any) -> None:
+        """Save a model, or keep it until it is measured and beaten."""
+        checkpoint = self.folder / CHECKPOINTS / name
+        if self.recipe.save:  # in place of what an earlier run has left there
+            save(decoder, checkpoint, manifest=record, overwrite=True, **side)
+        else:
+            keep_for_now(decoder, checkpoint, record, **side)
+
+    def row(self, name: str, method: Cell) -> dict[str, Any]:
         """Return a finished cell as a row of the table."""
         described: dict[str, Any] = {"label": name, "criterion": "dense", "scope": None, "sparsity": 0.0}
-        if method is not None:
+        described |= asdict(self.size)
+        if isinstance(method, Method):
             described |= {"criterion": method.criterion, "scope": method.resolved_scope}
             described |= {"sparsity": method.sparsity, "pruned": self.book.rows[f"{name}/pruned"]}
+        elif method is not None:
+            own = self.book.rows[f"{name}/pruned"]
+            described |= {"criterion": SHRINK, "removed": method.share, "pruned": own}
+            described |= {key: own[key] for key in ("parameters", "bytes", "speed")}
         results = []
         for task in self.recipe.on:
             for result in decoded(self.book.rows[f"{name}/{task}"]):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from causalprune.attribution import DEFAULT_BUDGET
+from causalprune.attribution import DEFAULT_BUDGET, Estimator
 from causalprune.calibration import (
     OWN,
     OWN_TEXT,
@@ -26,8 +26,9 @@ from causalprune.checkpoints import EMBEDDED, check_destination, resolve
 from causalprune.core import OptionError
 from causalprune.evaluation import OWN_TASKS, TOKENS, check_tasks, load_scorers, output_type, source_of
 from causalprune.models import check_options, device_of, read_shape
+from causalprune.pruning import Method
 from causalprune.runs.general import with_general_text
-from causalprune.runs.recipe import ModelSpec, Recipe, Shape
+from causalprune.runs.recipe import ModelSpec, Recipe, Removal, Shape
 
 CHARACTERS_PER_TOKEN = 3.5
 EFFICIENCY = 0.5
@@ -85,7 +86,8 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
     calibration = _calibration_tokens(recipe, data_dir)
     jobs = []
     cells = recipe.cells()
-    methods = [method for method in cells.values() if method is not None]
+    methods = [method for method in cells.values() if isinstance(method, Method)]
+    removals = [method for method in cells.values() if isinstance(method, Removal)]
     if any("effects" in m.needs for m in methods):
         units = shape.layers * shape.heads
         jobs.append(Job("attribution", units, int(calibration * _attribution_passes(recipe, shape))))
@@ -96,6 +98,9 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
     ]
     if passes:
         jobs.append(Job("pruning on calibration data", len(passes), int(calibration * sum(passes))))
+    if removals:
+        passes = [_removal_passes(removal, shape, calibration) for removal in removals]
+        jobs.append(Job("making smaller models", len(passes), int(calibration * sum(passes))))
     for task in recipe.on:
         tokens = len(cells) * _task_tokens(task, scorers, recipe, data_dir)
         jobs.append(Job(task, len(cells), tokens))
@@ -107,15 +112,26 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
         shape.parameters
         * BYTES["float32" if unpacked and recipe.model.dtype == "auto" else recipe.model.dtype]
     )
+    kept = len(cells) - 1 if recipe.save else min(len(cells) - 1, 2)  # the best, and the one measured now
     return Plan(
         recipe=recipe,
         shape=shape,
         jobs=tuple(jobs),
         seconds=flops / _flops_per_second(recipe),
         memory_bytes=1.2 * size + recipe.batch_tokens * shape.layers * 16384,
-        disk_bytes=len(methods) * size * 1.07 if recipe.save else 5e6,
+        disk_bytes=kept * size * 1.07,
         folder=folder,
     )
+
+
+def _removal_passes(removal: Removal, shape: Shape, calibration: int) -> float:
+    """Return how many whole passes over the calibration data a smaller model costs."""
+    update = Method("magnitude", removal.share, update=removal.how.update)
+    return _prediction_passes(Estimator("gradient")) + update.passes(shape.layers, 1, calibration)
+
+
+def _prediction_passes(how: Estimator) -> float:
+    return float(len(how.gates) * (1 + 2 * (1 + how.draws)))
 
 
 def _attribution_passes(recipe: Recipe, shape: Shape) -> float:
@@ -123,7 +139,7 @@ def _attribution_passes(recipe: Recipe, shape: Shape) -> float:
     how, heads = recipe.attribution.method(), shape.layers * shape.heads
     if how.name == "exact":
         return heads * (shape.layers + 1) / 2 / shape.layers
-    prediction = float(len(how.gates) * (1 + 2 * (1 + how.draws)))
+    prediction = _prediction_passes(how)
     return prediction if how.name == "gradient" else max(prediction, heads / (how.budget or DEFAULT_BUDGET))
 
 

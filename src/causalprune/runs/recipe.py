@@ -7,14 +7,15 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import yaml
 
 from causalprune.attribution import Estimator, Question
 from causalprune.calibration import OWN, TEXT_SOURCES, Chat, Thinking, split_counts, with_limit
-from causalprune.core import MismatchError, OptionError, unknown
+from causalprune.core import Decoder, MismatchError, OptionError, unknown
 from causalprune.pruning import BUDGETS, N_OF_M, Method, pattern_sparsity
+from causalprune.shrinking import Shrinking, shares_for
 
 DEFAULT_SPARSITY = 0.2
 OLD = {"sources": "task", "general": "preserve", "tasks": "on"}
@@ -24,6 +25,8 @@ GENERAL = "wikitext2"
 PRESERVE_SHARE = 0.25
 """Examples of a source to preserve that names no count, as a share of the task's."""
 RECIPES = Path(__file__).parent / "recipes"
+SHRINK = "shrink"
+"""The method of a recipe that removes parts for good."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +133,30 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Removal:
+    """A smaller model among the methods of a recipe: this share of all parameters goes, taken from MLP neurons by effect."""
+
+    share: float
+    how: Shrinking
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise OptionError(
+                f"the share of all parameters that shrink removes is between 0 and 1, not {self.share:g}"
+            )
+
+
+Cell: TypeAlias = Method | Removal | None
+"""How a row of a run is made; None for the dense model."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Dense and every method at every sparsity, on every task.
 
     A method is written `criterion[:scope][+budgets][+update]`; one with a pattern such as `wanda:2:4` has its own sparsity
-    unless it is graded. `save` keeps the pruned checkpoints,
-    `texts` the problems and answers that the report shows.
+    unless it is graded. `shrink[:share][+update]` is a smaller model, at its own share only. `save` keeps all pruned
+    checkpoints, where else the recommended one is kept; `texts` the problems and answers that the report shows.
     `general_text` auto measures it where nothing in `on` does: text that the intact model writes, WikiText-2 where it is at hand.
     `damping` is that of `Method`, `batch_tokens` bounds a forward pass, what is measured, `on`, may carry a count as in `gsm8k_nll:200`.
     `answer`, `max_new_tokens` and `scorers` (as `NAME=module:function`) are about answers, as in `evaluation.Settings`.
@@ -165,18 +186,27 @@ class Recipe:
                 raise OptionError(f"recipe: {kind} must be a list without repetitions, not {list(values)}")
         self.cells()
 
-    def check_shape(self, name: str, layers: int, heads: int) -> None:
-        """Raise `MismatchError` where the model that was loaded has another shape than the recipe says."""
+    def check_shape(self, decoder: Decoder) -> None:
+        """Raise `MismatchError` where the model that was loaded has another shape than the recipe says.
+
+        And `OptionError` where it cannot lose as many parameters as a method of the recipe removes.
+        """
+        layers, heads = len(decoder.layers), decoder.layers[0].attention.n_heads
         if self.shape is not None and (layers, heads) != (self.shape.layers, self.shape.heads):
             raise MismatchError(
-                f"{name} has {layers} layers of {heads} heads, the recipe says "
+                f"{decoder.name} has {layers} layers of {heads} heads, the recipe says "
                 f"{self.shape.layers} of {self.shape.heads}: correct its shape, or remove it"
             )
+        for method in self.cells().values():
+            if isinstance(method, Removal):
+                shares_for(decoder, method.share)
 
-    def cells(self) -> dict[str, Method | None]:
+    def cells(self) -> dict[str, Cell]:
         """Return every row of the table by its label, dense (None) first."""
         pruned = [
-            parse_method(text, None if fixed else sparsity, self.seed, self.damping)
+            parse_removal(text, self.seed, self.batch_tokens)
+            if is_removal(text)
+            else parse_method(text, None if fixed else sparsity, self.seed, self.damping)
             for text in self.methods
             for fixed in [N_OF_M.search(text) and "graded" not in text]
             for sparsity in self.sparsities
@@ -184,8 +214,11 @@ class Recipe:
         return {"dense": None, **{label(method): method for method in pruned}}
 
 
-def label(method: Method) -> str:
-    """Return the name of a pruned model in files and tables, as `wanda-row-0.5` or `wanda+refit-2:4-0.5`."""
+def label(method: Method | Removal) -> str:
+    """Return the name of a pruned model in files and tables: `wanda-row-0.5`, `wanda+refit-2:4-0.5`, `shrink-0.2`."""
+    if isinstance(method, Removal):
+        update = "" if method.how.update == Shrinking.update else f"+{method.how.update}"
+        return f"{SHRINK}{update}-{method.share:g}"
     words = "".join(f"+{word}" for word in (method.budgets, method.update) if word)
     return f"{method.criterion}{words}-{method.resolved_scope}-{method.sparsity:g}"
 
@@ -198,6 +231,10 @@ def parse_method(
     As `wanda`, `wanda:2:4`, `cap:global+refit`, `wanda+graded+refit` or `causal:2:4+graded`. Without `sparsity`, a pattern's own or
     `DEFAULT_SPARSITY` is taken.
     """
+    if is_removal(text):
+        raise OptionError(
+            f"{text} makes a smaller model: `causalprune shrink`, or a method of a recipe for `causalprune run`"
+        )
     name, *words = text.split("+")
     criterion, _, scope = name.partition(":")
     if sparsity is None:
@@ -210,6 +247,22 @@ def parse_method(
         )
     update, own = (words[0] if words else None for words in (updates, budgets))
     return Method(criterion, sparsity, scope or None, seed, update, own, damping)
+
+
+def is_removal(text: str) -> bool:
+    """Tell whether a method makes a smaller model in place of zeros."""
+    return text.partition("+")[0].partition(":")[0] == SHRINK
+
+
+def parse_removal(text: str, seed: int = 0, batch_tokens: int = 2048) -> Removal:
+    """Return the smaller model that `shrink[:share][+update]` names, as `shrink:0.2` or `shrink:0.1+distill`."""
+    name, plus, update = text.partition("+")
+    try:
+        share = float(name.partition(":")[2] or DEFAULT_SPARSITY)
+    except ValueError:
+        raise OptionError(f"{text}: shrink takes a share of all parameters, as in shrink:0.2") from None
+    how = Shrinking(update=update if plus else Shrinking.update, seed=seed, max_batch_tokens=batch_tokens)
+    return Removal(share, how)
 
 
 def find_recipe(name: str) -> Path:

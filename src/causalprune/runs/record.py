@@ -19,7 +19,7 @@ class Record(dict[str, Any]):
     @cached_property
     def verdict(self) -> str:
         """Which model the run recommends, in a sentence."""
-        return verdict(self.folder)
+        return verdict(self).headline
 
     def __repr__(self) -> str:
         models, on = len(self["rows"]), len(self["rows"][0]["results"]) if self["rows"] else 0

@@ -33,6 +33,7 @@ from causalprune.core import (
     Stage,
     git_commit,
     quiet,
+    size_of,
     versions,
 )
 from causalprune.evaluation import (
@@ -201,7 +202,8 @@ def prune_checkpoint(
             on_progress=progress,
         )
     with options.stage("saving"):
-        record = manifest(pruned, calibration, effects)
+        size = dict.fromkeys(("before", "after"), dataclasses.asdict(size_of(decoder)))
+        record = {**manifest(pruned, calibration, effects), "size": size}
         save(decoder, output, manifest=record, keep=pruned.keep, effects=effects, overwrite=options.overwrite)
     kept_in.unlink(missing_ok=True)
     return pruned

@@ -5,19 +5,18 @@
 | `attribution.ledger` | every finished attribution job; `effects.json` when all are done |
 | `results.ledger` | every finished evaluation; a run that was stopped goes on after the last one |
 | `results.json` | all finished rows with per-example values: what `compare` reads |
-| `checkpoints/<label>` | pruned models, if the recipe says `save: true` |
+| `checkpoints/<label>` | the recommended model, replaced when another beats it; all, if the recipe says `save: true` |
 """
 
 import dataclasses
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from causalprune.attribution import described
 from causalprune.calibration import with_limit
-from causalprune.checkpoints import describe
 from causalprune.core import (
     PACKAGES,
     Calibration,
@@ -30,6 +29,7 @@ from causalprune.core import (
     bars,
     git_commit,
     peak_bytes,
+    size_of,
     versions,
 )
 from causalprune.evaluation import (
@@ -43,7 +43,7 @@ from causalprune.evaluation import (
     write_json,
 )
 from causalprune.pruning import Method
-from causalprune.reports import CHECKPOINTS
+from causalprune.reports import verdict
 from causalprune.runs.cells import Cells, load_intact
 from causalprune.runs.general import note_general_text, with_general_text
 from causalprune.runs.recipe import Recipe, as_recipe
@@ -59,12 +59,14 @@ def run(
     data_dir: Path | None = None,
     stage: Stage | None = None,
     command: str | None = None,
+    best: Callable[[Mapping[str, Any]], str | None] = lambda record: verdict(record).label,
 ) -> Record:
     """Carry out a recipe in `folder`, or go on where it was stopped; return what `results.json` holds.
 
     A recipe is one that was made here, its keys as a dictionary, a YAML file, or the name of one that comes with the package.
     Where no `stage` is given, every stage of the work has a bar (`quiet`: none has).
-    `command` is what the user typed, for the record. Methods, sparsities and tasks may be added to a recipe whose folder exists: what is there is not done again.
+    `command` is what the user typed, for the record. `best` names the row whose checkpoint is kept, of those that are
+    finished: the recommended one. Methods, sparsities and tasks may be added to a recipe whose folder exists: what is there is not done again.
 
     Raises:
         CheckpointError: the folder is a file, or cannot be written.
@@ -78,12 +80,38 @@ def run(
     with stage("loading model"):
         decoder = load_intact(recipe.model)
     recipe = with_general_text(recipe, folder, data_dir)
-    recipe.check_shape(decoder.name, len(decoder.layers), decoder.layers[0].attention.n_heads)
+    recipe.check_shape(decoder)
     with stage("calibration data") as progress:
         exclude = evaluation_contents(recipe.on, settings, decoder.tokenizer)
         calibration = calibrated(decoder, recipe.calibration, data_dir, exclude, progress)
     identity = _identity(recipe, decoder, calibration)
-    record: dict[str, Any] = {
+    record = _record(recipe, calibration, identity, command)
+    with Ledger(folder / "results.ledger", identity) as book:
+        _note_versions(book)
+        note_general_text(book, [task for task in recipe.on if task not in named])
+        _note_answering(book, settings, recipe.on)
+        effects = _effects(recipe, decoder, calibration, folder, stage, book)
+        if effects is not None:
+            record["attribution"] = described(effects) | book.rows.get("attribution", {})
+        cells = Cells(recipe, folder, calibration, effects, settings, stage, book, named, size_of(decoder))
+        loaded = [decoder]
+        del decoder  # one model in memory at a time
+        *_, last = recipe.cells()
+        for name, method in recipe.cells().items():
+            settled = cells.finished(name) and name != last
+            cells.measure(name, method, loaded.pop() if method is None else None)
+            record["rows"] = [cells.row(*cell) for cell in recipe.cells().items() if cells.finished(cell[0])]
+            write_json(folder / RESULTS, record)
+            if not settled:
+                cells.settle(best(record), rows_of(record))
+    return Record(record, folder)
+
+
+def _record(
+    recipe: Recipe, calibration: Calibration, identity: dict[str, Any], command: str | None
+) -> dict[str, Any]:
+    """Return what `results.json` says before anything is measured."""
+    return {
         "recipe": dataclasses.asdict(recipe),
         "cells": list(recipe.cells()),
         "command": command,
@@ -94,22 +122,6 @@ def run(
         "attribution": None,
         "rows": [],
     }
-    with Ledger(folder / "results.ledger", identity) as book:
-        _note_versions(book)
-        note_general_text(book, [task for task in recipe.on if task not in named])
-        _note_answering(book, settings, recipe.on)
-        effects = _effects(recipe, decoder, calibration, folder, stage, book)
-        if effects is not None:
-            record["attribution"] = described(effects) | book.rows.get("attribution", {})
-        cells = Cells(recipe, folder, calibration, effects, settings, stage, book, named)
-        loaded = [decoder]
-        del decoder  # one model in memory at a time
-        for name, method in recipe.cells().items():
-            cells.measure(name, method, loaded.pop() if method is None else None)
-            record["rows"] = [cells.row(*cell) for cell in recipe.cells().items() if cells.finished(cell[0])]
-            write_json(folder / RESULTS, record)
-            describe(folder / CHECKPOINTS / name, rows_of(record), name)
-    return Record(record, folder)
 
 
 def _settings(recipe: Recipe, data_dir: Path | None) -> Settings:
@@ -177,7 +189,8 @@ def _note_versions(book: Ledger) -> None:
 def _effects(
     recipe: Recipe, decoder: Decoder, calibration: Calibration, folder: Path, stage: Stage, book: Ledger
 ) -> Effects | None:
-    if not any(method is not None and "effects" in method.needs for method in recipe.cells().values()):
+    methods = [method for method in recipe.cells().values() if isinstance(method, Method)]
+    if not any("effects" in method.needs for method in methods):
         return None
     options = Options(batch_tokens=recipe.batch_tokens, stage=stage)
     own = {

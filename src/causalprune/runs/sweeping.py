@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from causalprune.core import EvalResult, OptionError, Stage
 from causalprune.evaluation import Tried, headline, higher_is_better, paired_difference, rows_of
 from causalprune.pruning import N_OF_M, pattern_sparsity
 from causalprune.runs.cells import ADDED
-from causalprune.runs.recipe import Recipe, as_recipe
+from causalprune.runs.recipe import Recipe, as_recipe, is_removal
 from causalprune.runs.study import run
 
 
@@ -18,8 +19,12 @@ def candidates(method: str) -> tuple[float, ...]:
     """Return the sparsities to choose from: steps of 5 %, below that of a pattern, if the method names one.
 
     Raises:
-        OptionError: the method has no sparsity but its pattern's.
+        OptionError: the method has no sparsity but its pattern's, or none at all.
     """
+    if is_removal(method):
+        raise OptionError(
+            f"{method} makes no zeros, so there is no sparsity to look for: compare several shares with `causalprune run`"
+        )
     pattern = pattern_sparsity(found[0]) if (found := N_OF_M.search(method)) else None
     if pattern is not None and "graded" not in method.split("+"):
         raise OptionError(
@@ -44,8 +49,8 @@ def sweep(
     A recipe is what `run` takes; a dictionary without `sparsities` stands for steps of 5 %. `stage` is as there.
     A task keeps the share `keep` where its accuracy is at least that share of dense, its likelihood per token
     (`exp(−loss)`, one over the perplexity) likewise; with `certain` the far end of the 95 % interval of the paired
-    difference must say so too. General text decides only where the recipe names it. Supposes that tasks get worse with sparsity. Everything measured is in the run folder, so a
-    stopped sweep goes on.
+    difference must say so too. General text decides only where the recipe names it. Supposes that tasks get worse with sparsity.
+    Everything measured is in the run folder, so a stopped sweep goes on; the checkpoint of the highest sparsity that holds is kept there.
 
     Raises:
         OptionError: `keep` is not a share, or the recipe holds more than one method.
@@ -59,11 +64,13 @@ def sweep(
         raise OptionError(f"a sweep is about one method, not {', '.join(recipe.methods)}")
     candidates(recipe.methods[0])  # refuses a pattern that has but one
     choices = sorted(recipe.sparsities)
+    best = partial(_best, keep=keep, certain=certain)
     below, above, tried = -1, len(choices), dict[float, Tried]()
     while above - below > 1:
         middle = (below + above) // 2
         asked = tuple(sorted({*tried, choices[middle]}))
-        record = run(dataclasses.replace(recipe, sparsities=asked), folder, data_dir=data_dir, stage=stage)
+        wanted = dataclasses.replace(recipe, sparsities=asked)
+        record = run(wanted, folder, data_dir=data_dir, stage=stage, best=best)
         rows = rows_of(record)
         tried = {
             sparsity: _tried(sparsity, results, rows[0][1], keep, certain)
@@ -71,6 +78,18 @@ def sweep(
         }
         below, above = (middle, above) if tried[choices[middle]].holds else (below, middle)
     return [tried[sparsity] for sparsity in sorted(tried)]
+
+
+def _best(record: Mapping[str, Any], keep: float, certain: bool) -> str | None:
+    """Return the label of the highest sparsity that holds, of the rows that are measured so far."""
+    (_, dense), *pruned = rows_of(record)
+    sparsities = [row["sparsity"] for row in record["rows"][1:]]
+    found = [
+        (sparsity, label)
+        for sparsity, (label, results) in zip(sparsities, pruned, strict=True)
+        if _tried(sparsity, results, dense, keep, certain).holds
+    ]
+    return max(found)[1] if found else None
 
 
 def _tried(

@@ -8,6 +8,9 @@ from .removal import (
     ledgers as ledgers,
 )
 from .removal import (
+    record_of as record_of,
+)
+from .removal import (
     save_shrunk as save_shrunk,
 )
 from .removal import (

@@ -178,6 +178,12 @@ def save_shrunk(
     overwrite: bool = False,
 ) -> None:
     """Write a smaller model to `folder`; its manifest says what stayed, and by which `options` of `shrink`."""
+    record = record_of(shrunk, calibration, options)
+    save(shrunk.decoder, folder, manifest=record, overwrite=overwrite)
+
+
+def record_of(shrunk: Shrunk, calibration: Calibration, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the manifest of a smaller model says: what stayed, and by which `options` of `shrink`."""
     own = {kind: getattr(shrunk.kept, kind) for kind in KINDS}
     kept = {
         k: [*v] if isinstance(v, tuple) else {str(i): x.tolist() for i, x in v.items()}
@@ -187,8 +193,7 @@ def save_shrunk(
     sizes = {"parameters_before": shrunk.parameters_before, "parameters_after": shrunk.parameters_after}
     data = {**calibration.description, "fingerprint": calibration.fingerprint}
     how = {**options, "update": shrunk.update, **sizes, "unrouted": list(shrunk.unrouted), "kept": kept}
-    record = {"shrink": how, "calibration": data}
-    save(shrunk.decoder, folder, manifest=record, overwrite=overwrite)
+    return {"shrink": how, "calibration": data}
 
 
 def _chosen(

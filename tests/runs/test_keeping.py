@@ -1,0 +1,221 @@
+"""A run keeps the checkpoint that nothing beats, and deletes nothing that is not its own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run
+from reporting import write_run
+from test_run import stops_at
+from tinydata import tiny_decoder
+
+from causalprune.checkpoints.saving import MANIFEST, read_manifest, save
+from causalprune.checkpoints.verification import verify
+from causalprune.core.errors import OptionError
+from causalprune.evaluation.results import headline, load_rows
+from causalprune.reports.judging import Verdict
+from causalprune.reports.summary import verdict
+from causalprune.reports.writing import report
+from causalprune.runs import cells, endings
+from causalprune.runs import study as running
+from causalprune.runs.keeping import keep_for_now, let_go
+from causalprune.runs.plans import plan
+from causalprune.runs.recipe import CalibrationSpec, ModelSpec, Recipe, parse_removal
+from causalprune.runs.timing import speeds
+
+
+def recipe(model: Path, *methods: str, **changes: Any) -> Recipe:
+    calibration = CalibrationSpec(("gsm8k",), n=6, subsets=3)
+    return Recipe(
+        ModelSpec(str(model)), calibration, methods, (0.5,), ("gsm8k_nll:4", "strategyqa_nll"), **changes
+    )
+
+
+def kept(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_only_the_recommended_checkpoint_stays(model: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for methods in (("random",), ("random", "magnitude"), ("random", "magnitude", "wanda", "sparsegpt")):
+        record = running.run(recipe(model, *methods), folder, data_dir=data)
+        assert kept(folder) == [verdict(record).label]
+    (best,) = kept(folder)
+    assert verify(folder / "checkpoints" / best).ok
+    assert "## Results" in (folder / "checkpoints" / best / "README.md").read_text()
+    everything = running.run(recipe(model, "random", "wanda", save=True), tmp_path / "all", data_dir=data)
+    assert kept(tmp_path / "all") == [row["label"] for row in everything["rows"][1:]]
+    running.run(recipe(model, "random", "wanda"), tmp_path / "all", data_dir=data)
+    assert len(kept(tmp_path / "all")) == 2, "what `save` kept is the user's"
+
+
+@pytest.mark.parametrize("touch", ["added", "changed", "asked for", "link"])
+def test_what_somebody_touched_stays(touch: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "wanda-row-0.5"
+    if touch == "asked for":
+        save(tiny_decoder(), folder, manifest={})
+    else:
+        keep_for_now(tiny_decoder(), folder, {})
+    if touch == "added":
+        (folder / "notes.txt").write_text("mine")
+    elif touch == "changed":
+        (folder / "config.json").write_text((folder / "config.json").read_text())
+    elif touch == "link":
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    let_go(folder)
+    with pytest.warns(UserWarning, match="is not kept"):
+        keep_for_now(tiny_decoder(), folder, {"other": True})
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_untouched_one_goes_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "wanda-row-0.5"
+    keep_for_now(tiny_decoder(), folder, {})
+    (folder / "README.md").write_text("results, written later")
+    keep_for_now(tiny_decoder(), folder, {"again": True})
+    assert read_manifest(folder)["run"]["again"]
+    let_go(folder)
+    let_go(folder)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_does_not_stop_a_run(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("causalprune.checkpoints.saving._write_model", full)
+    with pytest.warns(UserWarning, match="No space left"):
+        record = running.run(recipe(model, "wanda"), tmp_path / "run", data_dir=data)
+    assert len(record["rows"]) == 2
+    found = endings.outcome_of(record, tmp_path / "run", "wanda-row-0.5", "then")
+    assert found is not None
+    assert found.checkpoint is None
+
+
+def test_smaller_models_stand_beside_sparse_ones(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, wanted = tmp_path / "run", recipe(model, "wanda", "shrink:0.1", save=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "evaluate", stops_at(5, []))
+        with pytest.raises(KeyboardInterrupt):
+            running.run(wanted, folder, data_dir=data)
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "shrink", None)  # it may not be called
+        record = running.run(wanted, folder, data_dir=data)
+    dense, wanda, small = record["rows"]
+    assert [row["label"] for row in record["rows"]] == ["dense", "wanda-row-0.5", "shrink-0.1"]
+    assert (wanda["parameters"], wanda["bytes"]) == (dense["parameters"], dense["bytes"])
+    assert small["removed"] == 0.1
+    assert small["parameters"] == pytest.approx(0.9 * dense["parameters"], rel=0.01)
+    assert small["bytes"] == 4 * small["parameters"]
+    assert small["speed"]["rounds"] >= 3
+    assert not list(folder.glob("*.pruning*"))
+    checkpoint = folder / "checkpoints" / "shrink-0.1"
+    about = read_manifest(checkpoint)["run"]["shrink"]
+    assert about["size"]["after"] == {"parameters": small["parameters"], "bytes": small["bytes"]}
+    card = (checkpoint / "README.md").read_text()
+    assert "times the dense model's" in card
+    assert "## Results" in card
+    rows = dict(load_rows(folder))
+    assert headline(rows["shrink-0.1"][0]) != headline(rows["dense"][0])
+    page, numbers = tmp_path / "report.html", tmp_path / "all.csv"
+    report([folder], page, csv=numbers)
+    text = page.read_text(encoding="utf-8")
+    for word in (
+        "10 % fewer parameters",
+        f"{small['parameters']:,} parameters",
+        "times as fast",
+        "size and speed",
+    ):
+        assert word in text
+    assert f",0.1,{small['parameters']}," in numbers.read_text()
+
+
+def test_sizes_stand_in_the_tables(run: Run, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", methods=("wanda-row", "shrink"), sparsities=(0.2,))
+    code, out, err = run("compare", folder, "--markdown")
+    assert code == 0, err
+    assert "| shrink-0.2 <br> 0 MB, writing 1.25× |" in out
+    assert "| wanda-row-0.2 <br> 0 MB, speed 1× |" in out
+
+
+def test_names_of_smaller_models() -> None:
+    assert parse_removal("shrink").share == 0.2
+    assert parse_removal("shrink:0.1+distill", seed=3).how.update == "distill"
+    assert parse_removal("shrink:0.1", seed=3).how.seed == 3
+    cells = Recipe(
+        ModelSpec("x"),
+        CalibrationSpec(("gsm8k",)),
+        ("wanda", "shrink", "shrink:0.1+distill"),
+        (0.2, 0.5),
+        ("t",),
+    ).cells()
+    assert list(cells) == ["dense", "wanda-row-0.2", "wanda-row-0.5", "shrink-0.2", "shrink+distill-0.1"]
+    for text, words in (
+        ("shrink:row", "as in shrink:0.2"),
+        ("shrink:2", "between 0 and 1"),
+        ("shrink:0.2+hope", "refit"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            parse_removal(text)
+
+
+def test_a_share_that_cannot_go_is_refused_before_anything_is_measured(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match="cannot come from them"):
+        running.run(recipe(model, "wanda", "shrink:0.9"), tmp_path / "run", data_dir=data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_counts_two_checkpoints_or_all(model: Path, data: Path, tmp_path: Path) -> None:
+    methods = ("wanda", "magnitude", "shrink:0.1")
+    some, all_of_them = (
+        plan(recipe(model, *methods, save=save), tmp_path / "run", data_dir=data) for save in (False, True)
+    )
+    assert some.disk_bytes * 3 == pytest.approx(all_of_them.disk_bytes * 2)
+    assert [job.name for job in some.jobs][:2] == ["pruning on calibration data", "making smaller models"]
+    assert some.jobs[1].count == 1
+
+
+def test_both_models_are_timed_in_turns() -> None:
+    whole = tiny_decoder()
+    state = {name: value.clone() for name, value in whole.model.state_dict().items()}
+    found = speeds(whole, whole)
+    assert found is not None
+    assert found.rounds == 5
+    assert min(found.reading, found.writing, found.dense_reading, found.reading_gain) > 0
+    assert "5 rounds" in found.how
+    assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())
+    assert speeds(whole, whole, seconds=0.0) is None
+
+
+def test_the_next_command_names_what_lacks(model: Path, data: Path, tmp_path: Path) -> None:
+    own = recipe(model, "wanda")
+    record = running.run(own, tmp_path / "run", data_dir=data)
+    best = tmp_path / "run" / "checkpoints" / "wanda-row-0.5"
+
+    def then(holds: bool) -> str:
+        judged = Verdict("wanda-row-0.5", holds, "", measure="gsm8k_answers:4")
+        return endings.next_command(record, tmp_path / "run", judged).removeprefix("causalprune ")
+
+    assert then(holds=False) == f"evaluate {best} -t gsm8k_answers:4 -o {best}.json"
+    smaller = tmp_path / "run" / "smaller"
+    assert then(holds=True) == f"shrink {model} -o {smaller} --parameters 0.2 -t gsm8k:6"
+    (best / MANIFEST).unlink()
+    on = "--on gsm8k_nll:4 --on strategyqa_nll"
+    assert then(holds=False) == f"sweep {model} -o {tmp_path / 'run' / 'sweep'} {on} -t gsm8k:6"
+
+
+def test_the_other_part_of_a_users_data_is_measured_where_it_is_found(tmp_path: Path) -> None:
+    own = {"calibration": {"sources": {str(tmp_path / "train.jsonl"): 4}}}
+    save(tiny_decoder(), tmp_path / "out", manifest=own)
+    assert " TEST.jsonl_nll " in endings.outcome(tmp_path / "out").then
+    (tmp_path / "test.jsonl").write_text("")
+    assert f" {tmp_path}/test.jsonl_nll " in endings.outcome(tmp_path / "out").then
