@@ -133,7 +133,7 @@ def test_a_recipe_may_be_a_file_a_name_or_a_dictionary(tmp_path: Path) -> None:
     from causalprune.runs.recipe import as_recipe
 
     path = tmp_path / "own.yaml"
-    path.write_text("tasks: []")
+    path.write_text("on: []")
     for given, words in (
         (path, "'model' is missing"),
         (str(path), "'model' is missing"),

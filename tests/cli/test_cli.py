@@ -67,6 +67,7 @@ def test_from_model_to_comparison(run: Run, model: Path, data: Path, tmp_path: P
     assert run("verify", tmp_path / "cap")[0] == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*all that it holds")
 def test_the_next_command_can_be_pasted(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
     own = ("--data-dir", data, "-t", "strategyqa", "-n", "3")
     code, out, err = run("prune", model, "-o", tmp_path / "a model", "--method", "wanda", *own)

@@ -117,7 +117,7 @@ EXPECTED: dict[str, Callable[[Any], bool]] = {
     "stability": lambda own: own["interactions"]["pairs"] == 3,
     "prune": lambda own: 0 < own["zeros"] < own["weights"],
     "sweep": lambda own: {"sparsity", "holds"} <= own["tried"][0].keys(),
-    "shrink": lambda own: own["parameters_after"] < own["parameters_before"],
+    "shrink": lambda own: own["after"]["parameters"] < own["before"]["parameters"],
     "verify": lambda own: own["ok"] is True,
     "evaluate": lambda own: own["rows"][0]["results"][0]["n"] == 2,
     "compare": lambda own: own["rows"][1]["results"][0]["difference"]["n"] == 3,
@@ -143,7 +143,7 @@ def test_a_plan_as_json(run: Run, calls: dict[str, list[Any]], tmp_path: Path) -
     words = [*calls["run"], "-o", tmp_path / "new", "--dry-run", "--json"]
     code, out, err = run("run", *words)
     assert code == 0, err
-    assert json.loads(out)["plan"]["jobs"][-1]["name"] == "gsm8k_nll:3"
+    assert "gsm8k_nll:3" in [job["name"] for job in json.loads(out)["plan"]["jobs"]]
 
 
 def test_json_has_no_numbers_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,10 +26,8 @@ from causalprune.runs.timing import speeds
 
 
 def recipe(model: Path, *methods: str, **changes: Any) -> Recipe:
-    calibration = CalibrationSpec(("gsm8k",), n=6, subsets=3)
-    return Recipe(
-        ModelSpec(str(model)), calibration, methods, (0.5,), ("gsm8k_nll:4", "strategyqa_nll"), **changes
-    )
+    calibration, on = CalibrationSpec(("gsm8k",), n=6, subsets=3), ("gsm8k_nll:4", "strategyqa_nll")
+    return Recipe(ModelSpec(str(model)), calibration, methods, (0.5,), on, general_text="none", **changes)
 
 
 def kept(folder: Path) -> list[str]:
@@ -205,7 +203,7 @@ def test_the_next_command_names_what_lacks(model: Path, data: Path, tmp_path: Pa
         judged = Verdict("wanda-row-0.5", holds, "", measure="gsm8k_answers:4")
         return endings.next_command(record, tmp_path / "run", judged).removeprefix("causalprune ")
 
-    assert then(holds=False) == f"evaluate {best} -t gsm8k_answers:4 -o {best}.json"
+    assert then(holds=False) == f"evaluate {best} --on gsm8k_answers:4 -o {best}.json"
     smaller = tmp_path / "run" / "smaller"
     assert then(holds=True) == f"shrink {model} -o {smaller} --parameters 0.2 -t gsm8k:6"
     (best / MANIFEST).unlink()

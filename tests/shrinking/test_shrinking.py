@@ -243,7 +243,9 @@ def test_the_command_leaves_a_model_that_loads(run: Run, tmp_path: Path) -> None
     assert f"size: {small.num_parameters():,} parameters in" in out
     assert "tokens/s" in out
     (then,) = (line.removeprefix("next: ") for line in out.splitlines() if line.startswith("next: "))
-    assert then == f"causalprune evaluate {tmp_path / 'small'} -t TEST.jsonl_nll -o {tmp_path / 'small'}.json"
+    assert (
+        then == f"causalprune evaluate {tmp_path / 'small'} --on TEST.jsonl_nll -o {tmp_path / 'small'}.json"
+    )
     assert run("verify", tmp_path / "small")[0] == 0
     assert read_manifest(tmp_path / "small")["base"]["fingerprint"] == decoder.fingerprint
     said = read_manifest(tmp_path / "small")["run"]["shrink"]

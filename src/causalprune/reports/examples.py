@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from causalprune.core import EvalResult
-from causalprune.evaluation import HIGHER_IS_BETTER
+from causalprune.evaluation import HIGHER_IS_BETTER, on_general_text
 
 SHOWN = 10
 """Problems in each direction."""
@@ -31,6 +31,8 @@ def flips(rows: Rows) -> list[dict[str, Any]]:
         for result in results:
             before = dense.get((result.task, result.metric))
             if label == "dense" or before is None or before.examples != result.examples:
+                continue
+            if on_general_text(result.task):  # no problems, but pieces of text
                 continue
             if result.metric == "nats_per_token":
                 found.append(_losses(label, before, result, texts))

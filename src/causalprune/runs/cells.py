@@ -49,8 +49,7 @@ def load_intact(spec: ModelSpec) -> Decoder:
 class Cells:
     """Measures the cells of a run, one after the other, each with a freshly loaded model.
 
-    `size` is that of the intact model; `book` holds what is finished. Of the recipe's tasks, those that the user has not `named` may be impossible, and their
-    results say that they were `ADDED`.
+    `size` is that of the intact model; `book` holds what is finished. Tasks that nobody `named` may be impossible.
     """
 
     recipe: Recipe
@@ -73,8 +72,7 @@ class Cells:
 
     def measure(self, name: str, method: Cell, decoder: Decoder | None) -> None:
         """Measure what is missing of a cell, with the intact `decoder` if it is there already."""
-        missing = self.missing(name)
-        if not missing:
+        if not (missing := self.missing(name)):
             return
         checkpoint = self.folder / CHECKPOINTS / name
         if self._saved(name, checkpoint):  # stopped while it was being measured
