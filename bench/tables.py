@@ -20,10 +20,6 @@ from causalprune.core.types import EvalResult
 from causalprune.evaluation.results import headline, paired_difference, results_in, rows_of
 
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-HALF = (
-    "dense",
-    *(f"{name}-0.5" for name in ("causal-matrix", "sparsegpt-matrix", "wanda-row", "cap-global")),
-)
 LEFT_OUT = ("arc_challenge", "accuracy")
 """Options differ in length, so ARC-Challenge is usually reported by `acc_norm`."""
 CHOICES = ("effect", "activation", "magnitude", "random")
@@ -63,6 +59,25 @@ def calibrations() -> str:
     if len(rows) < 3:
         return "Not measured yet.\n"
     return to_markdown(comparison([(label, reported(results)) for label, results in rows.items()]))
+
+
+def front() -> str:
+    """What half of the weights costs a model that solves problems: plain numbers, for the README."""
+    own, names = record("quality")["raw"], ("dense", "causal", "sparsegpt", "wanda")
+    rows = {
+        label.split("-")[0]: results
+        for label, results in rows_of(own["qwen"])
+        if label.endswith(("dense", "-0.5"))
+    }
+    if not {*names} <= {*rows}:
+        return "Not measured yet.\n"
+    size = 2 * record("speed")["raw"]["rows"]["qwen whole"]["parameters"]
+    lines = ["| model | problems solved | prunable weights | size and speed |", "|---|---:|---:|---|"]
+    for name in names:
+        solved = next(result for result in rows[name] if result.task == "gsm8k_cot")
+        rest = ("all", f"{size / 1e9:.2f} GB in bfloat16") if name == "dense" else ("half", "as dense")
+        lines.append(f"| {name} | {sum(solved.values):.0f} of {len(solved.values)} | {' | '.join(rest)} |")
+    return "\n".join(lines) + "\n"
 
 
 def draws() -> str:
@@ -358,7 +373,7 @@ def _attribution(step: str) -> Any:
 TABLES: dict[str, Callable[[], str]] = {
     "core": partial(_rows, "core", "table"),
     "quality": partial(_rows, "quality", "gsm8k"),
-    "half": partial(_rows, "quality", "gsm8k", HALF),
+    "front": front,
     "mix": partial(_rows, "quality", "mix"),
     "qwen": partial(_rows, "quality", "qwen"),
     "qwen_worked": partial(_rows, "quality", "qwen_worked"),

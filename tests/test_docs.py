@@ -58,3 +58,14 @@ def test_readme_uses_public_names_only() -> None:
     used = set(re.findall(r"\bcp\.(\w+)", (REPOSITORY / "README.md").read_text(encoding="utf-8")))
     assert used
     assert used <= set(causalprune.__all__)
+
+
+API = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", causalprune.__all__)
+def test_the_api_page_says_what_docstrings_say(name: str) -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", API, re.MULTILINE))
+    own = getattr(causalprune, name)
+    assert rows[name] == own.__doc__.strip().splitlines()[0]
+    assert f"<!-- api: {own.__module__}.{name} -->" in API
