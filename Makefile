@@ -25,7 +25,7 @@ docs: $(DOCUMENTED)  ## the documentation as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
 
 examples: $(DOCUMENTED)  ## run the notebook, every command that the documentation shows, and the wheel alone
-	$(BIN)/pytest -q -m slow tests/test_commands.py tests/test_notebook.py tests/test_wheel.py
+	$(BIN)/pytest -q -m slow -n auto tests/test_commands.py tests/test_notebook.py tests/test_wheel.py
 
 browser: $(BROWSED)  ## the report in Chromium, which has to be on this machine
 	$(BIN)/pytest -q -m slow tests/test_report_browser.py

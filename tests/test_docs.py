@@ -54,8 +54,9 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
         causalprune.prun  # noqa: B018
 
 
-def test_readme_uses_public_names_only() -> None:
-    used = set(re.findall(r"\bcp\.(\w+)", (REPOSITORY / "README.md").read_text(encoding="utf-8")))
+def test_pages_use_public_names_only() -> None:
+    pages = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
+    used = {name for page in pages for name in re.findall(r"\bcp\.(\w+)\(", page.read_text(encoding="utf-8"))}
     assert used
     assert used <= set(causalprune.__all__)
 

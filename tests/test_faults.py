@@ -29,7 +29,7 @@ every_stage = pytest.mark.parametrize("stage", STAGES)
 pytestmark = pytest.mark.xdist_group("faults")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def disturbed() -> Iterator[dict[str, Any]]:
     """Return what came of runs that were killed, interrupted, without room and without permission."""
     with tempfile.TemporaryDirectory() as folder:  # not below pytest's own, which only its owner may enter

@@ -67,6 +67,7 @@ def test_older_readers_find_rotary_embeddings_where_they_look(tmp_path: Path) ->
         assert torch.equal(logits(again, range(40)), logits(decoder.model, range(40)))
 
 
+@pytest.mark.slow
 def test_the_evaluation_harness_takes_it_on_its_own_command_line(pruned: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"{i} + 1 =", "a": f" {i + 1}", "b": " many"} for i in range(4)]
     task = {

@@ -228,6 +228,7 @@ attribute(decoder, calibration(), ledger=Path(sys.argv[1]), estimator=Estimator(
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "ledger.jsonl"
     folders = [str(Path(__file__).parents[1]), str(Path(str(measuring.__file__)).parents[2])]
