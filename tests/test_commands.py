@@ -17,7 +17,7 @@ from causalprune.runs import general
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 MARK = re.compile(r"# needs: (\w[\w.]*)")
-MARKS = ("network", "gpu", "hours", "llama.cpp")
+MARKS = ("network", "gpu", "hours", "llama.cpp", "ray")
 """What a command may need that a test has not: such a command carries the word, and is not run."""
 FITTED = {"20x": "2x"}
 """A tiny model has too few heads for a budget of a twentieth."""
