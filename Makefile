@@ -1,6 +1,7 @@
 # A fresh machine needs python3.11 and make; everything else goes into .venv.
 PYTHON ?= python3.11
 BIN := .venv/bin
+unexport PYTHONDONTWRITEBYTECODE  # some thirty interpreters start in the tests: each would compile torch anew
 BENCHES := core attribution stability families quality speed moe large
 INSTALLED := .venv/.installed
 
