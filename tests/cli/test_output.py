@@ -204,8 +204,12 @@ def test_progress_is_logged_now_and_then(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_every_variable_stands_in_the_reference() -> None:
     page = (REPOSITORY / "docs" / "reference.md").read_text(encoding="utf-8")
-    folders = [PACKAGE, REPOSITORY / "tests", REPOSITORY / "bench"]
-    texts = [path.read_text(encoding="utf-8") for own in folders for path in own.rglob("*.py")]
+    files = [
+        *PACKAGE.rglob("*.py"),
+        *(REPOSITORY / "tests").rglob("*.py"),
+        *(REPOSITORY / "bench").glob("*.py"),
+    ]
+    texts = [path.read_text(encoding="utf-8") for path in files]
     found = {name for text in texts for name in re.findall(r"\bCAUSALPRUNE_[A-Z0-9]+", text)}
     assert "CAUSALPRUNE_DATA" in found
     assert not {name for name in found if f"`{name}`" not in page}
