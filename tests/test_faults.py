@@ -41,6 +41,7 @@ def disturbed() -> Iterator[dict[str, Any]]:
         yield json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_runs_killed_at_any_moment_end_as_undisturbed_ones(disturbed: dict[str, Any]) -> None:
     kills = disturbed["kills"]
     assert [kill["stage"] for kill in kills] == [list(STAGES)[i % len(STAGES)] for i in range(KILLS)]
@@ -50,6 +51,7 @@ def test_runs_killed_at_any_moment_end_as_undisturbed_ones(disturbed: dict[str, 
 
 
 @every_stage
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_finished(disturbed: dict[str, Any], stage: str) -> None:
     found = disturbed["faults"][f"{stage} interrupted"]
     assert found["code"] == 130
@@ -63,6 +65,7 @@ def test_ctrl_c_keeps_what_is_finished(disturbed: dict[str, Any], stage: str) ->
 
 
 @every_stage
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_leaves_nothing_partial(disturbed: dict[str, Any], stage: str) -> None:
     found = disturbed["faults"][f"{stage} without room"]
     assert found["code"] == 2
@@ -75,6 +78,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_partial(disturbed: dict[str, Any
 
 
 @every_stage
+@pytest.mark.slow
 def test_a_folder_without_permission_is_refused(disturbed: dict[str, Any], stage: str) -> None:
     found = disturbed["faults"][f"{stage} without permission"]
     assert found["code"] == 2

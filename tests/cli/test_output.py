@@ -124,6 +124,7 @@ EXPECTED: dict[str, Callable[[Any], bool]] = {
 }
 
 
+@pytest.mark.slow
 def test_json_is_all_that_is_printed_and_quiet_prints_nothing(run: Run, calls: dict[str, list[Any]]) -> None:
     for command, words in calls.items():
         code, out, err = run(command, *words, "--json")
