@@ -31,7 +31,7 @@ from causalprune.evaluation.measures import evaluate
 from causalprune.evaluation.results import headline, paired_difference, results_in
 from causalprune.models.loading import load
 from causalprune.pruning.layers import prune
-from causalprune.runs.recipe import parse_method
+from causalprune.runs.rows import parse_method
 from causalprune.shrinking.removal import Shares, Shrinking, shrink
 
 FOLDER = RUNS / "moe"

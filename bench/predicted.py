@@ -22,7 +22,8 @@ from causalprune.interventions.losses import target_logits, targets
 from causalprune.pruning.budgets import trial
 from causalprune.pruning.grading import DoseResponse, Experiment, dose_response, doses
 from causalprune.pruning.methods import Method
-from causalprune.pruning.walks import Gathered, Steps, planned, walk
+from causalprune.pruning.parts import Steps
+from causalprune.pruning.walks import Gathered, planned, walk
 
 EXAMPLES, SPARSITY, DRAWS = 48, 0.5, 16
 
@@ -40,7 +41,7 @@ def predicted() -> dict[str, Any]:
         return after
 
     wanted = doses(SPARSITY)
-    layers = walk(plan, gathered, Steps(plan.total), advance_pruned=False, moments=True)
+    layers = walk(plan, gathered, Steps(), advance_pruned=False, moments=True)
     with shown("measured") as progress:
 
         def counted() -> Iterator[Layer]:

@@ -30,8 +30,10 @@ from tinydata import byte_tokenizer, write_jsonl
 from transformers import LlamaConfig
 
 from causalprune.cli.app import main
+from causalprune.core import resuming
 
 torch.set_num_threads(1)  # tiny matrices
+resuming.EVERY = resuming.RARELY = 0.0  # as it may be at any moment of a long run
 PROBLEMS = 12
 TIMELESS = {"created"}
 """Entries of a manifest that differ between two runs of the same command."""
@@ -62,6 +64,17 @@ STAGES = {
     ),
     "streaming by layers": Stage("prune", "runs.single.prune_stream", (*WANDA, "--stream")),
 }
+
+
+KILLED = {
+    **STAGES,
+    "fitting": Stage(
+        "prune",
+        "runs.single.prune",
+        ("--method", "causal", "--sparsity", "0.5", "--batch-tokens", "256"),
+    ),
+}
+"""What is killed: of the last a fault is no end, but a warning that nothing is kept."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +167,7 @@ class Place:
         write_jsonl(self.problems, rows)
         self.calm: dict[str, dict[str, Any]] = {}
         self.seconds: dict[str, float] = {}
-        for name, stage in STAGES.items():  # here, so that children find all modules imported
+        for name, stage in KILLED.items():  # here, so that children find all modules imported
             self._warm_up(stage.arguments(self.model, folder / f"{name}-warm", self.problems))
 
     def _warm_up(self, arguments: list[str]) -> None:
@@ -167,7 +180,7 @@ class Place:
 
     def start(self, stage: str, output: Path, first: Callable[[], object] = lambda: None) -> Child:
         """Begin the command of a stage."""
-        own = STAGES[stage]
+        own = KILLED[stage]
         return Child(own.arguments(self.model, output, self.problems), own.begins, self.log, first)
 
     def undisturbed(self, stage: str) -> dict[str, Any]:
@@ -239,7 +252,7 @@ def kills(place: Place, count: int, seed: int) -> Iterator[Killed]:
     """Kill and resume `count` runs, the stages in turn."""
     dice, done = random.Random(seed), 0
     while done < count:
-        found = place.killed(list(STAGES)[done % len(STAGES)], dice)
+        found = place.killed(list(KILLED)[done % len(KILLED)], dice)
         if found is not None:
             done += 1
             yield found

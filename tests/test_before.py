@@ -182,6 +182,28 @@ def test_results_are_reported(done: Callable[..., str]) -> None:
     assert read("page.json")
 
 
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("attribute", "model", "-o", "stopped/attributed", *CALIBRATION), "3 of 6 jobs done"),
+        (("evaluate", "model", *TASKS, "-o", "stopped/dense.json"), "1 of 2 tasks done"),
+        (("run", *RUN, "-o", "stopped/run"), "5 of 6 measurements done"),
+        (("prune", "model", "-o", "stopped/trials", *CAUSAL), "gradients done, 3 trials"),
+        (
+            ("prune", "model", "-o", "stopped/training", *CAUSAL),
+            "gradients, trials and layers done, 3 of 6 rounds of training",
+        ),
+    ],
+)
+def test_what_is_there_is_said_first(run: Run, words: tuple[str, ...], found: str) -> None:
+    code, _, err = run(*words)
+    assert code == 0, err
+    (said,) = (line for line in err.splitlines() if line.startswith("going on: "))
+    assert said.removeprefix("going on: ") == found
+    if words[0] != "attribute":  # how many jobs there are is known when the model is
+        assert err.startswith("going on: ")
+
+
 @pytest.mark.parametrize("stopped", ["trials", "training"])
 def test_a_stopped_pruning_goes_on(stopped: str, done: Callable[..., str]) -> None:
     assert Path(f"stopped/{stopped}.pruning").exists()

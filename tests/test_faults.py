@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Run
-from disturbed import STAGES
+from disturbed import KILLED, STAGES
 from families import FAMILIES
 from reference import fresh
 from tinydata import tiny_decoder, write_jsonl, write_model
@@ -24,7 +24,7 @@ from causalprune.checkpoints.saving import read_manifest, save
 from causalprune.core.errors import CheckpointError, ModelError
 from causalprune.models.loading import load
 
-KILLS = 10
+KILLS = 12
 every_stage = pytest.mark.parametrize("stage", STAGES)
 pytestmark = pytest.mark.xdist_group("faults")
 
@@ -44,7 +44,7 @@ def disturbed() -> Iterator[dict[str, Any]]:
 @pytest.mark.slow
 def test_runs_killed_at_any_moment_end_as_undisturbed_ones(disturbed: dict[str, Any]) -> None:
     kills = disturbed["kills"]
-    assert [kill["stage"] for kill in kills] == [list(STAGES)[i % len(STAGES)] for i in range(KILLS)]
+    assert [kill["stage"] for kill in kills] == [list(KILLED)[i % len(KILLED)] for i in range(KILLS)]
     assert not [kill for kill in kills if kill["lost"]]
     assert any(not kill["complete"] for kill in kills), "every kill came too late: the test is blind"
     assert any(kill["rows"] > 1 for kill in kills), "nothing was finished before any kill: the test is blind"
@@ -64,6 +64,11 @@ def test_ctrl_c_keeps_what_is_finished(disturbed: dict[str, Any], stage: str) ->
         assert found["left"] in ([], [f"{stage}-stopped"])
 
 
+def errors(said: str) -> list[str]:
+    """Return the lines that are not about progress, which depends on how busy the machine is."""
+    return [line for line in said.splitlines() if line.startswith("error: ") or "Traceback" in line]
+
+
 @every_stage
 @pytest.mark.slow
 def test_a_full_disk_is_said_and_leaves_nothing_partial(disturbed: dict[str, Any], stage: str) -> None:
@@ -71,7 +76,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_partial(disturbed: dict[str, Any
     assert found["code"] == 2
     assert "File too large" in found["said"]
     assert "GB free" in found["said"]
-    assert found["said"].count("\n") == 1
+    assert len(errors(found["said"])) == 1
     assert found["files"] == (["attribution.ledger"] if stage == "attribution" else [])
     assert found["left"] == (["attribution-full"] if stage == "attribution" else [])
     assert found["resumed"]
@@ -84,7 +89,7 @@ def test_a_folder_without_permission_is_refused(disturbed: dict[str, Any], stage
     assert found["code"] == 2
     assert "forbidden" in found["said"]
     assert "Permission denied" in found["said"] or "may write to" in found["said"]
-    assert found["said"].count("\n") == 1
+    assert len(errors(found["said"])) == 1
     assert not found["left"]
     assert found["resumed"]
 

@@ -20,7 +20,8 @@ from causalprune.models.anatomy import inspect_model
 from causalprune.pruning.budgets import trial
 from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
-from causalprune.pruning.walks import Gathered, Steps, planned, walk
+from causalprune.pruning.parts import Steps
+from causalprune.pruning.walks import Gathered, planned, walk
 
 METHOD = Method("sparsegpt", 0.5)
 
@@ -29,7 +30,7 @@ def alone(decoder: Decoder, calibration: Calibration) -> tuple[Masks, dict[str, 
     """Prune every matrix with the intact model's inputs; return its error as a share of the output's energy."""
     plan, gathered = planned(decoder, METHOD, {}, calibration, max_batch_tokens=1), Gathered()
     keep, errors = Masks(), {}
-    for layer in walk(plan, gathered, Steps(plan.total), advance_pruned=False, moments=True):
+    for layer in walk(plan, gathered, Steps(), advance_pruned=False, moments=True):
         for p in layer.projections:
             before, (after,) = p.read(), trial(plan, gathered, p, [METHOD.sparsity])
             change, hessian = after - before, gathered.moments.hessians[p.name]

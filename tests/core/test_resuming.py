@@ -13,16 +13,24 @@ from reference import calibration, fresh
 from causalprune.attribution.estimators import attribute
 from causalprune.core import resuming
 from causalprune.core.errors import CheckpointError, MismatchError
-from causalprune.core.resuming import State
+from causalprune.core.resuming import State, forget
+from causalprune.interventions import gradients
 from causalprune.models.anatomy import fingerprint
-from causalprune.pruning import grading, prune
+from causalprune.pruning import grading, prune, walks
 from causalprune.pruning import layers as pruning
 from causalprune.pruning import training as distillation
 from causalprune.pruning.methods import Method
 
 EXAMPLES = calibration(((14, 5), (13, 9), (12, 3)))
 METHOD = Method("causal", 0.5)
-PLACES = {"output_slopes": pruning, "divergence": grading, "refit": pruning, "_gradients": distillation}
+PLACES = {
+    "last_hidden": distillation,
+    "cross_entropy": gradients,
+    "run_layer": walks,
+    "divergence": grading,
+    "refit": pruning,
+    "_gradients": distillation,
+}
 OWN = {name: getattr(module, name) for name, module in PLACES.items()}
 
 
@@ -32,7 +40,8 @@ class StoppedError(Exception):
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resuming, "SELDOM", 0.0)
+    monkeypatch.setattr(resuming, "EVERY", 0.0)
+    monkeypatch.setattr(resuming, "RARELY", 0.0)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, stop: str = "", after: int = 0) -> Counter[str]:
@@ -53,7 +62,6 @@ def counted(monkeypatch: pytest.MonkeyPatch, stop: str = "", after: int = 0) -> 
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [
-        ("llama3", torch.float32),
         ("llama3", torch.bfloat16),
         ("gpt2", torch.float32),
         ("qwen3_moe", torch.float32),
@@ -62,21 +70,34 @@ def counted(monkeypatch: pytest.MonkeyPatch, stop: str = "", after: int = 0) -> 
 def test_a_stopped_pruning_goes_on(
     family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, file = fresh(family), tmp_path / "out.pruning"
+    whole, folder = fresh(family), tmp_path / "out.pruning"
     whole.model.to(dtype)
     every = counted(monkeypatch)
-    expected = prune(whole, METHOD, calibration=EXAMPLES)
-    stops = [("output_slopes", 1), ("divergence", 4), ("refit", 3), ("_gradients", 1), ("_gradients", 3)]
+    expected = prune(whole, METHOD, calibration=EXAMPLES, max_batch_tokens=16)
+    matrices = every["refit"] // len(whole.layers)
+    stops = [
+        ("last_hidden", 2),
+        ("cross_entropy", 2),
+        ("divergence", 4),
+        ("run_layer", 1),
+        ("divergence", 14),
+        ("refit", 1),
+        ("run_layer", 8),
+        ("refit", matrices + 2),
+        ("_gradients", 3),
+        ("_gradients", 4),
+    ]
     done: Counter[str] = Counter()
     for stop, after in [*stops, ("", 0)]:
         decoder = fresh(family)
         decoder.model.to(dtype)
         count = counted(monkeypatch, stop, after)
+        given = {"calibration": EXAMPLES, "max_batch_tokens": 16, "kept_in": folder}
         if stop:
             with pytest.raises(StoppedError):
-                prune(decoder, METHOD, calibration=EXAMPLES, kept_in=file)
+                prune(decoder, METHOD, **given)
         else:
-            found = prune(decoder, METHOD, calibration=EXAMPLES, kept_in=file)
+            found = prune(decoder, METHOD, **given)
         done += count
     assert fingerprint(decoder.model) == fingerprint(whole.model)
     assert all(torch.equal(found.keep[name], kept) for name, kept in expected.keep.items())
@@ -85,10 +106,11 @@ def test_a_stopped_pruning_goes_on(
     assert expected.response is not None
     assert torch.equal(found.response.nats, expected.response.nats)
     assert found.response.members == expected.response.members
-    assert done["output_slopes"] == 2  # the one that was stopped, and one more
-    assert done["divergence"] <= every["divergence"] + 4
-    assert done["refit"] == every["refit"] + 3
-    assert done["_gradients"] <= every["_gradients"] + 4
+    again = {name: done[name] - every[name] for name in PLACES}
+    assert again["last_hidden"] == again["cross_entropy"] == 1  # the batch that was at work
+    assert again["_gradients"] == 2
+    assert again["refit"] <= 1 + matrices  # those of the layer that was at work
+    assert again["divergence"] <= 4 + 6  # of the group that was at work: three sparsities, so many batches
 
 
 def test_what_is_kept_of_another_pruning_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,17 +125,41 @@ def test_what_is_kept_of_another_pruning_is_refused(tmp_path: Path, monkeypatch:
 
 
 def test_what_is_kept_and_damaged_is_an_error_that_names_it(tmp_path: Path) -> None:
-    State(tmp_path / "kept", ["a"]).keep(values=torch.ones(9))
-    data = (tmp_path / "kept").read_bytes()
+    State(tmp_path / "kept", ["a"]).keep(ones=torch.ones(9), other=1)
+    file = tmp_path / "kept" / "ones"
+    data = file.read_bytes()
     torch.save([1], tmp_path / "other")
     for damaged in (b"", b"no archive", data[: len(data) // 2], (tmp_path / "other").read_bytes()):
-        (tmp_path / "kept").write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"kept.*is damaged: delete it"):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"kept.ones, .* is damaged: delete it"):
             State(tmp_path / "kept", ["a"])
-    (tmp_path / "kept").unlink()
-    (tmp_path / "kept").mkdir()
-    with pytest.raises(CheckpointError, match=r"cannot read .*kept"):
+    file.unlink()
+    assert State(tmp_path / "kept", ["a"]).values == {"other": 1}
+    file.mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot read .*kept.ones"):
         State(tmp_path / "kept", ["a"])
+
+
+def test_values_come_back_one_by_one_and_half_written_ones_do_not(tmp_path: Path) -> None:
+    state = State(tmp_path / "kept", ["a"])
+    state.hold(large=torch.ones(3), small=0)
+    assert not (tmp_path / "kept").exists()
+    state.keep(small=1)
+    state.flush(other=[2])
+    (tmp_path / "kept" / "large.partial-7").write_bytes(b"half")
+    found = State(tmp_path / "kept", ["a"]).values
+    assert torch.equal(found.pop("large"), torch.ones(3))
+    assert found == {"small": 0, "other": [2]}
+    assert not list((tmp_path / "kept").glob("*.partial-*"))
+    forget(tmp_path / "kept")
+    forget(tmp_path / "kept")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_one_file_of_earlier_releases_is_read_and_added_to(tmp_path: Path) -> None:
+    torch.save({"identity": '["a"]', "values": {"trials": [[1.0]], "slopes": {}}}, tmp_path / "kept")
+    State(tmp_path / "kept", ["a"]).keep(trials=[[1.0], [2.0]])
+    assert State(tmp_path / "kept", ["a"]).values == {"trials": [[1.0], [2.0]], "slopes": {}}
 
 
 def test_what_is_kept_with_other_effects_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +182,9 @@ def test_without_room_it_goes_on_with_a_warning(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.warns(UserWarning, match="begin again: cannot write .*No space left"):
+    with pytest.warns(UserWarning, match="nothing more is kept, .*: cannot write .*No space left") as said:
         prune(fresh("llama3"), METHOD, calibration=EXAMPLES, kept_in=tmp_path / "out.pruning")
+    assert len(said) == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -146,10 +193,25 @@ def test_nothing_is_kept_where_nothing_takes_long(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_training_is_kept_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resuming, "SELDOM", 3600.0)
-    assert not State(tmp_path / "x").due()
-    assert not State().due()
-    monkeypatch.setattr(resuming, "SELDOM", 0.0)
-    assert State(tmp_path / "x").due()
+def test_writing_takes_a_small_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, took = [0.0], [0.125]
+
+    def slow(value: Any, path: Path) -> None:
+        path.touch()
+        now[0] += took[0]
+
+    monkeypatch.setattr(resuming, "EVERY", 10.0)
+    monkeypatch.setattr(resuming, "RARELY", 20.0)
+    monkeypatch.setattr(resuming.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(torch, "save", slow)
+    state = State(tmp_path / "x")
+    due = []
+    for _ in range(60):
+        now[0] += 1.0
+        due.append(state.due())
+        if due[-1]:
+            state.flush(large=1)
+            took[0] = 1.0
+    assert [at for at, one in enumerate(due, 1) if one] == [10, 20, 40, 60]
+    now[0] += 1e9
     assert not State().due()

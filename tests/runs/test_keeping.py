@@ -21,7 +21,8 @@ from causalprune.runs import cells, endings
 from causalprune.runs import study as running
 from causalprune.runs.keeping import keep_for_now, let_go
 from causalprune.runs.plans import plan
-from causalprune.runs.recipe import CalibrationSpec, ModelSpec, Recipe, parse_removal
+from causalprune.runs.recipe import CalibrationSpec, ModelSpec, Recipe
+from causalprune.runs.rows import parse_removal
 from causalprune.runs.timing import speeds
 
 
@@ -46,6 +47,15 @@ def test_only_the_recommended_checkpoint_stays(model: Path, data: Path, tmp_path
     assert kept(tmp_path / "all") == [row["label"] for row in everything["rows"][1:]]
     running.run(recipe(model, "random", "wanda"), tmp_path / "all", data_dir=data)
     assert len(kept(tmp_path / "all")) == 2, "what `save` kept is the user's"
+
+
+def test_the_methods_that_a_recipe_saves_are_kept_beside_the_best(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    wanted = recipe(model, "random", "magnitude", "shrink:0.1", save=("random", "shrink:0.1"))
+    record = running.run(wanted, tmp_path / "run", data_dir=data)
+    random, small = (row["label"] for row in record["rows"] if row["criterion"] in ("random", "shrink"))
+    assert kept(tmp_path / "run") == sorted({random, small, verdict(record).label or random})
 
 
 @pytest.mark.parametrize("touch", ["added", "changed", "asked for", "link"])

@@ -8,7 +8,8 @@ from tinydata import tiny_decoder, write_data
 
 from causalprune.core.errors import OptionError
 from causalprune.runs.plans import plan
-from causalprune.runs.recipe import RECIPES, find_recipe, label, parse_method, read_recipe, without_limits
+from causalprune.runs.recipe import RECIPES, find_recipe, read_recipe, without_limits
+from causalprune.runs.rows import label, parse_method
 
 MINIMAL: dict[str, Any] = {
     "model": {"name": "some/model"},
@@ -71,6 +72,7 @@ def test_label_names_the_scope_that_is_used() -> None:
         ({"calibration": {"task": ["gsm8k"], "chat": "of"}}, "did you mean 'off'"),
         ({"seed": "zero"}, "seed must be a whole number"),
         ({"save": 1}, "save must be true or false"),
+        ({"methods": ["wanda"], "save": ["wnda"]}, "did you mean 'wanda'"),
     ],
 )
 def test_bad_recipe_is_one_clear_error(tmp_path: Path, change: dict[str, Any], words: str) -> None:

@@ -1,6 +1,9 @@
 """Choosing what goes for good: exact counts, honest choices, and what stays makes up for the rest."""
 
+from collections import Counter
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +17,14 @@ from causalprune.attribution.measured import Measured
 from causalprune.attribution.measuring import Passes
 from causalprune.attribution.plan import planned
 from causalprune.checkpoints.saving import read_manifest
+from causalprune.core import resuming
 from causalprune.core.errors import ModelError, OptionError
 from causalprune.core.types import Calibration, Decoder, Example, quiet, silent
 from causalprune.evaluation.measures import evaluate
 from causalprune.evaluation.results import paired_difference
 from causalprune.models.anatomy import inspect_model
-from causalprune.shrinking.removal import BY, Shares, Shrinking, Shrunk, _worth, ledgers, shares_for, shrink
+from causalprune.pruning import begun, training
+from causalprune.shrinking.removal import BY, Shares, Shrinking, Shrunk, _worth, leftovers, shares_for, shrink
 
 
 def decoder_of(name: str) -> Decoder:
@@ -139,11 +144,40 @@ def test_training_makes_up_for_experts_that_go_and_nothing_else_does() -> None:
 def test_what_was_measured_is_kept(tmp_path: Path) -> None:
     shares, path = Shares(neurons=0.5, kv_groups=0.5), tmp_path / "small.attribution"
     first = shrunk("llama3", shares, ledger=path)
-    assert {p.name for p in tmp_path.iterdir()} == {ledgers(path)[k].name for k in ("neurons", "kv_groups")}
-    before = [p.read_bytes() for p in ledgers(path).values() if p.exists()]
+    names = ("neurons", "kv_groups", "update")
+    assert {p.name for p in tmp_path.iterdir()} == {leftovers(path)[name].name for name in names}
+    before = [p.read_bytes() for p in leftovers(path).values() if p.is_file()]
     again = shrunk("llama3", shares, ledger=path)
-    assert [p.read_bytes() for p in ledgers(path).values() if p.exists()] == before
+    assert [p.read_bytes() for p in leftovers(path).values() if p.is_file()] == before
     assert all(torch.equal(a, again.kept.kv_groups[i]) for i, a in first.kept.kv_groups.items())
+
+
+@pytest.mark.parametrize(("name", "shares"), [("llama3", Shares(0.5)), ("qwen3_moe", Shares(experts=0.5))])
+def test_a_stopped_update_goes_on(
+    name: str, shares: Shares, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resuming, "EVERY", 0.0)
+    monkeypatch.setattr(resuming, "RARELY", 0.0)
+    calm = shrunk(name, shares, update="distill").decoder.model.state_dict()
+    steps = Counter[str]()
+
+    def stops(at: int, *given: Any) -> Any:
+        steps["taken"] += 1
+        if steps["taken"] == at:
+            raise KeyboardInterrupt
+        return own(*given)
+
+    own = training._gradients
+    for at in (2, 5, 0):
+        monkeypatch.setattr(training, "_gradients", partial(stops, at))
+        try:
+            found = shrunk(name, shares, update="distill", ledger=tmp_path / "small")
+        except KeyboardInterrupt:
+            assert steps["taken"] == at
+            said = begun(leftovers(tmp_path / "small")["update"])
+            assert said.endswith(f"done, {1 if at == 2 else 3} of 12 steps of training")
+    assert steps["taken"] == 12 + 2
+    assert all(torch.equal(weight, calm[key]) for key, weight in found.decoder.model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["mixtral", "olmoe"])

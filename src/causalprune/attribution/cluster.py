@@ -17,7 +17,7 @@ import torch
 from causalprune.attribution.estimators import Job, cells_of, exact_jobs
 from causalprune.attribution.measuring import Passes
 from causalprune.attribution.plan import Plan
-from causalprune.core import CausalPruneError, Ledger, OptionError, Progress
+from causalprune.core import CausalPruneError, Ledger, OptionError, Progress, say
 
 RETRIES = 3
 """Times that a job may take its worker down with it before the run ends."""
@@ -98,6 +98,7 @@ def fill(plan: Plan, path: Path, make: Callable[[], Passes], cluster: Cluster, o
     if plan.estimator.name != "exact":
         raise OptionError(f"only the estimator 'exact' runs on a cluster, not {plan.estimator.name!r}")
     wanted = in_order(exact_jobs(plan))
+    say(on_progress, unit="jobs")
     with plan.ledger(path) as book:
         missing = {key: job for key, job in wanted.items() if key not in book.rows}
         if not missing:

@@ -21,7 +21,7 @@ from causalprune.attribution.plan import Plan, opened, planned
 from causalprune.attribution.questions import DEFAULT_BUDGET, Estimator, Question
 from causalprune.attribution.sampling import Allocation, next_cells, settled
 from causalprune.calibration import batches
-from causalprune.core import Calibration, Decoder, Effects, Progress, Unit, bar, silent
+from causalprune.core import Calibration, Decoder, Effects, Progress, Unit, bar, say, silent
 
 Job: TypeAlias = tuple[int, int]  # a batch and a layer
 ROUNDS = 4
@@ -47,6 +47,13 @@ def attribute(
     """
     plan = planned(decoder, calibration, question, estimator)
     with opened(plan, ledger) as book, bar(on_progress, "attribution") as tell:
+        say(tell, unit="tokens")
+        jobs = None
+        if estimator.name == "exact":
+            jobs = len(share_of(exact_jobs(plan), *estimator.share)) + len(plan.groups)
+        if book is not None and 0 < len(book.rows) != jobs:
+            every = "" if jobs is None else f" of {jobs:,}"
+            say(tell, note=f"going on: {len(book.rows):,}{every} jobs done")
         return ESTIMATORS[estimator.name](Measured(Passes(plan), book), tell)
 
 
@@ -119,7 +126,8 @@ def expanded(work: Measured, on_progress: Progress = silent) -> tuple[Tensor, Te
         columns = list(batch.indices)
         for target, name in ((work.intact, "ce"), (first, "first"), (second, "second")):
             target[..., columns] = torch.tensor(row[name], dtype=torch.float64)
-        on_progress(number + 1, len(groups))
+        if work.fresh or number + 1 == len(groups):
+            on_progress(number + 1, len(groups))
     if any(unit.kind == "expert" for unit in plan.units) or how.gates != (1.0,):
         for number in range(len(plan.groups)):
             work.measure_intact(number)  # which experts get tokens, and losses where gates are open

@@ -30,10 +30,13 @@ class Measured:
         self._intact_done: set[int] = set()
         self._walked: set[int] = set()
         self._cell_tokens = 0.0
+        self.fresh = True
+        """Whether the last job was done now, and not found in the ledger."""
 
     def recalled(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the result of a job: from the ledger, or computed and written there."""
-        if self._book is not None and key in self._book.rows:
+        self.fresh = self._book is None or key not in self._book.rows
+        if self._book is not None and not self.fresh:
             row: dict[str, Any] = self._book.rows[key]
             return row
         found = compute()
@@ -80,7 +83,9 @@ class Measured:
         return self._cell_tokens + walks
 
     def report(self, on_progress: Progress, done: int, total: int) -> None:
-        """Tell how much is done, and to those who show it which unit is the strongest so far."""
+        """Tell how much is done, and to those who show it which unit is the strongest so far; what was known is no news."""
+        if not self.fresh and done < total:
+            return
         on_progress(done, total)
         if isinstance(on_progress, Remarked):
             change = self.masked - self.intact if self.plan.question.effect == "ce" else self.kl

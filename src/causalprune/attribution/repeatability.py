@@ -21,7 +21,7 @@ from causalprune.attribution.measuring import Passes
 from causalprune.attribution.plan import Plan, opened, planned
 from causalprune.attribution.questions import Estimator, Question
 from causalprune.attribution.uncertainty import agreement, reliability, spearman, top_overlap
-from causalprune.core import Calibration, Decoder, Effects, Progress, Stage, silent
+from causalprune.core import Calibration, Decoder, Effects, Progress, Stage, say, silent
 
 DRAWS = 5
 SWAPPED = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -151,6 +151,7 @@ def interactions(
     both = [(a, b) for i, a in enumerate(chosen) for b in chosen[i + 1 :]]
     joint = torch.zeros(len(both), len(examples), dtype=torch.float64)
     units = list(plan.units)
+    say(on_progress, unit="passes")
     with opened(plan, ledger) as book:
         work = Measured(Passes(plan), book)
         for number, batch in enumerate(plan.groups):
@@ -163,7 +164,8 @@ def interactions(
                 values = torch.tensor(row[question.effect], dtype=torch.float64)
                 columns = list(batch.indices)
                 joint[at, columns] = values - (work.intact[columns] if question.effect == "ce" else 0.0)
-                on_progress(number * len(both) + at + 1, len(plan.groups) * len(both))
+                if work.fresh:
+                    on_progress(number * len(both) + at + 1, len(plan.groups) * len(both))
     alone = effects.change_nats()[:, : len(examples)]
     tokens = float(effects.tokens[: len(examples)].sum())
     sums = torch.stack([alone[a] + alone[b] for a, b in both]).sum(1) / tokens

@@ -14,6 +14,7 @@ import typer
 from causalprune import __version__
 from causalprune.cli import measuring, pruning, reporting
 from causalprune.cli import options as opt
+from causalprune.cli.groups import ready
 from causalprune.cli.options import app
 from causalprune.cli.output import AsJson, console, document, say, voice
 from causalprune.core import CausalPruneError
@@ -80,6 +81,7 @@ def run_recipe(
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: dense and every method × sparsity on every task, resumable, results in one folder."""
+    ready()
     from causalprune.cli import tables
     from causalprune.runs import find_recipe, plan, read_recipe, run, run_draws, times, without_limits
 
@@ -109,7 +111,24 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Prune the embedded model on generated problems and compare the methods: no download but the model."""
+    from causalprune.reports import CHECKPOINTS
+
     run_recipe("demo", output, as_json=as_json)
+    kept = [str(path) for path in sorted((output / CHECKPOINTS).iterdir())]
+    say(f"kept models: {' and '.join(kept)}\nthree commands to go on with:")
+    answers = ("evaluate", kept[-1], "--on", "gsm_symbolic_answers:8", "-o", f"{output}/answers.json")
+    sits = (
+        "attribute",
+        "embedded",
+        "-o",
+        f"{output}/effects",
+        "-t",
+        "gsm_symbolic:12",
+        "--estimator",
+        "gradient",
+    )
+    for words in (("compare", str(output)), answers, sits):
+        say(shlex.join(["causalprune", *words]))
 
 
 def _print_run(record: dict[str, Any], folder: Path, as_json: bool) -> None:
@@ -121,7 +140,8 @@ def _print_run(record: dict[str, Any], folder: Path, as_json: bool) -> None:
     rows, found = rows_of(record), verdict(record)
     console.print(tables.comparison(rows, sizes=tables.sizes(record)))
     say(tables.verdict(found), "green" if found.holds else None)
-    (page,) = report([folder], folder / REPORT)
+    with voice.stage("report"):
+        (page,) = report([folder], folder / REPORT)
     say(f"results: {folder / RESULTS}\nreport: {page}")
     made = outcome_of(record, folder, found.label, next_command(record, folder, found))
     if made is not None:
@@ -139,7 +159,8 @@ def _print_draws(record: dict[str, Any], folder: Path, as_json: bool) -> None:
     rows = rows_of(record)
     console.print(tables.comparison(rows))
     console.print(f"means over {len(record['draws'])} draws: {folder / DRAWS}", soft_wrap=True)
-    (page,) = report([folder / name for name in record["draws"]], folder / REPORT)
+    with voice.stage("report"):
+        (page,) = report([folder / name for name in record["draws"]], folder / REPORT)
     console.print(f"report: {page}", soft_wrap=True)
     document(as_json, results=folder / DRAWS, report=page, rows=tables.figures(rows))
 

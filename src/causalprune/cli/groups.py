@@ -6,9 +6,12 @@ import typing
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from dataclasses import MISSING, fields, is_dataclass
+from importlib import import_module
 from typing import Any
 
 from typer.models import OptionInfo
+
+from causalprune.cli.output import voice
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -22,11 +25,19 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def called(**given: Any) -> None:
-        command(**_built(own, given))
+        values = _built(own, given)
+        ready()
+        command(**values)
 
     called.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     called.__annotations__ = {option.name: option.annotation for option in options}
     return called
+
+
+def ready() -> None:
+    """Import what every command with a model needs, which takes seconds, and say that it goes on."""
+    with voice.stage("starting"):
+        import_module("causalprune.runs.single")
 
 
 def _flat(parameters: Iterable[inspect.Parameter], panel: str | None = None) -> Iterator[inspect.Parameter]:

@@ -19,7 +19,6 @@ from causalprune.core import OptionError
 if TYPE_CHECKING:
     from causalprune.core import Progress
 
-LOG_SECONDS = 30.0
 console = Console()
 
 
@@ -60,39 +59,12 @@ class Voice:
     @contextlib.contextmanager
     def stage(self, label: str) -> Iterator["Progress"]:
         """Show a stage of work as it is asked for; what `Options.stage` takes."""
-        from causalprune.core import quiet, shown
+        from causalprune.core import shown
 
-        with (quiet if self.silent else shown)(label) as progress:
-            if self.file is None:
-                yield progress
-                return
-            self.log(label)
-            start = time.monotonic()
-            yield Logged(label, progress, self)
-            self.log(f"{label}: done in {time.monotonic() - start:.0f} s")
-
-
-class Logged:
-    """A progress that also goes to the log file, with a line now and then."""
-
-    def __init__(self, label: str, inner: "Progress", to: Voice) -> None:
-        self.label, self.inner, self.to = label, inner, to
-        self.text, self.last = "", time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        """Take note of the work done and the work in all."""
-        self.inner(done, total)
-        if time.monotonic() - self.last >= LOG_SECONDS:
-            self.last = time.monotonic()
-            self.to.log(f"{self.label}: {done / max(total, 1):.0%}, {done:,}/{total:,}{self.text}")
-
-    def remark(self, text: str) -> None:
-        """Show this text beside the progress, in place of the one before."""
-        self.text = f"; {text}"
-        from causalprune.core import Remarked
-
-        if isinstance(self.inner, Remarked):
-            self.inner.remark(text)
+        start = time.monotonic()
+        with shown(label, quiet=self.silent, log=self.log if self.file else None) as progress:
+            yield progress
+        self.log(f"{label}: done in {time.monotonic() - start:.0f} s")
 
 
 voice = Voice()

@@ -285,18 +285,20 @@ def shrink(
 
     from causalprune.checkpoints import check_destination
     from causalprune.cli import tables
-    from causalprune.core import size_of
+    from causalprune.core import forget, size_of
+    from causalprune.pruning import begun
     from causalprune.runs import outcome, prepared, speeds
-    from causalprune.shrinking import Shrinking, ledgers, save_shrunk, shares_for
+    from causalprune.shrinking import Shrinking, leftovers, save_shrunk, shares_for
     from causalprune.shrinking import shrink as smaller
 
     shares = method.shares()
     check_destination(output, overwrite)
     repository = hub.reserve(output, overwrite)
-    options = running.options(data.reading.data_dir)
-    decoder, calibration = prepared(model.spec(), data.spec(1), options)
+    options, ledger = running.options(data.reading.data_dir), output.with_name(f"{output.name}.attribution")
+    found = begun(leftovers(ledger)["update"])
+    decoder, calibration = prepared(model.spec(), data.spec(1), options, found)
     shares = shares or shares_for(decoder, method.parameters or 0.0)
-    seed, ledger = data.reading.seed, output.with_name(f"{output.name}.attribution")
+    seed = data.reading.seed
     shrunk = smaller(
         decoder,
         shares,
@@ -311,9 +313,10 @@ def shrink(
             speed = speeds(decoder, shrunk.decoder)
     how = {"by": method.by, "seed": seed, "shares": asdict(shares), "speed": speed and asdict(speed)}
     how["size"] = {"before": asdict(size_of(decoder)), "after": asdict(size_of(shrunk.decoder))}
-    save_shrunk(shrunk, output, calibration, how, overwrite=overwrite)
-    for path in ledgers(ledger).values():
-        path.unlink(missing_ok=True)
+    with options.stage("saving"):
+        save_shrunk(shrunk, output, calibration, how, overwrite=overwrite)
+    for path in leftovers(ledger).values():
+        forget(path)
     if shrunk.unrouted:
         said = "experts, put before others, got no token that tells their worth"
         say(tables.unrouted(shrunk.unrouted, said))

@@ -63,7 +63,15 @@ from .provenance import (
 from .provenance import (
     versions as versions,
 )
-from .resuming import State as State
+from .resuming import (
+    State as State,
+)
+from .resuming import (
+    forget as forget,
+)
+from .resuming import (
+    kept as kept,
+)
 from .showing import Shown as Shown
 from .sizes import (
     Size as Size,
@@ -140,3 +148,4 @@ from .waiting import (
 from .waiting import (
     bars as bars,
 )
+from .words import say as say

@@ -1,10 +1,12 @@
-"""What a long pruning has finished, on disk, so that a stopped one goes on."""
+"""What long work has finished, on disk, so that stopped work goes on."""
 
+import contextlib
 import json
 import os
+import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,58 +14,124 @@ import torch
 
 from causalprune.core.errors import CheckpointError, MismatchError
 
-SELDOM = 600.0
-"""Seconds between two times that something large is kept."""
+EVERY = 10.0
+"""Seconds between two times that something large is written, at least."""
+RARELY = 16.0
+"""Times as long as the last writing took, until the next: it costs at most a seventeenth of the time."""
+EARLIER = "0-earlier"
+"""The one file that the releases before wrote, when it has become a part of the folder. Read before the others."""
 
 
 class State:
     """Values by name: numbers, tensors, and lists and dictionaries of them.
 
-    With a path they are on disk when `keep` returns, in one file that is replaced as a whole; `identity` is everything they
-    depend on. What cannot be written is lost with the process, and a warning says so.
+    With a path each is in a file of its own in that folder, which is replaced as a whole; `identity` is everything they
+    depend on. What cannot be written is lost with the process, and a warning says so. Tensors come back on the CPU.
 
     Raises:
-        CheckpointError: the file cannot be read, or is damaged.
-        MismatchError: the file is of another identity.
+        CheckpointError: a file cannot be read, or is damaged.
+        MismatchError: a file is of another identity.
     """
 
     def __init__(self, path: Path | None = None, identity: Sequence[Any] = ()) -> None:
         self.path, self.values = path, dict[str, Any]()
-        self._identity, self._kept = json.dumps(identity, sort_keys=True), time.monotonic()
-        if path is not None and path.exists():
-            try:
-                found = torch.load(path, weights_only=True, mmap=True)
-                own, self.values = found["identity"], found["values"]
-            except OSError as cause:
-                raise CheckpointError(f"cannot read {path}: {cause.strerror or cause}") from cause
-            except Exception as cause:  # torch has many for a damaged file
-                raise CheckpointError(
-                    f"{path}, kept of a stopped pruning, is damaged: delete it to begin again"
-                ) from cause
+        self._identity, self._held = json.dumps(identity, sort_keys=True), dict[str, Any]()
+        self._written, self._pause = time.monotonic(), EVERY
+        for own, values in _found(path):
             if own != self._identity:
                 raise MismatchError(
                     f"{path} is of a stopped pruning with other options: delete it, or choose another output"
                 )
-
-    def due(self) -> bool:
-        """Tell whether it is time to keep something large, and count from now on if so."""
-        found = self.path is not None and time.monotonic() - self._kept >= SELDOM
-        self._kept = time.monotonic() if found else self._kept
-        return found
+            self.values |= values
 
     def keep(self, **values: Any) -> None:
-        """Remember these values, in place of earlier ones of the same names."""
+        """Remember these values, in place of earlier ones of the same names; they are on disk on return."""
         self.values |= values
-        if self.path is None:
-            return
-        partial = self.path.with_name(f"{self.path.name}.partial-{os.getpid()}")
+        self._write(values)
+
+    def hold(self, **values: Any) -> None:
+        """Let the next `flush` write these values too. They must not change until then."""
+        if self.path is not None:
+            self._held |= values
+
+    def due(self) -> bool:
+        """Tell whether it is time to `flush` what is large, if anything is kept at all."""
+        return self.path is not None and time.monotonic() - self._written >= self._pause
+
+    def flush(self, **values: Any) -> None:
+        """Write what is held, then these values, which are not remembered beyond that."""
+        start, held, self._held = time.monotonic(), self._held, {}
+        self._write(held | values)
+        self._written = time.monotonic()
+        self._pause = max(EVERY, RARELY * (self._written - start))
+
+    def _write(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if self.path is None:
+                return
+            partial = self.path / f"{name}.partial-{os.getpid()}"
+            try:
+                _make(self.path)
+                torch.save({"identity": self._identity, "values": {name: value}}, partial)
+                partial.replace(self.path / name)
+            except (OSError, RuntimeError) as error:  # torch's own for a full disk
+                with contextlib.suppress(OSError):
+                    partial.unlink(missing_ok=True)
+                    self.path.rmdir()  # where nothing is in it
+                self.path, self._held = None, {}
+                warnings.warn(
+                    f"nothing more is kept, should this be stopped: cannot write {partial}: {error}",
+                    stacklevel=3,
+                )
+
+
+def kept(path: Path) -> dict[str, Any]:
+    """Return the values that are kept at a path, whatever they depend on; none where nothing is."""
+    return {name: value for _, values in _found(path) for name, value in values.items()}
+
+
+def forget(path: Path) -> None:
+    """Remove what was kept at a path, if anything was."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _make(path: Path) -> None:
+    """Make the folder; a file in its place, by an earlier release, becomes a part of it."""
+    if path.is_file():
+        aside = path.rename(path.with_name(f"{path.name}.partial-{os.getpid()}"))
+        path.mkdir()
+        aside.rename(path / EARLIER)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _found(path: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield identity and values of file after file."""
+    for file in _files(path):
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"identity": self._identity, "values": self.values}, partial)
-            partial.replace(self.path)
-        except (OSError, RuntimeError) as error:  # torch's own for a full disk
-            partial.unlink(missing_ok=True)
-            self.path = None
-            warnings.warn(
-                f"a stopped pruning will begin again: cannot write {partial}: {error}", stacklevel=2
-            )
+            found = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+            own, values = found["identity"], found["values"]
+        except OSError as cause:
+            raise CheckpointError(f"cannot read {file}: {cause.strerror or cause}") from cause
+        except Exception as cause:  # torch has many for a damaged file
+            raise CheckpointError(
+                f"{file}, kept of a stopped pruning, is damaged: delete it to begin again"
+            ) from cause
+        yield own, values
+
+
+def _files(path: Path | None) -> list[Path]:
+    """Return the files in a folder, without what a kill has left half-written; a single file as it is."""
+    if path is None:
+        return []
+    if not path.is_dir():
+        return [path] if path.exists() else []
+    try:
+        files = sorted(path.iterdir())
+        for partial in (file for file in files if ".partial-" in file.name):
+            partial.unlink()
+    except OSError as cause:
+        raise CheckpointError(f"cannot read {path}: {cause.strerror or cause}") from cause
+    return [file for file in files if ".partial-" not in file.name]

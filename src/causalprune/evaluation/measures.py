@@ -31,6 +31,7 @@ from causalprune.core import (
     OptionError,
     Progress,
     bar,
+    say,
     unknown,
 )
 from causalprune.evaluation.answering import chosen, right_or_wrong, scored, scorer_in
@@ -67,10 +68,18 @@ def evaluate(
         own = settings if limit is None else replace(settings, limit=limit)
         start = time.perf_counter()
         with bar(on_progress, name) as tell:
+            say(tell, unit=_unit(name, settings.scorers))
             found = run(decoder, name, own, tell)
         seconds = time.perf_counter() - start
         results += [replace(result, seconds=seconds) for result in found]
     return results
+
+
+def _unit(name: str, scorers: Iterable[str]) -> str:
+    """Return what a task counts while it runs."""
+    if name.endswith("_ppl"):
+        return "windows"
+    return {"loss": "problems", "generate_until": "answers"}.get(output_type(name, scorers), "options")
 
 
 def task_names(scorers: Iterable[str] = ()) -> list[str]:

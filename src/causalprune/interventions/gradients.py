@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from causalprune.core import Batch, Decoder, Example, Progress, Projection, silent
+from causalprune.core import Batch, Decoder, Example, Progress, Projection, State, silent
 from causalprune.interventions.ablation import (
     LayerInputs,
     capture,
@@ -78,22 +78,30 @@ def neuron_effects(decoder: Decoder, batches: Sequence[Batch]) -> dict[int, Floa
 
 
 def output_slopes(
-    decoder: Decoder, groups: Sequence[Batch], on_progress: Progress = silent
+    decoder: Decoder,
+    groups: Sequence[Batch],
+    on_progress: Progress = silent,
+    state: State | None = None,
 ) -> dict[str, Float[Tensor, "out"]]:
     """Return the root mean square of the gradient of the batches' target loss at every projection's outputs.
 
     Nats per unit of activation; the mean is over all tokens, so what few tokens reach has small slopes; outputs that no token
     reaches, or on which the loss does not depend, are not there. Goes back layer by layer and runs each again for that: beside the
-    inputs of all layers it holds what one layer needs, and no gradient of a weight. Costs about three forward passes.
+    inputs of all layers it holds what one layer needs, and no gradient of a weight. Costs about three forward passes. What
+    batches have added is kept in the `state`.
     """
-    squares: dict[str, Tensor] = {}
+    state = state or State()
+    begun = state.values.pop("squares", {"batches": 0, "sums": {}})
+    places = {p.name: p.device for p in decoder.projections}
+    squares: dict[str, Tensor] = {name: own.to(places[name]) for name, own in begun["sums"].items()}
     after, count = len(decoder.layers), sum(int(batch.real.sum()) for batch in groups)
 
     def add(p: Projection, slope: Float[Tensor, "token out"]) -> None:
         if len(slope):
             squares[p.name] = squares.get(p.name, 0) + slope.float().square().sum(0).double()
 
-    for done, batch in enumerate(groups, 1):
+    on_progress(begun["batches"], len(groups))
+    for done, batch in enumerate(groups[begun["batches"] :], begun["batches"] + 1):
         inputs, wanted = capture(decoder, batch.tokens, stop=after), targets(batch)
         leaf = inputs.hidden[after].clone().requires_grad_()
         own = LayerInputs({after: leaf}, inputs.as_tuple)
@@ -109,6 +117,8 @@ def output_slopes(
             with torch.enable_grad(), entered_at(decoder, layer.index, own), seen:
                 hidden = residual(run_until(decoder, batch.tokens, layer.index))
             (slope,) = torch.autograd.grad(hidden, [leaf], slope)
+        if state.due():
+            state.flush(squares={"batches": done, "of": len(groups), "sums": squares})
         on_progress(done, len(groups))
     return {name: (own / count).sqrt() for name, own in squares.items() if bool(own.any())}
 

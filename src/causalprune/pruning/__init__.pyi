@@ -55,18 +55,26 @@ from .methods import (
 from .methods import (
     pattern_sparsity as pattern_sparsity,
 )
+from .parts import (
+    Steps as Steps,
+)
+from .parts import (
+    begun as begun,
+)
 from .pruned import (
     Pruned as Pruned,
 )
 from .pruned import (
     manifest as manifest,
 )
-from .training import lessons as lessons
-from .walks import (
-    Gathered as Gathered,
+from .training import (
+    Lesson as Lesson,
+)
+from .training import (
+    lessons as lessons,
 )
 from .walks import (
-    Steps as Steps,
+    Gathered as Gathered,
 )
 from .walks import (
     planned as planned,

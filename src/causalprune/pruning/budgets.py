@@ -7,24 +7,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from causalprune.core import Projection, State
+from causalprune.core import Projection
 from causalprune.pruning.allocation import dense_shares, graded_shares, keep_columns
-from causalprune.pruning.grading import DoseResponse, Experiment, dose_response
+from causalprune.pruning.grading import DoseResponse, Experiment, dose_response, untried
 from causalprune.pruning.methods import pattern_sparsity
 from causalprune.pruning.obs import sparsegpt
+from causalprune.pruning.parts import Steps
 from causalprune.pruning.scores import inverse, score, slope
-from causalprune.pruning.walks import Gathered, Plan, Steps, walk
+from causalprune.pruning.walks import Gathered, Plan, walk
 
 
-def measured_response(plan: Plan, gathered: Gathered, steps: Steps, state: State) -> DoseResponse | None:
+def measured_response(plan: Plan, gathered: Gathered, steps: Steps) -> DoseResponse | None:
     """Return what the task loses by graded interventions, None where all matrices lose the same share."""
     method = plan.method
     if method.resolved_budgets == "uniform":
         return None
-    layers = walk(plan, gathered, steps, advance_pruned=False, moments="moments" in method.needs)
     fused = pattern_sparsity(method.resolved_scope) is not None
-    tried = partial(trial, plan, gathered)
-    return dose_response(plan.decoder, layers, Experiment(plan.few, method.doses, fused), tried, state)
+    experiment, tried = Experiment(plan.few, method.doses, fused), partial(trial, plan, gathered)
+    first, moments = untried(plan.decoder, experiment, plan.state), "moments" in method.needs
+    layers = walk(plan, gathered, steps, advance_pruned=False, moments=moments, first=first)
+    steps.begin("trials", "layers")
+    return dose_response(plan.decoder, layers, experiment, tried, plan.state)
 
 
 def shares_of(plan: Plan, found: DoseResponse) -> list[float]:

@@ -5,8 +5,10 @@ A group is a layer's attention or its MLP with all its experts. The answers are 
 much a matrix loses, groups are smaller, and `allocation.dense_shares` chooses those that stay dense.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -29,6 +31,9 @@ MOST = 0.95
 """No group loses more, but where so much is wanted of all: then half of what that leaves may go."""
 FUSED = 4
 """Groups of a layer where a pattern decides: matrices that inference engines fuse are sparse together or not at all."""
+
+Trial: TypeAlias = Callable[[Projection, Sequence[float]], Sequence[Float[Tensor, "out in"]]]
+"""Says what becomes of a matrix at every sparsity."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,21 +67,47 @@ def dose_response(
     decoder: Decoder,
     layers: Iterable[Layer],
     experiment: Experiment,
-    pruned: Callable[[Projection, Sequence[float]], Sequence[Float[Tensor, "out in"]]],
+    pruned: Trial,
     state: State | None = None,
 ) -> DoseResponse:
     """Prune group after group, each alone and at every sparsity, and measure the divergence on the batches.
 
-    `layers` yields every layer in order, at a time when `pruned` can say what becomes of its matrices at every sparsity. The model is
-    as it was after each trial. Every group is kept in the `state`, and not tried again. Costs `groups · sparsities` passes
-    through the rest of the model for every layer, with two groups or, `fused`, up to four.
+    `layers` yields the layers from the first that `untried` names, in order, each at a time when `pruned` can say what becomes of its
+    matrices at every sparsity. The model is as it was after each trial. Every group is kept in the `state`, and not tried again.
+    Costs `groups · sparsities` passes through the rest of the model for every layer, with two groups or, `fused`, up to four.
     """
+    state = state or State()
+    rows = state.values.setdefault("trials", [])
+    groups = [group for layer in decoder.layers for group in groups_of(layer, fused=experiment.fused)]
+    if len(rows) < len(groups):
+        for row in _trials(decoder, layers, experiment, pruned, len(rows)):
+            rows.append(row)
+            state.keep(trials=rows)
+    members = tuple(tuple(p.name for p in group) for group in groups)
+    sizes = tuple(sum(p.size for p in group) for group in groups)
+    return DoseResponse(members, sizes, tuple(experiment.sparsities), torch.tensor(rows, dtype=torch.float64))
+
+
+def untried(decoder: Decoder, experiment: Experiment, state: State) -> int:
+    """Return the first layer with a group that the `state` knows no trials of."""
+    left = len(state.values.get("trials", []))
+    for layer in decoder.layers:
+        left -= len(groups_of(layer, fused=experiment.fused))
+        if left < 0:
+            return layer.index
+    return len(decoder.layers)
+
+
+def _trials(
+    decoder: Decoder, layers: Iterable[Layer], experiment: Experiment, pruned: Trial, known: int
+) -> Iterator[list[float]]:
+    """Yield the divergences of group after group, all but the first that are `known`."""
     batches, sparsities = experiment.batches, experiment.sparsities
     wanted = [targets(batch) for batch in batches]
     with torch.no_grad():
         intact = [target_logits(decoder, *pair) for pair in zip(batches, wanted, strict=True)]
-        inputs = [capture(decoder, batch.tokens, stop=0) for batch in batches]
     n = sum(len(logits) for logits in intact)
+    inputs: list[LayerInputs] = []
 
     def measured(layer: Layer) -> float:
         total = 0.0
@@ -86,35 +117,37 @@ def dose_response(
             total += float(divergence(teacher, torch.arange(len(teacher)), logits).double().sum())
         return total / n
 
-    groups: list[tuple[Projection, ...]] = []
-    state = state or State()
-    rows = state.values.get("trials", [])
-    known = len(rows)
     for layer in layers:
+        if not inputs:
+            number = sum(len(groups_of(own, fused=experiment.fused)) for own in decoder.layers[: layer.index])
+            found = [capture(decoder, batch.tokens, stop=layer.index) for batch in batches]
+            inputs = [LayerInputs({layer.index: own.hidden[layer.index]}, own.as_tuple) for own in found]
         for group in groups_of(layer, fused=experiment.fused):
-            groups.append(group)
-            if len(groups) <= known:
-                continue
-            before = [p.read().clone() for p in group]
-            trials = zip(*(pruned(p, sparsities) for p in group), strict=True)
-            row = []
-            try:
-                for after in trials:
-                    for p, weight in zip(group, after, strict=True):
-                        p.write(weight)
-                    row.append(measured(layer))
-            finally:
-                for p, weight in zip(group, before, strict=True):
-                    p.write(weight)
-            rows.append(row)
-            state.keep(trials=rows)
+            number += 1
+            if number > known:
+                yield _tried(group, pruned, sparsities, partial(measured, layer))
         inputs = [
             LayerInputs({layer.index + 1: run_layer(decoder, batch.tokens, layer.index, own)}, own.as_tuple)
             for batch, own in zip(batches, inputs, strict=True)
         ]
-    members = tuple(tuple(p.name for p in group) for group in groups)
-    sizes = tuple(sum(p.size for p in group) for group in groups)
-    return DoseResponse(members, sizes, tuple(sparsities), torch.tensor(rows, dtype=torch.float64))
+
+
+def _tried(
+    group: Sequence[Projection], pruned: Trial, sparsities: Sequence[float], measured: Callable[[], float]
+) -> list[float]:
+    """Return what is measured while a group is pruned, at one sparsity after the other."""
+    before = [p.read().clone() for p in group]
+    trials = zip(*(pruned(p, sparsities) for p in group), strict=True)
+    row = []
+    try:
+        for after in trials:
+            for p, weight in zip(group, after, strict=True):
+                p.write(weight)
+            row.append(measured())
+    finally:
+        for p, weight in zip(group, before, strict=True):
+            p.write(weight)
+    return row
 
 
 def groups_of(layer: Layer, *, fused: bool) -> list[tuple[Projection, ...]]:

@@ -1,7 +1,7 @@
 """Stage 3 of the method, and the baselines: score, budget, keep, update. The only writer of weights."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -15,6 +15,7 @@ from causalprune.core import (
     Calibration,
     Decoder,
     Effects,
+    Layer,
     Masks,
     ModelError,
     OptionError,
@@ -22,6 +23,8 @@ from causalprune.core import (
     Projection,
     State,
     bar,
+    packed,
+    say,
     silent,
     unpacked,
 )
@@ -34,10 +37,11 @@ from causalprune.pruning.grading import DoseResponse
 from causalprune.pruning.importance import head_factors
 from causalprune.pruning.methods import Method, pattern_sparsity
 from causalprune.pruning.obs import Choose, incomplete, refit, sparsegpt
+from causalprune.pruning.parts import Steps
 from causalprune.pruning.pruned import Pruned
 from causalprune.pruning.scores import finite, inverse, score, score_blocks, slope
-from causalprune.pruning.training import Lesson, distill, lessons, rounds
-from causalprune.pruning.walks import Gathered, Plan, Steps, planned, unrouted, walk
+from causalprune.pruning.training import Lesson, distill, lessons
+from causalprune.pruning.walks import Gathered, Plan, planned, unrouted, walk
 
 
 def prune(  # noqa: PLR0913 (the command's options)
@@ -56,9 +60,10 @@ def prune(  # noqa: PLR0913 (the command's options)
     `global` all scores must exist before the first weight goes, so there the inputs are the intact model's,
     and only updates see pruned ones. Costs about two forward passes over the calibration tokens for each walk
     through the layers, and for updates `out · in²` multiplications for every matrix, some times over; see
-    `training.distill` for what that costs. What takes long is kept in the file `kept_in` as soon as it is finished (training every ten
-    minutes): a stopped run that begins again with the same arguments goes on from there. The caller removes the file.
-    Where no `on_progress` is given, a bar shows how far it has come (`silent`: nothing does).
+    `training.distill` for what that costs. What takes long is kept in the folder `kept_in` as soon as it is finished, and
+    training on the way: a stopped run that begins again with the same arguments goes on from there, and ends with the
+    same weights. The caller removes it (`core.forget`). Where no `on_progress` is given, a bar shows how far it has
+    come (`silent`: nothing does).
 
     Raises:
         OptionError: calibration or effects are missing, or a matrix has not the multiple of inputs that a pattern needs.
@@ -70,22 +75,24 @@ def prune(  # noqa: PLR0913 (the command's options)
     factors = head_factors(decoder, effects, fingerprint(decoder.model)) if "effects" in method.needs else {}
     _check(decoder, method.group if pattern_sparsity(method.resolved_scope) else 1)
     identity: list[object] = []
-    if kept_in and (method.takes_long or kept_in.exists()):  # a fingerprint reads the whole model
+    kept_in = kept_in if kept_in and (method.takes_long or kept_in.exists()) else None
+    if kept_in is not None:  # a fingerprint reads the whole model
         data, measured = calibration and calibration.fingerprint, effects and effects.fingerprint
         identity = [fingerprint(decoder.model), asdict(method), data, measured, max_batch_tokens]
     state = State(kept_in, identity)
-    stopped = "training" in state.values  # all layers had been pruned
-    followed = _followed(decoder, method, calibration, max_batch_tokens)
-    examples = None if stopped else calibration
-    plan = planned(decoder, method, factors, examples, max_batch_tokens, _epochs(followed))
+    stopped = bool({"training", "trained"} & state.values.keys())  # all layers had been pruned
+    plan = replace(planned(decoder, method, factors, calibration, max_batch_tokens), state=state)
     with bar(on_progress, "pruning") as tell:
-        steps = Steps(plan.total, tell)
-        pruned = _restored(plan, state.values) if stopped else _pruned(plan, steps, state)
+        steps = Steps(plan.costs, tell)
+        followed = _followed(plan, steps, calibration, max_batch_tokens)
+        pruned = _restored(plan, state.values) if stopped else _pruned(plan, steps)
+        state.flush()
         if followed is not None:
             response = pruned.response and asdict(pruned.response)
-            state.values |= {"keep": pruned.keep.stored(), "unrouted": pruned.unrouted, "response": response}
-            on_step = partial(steps.part, plan.total)
-            distill(decoder, pruned.keep, followed, seed=method.seed, on_step=on_step, state=state)
+            if not stopped:
+                state.keep(keep=pruned.keep.stored(), unrouted=pruned.unrouted, response=response)
+            steps.begin("training", "steps")
+            distill(decoder, pruned.keep, followed, seed=method.seed, on_step=steps.tell, state=state)
     return pruned
 
 
@@ -105,10 +112,12 @@ def remove(
     keep: Mapping[str, Bool[Tensor, "_ _"]],
     repair: Repair,
     on_progress: Progress = silent,
+    state: State | None = None,
 ) -> None:
     """Set all weights to zero but those that `keep` names, in place, and update the others on calibration data.
 
-    Matrices that lose nothing are updated by `distill` alone, on what is `followed`, or else this model as it is. Costs as in `prune`.
+    Matrices that lose nothing are updated by `distill` alone, on what is `followed`, or else this model as it is. Costs as in `prune`,
+    and goes on from the `state` as that does.
 
     Raises:
         ModelError: a weight or an input is not finite, or inputs say too little for an update.
@@ -116,36 +125,31 @@ def remove(
     pool, data, size = decoder.projections, repair.calibration, repair.max_batch_tokens
     share = sum(int((~keep[p.name]).sum()) for p in pool) / sum(p.size for p in pool)
     _check(decoder)
+    state = state or State()
     if share:
         method = Method("magnitude", share, seed=repair.seed, update=repair.update)
-        followed = _followed(decoder, method, data, size, repair.followed)
-        plan = planned(decoder, method, {}, data, size, _epochs(followed))
-        steps = Steps(plan.total, on_progress)
+        plan = replace(planned(decoder, method, {}, data, size), state=state)
+        steps = Steps(plan.costs, on_progress)
+        followed = repair.followed or _followed(plan, steps, data, size)
         for _ in prune_layers(plan, Gathered(), steps, fixed=iter([keep[p.name] for p in pool])):
             pass
+        state.flush()
         if followed is not None:
-            distill(decoder, keep, followed, seed=repair.seed, on_step=partial(steps.part, plan.total))
+            steps.begin("training", "steps")
+            distill(decoder, keep, followed, seed=repair.seed, on_step=steps.tell, state=state)
     elif repair.followed:
-        distill(decoder, keep, repair.followed, seed=repair.seed, on_step=on_progress)
+        say(on_progress, unit="steps")
+        distill(decoder, keep, repair.followed, seed=repair.seed, on_step=on_progress, state=state)
 
 
 def _followed(
-    decoder: Decoder,
-    method: Method,
-    calibration: Calibration | None,
-    max_batch_tokens: int,
-    known: Sequence[Lesson] = (),
+    plan: Plan, steps: Steps, calibration: Calibration | None, max_batch_tokens: int
 ) -> Sequence[Lesson] | None:
     """Return what training follows, None where the update is another one."""
-    if method.resolved_update != "distill":
+    if plan.method.resolved_update != "distill" or calibration is None:
         return None
-    if known or calibration is None:
-        return known
-    return lessons(decoder, calibration.examples, max_batch_tokens)
-
-
-def _epochs(followed: Sequence[Lesson] | None) -> int:
-    return 0 if followed is None else rounds(followed)
+    steps.begin("predictions", "batches")
+    return lessons(plan.decoder, calibration.examples, max_batch_tokens, plan.state, steps.tell)
 
 
 def _restored(plan: Plan, known: Mapping[str, Any]) -> Pruned:
@@ -157,15 +161,16 @@ def _restored(plan: Plan, known: Mapping[str, Any]) -> Pruned:
     return Pruned(plan.method, keep, known["unrouted"], curves)
 
 
-def _pruned(plan: Plan, steps: Steps, state: State) -> Pruned:
+def _pruned(plan: Plan, steps: Steps) -> Pruned:
     """Look at calibration data where the method has to, prune all layers, and return what stayed."""
-    gathered = Gathered()
+    gathered, state = Gathered(), plan.state
     if "slopes" in plan.method.needs:
         if "slopes" not in state.values:
-            found = output_slopes(plan.decoder, plan.groups, partial(steps.part, plan.back))
-            state.keep(slopes=found)
-        gathered.slopes, steps.done = state.values["slopes"], plan.back
-    response = measured_response(plan, gathered, steps, state)
+            steps.begin("gradients", "batches")
+            state.keep(slopes=output_slopes(plan.decoder, plan.groups, steps.tell, state))
+        places = {p.name: p.device for p in plan.decoder.projections}
+        gathered.slopes = {name: own.to(places[name]) for name, own in state.values["slopes"].items()}
+    response = measured_response(plan, gathered, steps)
     shares = None if response is None else shares_of(plan, response)
     keep = Masks()
     for p, kept in prune_layers(plan, gathered, steps, shares=shares):
@@ -183,7 +188,8 @@ def prune_layers(
 ) -> Iterator[tuple[Projection, Tensor]]:
     """Prune layer by layer, and yield each matrix with what stays of it.
 
-    All matrices lose the same share, or their own of `shares`; what stays may be `fixed` already, matrix after matrix.
+    All matrices lose the same share, or their own of `shares`; what stays may be `fixed` already, matrix after matrix. Layers
+    that the plan's state has are not pruned again.
     """
     method, pool = plan.method, plan.decoder.projections
     if fixed is None and method.resolved_scope == "global":
@@ -194,8 +200,13 @@ def prune_layers(
     by_name = {p.name: count for p, count in zip(pool, counts, strict=True)}
     looks = fixed is None and bool(method.needs & LOOKS)
     moments = method.resolved_update != "none" or (looks and "moments" in method.needs)
-    walked = walk(plan, gathered, steps, advance_pruned=True, moments=moments) if looks or moments else None
-    for layer in walked or plan.decoder.layers:
+    steps.begin("layers", "layers")
+    plan.state.hold(layers=len(plan.decoder.layers))
+    first = yield from _finished(plan, gathered, fixed)
+    walks = looks or moments
+    walked = walk(plan, gathered, steps, advance_pruned=True, moments=moments, first=first)
+    for layer in walked if walks else plan.decoder.layers[first:]:
+        kept = {}
         for p in layer.projections:
             choose = partial(keep_columns, method.resolved_scope, by_name[p.name], p.shape)
             weight, keep = _solved(plan, gathered, p, choose, None if fixed is None else next(fixed))
@@ -203,15 +214,53 @@ def prune_layers(
                 p.erase(keep)
             else:
                 p.write(torch.where(keep, weight, weight.new_zeros(())))
+            if plan.state.path is not None:
+                kept[p.name] = torch.from_numpy(packed(keep))
             yield p, keep
-        if not method.walks:
-            steps.add()
+        if kept:
+            plan.state.hold(**{_named(layer): _outcome(layer, kept, gathered)})
+        if not walks:
+            steps.tell(layer.index + 1, len(plan.decoder.layers))
+
+
+def _outcome(layer: Layer, kept: Mapping[str, Tensor], gathered: Gathered) -> dict[str, Any]:
+    """Return what pruning has made of a layer, which stays as it is until training begins."""
+    weights = [parameter.data for parameter in _parameters(layer)]
+    tokens = {p.name: gathered.norms.tokens.get(p.name, 0) for p in layer.projections}
+    return {"weights": weights, "keep": kept, "tokens": tokens}
+
+
+def _finished(
+    plan: Plan, gathered: Gathered, fixed: Iterator[Tensor] | None
+) -> Generator[tuple[Projection, Tensor], None, int]:
+    """Put back the layers that a stopped run had pruned, yield what stays of them, and return the first that is not."""
+    for layer in plan.decoder.layers:
+        known = plan.state.values.pop(_named(layer), None)
+        if known is None:
+            return layer.index
+        for parameter, weight in zip(_parameters(layer), known["weights"], strict=True):
+            parameter.data.copy_(weight)
+        gathered.norms.tokens |= known["tokens"]
+        for p in layer.projections:
+            if fixed is not None:
+                next(fixed)
+            yield p, unpacked(known["keep"][p.name].numpy(), p.shape).to(p.device)
+    return len(plan.decoder.layers)
+
+
+def _named(layer: Layer) -> str:
+    return f"layer-{layer.index}"
+
+
+def _parameters(layer: Layer) -> list[torch.nn.Parameter]:
+    return list(dict.fromkeys(p.parameter for p in layer.projections))
 
 
 def _keep_globally(plan: Plan, gathered: Gathered, steps: Steps) -> Iterator[Tensor]:
     """Rank all weights by what the intact model's inputs say, and yield what stays of matrix after matrix."""
     needs, pool = plan.method.needs, plan.decoder.projections
     kept: dict[str, Tensor] = {}
+    steps.begin("scores", "layers")
     if needs & LOOKS:
         for layer in walk(plan, gathered, steps, advance_pruned=False, moments="moments" in needs):
             if "moments" in needs:

@@ -1,9 +1,10 @@
 """The last update: kept weights of all layers together follow the intact model's predictions."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import psutil
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from causalprune.calibration import batches
-from causalprune.core import Batch, Decoder, Example, OptionError, State
+from causalprune.core import Batch, Decoder, Example, OptionError, Progress, State, silent
 from causalprune.interventions import (
     LayerInputs,
     divergence_slope,
@@ -41,15 +42,33 @@ Lesson: TypeAlias = tuple[Batch, LayerInputs]
 """A batch, and the `last_hidden` of the intact model for it: what training follows."""
 
 
-def lessons(decoder: Decoder, examples: Sequence[Example], max_batch_tokens: int) -> list[Lesson]:
-    """Return what training will follow, from a model that is still intact.
+def lessons(
+    decoder: Decoder,
+    examples: Sequence[Example],
+    max_batch_tokens: int,
+    state: State | None = None,
+    on_progress: Progress = silent,
+) -> list[Lesson]:
+    """Return what training will follow, from a model that is still intact, or from the `state` of a stopped run.
 
     Raises:
         OptionError: a device has not the memory that training takes.
     """
     check_memory(decoder)  # before anything that takes time
-    steps = batches(examples, max_batch_tokens=min(BATCH_TOKENS, max_batch_tokens))
-    return [(batch, last_hidden(decoder, batch)) for batch in steps]
+    steps, state = batches(examples, max_batch_tokens=min(BATCH_TOKENS, max_batch_tokens)), state or State()
+    known = state.values.pop("lessons", {"hidden": [], "as_tuple": False})
+    after, device = len(decoder.layers), decoder.projections[-1].device
+    hidden = [own.to(device, copy=True) for own in known["hidden"]]  # out of the file
+    found = [LayerInputs({after: own}, known["as_tuple"]) for own in hidden]
+    on_progress(len(found), len(steps))
+    for batch in steps[len(found) :]:
+        found.append(last_hidden(decoder, batch))
+        if state.due() or len(found) == len(steps):
+            every = [own.hidden[after] for own in found]
+            own = {"hidden": every, "as_tuple": found[0].as_tuple, "batches": len(steps)}
+            state.flush(lessons=own)
+        on_progress(len(found), len(steps))
+    return list(zip(steps, found, strict=True))
 
 
 def epochs(tokens: int) -> int:
@@ -68,52 +87,63 @@ def distill(
     followed: Sequence[Lesson],
     *,
     seed: int,
-    on_step: Callable[[int, int], None],
+    on_step: Progress,
     state: State | None = None,
 ) -> None:
     """Train the kept weights of all projections, in place, to predict every token as the intact model did.
 
     Minimises the mean divergence KL(intact ‖ pruned) over all positions, prompts included, by Adam, `rounds` times over
-    the batches that are `followed`. What is zero stays zero. Goes on from the `state` of a stopped run. Holds `memory_bytes` beside the
-    model; each epoch costs about three forward passes.
+    the batches that are `followed`. What is zero stays zero. Goes on from the `state` of a stopped run, step by step. Holds
+    `memory_bytes` beside the model; each epoch costs about three forward passes.
     """
     masks, state = _masks(decoder, keep), state or State()
     parameters = list(masks)
+    if trained := state.values.pop("trained", None):
+        for parameter, weight in zip(parameters, trained, strict=True):
+            parameter.data.copy_(weight)
+        return
     masters = [parameter.detach().float() for parameter in parameters]  # float32 parameters are their own
     scales = [_root_mean_square(m, masks[p]) for p, m in zip(parameters, masters, strict=True)]
     optimizer = torch.optim.Adam([{"params": [master]} for master in masters], betas=BETAS)
     first, last, generator = 0, rounds(followed), torch.Generator().manual_seed(seed)
+    own: dict[str, Any] = {"steps": 0, "batches": len(followed)}
     if begun := state.values.pop("training", None):
         first, last, scales = begun["epoch"], begun["epochs"], begun["scales"]
+        own["steps"] = begun.get("steps", 0)  # earlier releases kept whole epochs
         generator.set_state(begun["generator"])
         optimizer.load_state_dict(begun["optimizer"])
         for parameter, master, weight in zip(parameters, masters, begun["masters"], strict=True):
             parameter.data.copy_(master.copy_(weight))
-    frozen = {p: p.requires_grad for p in decoder.model.parameters()}
     total = last * len(followed)
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(parameter in masks)
+    on_step(first * len(followed) + own["steps"], total)
+    with _learning(decoder, parameters):
         for epoch in range(first, last):
-            if state.due():
-                own = {
-                    "epoch": epoch,
-                    "epochs": last,
-                    "scales": scales,
-                    "generator": generator.get_state(),
-                    "masters": masters,
-                }
-                state.keep(training={**own, "optimizer": optimizer.state_dict()})
-            for done, number in enumerate(
-                torch.randperm(len(followed), generator=generator).tolist(), epoch * len(followed)
-            ):
+            own |= {"epoch": epoch, "epochs": last, "scales": scales, "generator": generator.get_state()}
+            order = torch.randperm(len(followed), generator=generator).tolist()
+            for number in order[own["steps"] :]:
+                done = epoch * len(followed) + own["steps"]
                 for group, scale in zip(optimizer.param_groups, scales, strict=True):
                     group["lr"] = RATE * scale * _rate(done / total, total)
                 _step(decoder, followed[number], masks, masters, optimizer)
+                own["steps"] += 1
+                if state.due():
+                    state.flush(training={**own, "masters": masters, "optimizer": optimizer.state_dict()})
                 on_step(done + 1, total)
+            own["steps"] = 0
+        state.flush(trained=[parameter.data for parameter in parameters])
+
+
+@contextmanager
+def _learning(decoder: Decoder, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let these parameters have gradients, and no others."""
+    before, chosen = {p: p.requires_grad for p in decoder.model.parameters()}, set(parameters)
+    try:
+        for parameter in before:
+            parameter.requires_grad_(parameter in chosen)
+        yield
     finally:
-        for parameter, before in frozen.items():
-            parameter.requires_grad_(before)
+        for parameter, own in before.items():
+            parameter.requires_grad_(own)
 
 
 def _step(

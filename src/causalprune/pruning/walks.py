@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from causalprune.calibration import batches, few
-from causalprune.core import Batch, Calibration, Decoder, Layer, Progress, Projection, silent
+from causalprune.core import Batch, Calibration, Decoder, Layer, Projection, State
 from causalprune.interventions import InputNorms, LayerInputs, Moments, capture, observed, run_layer
 from causalprune.pruning.importance import Factors
-from causalprune.pruning.methods import SLOPE_PASSES, Method
+from causalprune.pruning.methods import Method
+from causalprune.pruning.parts import Costs, Steps, costs
+
+INPUTS = {False: "intact_inputs", True: "pruned_inputs"}
+"""What inputs of layers are kept as, by whether the layers before are pruned."""
 
 
 def _as_they_are(inputs: LayerInputs) -> LayerInputs:
@@ -20,9 +24,8 @@ def _as_they_are(inputs: LayerInputs) -> LayerInputs:
 class Plan:
     """All that is settled before the first layer runs: what is pruned, how, on which batches, at what cost.
 
-    Graded interventions see the batches of `few`. Costs are in walks through one layer: `back` for gradients at all
-    outputs, `trials` for graded interventions by layer, `total` for everything. `hold` gets the inputs of layers, and
-    returns them from wherever it keeps them until the layer runs.
+    Graded interventions see the batches of `few`. `hold` gets the inputs of layers, and returns them from wherever it
+    keeps them until the layer runs. What takes long is kept in the `state`.
     """
 
     decoder: Decoder
@@ -30,10 +33,9 @@ class Plan:
     factors: Factors
     groups: Sequence[Batch]
     few: Sequence[Batch]
-    back: int
-    trials: Sequence[int]
-    total: int
+    costs: Costs
     hold: Callable[[LayerInputs], LayerInputs] = _as_they_are
+    state: State = field(default_factory=State)
 
 
 def planned(
@@ -42,42 +44,16 @@ def planned(
     factors: Factors,
     calibration: Calibration | None = None,
     max_batch_tokens: int = 2048,
-    epochs: int = 0,
 ) -> Plan:
-    """Return the plan of a run, which looks at calibration data where the method has to, and trains for some epochs."""
-    n = len(decoder.layers)
+    """Return the plan of a run, which looks at calibration data where the method has to."""
     groups: list[Batch] = []
     some: list[Batch] = []
-    trials = [0] * n
     if method.needs_calibration and calibration is not None:
         unpadded = any(isinstance(layer.experts, nn.ModuleList) for layer in decoder.layers)
         size = 1 if unpadded else max_batch_tokens
         groups = batches(calibration.examples, max_batch_tokens=size)
         some = batches(few(calibration.examples), max_batch_tokens=size)
-        part = sum(len(b.tokens) for b in some) / len(calibration.examples)
-        trials = [round(method.trials * part * left / 2) for left in range(n, 0, -1)]
-    back = round(SLOPE_PASSES / 2 * n) if "slopes" in method.needs else 0
-    training = round(3 / 2 * epochs * n)  # a walk is two forward passes, an epoch three
-    total = back + max(method.walks, 1) * n + sum(trials) + training
-    return Plan(decoder, method, factors, groups, some, back, trials, total)
-
-
-@dataclass(eq=False)
-class Steps:
-    """How far a run has come, and who is told."""
-
-    total: int
-    on_progress: Progress = silent
-    done: int = 0
-
-    def add(self, units: int = 1) -> None:
-        """Report so many units of work."""
-        self.done += units
-        self.on_progress(self.done, self.total)
-
-    def part(self, stop: int, done: int, total: int) -> None:
-        """Report a part of the work up to `stop`, of which `done` of `total` steps are done."""
-        self.on_progress(self.done + (stop - self.done) * done // total, self.total)
+    return Plan(decoder, method, factors, groups, some, costs(decoder, method, groups, some))
 
 
 @dataclass(eq=False)
@@ -101,18 +77,25 @@ class Gathered:
 
 
 def walk(
-    plan: Plan, gathered: Gathered, steps: Steps, *, advance_pruned: bool, moments: bool
+    plan: Plan, gathered: Gathered, steps: Steps, *, advance_pruned: bool, moments: bool, first: int = 0
 ) -> Iterator[Layer]:
-    """Yield layer after layer, what its projections see gathered in `norms` and `moments`.
+    """Yield layer after layer from the `first` on, what its projections see gathered in `norms` and `moments`.
 
     With `advance_pruned` each layer runs once more after the caller has pruned it, so that the next layer
-    sees the inputs it will have; otherwise the outputs of the first run go on.
+    sees the inputs it will have; otherwise the outputs of the first run go on. Where it begins later, the layers before
+    are as the caller left them in a run that was stopped, and the inputs come from what the `state` has of those.
     """
     decoder, groups = plan.decoder, plan.groups
-    inputs = [plan.hold(capture(decoder, batch.tokens, stop=0)) for batch in groups]
-    gathered.norms, gathered.moments = InputNorms(), Moments()
+    if first == len(decoder.layers):
+        return
+    name = INPUTS[advance_pruned]
+    inputs = _entering(plan, first, name)
+    if not first:
+        gathered.norms = InputNorms()
+    gathered.moments = Moments()
     see = gathered.see if moments else gathered.norms.see
-    for layer in decoder.layers:
+    steps.tell(first, len(decoder.layers))
+    for layer in decoder.layers[first:]:
         for number, batch in enumerate(groups):
             own = inputs[number]
             with observed(layer, batch.real, see):
@@ -126,7 +109,30 @@ def walk(
                 own = inputs[number]
                 hidden = run_layer(decoder, batch.tokens, layer.index, own)
                 inputs[number] = plan.hold(LayerInputs({layer.index + 1: hidden}, own.as_tuple))
-        steps.add(1 if advance_pruned else 1 + plan.trials[layer.index])
+        if plan.state.due():
+            hidden_states = [own.hidden[layer.index + 1] for own in inputs]
+            found = {"layer": layer.index + 1, "hidden": hidden_states, "as_tuple": inputs[0].as_tuple}
+            plan.state.flush(**{name: found})
+        steps.tell(layer.index + 1, len(decoder.layers))
+
+
+def _entering(plan: Plan, first: int, name: str) -> list[LayerInputs]:
+    """Return the inputs of a layer for every batch, from the nearest layer before it whose inputs were kept."""
+    decoder, known = plan.decoder, plan.state.values.pop(name, None)
+    if known is None or known["layer"] > first:
+        at = 0
+        inputs = [plan.hold(capture(decoder, batch.tokens, stop=0)) for batch in plan.groups]
+    else:
+        at, device = known["layer"], decoder.layers[known["layer"]].projections[0].device
+        hidden = [own.to(device, copy=True) for own in known["hidden"]]  # out of the file
+        inputs = [LayerInputs({at: own}, known["as_tuple"]) for own in hidden]
+    for index in range(at, first):
+        for number, batch in enumerate(plan.groups):
+            own = inputs[number]
+            inputs[number] = LayerInputs(
+                {index + 1: run_layer(decoder, batch.tokens, index, own)}, own.as_tuple
+            )
+    return inputs
 
 
 def unrouted(plan: Plan, gathered: Gathered) -> tuple[str, ...]:

@@ -43,12 +43,6 @@ from .recipe import (
     find_recipe as find_recipe,
 )
 from .recipe import (
-    label as label,
-)
-from .recipe import (
-    parse_method as parse_method,
-)
-from .recipe import (
     preserving as preserving,
 )
 from .recipe import (
@@ -56,6 +50,12 @@ from .recipe import (
 )
 from .recipe import (
     without_limits as without_limits,
+)
+from .rows import (
+    label as label,
+)
+from .rows import (
+    parse_method as parse_method,
 )
 from .single import (
     Options as Options,

@@ -19,16 +19,19 @@ from causalprune.core import (
     Ledger,
     Size,
     Stage,
+    forget,
     peak_bytes,
+    say,
     size_of,
 )
 from causalprune.evaluation import Row, Settings, decoded, evaluate, kept_rows
-from causalprune.pruning import Method, manifest, prune
+from causalprune.pruning import Method, begun, manifest, prune
 from causalprune.reports import CHECKPOINTS, achieved
 from causalprune.runs.keeping import keep_for_now, let_go
-from causalprune.runs.recipe import SHRINK, Cell, ModelSpec, Recipe, Removal
+from causalprune.runs.recipe import ModelSpec, Recipe
+from causalprune.runs.rows import SHRINK, Cell, Removal
 from causalprune.runs.timing import speeds
-from causalprune.shrinking import ledgers, record_of, shares_for, shrink
+from causalprune.shrinking import leftovers, record_of, shares_for, shrink
 
 ADDED = "added"
 """In the description of a result: nobody named its task, so that it is shown, and decides nothing."""
@@ -43,6 +46,13 @@ def load(spec: ModelSpec) -> Decoder:
 def load_intact(spec: ModelSpec) -> Decoder:
     """Load the model that a run compares others with: whatever it was made from, here it is the intact one."""
     return dataclasses.replace(load(spec), base=None)
+
+
+def loaded(spec: ModelSpec, checkpoint: Path | None) -> Decoder:
+    """Load what was made of the intact model, or that itself where nothing is."""
+    if checkpoint is None:
+        return load_intact(spec)
+    return load(dataclasses.replace(spec, name=str(checkpoint), revision=None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,32 +85,32 @@ class Cells:
         if not (missing := self.missing(name)):
             return
         checkpoint = self.folder / CHECKPOINTS / name
-        if self._saved(name, checkpoint):  # stopped while it was being measured
-            decoder = load(dataclasses.replace(self.recipe.model, name=str(checkpoint), revision=None))
-        else:
-            decoder = decoder or load_intact(self.recipe.model)
-            if isinstance(method, Removal):
-                decoder = self._shrink(name, method, decoder)
-            elif method is not None:
-                self._prune(name, method, decoder)
+        saved = self._saved(name, checkpoint)  # stopped while it was being measured
+        if saved or decoder is None:
+            with self.stage(f"{name}: loading model"):
+                decoder = loaded(self.recipe.model, checkpoint if saved else None)
+        if isinstance(method, Removal) and not saved:
+            decoder = self._shrink(name, method, decoder)
+        elif isinstance(method, Method) and not saved:
+            self._prune(name, method, decoder)
         for task in missing:
             results = self._results(name, task, decoder)
             for result in results:
                 result.description["peak_bytes"] = peak_bytes()
             if method is not None or not self.recipe.texts:  # the row of the intact model has them
-                results = [dataclasses.replace(result, prompts=(), golds=()) for result in results]
-            if not self.recipe.texts:
-                results = [dataclasses.replace(result, texts=()) for result in results]
+                names = ("prompts", "golds") if self.recipe.texts else ("prompts", "golds", "texts")
+                own: dict[str, Any] = dict.fromkeys(names, ())
+                results = [dataclasses.replace(result, **own) for result in results]
             self.book.append(f"{name}/{task}", kept_rows(results))
-        for path in (self._kept_in(name), *ledgers(self._kept_in(name)).values()):
-            path.unlink(missing_ok=True)
+        for path in (self._kept_in(name), *leftovers(self._kept_in(name)).values()):
+            forget(path)
 
     def settle(self, best: str | None, rows: Sequence[Row]) -> None:
         """Write results into the cards, and let go of checkpoints that were kept only until something beat them."""
         for name in self.recipe.cells():
             checkpoint = self.folder / CHECKPOINTS / name
             if name != "dense" and self.finished(name):
-                if name != best and not self.recipe.save:
+                if name != best and not self.recipe.saves(name):
                     let_go(checkpoint)
                 if self._saved(name, checkpoint):
                     describe(checkpoint, rows, name)
@@ -119,7 +129,7 @@ class Cells:
             return []
 
     def _kept_in(self, name: str) -> Path:
-        """Return the file of what pruning a cell has finished."""
+        """Return the folder of what pruning a cell has finished."""
         return self.folder / f"{name}.pruning"
 
     def _saved(self, name: str, checkpoint: Path) -> bool:
@@ -129,8 +139,9 @@ class Cells:
         return bool(own.get("fingerprint") == self.calibration.fingerprint)
 
     def _prune(self, name: str, method: Method, decoder: Decoder) -> None:
-        start = time.perf_counter()
+        start, left = time.perf_counter(), begun(self._kept_in(name))
         with self.stage(f"{name}: pruning") as progress:
+            say(progress, note=left and f"going on with {name}: {left}")
             own = self.effects if "effects" in method.needs else None
             pruned = prune(
                 decoder,
@@ -141,23 +152,21 @@ class Cells:
                 kept_in=self._kept_in(name),
                 on_progress=progress,
             )
-        size = {"size": dict.fromkeys(("before", "after"), asdict(self.size))}
-        record = {**manifest(pruned, self.calibration, own), **size}
+        record = {"size": dict.fromkeys(("before", "after"), asdict(self.size))}
+        record |= manifest(pruned, self.calibration, own)
         self._save(name, decoder, record, keep=pruned.keep, effects=own)
         if f"{name}/pruned" not in self.book.rows:
-            tokens = self.calibration.description["tokens"]
-            passes = method.passes(len(decoder.layers), len(self.calibration.examples), tokens)
-            walked = round(passes * tokens) if method.needs_calibration else 0
-            cost = {"seconds": time.perf_counter() - start, "tokens_forwarded": walked}
+            tokens, examples = self.calibration.description["tokens"], len(self.calibration.examples)
+            passes = method.passes(len(decoder.layers), examples, tokens) * method.needs_calibration
+            cost = {"seconds": time.perf_counter() - start, "tokens_forwarded": round(passes * tokens)}
             found = {**manifest(pruned, None, None), **achieved(decoder, pruned.keep), **cost}
             self.book.append(f"{name}/pruned", {**found, "peak_bytes": peak_bytes()})
 
     def _shrink(self, name: str, method: Removal, decoder: Decoder) -> Decoder:
         """Return a smaller model, timed beside the whole one where it is new."""
         start, shares = time.perf_counter(), shares_for(decoder, method.share)
-        shrunk = shrink(
-            decoder, shares, self.calibration, method.how, ledger=self._kept_in(name), stage=self.stage
-        )
+        side: dict[str, Any] = {"stage": lambda what: self.stage(f"{name}: {what}")}
+        shrunk = shrink(decoder, shares, self.calibration, method.how, ledger=self._kept_in(name), **side)
         after, seconds = size_of(shrunk.decoder), time.perf_counter() - start
         if f"{name}/pruned" not in self.book.rows:
             with self.stage(f"{name}: timing"):
@@ -174,10 +183,11 @@ class Cells:
     def _save(self, name: str, decoder: Decoder, record: dict[str, Any], **side: Any) -> None:
         """Save a model, or keep it until it is measured and beaten."""
         checkpoint = self.folder / CHECKPOINTS / name
-        if self.recipe.save:  # in place of what an earlier run has left there
-            save(decoder, checkpoint, manifest=record, overwrite=True, **side)
-        else:
-            keep_for_now(decoder, checkpoint, record, **side)
+        with self.stage(f"{name}: saving"):
+            if self.recipe.saves(name):  # in place of what an earlier run has left there
+                save(decoder, checkpoint, manifest=record, overwrite=True, **side)
+            else:
+                keep_for_now(decoder, checkpoint, record, **side)
 
     def row(self, name: str, method: Cell) -> dict[str, Any]:
         """Return a finished cell as a row of the table."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from causalprune.core import Progress, Stage, quiet
 from causalprune.evaluation import averaged, rows_of, write_json
+from causalprune.runs.jobs import Coming
 from causalprune.runs.plans import Plan
 from causalprune.runs.recipe import Recipe
 from causalprune.runs.study import run
@@ -44,9 +45,17 @@ def run_draws(
     All draws are measured on the same examples: a row has the mean over draws of what each example gave. Costs as many runs as
     there are draws.
     """
+    wanted = draws(recipe, seeds)
     records = [
-        run(own, folder / name, data_dir=data_dir, stage=_named(stage, name), command=command)
-        for name, own in draws(recipe, seeds).items()
+        run(
+            wanted[name],
+            folder / name,
+            data_dir=data_dir,
+            stage=_named(stage, name),
+            command=command,
+            coming=Coming(draws=tuple(wanted)[number:]),
+        )
+        for number, name in enumerate(wanted)
     ]
     rows = []
     for same in zip(*map(rows_of, records), strict=True):

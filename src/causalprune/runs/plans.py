@@ -28,7 +28,8 @@ from causalprune.evaluation import OWN_TASKS, TOKENS, check_tasks, load_scorers,
 from causalprune.models import check_options, device_of, read_shape
 from causalprune.pruning import Method
 from causalprune.runs.general import with_general_text
-from causalprune.runs.recipe import ModelSpec, Recipe, Removal, Shape
+from causalprune.runs.recipe import ModelSpec, Recipe, Shape
+from causalprune.runs.rows import Removal
 
 CHARACTERS_PER_TOKEN = 3.5
 EFFICIENCY = 0.5
@@ -90,7 +91,7 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
     removals = [method for method in cells.values() if isinstance(method, Removal)]
     if any("effects" in m.needs for m in methods):
         units = shape.layers * shape.heads
-        jobs.append(Job("attribution", units, int(calibration * _attribution_passes(recipe, shape))))
+        jobs.append(Job("attribution", units, int(calibration * attribution_passes(recipe, shape))))
     passes = [
         m.passes(shape.layers, sum(recipe.calibration.counts().values()), calibration)
         for m in methods
@@ -101,8 +102,9 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
     if removals:
         passes = [_removal_passes(removal, shape, calibration) for removal in removals]
         jobs.append(Job("making smaller models", len(passes), int(calibration * sum(passes))))
+    answer = answer_tokens(recipe.calibration.thinking, recipe.max_new_tokens)
     for task in recipe.on:
-        tokens = len(cells) * _task_tokens(task, scorers, recipe, data_dir)
+        tokens = len(cells) * task_tokens(task, scorers, answer, data_dir)
         jobs.append(Job(task, len(cells), tokens))
     if own := _written_tokens(recipe):
         jobs.append(Job("text of its own, written once", 1, WRITING * own))
@@ -112,7 +114,8 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
         shape.parameters
         * BYTES["float32" if unpacked and recipe.model.dtype == "auto" else recipe.model.dtype]
     )
-    kept = len(cells) - 1 if recipe.save else min(len(cells) - 1, 2)  # the best, and the one measured now
+    saved = sum(map(recipe.saves, cells))
+    kept = saved + min(len(cells) - 1 - saved, 2)  # the best, and the one measured now
     return Plan(
         recipe=recipe,
         shape=shape,
@@ -134,7 +137,7 @@ def _prediction_passes(how: Estimator) -> float:
     return float(len(how.gates) * (1 + 2 * (1 + how.draws)))
 
 
-def _attribution_passes(recipe: Recipe, shape: Shape) -> float:
+def attribution_passes(recipe: Recipe, shape: Shape) -> float:
     """Return how many whole passes over the calibration data the effects of all heads cost."""
     how, heads = recipe.attribution.method(), shape.layers * shape.heads
     if how.name == "exact":
@@ -171,7 +174,18 @@ def _written_tokens(recipe: Recipe) -> int:
     return sum(measured) + wanted.counts().get(OWN_TEXT, 0) * wanted.max_tokens
 
 
-def _task_tokens(task: str, scorers: Iterable[str], recipe: Recipe, data_dir: Path | None) -> int:
+def answer_tokens(thinking: str, most: int | None) -> int:
+    """Return how long an answer will be, at `most` if there is a limit."""
+    own = THINKING_TOKENS if thinking == "on" else ANSWER_TOKENS
+    return min(own, most or own)
+
+
+def task_tokens(task: str, scorers: Iterable[str], answer: int, data_dir: Path | None) -> int:
+    """Return what goes through the model for a task, with answers of so many tokens.
+
+    Raises:
+        OptionError: the task has data of its own, which are not known before it runs.
+    """
     name, limit = with_limit(task)
     source, kind = source_of(name, scorers), output_type(name, scorers)
     if source == OWN_TEXT:
@@ -185,8 +199,7 @@ def _task_tokens(task: str, scorers: Iterable[str], recipe: Recipe, data_dir: Pa
     problems = min(len(lengths), limit or len(lengths))
     tokens = sum(lengths) / len(lengths) * problems
     if kind == "generate_until":
-        own = THINKING_TOKENS if recipe.calibration.thinking == "on" else ANSWER_TOKENS
-        tokens += min(own, recipe.max_new_tokens or own) * problems
+        tokens += answer * problems
     if kind == "multiple_choice":
         tokens *= OPTIONS
     return int(tokens)

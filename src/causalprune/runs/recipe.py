@@ -7,17 +7,17 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import yaml
 
 from causalprune.attribution import Estimator, Question
 from causalprune.calibration import OWN, TEXT_SOURCES, Chat, Thinking, split_counts, with_limit
 from causalprune.core import Decoder, MismatchError, OptionError, unknown
-from causalprune.pruning import BUDGETS, N_OF_M, Method, pattern_sparsity
-from causalprune.shrinking import Shrinking, shares_for
+from causalprune.pruning import N_OF_M, Method
+from causalprune.runs.rows import Cell, Removal, is_removal, label, parse_method, parse_removal
+from causalprune.shrinking import shares_for
 
-DEFAULT_SPARSITY = 0.2
 OLD = {"sources": "task", "general": "preserve", "tasks": "on"}
 OLD_WORD = "{} is an old word, which the next version will not know: it is now {}"
 GENERAL = "wikitext2"
@@ -25,8 +25,6 @@ GENERAL = "wikitext2"
 PRESERVE_SHARE = 0.25
 """Examples of a source to preserve that names no count, as a share of the task's."""
 RECIPES = Path(__file__).parent / "recipes"
-SHRINK = "shrink"
-"""The method of a recipe that removes parts for good."""
 
 
 @dataclass(frozen=True)
@@ -133,30 +131,12 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Removal:
-    """A smaller model among the methods of a recipe: this share of all parameters goes, taken from MLP neurons by effect."""
-
-    share: float
-    how: Shrinking
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise OptionError(
-                f"the share of all parameters that shrink removes is between 0 and 1, not {self.share:g}"
-            )
-
-
-Cell: TypeAlias = Method | Removal | None
-"""How a row of a run is made; None for the dense model."""
-
-
-@dataclass(frozen=True)
 class Recipe:
     """Dense and every method at every sparsity, on every task.
 
     A method is written `criterion[:scope][+budgets][+update]`; one with a pattern such as `wanda:2:4` has its own sparsity
-    unless it is graded. `shrink[:share][+update]` is a smaller model, at its own share only. `save` keeps all pruned
-    checkpoints, where else the recommended one is kept; `texts` the problems and answers that the report shows.
+    unless it is graded. `shrink[:share][+update]` is a smaller model, at its own share only. `save` keeps the checkpoints of
+    all methods, or of those listed, where else the recommended one is kept; `texts` the problems and answers that the report shows.
     `general_text` auto measures it where nothing in `on` does: text that the intact model writes, WikiText-2 where it is at hand.
     `damping` is that of `Method`, `batch_tokens` bounds a forward pass, what is measured, `on`, may carry a count as in `gsm8k_nll:200`.
     `answer`, `max_new_tokens` and `scorers` (as `NAME=module:function`) are about answers, as in `evaluation.Settings`.
@@ -169,7 +149,7 @@ class Recipe:
     on: tuple[str, ...]
     seed: int = 0
     batch_tokens: int = 2048
-    save: bool = False
+    save: bool | tuple[str, ...] = False
     texts: bool = True
     general_text: Literal["auto", "none"] = "auto"
     attribution: AttributionSpec = field(default=AttributionSpec())
@@ -184,7 +164,17 @@ class Recipe:
             values = getattr(self, kind)
             if not values or len(set(values)) < len(values):
                 raise OptionError(f"recipe: {kind} must be a list without repetitions, not {list(values)}")
+        for method in self.save if isinstance(self.save, tuple) else ():
+            if method not in self.methods:
+                raise unknown("method to save", method, self.methods)
         self.cells()
+
+    def saves(self, name: str) -> bool:
+        """Tell whether the checkpoint of a row is kept whatever beats it."""
+        if isinstance(self.save, bool):
+            return self.save and name != "dense"
+        own = dataclasses.replace(self, methods=self.save, save=True)
+        return name in own.cells() and name != "dense"
 
     def check_shape(self, decoder: Decoder) -> None:
         """Raise `MismatchError` where the model that was loaded has another shape than the recipe says.
@@ -212,57 +202,6 @@ class Recipe:
             for sparsity in self.sparsities
         ]
         return {"dense": None, **{label(method): method for method in pruned}}
-
-
-def label(method: Method | Removal) -> str:
-    """Return the name of a pruned model in files and tables: `wanda-row-0.5`, `wanda+refit-2:4-0.5`, `shrink-0.2`."""
-    if isinstance(method, Removal):
-        update = "" if method.how.update == Shrinking.update else f"+{method.how.update}"
-        return f"{SHRINK}{update}-{method.share:g}"
-    words = "".join(f"+{word}" for word in (method.budgets, method.update) if word)
-    return f"{method.criterion}{words}-{method.resolved_scope}-{method.sparsity:g}"
-
-
-def parse_method(
-    text: str, sparsity: float | None = None, seed: int = 0, damping: float = Method.damping
-) -> Method:
-    """Return the method that `criterion[:scope][+budgets][+update]` names.
-
-    As `wanda`, `wanda:2:4`, `cap:global+refit`, `wanda+graded+refit` or `causal:2:4+graded`. Without `sparsity`, a pattern's own or
-    `DEFAULT_SPARSITY` is taken.
-    """
-    if is_removal(text):
-        raise OptionError(
-            f"{text} makes a smaller model: `causalprune shrink`, or a method of a recipe for `causalprune run`"
-        )
-    name, *words = text.split("+")
-    criterion, _, scope = name.partition(":")
-    if sparsity is None:
-        sparsity = pattern_sparsity(scope) or DEFAULT_SPARSITY
-    budgets = [word for word in words if word in BUDGETS]
-    updates = [word for word in words if word not in BUDGETS]
-    if len(budgets) > 1 or len(updates) > 1:
-        raise OptionError(
-            f"the method {text!r} has two words for the same: one of {BUDGETS} and one update are allowed"
-        )
-    update, own = (words[0] if words else None for words in (updates, budgets))
-    return Method(criterion, sparsity, scope or None, seed, update, own, damping)
-
-
-def is_removal(text: str) -> bool:
-    """Tell whether a method makes a smaller model in place of zeros."""
-    return text.partition("+")[0].partition(":")[0] == SHRINK
-
-
-def parse_removal(text: str, seed: int = 0, batch_tokens: int = 2048) -> Removal:
-    """Return the smaller model that `shrink[:share][+update]` names, as `shrink:0.2` or `shrink:0.1+distill`."""
-    name, plus, update = text.partition("+")
-    try:
-        share = float(name.partition(":")[2] or DEFAULT_SPARSITY)
-    except ValueError:
-        raise OptionError(f"{text}: shrink takes a share of all parameters, as in shrink:0.2") from None
-    how = Shrinking(update=update if plus else Shrinking.update, seed=seed, max_batch_tokens=batch_tokens)
-    return Removal(share, how)
 
 
 def find_recipe(name: str) -> Path:
@@ -363,7 +302,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, types.UnionType):
         if value is None:
             return None
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+        listed = isinstance(value, list | tuple)
+        hints = typing.get_args(hint)
+        hint = next((h for h in hints if listed and typing.get_origin(h) is tuple), hints[0])
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where)
     if typing.get_origin(hint) is Literal:

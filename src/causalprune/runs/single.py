@@ -31,8 +31,11 @@ from causalprune.core import (
     Ledger,
     OptionError,
     Stage,
+    forget,
     git_commit,
     quiet,
+    read_rows,
+    say,
     size_of,
     versions,
 )
@@ -46,8 +49,9 @@ from causalprune.evaluation import (
     write_results,
 )
 from causalprune.models import device_of, skeleton, tokenizer_of
-from causalprune.pruning import Method, Pruned, manifest, prune
+from causalprune.pruning import Method, Pruned, begun, manifest, prune
 from causalprune.runs.cells import load
+from causalprune.runs.jobs import task_jobs
 from causalprune.runs.recipe import AttributionSpec, CalibrationSpec, ModelSpec
 from causalprune.runs.traces import calibrated
 from causalprune.streaming import Seen, Streamed, check_streams, prune_stream
@@ -75,12 +79,19 @@ class Options:
         return file if self.share[1] == 1 else f"{stem}.{self.share[0]}-of-{self.share[1]}{dot}{suffix}"
 
 
-def prepared(spec: ModelSpec, wanted: CalibrationSpec, options: Options) -> tuple[Decoder, Calibration]:
-    """Load a model and draw its calibration examples."""
-    with options.stage("loading model"):
-        decoder = load(spec)
+def prepared(
+    spec: ModelSpec, wanted: CalibrationSpec, options: Options, begun: str = ""
+) -> tuple[Decoder, Calibration]:
+    """Load a model and draw its calibration examples; `begun` says what a stopped run has left."""
+    decoder = _loaded(spec, options, begun)
     with options.stage("calibration data") as progress:
         return decoder, calibrated(decoder, wanted, options.data_dir, on_progress=progress)
+
+
+def _loaded(spec: ModelSpec, options: Options, begun: str = "") -> Decoder:
+    with options.stage("loading model") as progress:
+        say(progress, note=f"going on: {begun}" if begun else "", jobs={})
+        return load(spec)
 
 
 def attribute(
@@ -144,8 +155,7 @@ def check_stability(
 
     Each source of `wanted` is a calibration of its own, of `n` problems in each of five draws.
     """
-    with options.stage("loading model"):
-        decoder = load(spec)
+    decoder = _loaded(spec, options)
     with options.stage("calibration data") as progress:
         calibrations = {}
         for source in wanted.task:
@@ -179,18 +189,16 @@ def prune_checkpoint(
     `<output>.pruning`, until the output is there.
     """
     check_destination(output, options.overwrite)
-    needs = method.needs
-    calibration, effects = None, None
+    needs, kept_in = method.needs, output.with_name(f"{output.name}.pruning")
+    calibration, effects, found = None, None, begun(kept_in)
     if method.needs_calibration or ("effects" in needs and effects_path is None):
-        decoder, calibration = prepared(spec, wanted, options)
+        decoder, calibration = prepared(spec, wanted, options, found)
     else:
-        with options.stage("loading model"):
-            decoder = load(spec)
+        decoder = _loaded(spec, options, found)
     if "effects" in needs and effects_path is not None:
         effects = load_effects(effects_path, decoder)
     elif "effects" in needs and calibration is not None:
         effects = measured(decoder, calibration, output.with_name(f"{output.name}.attribution"), options)
-    kept_in = output.with_name(f"{output.name}.pruning")
     with options.stage("pruning") as progress:
         pruned = prune(
             decoder,
@@ -205,7 +213,7 @@ def prune_checkpoint(
         size = dict.fromkeys(("before", "after"), dataclasses.asdict(size_of(decoder)))
         record = {**manifest(pruned, calibration, effects), "size": size}
         save(decoder, output, manifest=record, keep=pruned.keep, effects=effects, overwrite=options.overwrite)
-    kept_in.unlink(missing_ok=True)
+    forget(kept_in)
     return pruned
 
 
@@ -258,9 +266,12 @@ def evaluate_model(
     check_tasks(tasks, settings.scorers)
     if output.exists() and not options.overwrite:
         raise CheckpointError(f"{output} exists: choose another name, or pass --overwrite")
-    with options.stage("loading model"):
-        decoder = load(spec)
     path = output.with_name(f"{output.name}.ledger")
+    done = read_rows(path).keys() if path.exists() else ()
+    with options.stage("loading model") as progress:
+        note = f"going on: {len(done)} of {len(tasks)} tasks done" if done else ""
+        say(progress, note=note, jobs=task_jobs(tasks, settings) | dict.fromkeys(done, 0.0))
+        decoder = load(spec)
     with Ledger(path, {"model": decoder.fingerprint, "settings": settings.identity()}) as book:
         for task in tasks:
             if task not in book.rows:

@@ -5,13 +5,13 @@
 | `attribution.ledger` | every finished attribution job; `effects.json` when all are done |
 | `results.ledger` | every finished evaluation; a run that was stopped goes on after the last one |
 | `results.json` | all finished rows with per-example values: what `compare` reads |
-| `checkpoints/<label>` | the recommended model, replaced when another beats it; all, if the recipe says `save: true` |
+| `checkpoints/<label>` | the recommended model, replaced when another beats it; those that the recipe saves, for good |
 """
 
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from causalprune.core import (
     bars,
     git_commit,
     peak_bytes,
+    read_rows,
+    say,
     size_of,
     versions,
 )
@@ -46,13 +48,14 @@ from causalprune.pruning import Method
 from causalprune.reports import verdict
 from causalprune.runs.cells import Cells, load_intact
 from causalprune.runs.general import note_general_text, with_general_text
+from causalprune.runs.jobs import Coming, run_jobs
 from causalprune.runs.recipe import Recipe, as_recipe
 from causalprune.runs.record import Record
 from causalprune.runs.single import Options, measured
 from causalprune.runs.traces import calibrated
 
 
-def run(
+def run(  # noqa: PLR0913 (what a user says, and what the caller knows)
     recipe: Recipe | Mapping[str, Any] | Path | str,
     folder: Path | str,
     *,
@@ -60,13 +63,15 @@ def run(
     stage: Stage | None = None,
     command: str | None = None,
     best: Callable[[Mapping[str, Any]], str | None] = lambda record: verdict(record).label,
+    coming: Coming = Coming(),
 ) -> Record:
     """Carry out a recipe in `folder`, or go on where it was stopped; return what `results.json` holds.
 
     A recipe is one that was made here, its keys as a dictionary, a YAML file, or the name of one that comes with the package.
     Where no `stage` is given, every stage of the work has a bar (`quiet`: none has).
     `command` is what the user typed, for the record. `best` names the row whose checkpoint is kept, of those that are
-    finished: the recommended one. Methods, sparsities and tasks may be added to a recipe whose folder exists: what is there is not done again.
+    finished: the recommended one. Methods, sparsities and tasks may be added to a recipe whose folder exists: what is there is not done again;
+    what is `coming` after that counts for the time left to show.
 
     Raises:
         CheckpointError: the folder is a file, or cannot be written.
@@ -77,16 +82,20 @@ def run(
     check_tasks(recipe.on, settings.scorers)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file, and a run needs a folder: choose another name")
-    with stage("loading model"):
+    path, recipe = folder / "results.ledger", with_general_text(recipe, folder, data_dir)
+    done = _done(recipe, path)
+    with stage("loading model") as progress:
+        every = len(recipe.cells()) * len(recipe.on)
+        say(progress, note=f"going on: {len(done)} of {every} measurements done" if done else "")
         decoder = load_intact(recipe.model)
-    recipe = with_general_text(recipe, folder, data_dir)
     recipe.check_shape(decoder)
     with stage("calibration data") as progress:
         exclude = evaluation_contents(recipe.on, settings, decoder.tokenizer)
         calibration = calibrated(decoder, recipe.calibration, data_dir, exclude, progress)
+        say(progress, jobs=run_jobs(recipe, decoder, calibration, settings, done, coming))
     identity = _identity(recipe, decoder, calibration)
     record = _record(recipe, calibration, identity, command)
-    with Ledger(folder / "results.ledger", identity) as book:
+    with Ledger(path, identity) as book:
         _note_versions(book)
         note_general_text(book, [task for task in recipe.on if task not in named])
         _note_answering(book, settings, recipe.on)
@@ -137,6 +146,12 @@ def _settings(recipe: Recipe, data_dir: Path | None) -> Settings:
         thinking=recipe.calibration.thinking,
         scorers=load_scorers(recipe.scorers),
     )
+
+
+def _done(recipe: Recipe, path: Path) -> Set[str]:
+    """Return the measurements of a recipe that its ledger has."""
+    rows = read_rows(path) if path.exists() else {}
+    return {f"{cell}/{task}" for cell in recipe.cells() for task in recipe.on} & rows.keys()
 
 
 def _identity(recipe: Recipe, decoder: Decoder, calibration: Calibration) -> dict[str, Any]:

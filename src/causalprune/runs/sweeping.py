@@ -11,7 +11,9 @@ from causalprune.core import EvalResult, OptionError, Stage
 from causalprune.evaluation import Tried, headline, higher_is_better, paired_difference, rows_of
 from causalprune.pruning import N_OF_M, pattern_sparsity
 from causalprune.runs.cells import ADDED
-from causalprune.runs.recipe import Recipe, as_recipe, is_removal
+from causalprune.runs.jobs import Coming
+from causalprune.runs.recipe import Recipe, as_recipe
+from causalprune.runs.rows import is_removal
 from causalprune.runs.study import run
 
 
@@ -69,8 +71,9 @@ def sweep(
     while above - below > 1:
         middle = (below + above) // 2
         asked = tuple(sorted({*tried, choices[middle]}))
+        further = math.ceil(math.log2(max(middle - below, above - middle)))
         wanted = dataclasses.replace(recipe, sparsities=asked)
-        record = run(wanted, folder, data_dir=data_dir, stage=stage, best=best)
+        record = run(wanted, folder, data_dir=data_dir, stage=stage, best=best, coming=Coming(further))
         rows = rows_of(record)
         tried = {
             sparsity: _tried(sparsity, results, rows[0][1], keep, certain)

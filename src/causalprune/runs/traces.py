@@ -39,6 +39,7 @@ from causalprune.core import (
     OptionError,
     Progress,
     cache_folder,
+    say,
     silent,
 )
 from causalprune.evaluation import ends_of, own_pieces, plain_generation, write_text
@@ -72,6 +73,7 @@ def calibrated(
         data_dir,
         thinking=uses_thinking(decoder.tokenizer, wanted.thinking, chat=chat),
     )
+    say(on_progress, unit="answers")
     files = {
         name: own_answers(decoder, reader, name.removeprefix(OWN), count, exclude, on_progress)
         for name, count in counts.items()

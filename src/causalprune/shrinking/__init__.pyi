@@ -5,7 +5,7 @@ from .removal import (
     Shrinking as Shrinking,
 )
 from .removal import (
-    ledgers as ledgers,
+    leftovers as leftovers,
 )
 from .removal import (
     record_of as record_of,
@@ -18,4 +18,7 @@ from .removal import (
 )
 from .removal import (
     shrink as shrink,
+)
+from .removal import (
+    shrink_jobs as shrink_jobs,
 )

@@ -23,11 +23,14 @@ from causalprune.core import (
     Projection,
     Shown,
     Stage,
+    State,
     bars,
+    say,
     unknown,
 )
 from causalprune.interventions import InputNorms, See, Site, gated_module, observed
-from causalprune.pruning import UPDATES, Repair, Update, lessons, remove
+from causalprune.models import fingerprint
+from causalprune.pruning import UPDATES, Lesson, Method, Repair, Update, lessons, remove
 from causalprune.shrinking.structure import Kept, column_keep, silence, smaller
 
 Kind: TypeAlias = Literal["neurons", "kv_groups", "experts", "layers"]
@@ -36,6 +39,8 @@ Scores: TypeAlias = Mapping[int, Float[Tensor, "_"]]
 
 KINDS: tuple[Kind, ...] = ("neurons", "kv_groups", "experts", "layers")
 BY = ("effect", "activation", "magnitude", "random")
+LOOKING = {"effect": 5.0, "activation": 1.0}
+"""Passes of all examples that it takes, about, to know what units are worth."""
 MULTIPLE = 32
 """Widths of MLPs stay multiples of this where they are, as kernels like them."""
 
@@ -132,8 +137,9 @@ def shrink(
 
     `shares` may be the share of all parameters that goes, 0 … 1, from the neurons of MLPs. All layers lose equally many
     units of a kind. `changes` are fields of `Shrinking`. Where only experts go, nothing but `distill` makes up for them. The
-    decoder that is given is changed on the way. Effects that were measured are kept in the `ledgers` of a path, so that a
-    stopped run goes on. Where no `stage` is given, every stage of the work has a bar (`quiet`: none has).
+    decoder that is given is changed on the way. Effects that were measured, layers that were updated and training are kept in
+    the `leftovers` of a path, so that a stopped run goes on. Where no `stage` is given, every stage of the work has a bar
+    (`quiet`: none has).
 
     Raises:
         OptionError: a kind the model does not have, or a share too small to remove one unit.
@@ -148,7 +154,13 @@ def shrink(
     given, before = decoder, sum(p.numel() for p in decoder.model.parameters())
     update = next(own for own in UPDATES if own == how.update)
     chosen, unrouted = _chosen(decoder, shares, calibration, how, ledger=ledger, stage=stage)
-    followed = lessons(decoder, calibration.examples, how.max_batch_tokens) if update == "distill" else []
+    identity = [fingerprint(decoder.model), _listed(chosen), calibration.fingerprint, asdict(how)]
+    state = State(leftovers(ledger)["update"] if ledger else None, identity)
+    followed: Sequence[Lesson] = []
+    if update == "distill":
+        with stage("what training follows") as progress:
+            say(progress, unit="batches")
+            followed = lessons(decoder, calibration.examples, how.max_batch_tokens, state, progress)
     if "experts" in chosen:
         decoder = smaller(decoder, Kept(experts=chosen["experts"]))
         update = update if update == "distill" or len(chosen) > 1 else "none"
@@ -156,17 +168,24 @@ def shrink(
     with stage("updating what stays") as progress:
         silence(decoder, kept)
         repair = Repair(calibration, update, followed, how.seed, how.max_batch_tokens)
-        remove(decoder, column_keep(decoder, kept), repair, progress)
-    found = replace(
-        smaller(decoder, kept), fingerprint=given.fingerprint
-    )  # that of its base, as pruned models have
+        remove(decoder, column_keep(decoder, kept), repair, progress, state)
+    found = replace(smaller(decoder, kept), fingerprint=given.fingerprint)  # that of its base, as pruned ones
     after = sum(p.numel() for p in found.model.parameters())
     return Shrunk(found, replace(kept, experts=chosen.get("experts", {})), update, before, after, unrouted)
 
 
-def ledgers(path: Path) -> dict[Kind, Path]:
-    """Return the file in which the effects of every kind are kept."""
-    return {kind: path.with_name(f"{path.name}.{kind}") for kind in KINDS}
+def _listed(kept: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the indices that stay, by kind and layer, as JSON takes them."""
+    return {
+        kind: [*own] if isinstance(own, tuple) else {str(i): index.tolist() for i, index in own.items()}
+        for kind, own in kept.items()
+        if own
+    }
+
+
+def leftovers(path: Path) -> dict[str, Path]:
+    """Return the file in which the effects of every kind are kept, and the folder of the `update` of what stays."""
+    return {what: path.with_name(f"{path.name}.{what}") for what in (*KINDS, "update")}
 
 
 def save_shrunk(
@@ -184,12 +203,7 @@ def save_shrunk(
 
 def record_of(shrunk: Shrunk, calibration: Calibration, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the manifest of a smaller model says: what stayed, and by which `options` of `shrink`."""
-    own = {kind: getattr(shrunk.kept, kind) for kind in KINDS}
-    kept = {
-        k: [*v] if isinstance(v, tuple) else {str(i): x.tolist() for i, x in v.items()}
-        for k, v in own.items()
-        if v
-    }
+    kept = _listed({kind: getattr(shrunk.kept, kind) for kind in KINDS})
     sizes = {"parameters_before": shrunk.parameters_before, "parameters_after": shrunk.parameters_after}
     data = {**calibration.description, "fingerprint": calibration.fingerprint}
     how = {**options, "update": shrunk.update, **sizes, "unrouted": list(shrunk.unrouted), "kept": kept}
@@ -215,13 +229,33 @@ def _chosen(
     chosen: dict[Kind, Any] = {}
     unrouted: list[str] = []
     for kind, share in wanted.items():
-        with stage(f"what {kind.replace('_', ' ')} are worth") as progress:
-            path = None if ledger is None else ledgers(ledger)[kind]
+        with stage(_worth_of(kind)) as progress:
+            if not chosen:
+                say(progress, jobs=shrink_jobs(decoder, shares, calibration, how))
+            path = None if ledger is None else leftovers(ledger)[kind]
             worth = _worth(decoder, kind, calibration, how, progress, path)
         chosen[kind] = _kept(kind, worth, share)
         for layer, own in worth.items() if kind == "experts" else ():
             unrouted += [f"layers.{layer}.experts.{i}" for i in own.isnan().nonzero()[:, 0].tolist()]
     return chosen, tuple(unrouted)
+
+
+def _worth_of(kind: str) -> str:
+    return f"what {kind.replace('_', ' ')} are worth"
+
+
+def shrink_jobs(
+    decoder: Decoder, shares: Shares, calibration: Calibration, how: Shrinking
+) -> dict[str, float]:
+    """Return the stages of `shrink` in their order, with what they cost in passes of all examples."""
+    method, tokens = (
+        Method("magnitude", 0.5, update=how.update),
+        sum(len(e.tokens) for e in calibration.examples),
+    )
+    found = {_worth_of(kind): LOOKING.get(how.by, 0.001) for kind, share in asdict(shares).items() if share}
+    found |= {"what training follows": 1.0} if how.update == "distill" else {}
+    passes = method.passes(len(decoder.layers), len(calibration.examples), tokens)  # whatever the share
+    return {**found, "updating what stays": passes}
 
 
 def _kept(kind: Kind, worth: Scores, share: float) -> Any:
@@ -327,6 +361,7 @@ def _look(
 ) -> None:
     """Run the calibration examples, and let `see` look at the projections of these layers."""
     groups = batches(calibration.examples, max_batch_tokens=1)  # one by one: no padding
+    say(on_progress, unit="examples")
     for done, batch in enumerate(groups, start=1):
         with ExitStack() as stack, torch.inference_mode():
             for layer in layers:

@@ -28,6 +28,7 @@ from causalprune.core import (
     Progress,
     Projection,
     packed,
+    say,
     silent,
 )
 from causalprune.models import (
@@ -93,7 +94,7 @@ def prune_stream(
 
     The source is read twice and the copy written once; float32 weights under scope `global` are read four times.
     All files are checked before anything is written. Progress counts bytes. Methods that look at inputs or update
-    weights run the model with one layer in memory, on the data in `seen`.
+    weights run the model with one layer in memory, on the data in `seen`; there it begins anew with the layers.
 
     Raises:
         OptionError: the method needs the whole model, or effects or calibration data that are not given.
@@ -106,7 +107,8 @@ def prune_stream(
     check_streams(method, data=seen.calibration is not None)
     files, entries = open_checkpoint(source)
     size = sum(e.stop - e.start for e in entries.values())
-    with closing(Store(2 * size, on_progress)) as store:
+    with closing(Store(size if calibration else 2 * size, on_progress)) as store:
+        say(on_progress, part="1 of 2: checking files" if calibration else "")
         decoder, sources = _opened(source, entries, store)
         factors: Factors = {}
         if "effects" in method.needs:
@@ -123,14 +125,14 @@ def prune_stream(
                 residence = stack.enter_context(_residence(source, sources, entries, store))
                 hidden = stack.enter_context(closing(HiddenStates(seen.cache_gib * 2**30, folder)))
                 plan = planned(residence.decoder, method, factors, calibration, seen.max_batch_tokens)
-                plan = replace(plan, hold=hidden.keep)
-                pruned = residence.through(prune_layers(plan, gathered, Steps(plan.total)))
+                plan, store.on_progress = replace(plan, hold=hidden.keep), silent
+                say(on_progress, part="2 of 2: layers")
+                pruned = residence.through(prune_layers(plan, gathered, Steps(plan.costs, on_progress)))
             else:
                 plan = planned(decoder, method, factors)
-                pruned = prune_layers(plan, gathered, Steps(plan.total), fixed=spectra.keeps(decoder))
-            rows = _write(
-                pruned, _pool(decoder), store, entries, {file: folder / file.name for file in files}
-            )
+                pruned = prune_layers(plan, gathered, Steps(), fixed=spectra.keeps(decoder))
+            targets = {file: folder / file.name for file in files}
+            rows = _write(pruned, _pool(decoder), store, entries, targets)
             if factors and effects is not None:
                 checkpoints.save_effects(effects, folder / checkpoints.EFFECTS)
             _copy_rest(source, folder)

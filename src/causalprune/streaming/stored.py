@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from causalprune.core import CheckpointError, Decoder, Layer, Progress, Projection
+from causalprune.core import CheckpointError, Decoder, Layer, Progress, Projection, say
 from causalprune.models import Entry, ShardWriter, expert_weight, raw_bytes
 
 Sources: TypeAlias = Mapping[str, Sequence[Entry]]
@@ -34,7 +34,7 @@ class Store:
         self._reader, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._coming: tuple[Entry, Future[Tensor]] | None = None
         self._going: Future[None] | None = None
-        self._done, self._total, self._on_progress = 0, total, on_progress
+        self._done, self._total, self.on_progress = 0, total, on_progress
 
     def get(self, entry: Entry) -> Tensor:
         """Return the matrix at `entry`, the same tensor as long as no other is asked for."""
@@ -88,8 +88,9 @@ class Store:
 
     def report(self, entry: Entry) -> None:
         """Count the bytes of a tensor that was read."""
-        self._done += entry.stop - entry.start
-        self._on_progress(min(self._done, self._total), self._total)
+        self._done = min(self._done + entry.stop - entry.start, self._total)
+        say(self.on_progress, count=f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB")
+        self.on_progress(self._done, self._total)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
