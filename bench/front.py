@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import typer
 from test_commands import SHOWN
 
-from causalprune.cli import app
+from causalprune.cli.app import app
 from causalprune.pruning import Method
 from causalprune.runs import CalibrationSpec, ModelSpec, Options, prune_checkpoint
 
