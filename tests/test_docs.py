@@ -1,6 +1,7 @@
 """What the pages say about the code holds."""
 
 import importlib
+import itertools
 import re
 from functools import reduce
 from pathlib import Path
@@ -70,3 +71,14 @@ def test_the_api_page_says_what_docstrings_say(name: str) -> None:
     own = getattr(causalprune, name)
     assert rows[name] == own.__doc__.strip().splitlines()[0]
     assert f"<!-- api: {own.__module__}.{name} -->" in API
+
+
+def test_the_readme_is_for_somebody_in_a_hurry() -> None:
+    lines = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
+    assert sum(len(line) + 1 for line in lines) <= 7000
+    assert max(map(len, lines)) <= 140
+    tables = [
+        list(own) for is_row, own in itertools.groupby(lines, lambda line: line.startswith("|")) if is_row
+    ]
+    assert tables
+    assert all(len(rows) - 2 <= 6 and rows[0].count("|") - 1 <= 5 for rows in tables)
