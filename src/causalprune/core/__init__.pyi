@@ -125,6 +125,9 @@ from .types import (
     Role as Role,
 )
 from .types import (
+    Source as Source,
+)
+from .types import (
     Stage as Stage,
 )
 from .types import (

@@ -176,13 +176,32 @@ class LeftOut:
     reason: str
 
 
+@dataclass(frozen=True)
+class Source:
+    """The files that a model was loaded from, from which it is written again.
+
+    `dtype` is that of most weights, or of all where they are unpacked from a `form` (`fp8`, `mxfp4`, `gguf`); `pickles` and
+    `code` are what the user has allowed; `hub` says that `folder` is a snapshot, which may lack files. Where a model was
+    `reshaped`, files do not say any more which tensors it has.
+    """
+
+    folder: Path | None
+    dtype: torch.dtype
+    form: str | None = None
+    pickles: bool = False
+    code: bool = False
+    hub: bool = False
+    reshaped: bool = False
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Decoder(Shown):
     """A loaded causal language model, its tokenizer, and everything in it that can be pruned.
 
     `name` and `revision` are as the user gave them; `fingerprint` is the SHA-256 of configuration
     and weights as they were loaded, by which side files recognise their model. `base` is what a checkpoint of ours says of
-    the model that it was made from: `name` and `fingerprint`, None where that is not known.
+    the model that it was made from: `name` and `fingerprint`, None where that is not known. `source` is None for a model that
+    was built in memory.
     """
 
     model: Any
@@ -193,6 +212,7 @@ class Decoder(Shown):
     left_out: tuple[LeftOut, ...]
     fingerprint: str
     base: Mapping[str, Any] | None = None
+    source: Source | None = None
 
     @property
     def projections(self) -> tuple[Projection, ...]:

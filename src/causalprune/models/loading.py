@@ -8,6 +8,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,15 +16,17 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config, Mxfp4Config
+from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
-from causalprune.core import CheckpointError, Decoder, ModelError, OptionError, unknown
+from causalprune.core import CheckpointError, Decoder, ModelError, OptionError, Source, unknown
 from causalprune.models.anatomy import check_config, inspect_model, outline
-from causalprune.models.shards import check_places
+from causalprune.models.folders import PICKLE, TOKENIZER_FILES, stored_in, warn_left_over, weight_files
+from causalprune.models.packing import packing
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*.gguf")
+_UNPACKED: dict[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
 _CORRUPT = (SafetensorError, UnpicklingError, EOFError)
 _LOAD_ERRORS = (*_CORRUPT, OSError, ValueError, RuntimeError, KeyError, ImportError)
 
@@ -52,26 +55,25 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
     check_options(dtype, device)
     folder, gguf = _source(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if gguf is not None:
-        options["gguf_file"], dtype = gguf, "float32" if dtype == "auto" else dtype
     local = Path(folder).is_dir()
-    if local and gguf is None:
+    if gguf is not None:
+        options["gguf_file"] = gguf
+    elif local:
         _check_files(name, Path(folder), allow_pickle)
     try:
         with _quiet(hide_bars=local), contextlib.ExitStack() as stack:
-            if gguf is None:
-                check_config(AutoConfig.from_pretrained(folder, **options), name)
+            source, how = _opened(name, folder, options, dtype)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=dtype,
                 **_spread(device_map, stack),
                 output_loading_info=True,
                 use_safetensors=None if allow_pickle or gguf is not None else True,
                 weights_only=True,
+                **how,
                 **options,
             )
             model, loading = loaded
-            known = not local or any(any(Path(folder).glob(pattern)) for pattern in _TOKENIZER_FILES)
+            known = not local or any(any(Path(folder).glob(pattern)) for pattern in TOKENIZER_FILES)
             tokenizer = AutoTokenizer.from_pretrained(folder, **options) if known else None
             if device_map is None:
                 model.to(device)
@@ -81,11 +83,41 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
     if absent := sorted({*map(str, loading["missing_keys"]), *map(str, loading["mismatched_keys"])}):
         lacks = f"lacks {len(absent)} weights of a {type(model).__name__}, such as {absent[0]}"
         raise ModelError(f"{name!r} {lacks}: files are missing or of another model; fetch them again")
-    if gguf is not None:  # it is a plain model now, but `save_pretrained` refuses what looks quantised
+    if source.form is not None:  # plain now, but `save_pretrained` refuses or packs what looks quantised
         model.hf_quantizer = None
         vars(model.config).pop("quantization_config", None)
+        vars(model).pop("_weight_conversions", None)
     model.eval().requires_grad_(False)
-    return inspect_model(model, tokenizer, name=name, revision=revision)
+    source = _described(name, replace(source, pickles=allow_pickle, code=trust_remote_code))
+    return replace(inspect_model(model, tokenizer, name=name, revision=revision), source=source)
+
+
+def _opened(name: str, folder: str, options: dict[str, Any], dtype: str) -> tuple[Source, dict[str, Any]]:
+    """Return where a model comes from, and in which dtype it is loaded: unpacked, also where a GPU could take it as it is."""
+    unpacked = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    if "gguf_file" in options:
+        return Source(None, unpacked, "gguf"), {"dtype": "float32" if dtype == "auto" else dtype}
+    config = AutoConfig.from_pretrained(folder, **options)
+    check_config(config, name)
+    form = packing(getattr(config, "quantization_config", None), name)
+    home = Path(str(cached_file(folder, "config.json", revision=options["revision"]))).parent
+    source = Source(home, unpacked, form, hub=not Path(folder).is_dir())
+    if form is None:
+        return source, {"dtype": dtype}
+    return source, {"dtype": unpacked, "quantization_config": _UNPACKED[form](dequantize=True)}
+
+
+def _described(name: str, source: Source) -> Source:
+    """Return the source with the dtype of its files, whose headers are checked."""
+    if source.folder is None:
+        return source
+    try:
+        stored = stored_in(source)
+        return source if source.form else replace(source, dtype=stored.dtype)
+    except CheckpointError as error:
+        if source.hub:  # weights may be of another revision than the rest
+            return replace(source, reshaped=True)
+        raise ModelError(f"{name!r} cannot be loaded: {error}") from error
 
 
 def device_of(name: str) -> str:
@@ -203,18 +235,18 @@ def _quiet(*, hide_bars: bool) -> Iterator[None]:
 
 
 def _check_files(name: str, folder: Path, allow_pickle: bool) -> None:
-    """Refuse weight files that could run code, or that lie elsewhere."""
+    """Refuse weight files that could run code, or that lie elsewhere; name those that are not the model's."""
     try:
-        check_places(folder)
+        files, _ = weight_files(folder)
     except CheckpointError as error:
         raise ModelError(f"{name!r} cannot be loaded: {error}") from error
-    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-    if pickles and not allow_pickle and not any(folder.glob("*.safetensors")):
+    if files[0].suffix == PICKLE and not allow_pickle:
         raise ModelError(
-            f"{name!r} has its weights as a pickle ({pickles[0]}), which can run code when it is read: convert it "
+            f"{name!r} has its weights as a pickle ({files[0].name}), which can run code when it is read: convert it "
             "to safetensors (load and `save_pretrained` it where that does no harm), or pass --allow-pickle "
             "(`allow_pickle=True`) if you trust where it comes from"
         )
+    warn_left_over(folder)
 
 
 def _load_error(name: str, error: BaseException, *, local: bool) -> ModelError:
