@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(ROOT / "tests"))
 
 from large import ONE, write_checkpoint
-from sources import SOURCES, Made, compared
+from sources import SOURCES, Made, compared, fates
 
 from causalprune.checkpoints import writing
 from causalprune.models.loading import load
@@ -87,6 +87,7 @@ def _source(place: Path, name: str) -> dict[str, Any]:
     if source.refused:
         return {"refused": done.stderr.strip(), "as_wanted": source.refused in done.stderr}
     row: dict[str, Any] = compared(source, place / "memory" / "out")
+    row["fates"] = fates(source, place / "memory" / "out")
     row["said"] = [line for line in done.stderr.splitlines() if line.startswith("warning")]
     row["reload_differs"] = not torch.equal(_in_memory(source), _logits(place / "memory" / "out"))
     files = [path for path in (place / "memory" / "out").rglob("*") if path.is_file()]

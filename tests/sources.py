@@ -338,23 +338,41 @@ def compared(made: Made, out: Path) -> dict[str, list[str]]:
     before = made.tensors if made.tensors is not None else tensors_in(made.model)
     after = tensors_in(out)
     changed = [name for name in before if name in after and not _as_asked(name, before[name], after[name])]
-    home = made.model if made.model.is_dir() else made.model.parent
-    weights = {".safetensors", ".bin", ".gguf"}
-    files = [
-        str(path.relative_to(home))
-        for path in home.rglob("*")
-        if path.is_file() and path.suffix not in weights
-    ]
-    files = [name for name in files if name not in made.left and not name.endswith(".index.json")]
+    files = fates(made, out)
     return {
         "tensors_lost": sorted(before.keys() - after.keys()),
         "tensors_new": sorted(after.keys() - before.keys()),
         "tensors_changed_unasked": sorted(changed),
-        "files_lost": sorted(name for name in files if not _went_along(made, home / name, out / name)),
-        "files_new": sorted(
-            name for name in made.left if (out / name).exists() and name != "model.safetensors"
-        ),
+        "files_lost": sorted(name for name, fate in files.items() if (fate in LOST) != (name in made.left)),
     }
+
+
+AS_IT_IS, BEHIND, LOST = "as it is", "stays behind", ("stays behind", "changed")
+
+
+def fates(made: Made, out: Path) -> dict[str, str]:
+    """Return what became of every file of a source that holds no weights of the model."""
+    home = made.model if made.model.is_dir() else made.model.parent
+    names = [str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()]
+    own = (".safetensors", ".index.json", "pytorch_model.bin")
+    return {n: _fate(made, home / n, out / n) for n in names if n in made.left or not n.endswith(own)}
+
+
+def _fate(made: Made, before: Path, after: Path) -> str:
+    if before.name in ("model.safetensors", "model.safetensors.index.json"):
+        return BEHIND  # the old one of two
+    base = after.with_name("README.base.md")
+    if before.name == "README.md" and base.exists() and base.read_bytes() == before.read_bytes():
+        return "as `README.base.md`"
+    if not after.exists():
+        return BEHIND
+    if before.read_bytes() == after.read_bytes():
+        return AS_IT_IS
+    if before.name == "config.json" and made.tensors is not None:
+        own, other = (json.loads(path.read_text(encoding="utf-8")) for path in (before, after))
+        if own.pop("quantization_config", None) and own == other:
+            return "without `quantization_config`"
+    return "changed"
 
 
 def _as_asked(name: str, before: Tensor, after: Tensor) -> bool:
@@ -365,13 +383,3 @@ def _as_asked(name: str, before: Tensor, after: Tensor) -> bool:
     kept = after != 0 if prunable else torch.ones_like(after, dtype=torch.bool)
     bits = [t.contiguous().view(torch.uint8).view(*t.shape, -1)[kept] for t in (before, after)]
     return torch.equal(*bits) and (not prunable or bool(kept.any()))
-
-
-def _went_along(made: Made, before: Path, after: Path) -> bool:
-    after = after.with_name("README.base.md") if before.name == "README.md" else after
-    if not after.exists():
-        return False
-    if before.name == "config.json" and made.tensors is not None and made.options == ():  # packed
-        own, other = (json.loads(path.read_text(encoding="utf-8")) for path in (before, after))
-        return {**own, "quantization_config": None} == {**other, "quantization_config": None}
-    return before.read_bytes() == after.read_bytes()

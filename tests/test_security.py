@@ -13,8 +13,8 @@ from families import FAMILIES
 
 from causalprune.calibration.data import templates
 from causalprune.core.errors import ModelError, OptionError
-from causalprune.models.loading import load
 from causalprune.models.folders import INDEX
+from causalprune.models.loading import load
 from causalprune.runs.recipe import read_recipe
 
 

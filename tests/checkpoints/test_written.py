@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,12 +225,12 @@ def test_files_that_the_cache_lacks_are_fetched_or_named(
     )
     decoder = load(str(hub.snapshot))
     (tmp_path / "out").mkdir()
-    source = Source(hub.snapshot, torch.bfloat16, hub=True)
+    from_hub = replace(decoder, name="o/m", source=Source(hub.snapshot, torch.bfloat16, hub=True))
     if reached:
-        carrying.carry(source, tmp_path / "out", name="o/m")
+        carrying.carry(from_hub, tmp_path / "out")
     else:
         with pytest.warns(UserWarning, match=r"cannot be asked.*if it has README\.md, LICENSE, fetch"):
-            carrying.carry(source, tmp_path / "out", name="o/m")
+            carrying.carry(from_hub, tmp_path / "out")
     assert hub.fetched == (["LICENSE"] if reached else [])
     assert (tmp_path / "out" / "LICENSE").exists() == reached
     assert decoder.source == Source(hub.snapshot, torch.bfloat16)

@@ -78,5 +78,8 @@ from .writing import (
     check_written as check_written,
 )
 from .writing import (
+    unknown_tensors as unknown_tensors,
+)
+from .writing import (
     warn_unpacked as warn_unpacked,
 )

@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 import huggingface_hub as hub
 
 from causalprune.checkpoints.card import CARD
-from causalprune.core import Source
+from causalprune.core import Decoder, Source
 from causalprune.models import WEIGHTS
 
 MANIFEST, EFFECTS = "causalprune.json", "effects.json"
@@ -42,15 +42,16 @@ USUAL += (
 """Files that models have: where the Hub cannot be asked, those that the cache does not know of are named."""
 
 
-def carry(source: Source, folder: Path, *, name: str) -> None:
-    """Copy the files of the model `name` that go along into a folder, where those that are there already stay.
+def carry(decoder: Decoder, folder: Path) -> None:
+    """Copy the files of a model's source that go along into a folder, where those that are there already stay.
 
     Warns of files that stay behind although a reader may miss them.
     """
-    if source.folder is None:
+    source = decoder.source
+    if source is None or source.folder is None:
         return
     if source.hub:
-        _fetch(name, source)
+        _fetch(decoder.name, source)
     home, left = source.folder, dict[str, str]()
     for path in sorted((*home.iterdir(), *home.glob(f"{TEMPLATES}/*"))):
         own = path.relative_to(home)

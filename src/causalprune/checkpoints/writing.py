@@ -33,10 +33,9 @@ def write_model(decoder: Decoder, folder: Path) -> Stored | None:
         _by_transformers(decoder, folder)
     else:
         _again(decoder, stored, folder)
-    if source is not None:
-        carry(source, folder, name=decoder.name)
-        if stored is None:
-            _warn_lost(decoder, source, folder)
+    carry(decoder, folder)
+    if stored is None and source is not None:
+        _warn_lost(decoder, source, folder)
     generation = getattr(decoder.model, "generation_config", None)
     if stored is None and generation is not None and not (folder / "generation_config.json").exists():
         generation.to_json_file(folder / "generation_config.json", use_diff=True)
@@ -46,14 +45,23 @@ def write_model(decoder: Decoder, folder: Path) -> Stored | None:
     return stored
 
 
-def warn_unpacked(name: str, source: Source, size_bytes: int) -> None:
+def warn_unpacked(decoder: Decoder) -> None:
     """Warn, before any work, that a packed model is written unpacked, and what that takes."""
-    if source.form is not None:
-        dtype = str(source.dtype).removeprefix("torch.")
+    if (source := decoder.source) and source.form:
+        form, dtype = source.form.upper(), str(source.dtype).removeprefix("torch.")
+        size = f"{size_of(decoder).bytes / 1e9:.2f} GB"
         warnings.warn(
-            f"{name} is packed ({source.form.upper()}): it is written unpacked, in {dtype}, {size_bytes / 1e9:.2f} GB",
-            stacklevel=3,
+            f"{decoder.name} is packed ({form}): it is written unpacked, in {dtype}, {size}", stacklevel=3
         )
+
+
+def unknown_tensors(decoder: Decoder) -> list[Entry]:
+    """Return what the files of a model hold and its class does not know: it is written again as it is."""
+    if decoder.source is None or decoder.source.folder is None:
+        return []
+    entries, bare = stored_in(decoder.source).entries, _bare(decoder)
+    known = {name for name, _ in _named(decoder.model, bare, entries)}
+    return [entry for name, entry in entries.items() if name not in known]
 
 
 def read_back(decoder: Decoder, stored: Stored | None, folder: Path) -> None:
@@ -118,6 +126,11 @@ def _fitting(decoder: Decoder) -> Stored | None:
         stacklevel=5,
     )
     return None
+
+
+def _bare(decoder: Decoder) -> dict[str, Tensor]:
+    """Return what a model has by name, without values."""
+    return {name: value.to("meta") for name, value in decoder.model.state_dict().items()}
 
 
 def _named(

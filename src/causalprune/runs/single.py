@@ -202,8 +202,7 @@ def prune_checkpoint(
         decoder, calibration = prepared(spec, wanted, options, found)
     else:
         decoder = _loaded(spec, options, found)
-    if decoder.source is not None:
-        warn_unpacked(decoder.name, decoder.source, size_of(decoder).bytes)
+    warn_unpacked(decoder)
     if "effects" in needs and effects_path is not None:
         effects = load_effects(effects_path, decoder)
     elif "effects" in needs and calibration is not None:

@@ -103,10 +103,11 @@ def prune_stream(
     effects, calibration = seen.effects, seen.calibration if method.walks else None
     check_streams(method, data=seen.calibration is not None)
     stored = open_checkpoint(source)
-    files, size = _told(source, stored), stored.size
+    size = stored.size
     with closing(Store(size if calibration else 2 * size, on_progress)) as store:
         say(on_progress, part="1 of 2: checking files" if calibration else "")
-        decoder, sources = _opened(source, stored.entries, store)
+        decoder, sources = _opened(source, stored, store)
+        checkpoints.warn_unpacked(decoder)
         factors: Factors = {}
         if "effects" in method.needs:
             factors = head_factors(decoder, effects, found=None)
@@ -114,7 +115,7 @@ def prune_stream(
         found = _survey(decoder, sources, _dtype(source, stored), spectra)
         if factors and effects is not None and effects.model_fingerprint != found:
             raise MismatchError(f"the effects were measured on another model or revision than {source}")
-        decoder = replace(decoder, fingerprint=found, source=files)
+        decoder = replace(decoder, fingerprint=found)
         with checkpoints.complete(output, overwrite) as folder, ExitStack() as stack:
             _check_room(folder, decoder, size)
             gathered = Gathered()
@@ -131,7 +132,7 @@ def prune_stream(
             rows = _write(pruned, _pool(decoder), store, stored, folder)
             if factors and effects is not None:
                 checkpoints.save_effects(effects, folder / checkpoints.EFFECTS)
-            checkpoints.carry(files, folder, name=decoder.name)
+            checkpoints.carry(decoder, folder)
             record = manifest(Pruned(method, Masks(), unrouted(plan, gathered)), calibration, effects)
             sizes = dict.fromkeys(("before", "after"), asdict(size_of(decoder)))
             checkpoints.write_manifest(folder, decoder, {**record, "size": sizes, "streamed": True}, rows)
@@ -151,14 +152,6 @@ def check_streams(method: Method, *, data: bool = True) -> None:
         )
     if not data:
         raise OptionError(f"method {method.criterion!r} needs calibration data")
-
-
-def _told(source: Path, stored: Stored) -> Source:
-    """Return what is to be said of the source elsewhere, after a word on what is left of it or changed."""
-    files = Source(source, stored.dtype, stored.form)
-    warn_left_over(source)
-    checkpoints.warn_unpacked(str(source), files, stored.size)
-    return files
 
 
 def _write(
@@ -198,14 +191,15 @@ def stored_fingerprint(source: Path, on_progress: Progress = silent) -> str:
     """Return the fingerprint that the model in a local folder has when it is loaded, reading its files once."""
     stored = open_checkpoint(source)
     with closing(Store(stored.size, on_progress)) as store:
-        decoder, sources = _opened(source, stored.entries, store)
+        decoder, sources = _opened(source, stored, store)
         return _survey(decoder, sources, _dtype(source, stored), Spectra(Method("magnitude", 0.5), {}))
 
 
-def _opened(source: Path, entries: Mapping[str, Entry], store: Store) -> tuple[Decoder, Sources]:
-    bare = skeleton(source)
-    untie(bare, entries)
-    sources = find_sources(bare, entries)
+def _opened(source: Path, stored: Stored, store: Store) -> tuple[Decoder, Sources]:
+    warn_left_over(source)
+    bare = replace(skeleton(source), source=Source(source, stored.dtype, stored.form))
+    untie(bare, stored.entries)
+    sources = find_sources(bare, stored.entries)
     return with_stored(bare, sources, store), sources
 
 
