@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from causalprune.checkpoints.carrying import CONFIG, carry
-from causalprune.core import CheckpointError, Decoder, ModelError, Source
+from causalprune.core import CheckpointError, Decoder, ModelError, Source, size_of
 from causalprune.models import TOKENIZER_FILES, Entry, Stored, open_checkpoint, raw_bytes, stored_in
 
 SAMPLE = 3
@@ -57,21 +57,20 @@ def warn_unpacked(decoder: Decoder) -> None:
 
 def unknown_tensors(decoder: Decoder) -> list[Entry]:
     """Return what the files of a model hold and its class does not know: it is written again as it is."""
-    if decoder.source is None or decoder.source.folder is None:
+    source = decoder.source
+    if source is None or source.folder is None or source.reshaped:
         return []
-    entries, bare = stored_in(decoder.source).entries, _bare(decoder)
-    known = {name for name, _ in _named(decoder.model, bare, entries)}
+    entries = stored_in(source).entries
+    known = {name for name, _ in _named(decoder.model, _bare(decoder), entries)}
     return [entry for name, entry in entries.items() if name not in known]
 
 
 def read_back(decoder: Decoder, stored: Stored | None, folder: Path) -> None:
     """Read what was written of a model in memory, and compare it: see `check_written`."""
-    found = open_checkpoint(folder)
-    state = _by_layer(decoder)
-    ends = (f"{decoder.layers[0].name}.", f"{decoder.layers[-1].name}.")
-    values = (
-        pair for end in ends for pair in islice(_named(decoder.model, state[end], found.entries), SAMPLE)
-    )
+    entries = (stored or open_checkpoint(folder)).entries
+    layers, model = _by_layer(decoder), decoder.model
+    ends = [layers[f"{decoder.layers[i].name}."] for i in (0, -1)]
+    values = (pair for state in ends for pair in islice(_named(model, state, entries), SAMPLE))
     check_written(folder, stored, values)
 
 
@@ -87,7 +86,7 @@ def check_written(folder: Path, expected: Stored | None, values: Iterable[tuple[
         if (entry.shape, entry.dtype) != (found[name].shape, found[name].dtype):
             wrong.append(name)
     for name, value in () if wrong else values:
-        if name not in found or not (value.is_meta or _alike(found[name].read(), value.cpu())):
+        if not (value.is_meta or (name in found and _alike(found[name].read(), value.cpu()))):
             wrong.append(name)
     if wrong:
         raise WrittenError(
@@ -97,6 +96,8 @@ def check_written(folder: Path, expected: Stored | None, values: Iterable[tuple[
 
 def _alike(written: Tensor, value: Tensor) -> bool:
     """Tell whether two tensors are equal in the dtype of one of them."""
+    if written.shape != value.shape:
+        return False
     pairs = ((written.to(value.dtype), value), (written, value.to(written.dtype)))
     return any(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
 
@@ -113,13 +114,13 @@ def _fitting(decoder: Decoder) -> Stored | None:
     else:
         model, found = decoder.model, stored.entries
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        bare = {name: value.to("meta") for name, value in model.state_dict().items()}
-        names = (
-            {name for name, _ in _named(model, bare, found)} - found.keys() - tied.keys() - {*tied.values()}
-        )
-        if not names:
+        alone = {*tied, *tied.values()}  # files may hold one of two
+        for name, value in _named(model, _bare(decoder), found):
+            if found[name].shape != tuple(value.shape) if name in found else name not in alone:
+                why = f"{name} {list(value.shape)} of the model has no place in them"
+                break
+        else:
             return stored
-        why = f"{min(names)} of the model has no place in them"
     warnings.warn(
         f"{decoder.name}: its files cannot be written again ({why}); the new ones have names, dtype and shards as "
         "transformers chooses, and no tensors that it does not know",
@@ -212,7 +213,7 @@ def _warn_lost(decoder: Decoder, source: Source, folder: Path) -> None:
     """Warn of tensors in the source that the model's class does not know, so that new files lack them."""
     try:
         before = stored_in(source).entries
-    except CheckpointError:
+    except (CheckpointError, ModelError):
         return
     after = {re.sub(r"\d+", "#", name) for name in open_checkpoint(folder).entries}
     tied = getattr(decoder.model, "all_tied_weights_keys", None) or {}
@@ -239,9 +240,7 @@ def _for_older_readers(config: Path, dtype: str) -> None:
     """Say of rotary embeddings what transformers 4 looks for elsewhere: it would take defaults, and not say so."""
     record = json.loads(config.read_text(encoding="utf-8")) | {"dtype": dtype}
     own = record.get("rope_parameters")
-    if (
-        isinstance(own, dict) and "rope_theta" in own
-    ):  # not where there are none, or some for every kind of layer
+    if isinstance(own, dict) and "rope_theta" in own:  # else none, or some for every kind of layer
         apart = {key: own[key] for key in ("rope_theta", "partial_rotary_factor") if key in own}
         scaling = {key: value for key, value in own.items() if key not in apart}
         scaled = scaling.get("rope_type", "default") != "default"

@@ -84,7 +84,8 @@ def open_checkpoint(folder: Path, dtype: torch.dtype = torch.bfloat16, *, pickle
         CheckpointError: a file is missing, damaged, or lies elsewhere; the index does not fit; there are only pickles.
         ModelError: weights are packed in a form that is not known.
     """
-    files, index = weight_files(folder)
+    record = _config(folder).get("quantization_config")
+    form, (files, index) = packing(record, str(folder)), weight_files(folder)
     if files[0].suffix == PICKLE and not pickles:
         raise CheckpointError(
             f"{folder}: {files[0].name} is a pickle, which can run code: convert it to safetensors"
@@ -100,8 +101,6 @@ def open_checkpoint(folder: Path, dtype: torch.dtype = torch.bfloat16, *, pickle
             raise CheckpointError(
                 f"{index} says that {name} is in {file_name}, and it is not: fetch both again"
             )
-    record = _config(folder).get("quantization_config")
-    form = packing(record, str(folder))
     made = dict(_unpacked(found, form, record, dtype))
     if form is None and files[0].suffix == SUFFIX:
         shards = [Shard(file, file.name, _header(file), file.stat().st_size) for file in files]
@@ -128,9 +127,7 @@ def weight_files(folder: Path) -> tuple[list[Path], Path | None]:
     if not name.endswith(".json"):
         return [inside(folder, name)], None
     index = inside(folder, name)
-    return [
-        inside(folder, own) for own in sorted(set(_read_index(folder / name).values()))
-    ], folder / index.name
+    return [inside(folder, own) for own in sorted(set(_read_index(index).values()))], index
 
 
 def warn_left_over(folder: Path) -> None:
@@ -219,13 +216,11 @@ def _again(files: Iterable[Path], entries: Mapping[str, Entry], form: Form | Non
         own = {name: entry for name, entry in entries.items() if entry.file == file}
         rows = {name: (entry.dtype, entry.shape) for name, entry in own.items()}
         header, places, size = layout(rows, {"format": "pt"})
-        name = file.name.replace(f"pytorch_{FORMS[0][:5]}", FORMS[0][:5]).removesuffix(PICKLE)
-        shards.append(Shard(file, name.removesuffix(SUFFIX) + SUFFIX, header, size))
+        stem = file.name.removeprefix("pytorch_").removesuffix(file.suffix)
+        shards.append(Shard(file, stem + SUFFIX, header, size))
         for name, entry in own.items():
-            at, length = places[name], entry.stop - entry.start
-            moved = (
-                {"start": at, "stop": at + length} if isinstance(entry, Made) else {"shift": at - entry.start}
-            )
+            at, end = places[name], places[name] + entry.stop - entry.start
+            moved = {"start": at, "stop": end} if isinstance(entry, Made) else {"shift": at - entry.start}
             placed[name] = replace(entry, **moved)
     names = {shard.file: shard.name for shard in shards}
     total = sum(entry.stop - entry.start for entry in placed.values())
