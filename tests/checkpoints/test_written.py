@@ -157,7 +157,7 @@ def test_what_was_not_written_as_it_is_in_memory_is_an_error_and_says_so(
     decoder, own = load(str(write(tmp_path / "source"))), shards.ShardWriter.write
 
     def flipped(writer: Any, at: int, data: Any) -> None:
-        own(writer, at, bytes(data)[:-1] + b"\x11" if len(bytes(data)) == 2048 else data)
+        own(writer, at, bytes(data)[:-1] + b"\x11" if len(bytes(data)) == 3072 else data)
 
     monkeypatch.setattr(shards.ShardWriter, "write", flipped)
     for save_it in (
@@ -254,7 +254,7 @@ def test_files_that_do_not_fit_any_more_are_said_and_the_model_is_saved(tmp_path
     decoder = load(str(write(tmp_path / "source")))
     decoder.model.resize_token_embeddings(264)
     with pytest.warns(
-        UserWarning, match=r"cannot be written again \(model\.embed_tokens\.weight of the model"
+        UserWarning, match=r"cannot be written again \(.* \[264, 32\] of the model has no place"
     ):
         save(decoder, tmp_path / "out")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 264

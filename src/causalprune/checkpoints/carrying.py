@@ -23,22 +23,22 @@ from causalprune.models import WEIGHTS
 MANIFEST, EFFECTS = "causalprune.json", "effects.json"
 BASE_CARD, TEMPLATES, CONFIG = "README.base.md", "additional_chat_templates", "config.json"
 LARGEST = 50 * 10**6
-LEFT = (".*", "*.index.json", "optimizer*", "scheduler*", "rng_state*", "training_args*", "trainer_state*")
-LEFT += ("global_step*", "latest", "zero_to_fp32.py", "events.out.*", "adapter_*", MANIFEST, EFFECTS)
-USUAL = (
+LEFT = [".*", "*.index.json", "optimizer*", "scheduler*", "rng_state*", "training_args*", "trainer_state*"]
+LEFT += ["global_step*", "latest", "zero_to_fp32.py", "events.out.*", "adapter_*", MANIFEST, EFFECTS]
+USUAL = [
     CARD,
     "LICENSE",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
-)
-USUAL += (
+]
+USUAL += [
     "chat_template.jinja",
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
-)
+]
 """Files that models have: where the Hub cannot be asked, those that the cache does not know of are named."""
 
 

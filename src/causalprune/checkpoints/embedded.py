@@ -11,7 +11,8 @@ from typing import Any
 
 from causalprune import models
 from causalprune.checkpoints.card import CARD
-from causalprune.checkpoints.saving import MANIFEST, read_manifest, save
+from causalprune.checkpoints.carrying import MANIFEST
+from causalprune.checkpoints.saving import read_manifest, save
 from causalprune.checkpoints.writing import for_older_tokenizers
 from causalprune.core import CheckpointError, Decoder, ModelError, cache_folder
 from causalprune.evaluation import write_text

@@ -192,12 +192,12 @@ def _unpacked(
 
 
 def _made(name: str, codes: Entry, scales: Entry, blocks: Any, dtype: torch.dtype) -> Entry:
+    shape, unpack = codes.shape, unpack_mxfp4 if blocks is None else unpack_fp8
     if blocks is None:
         *rest, out, n, half = codes.shape
-        shape, unpack = (*rest, 2 * half * n, out), unpack_mxfp4
+        shape = (*rest, 2 * half * n, out)
         fits = codes.dtype == scales.dtype == torch.uint8 and scales.shape == codes.shape[:-1]
     else:
-        shape, unpack = codes.shape, unpack_fp8
         whole = tuple(n * size for n, size in zip(scales.shape[-2:], blocks, strict=True))
         fits = scales.dtype.is_floating_point and codes.dtype in _EIGHT and codes.shape[-2:] == whole
     if not fits:
@@ -220,8 +220,10 @@ def _again(files: Iterable[Path], entries: Mapping[str, Entry], form: Form | Non
         shards.append(Shard(file, stem + SUFFIX, header, size))
         for name, entry in own.items():
             at, end = places[name], places[name] + entry.stop - entry.start
-            moved = {"start": at, "stop": end} if isinstance(entry, Made) else {"shift": at - entry.start}
-            placed[name] = replace(entry, **moved)
+            made = isinstance(entry, Made)
+            placed[name] = (
+                replace(entry, start=at, stop=end) if made else replace(entry, shift=at - entry.start)
+            )
     names = {shard.file: shard.name for shard in shards}
     total = sum(entry.stop - entry.start for entry in placed.values())
     where = {name: names[placed[name].file] for name in sorted(placed)}

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config, Mxfp4Config
-from transformers.utils import cached_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
+from transformers.utils.hub import cached_file
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from causalprune.core import CheckpointError, Decoder, ModelError, OptionError, Source, unknown
 from causalprune.models.anatomy import check_config, inspect_model, outline
@@ -88,7 +89,7 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
         vars(model.config).pop("quantization_config", None)
         vars(model).pop("_weight_conversions", None)
     model.eval().requires_grad_(False)
-    source = _described(name, replace(source, pickles=allow_pickle, code=trust_remote_code))
+    source = _described(name, revision, replace(source, pickles=allow_pickle, code=trust_remote_code))
     return replace(inspect_model(model, tokenizer, name=name, revision=revision), source=source)
 
 
@@ -100,17 +101,19 @@ def _opened(name: str, folder: str, options: dict[str, Any], dtype: str) -> tupl
     config = AutoConfig.from_pretrained(folder, **options)
     check_config(config, name)
     form = packing(getattr(config, "quantization_config", None), name)
-    home = Path(str(cached_file(folder, "config.json", revision=options["revision"]))).parent
-    source = Source(home, unpacked, form, hub=not Path(folder).is_dir())
+    source = Source(Path(folder), unpacked, form, hub=not Path(folder).is_dir())
     if form is None:
         return source, {"dtype": dtype}
     return source, {"dtype": unpacked, "quantization_config": _UNPACKED[form](dequantize=True)}
 
 
-def _described(name: str, source: Source) -> Source:
-    """Return the source with the dtype of its files, whose headers are checked."""
+def _described(name: str, revision: str | None, source: Source) -> Source:
+    """Return the source with its place in the cache and the dtype of its files, whose headers are checked."""
     if source.folder is None:
         return source
+    if source.hub:
+        file = cached_file(str(source.folder), "config.json", revision=revision)
+        source = replace(source, folder=Path(str(file)).parent)
     try:
         stored = stored_in(source)
         return source if source.form else replace(source, dtype=stored.dtype)

@@ -63,8 +63,8 @@ def smaller(decoder: Decoder, kept: Kept) -> Decoder:
     model.generation_config = copy.deepcopy(decoder.model.generation_config)
     model = model.to(decoder.device).eval().requires_grad_(requires_grad=False)
     _check_runs(model)
-    found = inspect_model(model, decoder.tokenizer, name=decoder.name, revision=decoder.revision)
-    return replace(found, source=decoder.source and replace(decoder.source, reshaped=True))
+    own = inspect_model(model, decoder.tokenizer, name=decoder.name, revision=decoder.revision)
+    return replace(own, source=decoder.source and replace(decoder.source, reshaped=True))
 
 
 def _check_runs(model: Any) -> None:
