@@ -25,16 +25,9 @@ BASE_CARD, TEMPLATES, CONFIG = "README.base.md", "additional_chat_templates", "c
 LARGEST = 50 * 10**6
 LEFT = [".*", "*.index.json", "optimizer*", "scheduler*", "rng_state*", "training_args*", "trainer_state*"]
 LEFT += ["global_step*", "latest", "zero_to_fp32.py", "events.out.*", "adapter_*", MANIFEST, EFFECTS]
-USUAL = [
-    CARD,
-    "LICENSE",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-]
+USUAL = [CARD, "LICENSE", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"]
 USUAL += [
-    "chat_template.jinja",
+    "special_tokens_map.json",
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",

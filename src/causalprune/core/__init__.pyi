@@ -82,6 +82,9 @@ from .sizes import (
 from .sizes import (
     size_of as size_of,
 )
+from .source import (
+    Source as Source,
+)
 from .types import (
     Attention as Attention,
 )
@@ -123,9 +126,6 @@ from .types import (
 )
 from .types import (
     Role as Role,
-)
-from .types import (
-    Source as Source,
 )
 from .types import (
     Stage as Stage,

@@ -18,7 +18,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -26,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from causalprune.core.showing import Shown
+from causalprune.core.source import Source
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
@@ -175,24 +175,6 @@ class LeftOut:
     parameter_name: str
     size: int
     reason: str
-
-
-@dataclass(frozen=True)
-class Source:
-    """The files that a model was loaded from, from which it is written again.
-
-    `dtype` is that of most weights, or of all where they are unpacked from a `form` (`fp8`, `mxfp4`, `gguf`); `pickles` and
-    `code` are what the user has allowed; `hub` says that `folder` is a snapshot, which may lack files. Where a model was
-    `reshaped`, files do not say any more which tensors it has.
-    """
-
-    folder: Path | None
-    dtype: torch.dtype
-    form: str | None = None
-    pickles: bool = False
-    code: bool = False
-    hub: bool = False
-    reshaped: bool = False
 
 
 @dataclass(frozen=True, eq=False, repr=False)

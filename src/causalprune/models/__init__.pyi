@@ -68,9 +68,6 @@ from .shards import (
     ShardWriter as ShardWriter,
 )
 from .shards import (
-    inside as inside,
-)
-from .shards import (
     layout as layout,
 )
 from .shards import (
