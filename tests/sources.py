@@ -90,9 +90,13 @@ def shards(folder: Path) -> Made:
 
 
 def stale_index(folder: Path) -> Made:
-    write(folder, llama(num_hidden_layers=3), max_shard_size="20KB")
-    old = {path.name for path in folder.glob("model*")}
-    return Made(write(folder), left=old)
+    write(folder)
+    old = folder.with_name("old")
+    llama(num_hidden_layers=3).save_pretrained(old, max_shard_size="20KB")
+    names = {path.name for path in old.glob("model*")}
+    for name in names:
+        (old / name).rename(folder / name)
+    return Made(folder, left=names)
 
 
 def consolidated(folder: Path) -> Made:
@@ -196,7 +200,7 @@ def half(folder: Path) -> Made:
 
 def gguf_file(folder: Path) -> Made:
     """Write a Llama of two layers, with the tensor by which Llama 3 scales its rotary frequencies, all ones."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     path, vocab = folder / "tiny.gguf", 64
     writer = gguf.GGUFWriter(path, "llama")
     numbers = {"block_count": 2, "context_length": 64, "embedding_length": 32, "feed_forward_length": 48}

@@ -137,10 +137,9 @@ def warn_left_over(folder: Path) -> None:
     others = [p.name for p in folder.iterdir() if p.suffix in WEIGHTS or p.name.endswith(".index.json")]
     model = ("model", "pytorch_model", "consolidated")
     if left := sorted(name for name in others if name.startswith(model) and name not in taken):
-        warnings.warn(
-            f"{folder}: the model is {files[0].name}, as for transformers; neither read nor copied: {', '.join(left)}",
-            stacklevel=3,
-        )
+        rest = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        told = f"neither read nor copied: {', '.join(left[:3])}{rest}"
+        warnings.warn(f"{folder}: the model is {files[0].name}, as for transformers; {told}", stacklevel=3)
 
 
 def stored_in(source: Source) -> Stored:

@@ -85,7 +85,7 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
         lacks = f"lacks {len(absent)} weights of a {type(model).__name__}, such as {absent[0]}"
         raise ModelError(f"{name!r} {lacks}: files are missing or of another model; fetch them again")
     if source.form is not None:  # plain now, but `save_pretrained` refuses or packs what looks quantised
-        model.hf_quantizer = None
+        model.hf_quantizer, model.is_quantized = None, False
         vars(model.config).pop("quantization_config", None)
         vars(model).pop("_weight_conversions", None)
     model.eval().requires_grad_(False)
