@@ -214,7 +214,7 @@ def readback() -> dict[str, Any]:
         saving.read_back = timed  # type: ignore[assignment]
         for _ in range(3):
             start = time.perf_counter()
-            spec, wanted = ModelSpec(str(place / "source")), CalibrationSpec()
+            spec, wanted = ModelSpec(str(place / "source")), CalibrationSpec(("gsm8k",))
             prune_checkpoint(spec, Method("magnitude", 0.5), place / "out", wanted)
             seconds["prune"].append(time.perf_counter() - start)
             shutil.rmtree(place / "out")
