@@ -68,13 +68,13 @@ def eight() -> dict[str, Any]:
     try:
         size = write_checkpoint(source)
         effects = _random_effects(source, place / "effects.json")
-        cold = _forget_pages()
+        cold = forget_pages()
         start = time.perf_counter()
         shutil.copytree(source, place / "copy")
         os.sync()
         copied = time.perf_counter() - start
         shutil.rmtree(place / "copy")
-        _forget_pages()
+        forget_pages()
         command = [str(Path(sys.executable).parent / "causalprune"), "prune", str(source), "--stream"]
         command += [
             "-o",
@@ -214,7 +214,7 @@ def _peak_memory(process: subprocess.Popen[bytes]) -> int:
     return peak
 
 
-def _forget_pages() -> bool:
+def forget_pages() -> bool:
     """Empty the page cache; return whether this machine lets us."""
     os.sync()
     try:

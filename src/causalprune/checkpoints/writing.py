@@ -99,7 +99,7 @@ def _alike(written: Tensor, value: Tensor) -> bool:
     if written.shape != value.shape:
         return False
     pairs = ((written.to(value.dtype), value), (written, value.to(written.dtype)))
-    return any(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
+    return any(torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
 
 
 def _fitting(decoder: Decoder) -> Stored | None:
