@@ -374,7 +374,8 @@ def carried() -> str:
     found: dict[str, dict[str, list[str]]] = {}
     for source, row in rows.items():
         for name, fate in row.get("fates", {}).items():
-            found.setdefault(name, {}).setdefault(fate, []).append(source)
+            kind = found.setdefault(re.sub(r"\d{5}", "N", name), {}).setdefault(fate, [])
+            kind += [] if source in kind else [source]
     lines = ["| file | what becomes of it |", "|---|---|"]
     for name, kinds in sorted(found.items()):
         usual = max(kinds, key=lambda fate: len(kinds[fate]))
@@ -403,7 +404,7 @@ def written() -> str:
         four = (
             "equal"
             if own.get("distance", 1) <= 1e-5 and own.get("tokens")
-            else "reads the source otherwise too"
+            else "otherwise, as it reads the source"
         )
         four = four if own.get("source_distance", 1) > 1e-5 or four == "equal" else "differs"
         five = "differs" if row["reload_differs"] else "equal"

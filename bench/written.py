@@ -7,7 +7,7 @@
     python bench/written.py stream         # `--stream` over copying the files, 1 GB, in turns
     python bench/written.py gguf           # logits of GGUF files against their sources (bench/gguf_logits.py)
 
-The environment is in `bench/.transformers4`, or where $CAUSALPRUNE_TRANSFORMERS_4 says; the first call makes it.
+The environment is in `bench/.transformers4`; the first call makes it.
 """
 
 import argparse
@@ -181,8 +181,7 @@ def older() -> dict[str, Any]:
 
 def _environment() -> Path:
     """Return the interpreter of an environment with transformers 4, made on the first call."""
-    given = os.environ.get("CAUSALPRUNE_TRANSFORMERS_4")
-    place = Path(given) if given else BENCH / ".transformers4"
+    place = BENCH / ".transformers4"
     python, made_of = place / "bin" / "python", place / "made"
     if made_of.exists() and made_of.read_text() == OLDER:
         return python
