@@ -95,6 +95,12 @@ def test_whatever_was_changed_in_memory_is_written(tmp_path: Path) -> None:
     assert changed == {"model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"}
 
 
+def test_tensors_that_the_class_does_not_know_are_counted(tmp_path: Path, run: Run) -> None:
+    made = SOURCES["extra tensors (MTP)"](tmp_path / "source")
+    _, out, _ = run("inspect", made.model, "--json")
+    assert json.loads(out)["left_out"]["unknown to the class"] == {"parameters": 3, "weights": 3 * 32 * 32}
+
+
 def test_a_head_of_its_own_keeps_its_fingerprint_streamed(tmp_path: Path) -> None:
     source = own_head(tmp_path / "source").model
     prune_stream(source, tmp_path / "out", Method("magnitude", 0.5))

@@ -6,7 +6,7 @@
 | `causalprune.json` | manifest: versions, base model, run, zeros per projection, SHA-256 of the files |
 | `keep_masks.safetensors` | one bit per weight of each projection, True where it was kept |
 | `effects.json` | the measured losses that the factors came from, exact to the bit |
-| `README.md` | the model card, written from the manifest |
+| `README.md` | the model card, written from the manifest; `README.base.md` is that of the base |
 
 A folder is written beside its final name and renamed when it is complete and on disk.
 """
@@ -94,8 +94,9 @@ def save(
     """Write the model as it is now, with its side files, to `folder`, and return `folder`.
 
     `manifest` is what the caller knows of the run (JSON values); it becomes the entry `run`. `keep`
-    maps names of projections to masks. On any failure nothing new is left under the final name,
-    and the error is a `CheckpointError`.
+    maps names of projections to masks. A model that was loaded from files is written as those are, with what is another
+    value in memory; configuration and tokenizer are the files' too. What was written is read back in part. On any failure
+    nothing new is left under the final name, and the error is a `CheckpointError`.
     """
     folder = Path(folder)
     _check_keep(keep or {}, decoder)

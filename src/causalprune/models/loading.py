@@ -45,7 +45,8 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
     """Load a causal language model for inference and find what can be pruned in it.
 
     `name` is a name on the Hugging Face Hub, a local folder, or a GGUF file (or a folder that holds
-    nothing but one). GGUF weights are dequantised to float32 unless `dtype` says otherwise. The device `auto` is CUDA
+    nothing but one). GGUF weights are dequantised to float32 unless `dtype` says otherwise, FP8 by blocks and MXFP4 to
+    bfloat16; other packed forms are refused. The device `auto` is CUDA
     where there is one, else the CPU.
     `device_map` (a dictionary may be given as JSON) goes to transformers and takes precedence over `device`; what
     it places on `disk` in another form than in the files is written to a temporary folder. The tokenizer is
