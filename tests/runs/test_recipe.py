@@ -72,6 +72,7 @@ def test_label_names_the_scope_that_is_used() -> None:
         ({"calibration": {"task": ["gsm8k"], "chat": "of"}}, "did you mean 'off'"),
         ({"seed": "zero"}, "seed must be a whole number"),
         ({"save": 1}, "save must be true or false"),
+        ({"save": None}, "save must be true or false"),
         ({"methods": ["wanda"], "save": ["wnda"]}, "did you mean 'wanda'"),
     ],
 )

@@ -300,10 +300,9 @@ def _build(kind: Any, values: Any, where: str) -> Any:
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, types.UnionType):
-        if value is None:
+        listed, hints = isinstance(value, list | tuple), typing.get_args(hint)
+        if value is None and type(None) in hints:
             return None
-        listed = isinstance(value, list | tuple)
-        hints = typing.get_args(hint)
         hint = next((h for h in hints if listed and typing.get_origin(h) is tuple), hints[0])
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where)
