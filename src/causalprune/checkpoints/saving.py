@@ -37,6 +37,7 @@ from causalprune.core import (
     CheckpointError,
     Decoder,
     Effects,
+    Made,
     MismatchError,
     Projection,
     Unit,
@@ -80,9 +81,10 @@ def check_destination(folder: Path, overwrite: bool = False) -> None:
         raise CheckpointError(f"cannot write {folder}: {parent} is not a folder that you may write to")
 
 
-def save(
+def save(  # noqa: PLR0913 (what there is to say of a model)
     decoder: Decoder,
     folder: Path | str,
+    made: Made | None = None,
     *,
     manifest: dict[str, Any] | None = None,
     keep: Keep | None = None,
@@ -91,11 +93,16 @@ def save(
 ) -> Path:
     """Write the model as it is now, with its side files, to `folder`, and return `folder`.
 
-    `manifest` is what the caller knows of the run (JSON values); it becomes the entry `run`. `keep`
-    maps names of projections to masks. On any failure nothing new is left under the final name,
+    `made` is what `prune` or `shrink` returned: method, calibration and masks. `manifest` is what else the caller knows of the
+    run (JSON values); both become the entry `run`. `keep` maps names of projections to masks. On any failure nothing new is left under the final name,
     and the error is a `CheckpointError`.
     """
-    folder = Path(folder)
+    folder, run = Path(folder), {**(made.record() if made else {}), **(manifest or {})}
+    if made is not None:
+        keep, effects = made.keep if keep is None else keep, effects or made.effects
+    elif keep is not None and not {"method", "shrink", "reapplied"} & run.keys():
+        lacks = "method, sparsity and calibration: save(decoder, folder, pruned) writes them too"
+        warnings.warn(f"what {folder} says of itself lacks {lacks}", stacklevel=2)
     _check_keep(keep or {}, decoder)
     with complete(folder, overwrite) as temporary:
         _write_model(decoder, temporary)
@@ -103,7 +110,7 @@ def save(
             write_keep(keep, temporary / KEEP)
         if effects is not None:
             save_effects(effects, temporary / EFFECTS)
-        write_manifest(temporary, decoder, manifest or {}, count_zeros(decoder)["projections"])
+        write_manifest(temporary, decoder, run, count_zeros(decoder)["projections"])
     return folder
 
 

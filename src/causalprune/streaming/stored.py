@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from causalprune.core import CheckpointError, Decoder, Layer, Progress, Projection, say
-from causalprune.models import Entry, ShardWriter, expert_weight, raw_bytes
+from causalprune.models import Entry, ShardWriter, expert_weight, raw_bytes, wrapped
 
 Sources: TypeAlias = Mapping[str, Sequence[Entry]]
 """Where the values of each parameter of a model are, in their order."""
@@ -124,6 +124,8 @@ def find_sources(bare: Decoder, entries: Mapping[str, Entry]) -> Sources:
     """Find the values of every parameter: under its name, with or without the prefix of the base model, or in parts."""
     prefix = f"{bare.model.base_model_prefix}."
     found: dict[str, Sequence[Entry]] = {}
+    if other := wrapped(entries.keys() - dict(bare.model.named_parameters()).keys()):
+        raise CheckpointError(f"{bare.name!r} {other}")
     for name, parameter in bare.model.named_parameters():
         names = [name, prefix + name, name.removeprefix(prefix)]
         exact = [entries[n] for n in names if n in entries and entries[n].shape == tuple(parameter.shape)]
