@@ -88,9 +88,8 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
             weakref.finalize(model, stack.pop_all().close)
     except _LOAD_ERRORS as error:
         raise _load_error(name, error, local=local) from error
-    _check_names(name, model, loading, gguf=file is not None)
+    _check_weights(name, model, loading, file)
     if file is not None:
-        file.check_weights(model)
         # it is a plain model now, but `save_pretrained` refuses what looks quantised
         model.hf_quantizer = None
         vars(model.config).pop("quantization_config", None)
@@ -142,19 +141,18 @@ def _attending(name: str, config: Any, asked: str, device: str) -> dict[str, str
     return {"attn_implementation": "sdpa"}
 
 
-def _check_names(name: str, model: Any, loading: Any, *, gguf: bool) -> None:
-    """Raise `ModelError` where files lack weights of the model; it says why, where names show it."""
+def _check_weights(name: str, model: Any, loading: Any, file: Gguf | None) -> None:
+    """Raise `ModelError` where files lack weights of the model, which says why where names show it; or a GGUF file has others."""
     absent = sorted({*map(str, loading["missing_keys"]), *map(str, loading["mismatched_keys"])})
     if absent and (found := wrapped(map(str, loading["unexpected_keys"]))):
         raise ModelError(f"{name!r} {found}")
     if absent:
+        way = "files are missing or of another model; fetch them again"
+        way = way if file is None else "they cannot be read from GGUF; pass the original model"
         lacks = f"lacks {len(absent)} weights of a {type(model).__name__}, such as {absent[0]}"
-        way = (
-            "they cannot be read from GGUF; pass the original model"
-            if gguf
-            else "files are missing or of another model; fetch them again"
-        )
         raise ModelError(f"{name!r} {lacks}: {way}")
+    if file is not None:
+        file.check_weights(model)
 
 
 def wrapped(names: Iterable[str]) -> str:
