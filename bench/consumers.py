@@ -32,7 +32,7 @@ def interop() -> dict[str, Any]:
         kept = prune(decoder, Method("wanda", 0.5), calibration=calibration, on_progress=progress)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        save(decoder, place / "pruned", manifest={}, keep=kept.keep)
+        save(decoder, place / "pruned", kept)
         own = read_manifest(place / "pruned")["sparsity"]
         tokenizer = AutoTokenizer.from_pretrained(place / "pruned")
         model = AutoModelForCausalLM.from_pretrained(place / "pruned")

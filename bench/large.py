@@ -244,7 +244,7 @@ def _same(place: Path) -> bool:
     decoder = load(str(place / "source"))
     effects = load_effects(effects_file, decoder)
     method = Method("cap", 0.5)
-    save(decoder, place / "memory", manifest={}, keep=prune(decoder, method, effects=effects).keep)
+    save(decoder, place / "memory", prune(decoder, method, effects=effects))
     prune_stream(place / "source", place / "stream", method, seen=Seen(effects=effects))
     both = [_bytes(place / name) for name in ("memory", "stream")]
     keeps = [load_keep(place / name) for name in ("memory", "stream")]

@@ -32,7 +32,7 @@ def finetune() -> dict[str, Any]:
     found: dict[str, Any] = {"steps": STEPS, "batch": BATCH, "length": LENGTH}
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pruned = save(decoder, Path(scratch) / "pruned", manifest={}, keep=kept.keep)
+        pruned = save(decoder, Path(scratch) / "pruned", kept)
         for name in ("with the callback", "without"):
             model = AutoModelForCausalLM.from_pretrained(pruned)
             callbacks = [keep_sparsity(model, pruned)] if name == "with the callback" else []

@@ -22,8 +22,8 @@ from causalprune.pruning.methods import Method
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     decoder = tiny_decoder()
-    keep = prune(decoder, Method("magnitude", 0.5, "row")).keep
-    return save(decoder, tmp_path_factory.mktemp("pruned") / "out", manifest={}, keep=keep)
+    pruned = prune(decoder, Method("magnitude", 0.5, "row"))
+    return save(decoder, tmp_path_factory.mktemp("pruned") / "out", pruned)
 
 
 def test_transformers_needs_nothing_of_ours(pruned: Path, tmp_path: Path) -> None:

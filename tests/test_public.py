@@ -12,6 +12,7 @@ from conftest import Run
 from tinydata import tiny_decoder, write_jsonl
 
 import causalprune as cp
+from causalprune.checkpoints.saving import load_keep, read_manifest
 from causalprune.core import waiting
 from causalprune.core.errors import OptionError
 from causalprune.core.types import Decoder
@@ -157,10 +158,33 @@ def test_a_sweep_takes_a_dictionary_without_sparsities(model: Path, data: Path, 
 def test_what_is_saved_is_read_by_plain_names(tmp_path: Path, data: Path) -> None:
     decoder = tiny_decoder()
     pruned = cp.prune(decoder, cp.Method("magnitude", 0.5))
-    folder = cp.save(decoder, str(tmp_path / "out"), keep=pruned.keep)
+    with pytest.warns(
+        UserWarning, match=r"lacks method, sparsity and calibration: save\(decoder, folder, pruned\)"
+    ):
+        cp.save(decoder, str(tmp_path / "bare"), manifest={}, keep=pruned.keep)
+    folder = cp.save(decoder, str(tmp_path / "out"), pruned)
     assert cp.verify(str(folder)).ok
     write_jsonl(tmp_path / "own.jsonl", [{"prompt": f"{i} + {i}?", "target": str(2 * i)} for i in range(8)])
     calibration = cp.calibrate(decoder, [str(tmp_path / "own.jsonl")], n=4, subsets=2)
     effects = cp.attribute(decoder, calibration, estimator=cp.Estimator("gradient"))
     cp.save(decoder, str(tmp_path / "with"), effects=effects)
     assert cp.load_effects(str(tmp_path / "with" / "effects.json")).fingerprint == effects.fingerprint
+
+
+def test_a_checkpoint_says_how_it_was_made(tmp_path: Path, data: Path) -> None:
+    decoder = tiny_decoder()
+    calibration = cp.calibrate(decoder, ["gsm8k"], n=4, data_dir=data)
+    pruned = cp.prune(decoder, cp.Method("wanda", 0.25), calibration=calibration)
+    run = read_manifest(cp.save(decoder, tmp_path / "pruned", pruned))["run"]
+    assert (run["method"]["criterion"], run["method"]["sparsity"]) == ("wanda", 0.25)
+    assert run["calibration"]["sources"] == {"gsm8k": 4}
+    assert load_keep(tmp_path / "pruned").keys() == pruned.keep.keys()
+    small = cp.shrink(decoder, 0.05, calibration)
+    run = read_manifest(cp.save(small.decoder, tmp_path / "small", small))["run"]
+    assert (run["shrink"]["by"], run["calibration"]["sources"]) == ("effect", {"gsm8k": 4})
+    effects = cp.attribute(decoder, calibration, estimator=cp.Estimator("gradient"))
+    cut = cp.prune(decoder, cp.Method("cap", 0.5), calibration=calibration, effects=effects)
+    run = read_manifest(cp.save(decoder, tmp_path / "cap", cut))["run"]
+    assert run["effects"]["fingerprint"] == effects.calibration_fingerprint
+    assert "calibration" not in run, "it was looked at for the effects alone"
+    assert cp.load_effects(tmp_path / "cap" / "effects.json").fingerprint == effects.fingerprint

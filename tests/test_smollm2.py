@@ -84,7 +84,7 @@ def test_pruned_checkpoint_is_what_it_says(
 ) -> None:
     decoder = load(str(smollm2))
     pruned = prune(decoder, Method("wanda", 0.5), calibration=problems)
-    save(decoder, tmp_path / "out", manifest={}, keep=pruned.keep)
+    save(decoder, tmp_path / "out", pruned)
     report = verify(tmp_path / "out")
     assert report.ok
     assert report.zeros == 53_084_160

@@ -5,7 +5,7 @@ decoder = load("embedded")
 calibration = calibrate(decoder, ["gsm_symbolic"], n=6)
 effects = attribute(decoder, calibration)
 pruned = prune(decoder, Method("cap", sparsity=0.2), effects=effects)
-save(decoder, "pruned", keep=pruned.keep, effects=effects)
+save(decoder, "pruned", pruned)
 ```
 """
 

@@ -29,6 +29,8 @@ from causalprune.core.errors import CheckpointError, MismatchError
 from causalprune.core.types import Decoder, Effects, Unit
 from causalprune.models.anatomy import inspect_model
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*lacks method, sparsity")
+
 
 def tiny(dtype: torch.dtype = torch.float32, *, tied: bool = False, seed: int = 0) -> Decoder:
     """Return a random Llama of two layers."""
@@ -345,6 +347,19 @@ def test_a_flipped_bit_is_found(saved: Path) -> None:
     data[-1] ^= 1
     path.write_bytes(data)
     assert [(f.subject, f.problem) for f in verify(saved).findings] == [("model.safetensors", "changed")]
+
+
+def test_tensors_are_found_in_other_files_by_their_names(saved: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(saved).save_pretrained(saved, max_shard_size="5KB")
+    (saved / "model.safetensors").unlink(missing_ok=True)
+    report = verify(saved)
+    assert [(f.subject, f.problem) for f in report.findings] == [("model.safetensors", "changed")]
+    assert "is gone: its weights were looked for by name" in report.findings[0].message
+    assert report.sparsity_holds
+    name, index = "model.layers.1.self_attn.v_proj.weight", saved / "model.safetensors.index.json"
+    shard = saved / json.loads(index.read_text())["weight_map"][name]
+    save_file({n: w + (n == name) for n, w in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    assert {(f.subject, f.problem) for f in verify(saved).findings} >= {("layers.1.v", "lost")}
 
 
 def test_another_model_in_the_folder_is_found(saved: Path) -> None:

@@ -1,5 +1,6 @@
 """Zeros that fine-tuning and merging would lose stay, or come back."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import Run
 from reference import fresh
+from tinydata import tiny_decoder
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from causalprune.checkpoints.kept import keep_sparsity, reapply
@@ -19,13 +21,19 @@ from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
 
 STEPS = 20
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class Own(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
 
 
 @pytest.fixture(params=["llama3", "gpt_neox", "mixtral"])
 def pruned(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     decoder = fresh(request.param)
-    keep = prune(decoder, Method("magnitude", 0.5, "global")).keep
-    return save(decoder, tmp_path / "pruned", manifest={}, keep=keep)
+    return save(decoder, tmp_path / "pruned", prune(decoder, Method("magnitude", 0.5, "global")))
 
 
 def zeros(model: Any) -> int:
@@ -112,8 +120,8 @@ def test_zeros_that_a_merged_adapter_loses_are_named_and_come_back(
     from peft import LoraConfig, get_peft_model
 
     decoder = fresh(family)
-    keep = prune(decoder, Method("magnitude", 0.5, "global")).keep
-    pruned, merged = save(decoder, tmp_path / "pruned", manifest={}, keep=keep), tmp_path / "merged"
+    made, merged = prune(decoder, Method("magnitude", 0.5, "global")), tmp_path / "merged"
+    keep, pruned = made.keep, save(decoder, tmp_path / "pruned", made)
     model = AutoModelForCausalLM.from_pretrained(pruned)
     config = LoraConfig(r=2, target_modules=TARGETS[family], init_lora_weights=False)
     before = sum(int((parameter == 0).sum()) for parameter in model.parameters())
@@ -142,8 +150,7 @@ def test_zeros_that_a_merged_adapter_loses_are_named_and_come_back(
 @pytest.mark.xdist_group("smollm2")
 def test_smollm2_at_half_keeps_its_zeros_through_training(smollm2: Path, tmp_path: Path) -> None:
     decoder = load(str(smollm2))
-    keep = prune(decoder, Method("magnitude", 0.5, "row")).keep
-    pruned = save(decoder, tmp_path / "pruned", manifest={}, keep=keep)
+    pruned = save(decoder, tmp_path / "pruned", prune(decoder, Method("magnitude", 0.5, "row")))
     for kept in (True, False):
         model = AutoModelForCausalLM.from_pretrained(pruned)
         train(model, tmp_path / "training", [keep_sparsity(model, pruned)] if kept else [])
@@ -155,10 +162,36 @@ def test_smollm2_at_half_keeps_its_zeros_through_training(smollm2: Path, tmp_pat
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     decoder = fresh("llama3")
-    keep = prune(decoder, Method("magnitude", 0.5)).keep
-    save(decoder, tmp_path / "pruned", manifest={}, keep=keep)
+    save(decoder, tmp_path / "pruned", prune(decoder, Method("magnitude", 0.5)))
     with pytest.raises(MismatchError, match=r"layers\.\d\.\w+ is .* in the model"):
         keep_sparsity(fresh("gpt2").model, tmp_path / "pruned")
     (tmp_path / "pruned" / KEEP).unlink()
     with pytest.raises(CheckpointError, match="has no keep_masks"):
         keep_sparsity(decoder.model, tmp_path / "pruned")
+
+
+def test_a_merged_model_without_a_tokenizer_gets_that_of_the_pruned_one(run: Run, tmp_path: Path) -> None:
+    decoder = tiny_decoder()
+    decoder.model.save_pretrained(tmp_path / "merged")
+    pruned = save(decoder, tmp_path / "pruned", prune(decoder, Method("magnitude", 0.5)))
+    code, out, err = run("reapply", pruned, tmp_path / "merged", "-o", tmp_path / "out", "--json")
+    assert code == 0, err
+    assert json.loads(out) == {
+        "saved": str(tmp_path / "out"),
+        "restored": read_manifest(pruned)["sparsity"]["zeros"],
+    }
+    assert load(str(tmp_path / "out")).tokenizer("abc")["input_ids"] == decoder.tokenizer("abc")["input_ids"]
+
+
+def test_code_of_a_model_is_run_by_every_command_that_is_told_to(run: Run, tmp_path: Path) -> None:
+    decoder = fresh("llama2")
+    pruned = save(decoder, tmp_path / "pruned", prune(decoder, Method("magnitude", 0.5)))
+    record = json.loads((pruned / "config.json").read_text()) | {"model_type": "own"}
+    record["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    (pruned / "config.json").write_text(json.dumps(record))
+    (pruned / "own.py").write_text(OWN_CODE)
+    for words in (["verify", pruned], ["reapply", pruned, pruned, "-o", tmp_path / "out"]):
+        code, _, err = run(*words)
+        assert (code, "pass trust_remote_code" in err) == (2, True)
+        code, _, err = run(*words, "--trust-remote-code")
+        assert code == 0, err

@@ -4,7 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -13,6 +13,7 @@ import typer
 from conftest import PACKAGE, Run
 
 from causalprune.cli.groups import grouped
+from causalprune.cli.options import LoadingOptions
 
 PANELS = {
     "inspect": ["Model"],
@@ -22,8 +23,10 @@ PANELS = {
     "sweep": ["Model", "Data", "Method", "Answers", "Running"],
     "shrink": ["Model", "Data", "Method", "Running", "Hub"],
     "evaluate": ["Model", "Data", "Answers", "Running"],
+    "verify": ["Model"],
+    "reapply": ["Model"],
 }
-SHARED = ("revision", "seed", "n", "damping", "effect", "preserve", "batch_tokens")
+SHARED = ("revision", "dtype", "seed", "n", "damping", "effect", "preserve", "batch_tokens")
 """An option of every shared group."""
 LISTED = """
 import json, typer
@@ -69,8 +72,17 @@ def test_a_new_line_in_a_group_reaches_every_command_that_takes_it(tmp_path: Pat
         assert {command for command, own in found.items() if own.get(f"added_{name}") == 7} == takers
 
 
+def test_every_command_that_loads_a_model_can_be_told_how() -> None:
+    found = options(PACKAGE.parent)
+    told = [own for name, own in found.items() if name in PANELS]
+    how = {field.name: getattr(LoadingOptions(), field.name) for field in fields(LoadingOptions)}
+    assert how.keys() == {"dtype", "device", "attention", "trust_remote_code", "allow_pickle"}
+    assert all({key: own[key] for key in how} | {"device": "auto"} == how for own in told)
+
+
 def test_commands_have_defaults_of_their_own() -> None:
     found = options(PACKAGE.parent)
+    assert [found[command]["device"] for command in ("prune", "verify", "reapply")] == ["auto", "cpu", "cpu"]
     assert [found[command]["n"] for command in ("prune", "sweep", "shrink", "stability")] == [128, 48, 48, 8]
     assert [found[command]["batch_tokens"] for command in ("prune", "evaluate")] == [2048, 4096]
 

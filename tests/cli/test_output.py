@@ -20,7 +20,7 @@ from causalprune.cli.app import app, in_front, one_line
 from causalprune.cli.output import Voice, document, voice
 from causalprune.core import say
 
-PROSE = ("reapply", "report")
+PROSE = ("report",)
 """Commands that print no table."""
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
@@ -105,6 +105,7 @@ def calls(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         ],
         "shrink": [model, "-o", place / "small", "--layers", 0.5, *some, "--overwrite", *given],
         "verify": [place / "pruned"],
+        "reapply": [place / "pruned", model, "-o", place / "again", "--overwrite"],
         "evaluate": [model, "--on", "gsm8k_nll:2", "-o", place / "found.json", "--overwrite", *given],
         "compare": [place / "run"],
     }
@@ -121,6 +122,7 @@ EXPECTED: dict[str, Callable[[Any], bool]] = {
     "sweep": lambda own: {"sparsity", "holds"} <= own["tried"][0].keys(),
     "shrink": lambda own: own["after"]["parameters"] < own["before"]["parameters"],
     "verify": lambda own: own["ok"] is True,
+    "reapply": lambda own: own["restored"] > 0 and own["saved"].endswith("again"),
     "evaluate": lambda own: own["rows"][0]["results"][0]["n"] == 2,
     "compare": lambda own: own["rows"][1]["results"][0]["difference"]["n"] == 3,
 }
@@ -138,7 +140,7 @@ def test_json_is_all_that_is_printed_and_quiet_prints_nothing(run: Run, calls: d
 def test_every_command_with_a_table_has_json_and_the_test_calls_it(calls: dict[str, list[Any]]) -> None:
     group = typer.main.get_command(app)
     own = {name: {o for p in c.params for o in p.opts} for name, c in group.commands.items()}  # type: ignore[attr-defined]
-    assert {name for name, options in own.items() if "--json" in options} == set(COMMANDS) - {"reapply"}
+    assert {name for name, options in own.items() if "--json" in options} == set(COMMANDS)
     assert set(calls) == set(COMMANDS) - {*PROSE, "demo"}
 
 

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 from families import FAMILIES, N_LAYERS, SMALL, VOCAB, tiny
+from ggufs import write_gguf
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BloomConfig, GptOssConfig, PreTrainedModel
@@ -264,46 +264,13 @@ def test_dtype_is_that_of_the_files_unless_asked_for(tmp_path: Path) -> None:
     assert summary(load(str(tmp_path), dtype="float32"))["dtype"] == "float32"
 
 
-def write_gguf(path: Path) -> None:
-    """Write a Llama of two layers, whose vocabulary is single characters and one merge."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(2)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(40)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(8)
-    writer.add_vocab_size(VOCAB)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([chr(ord("!") + i) for i in range(VOCAB - 1)] + ["!$"])
-    writer.add_token_types([1] * VOCAB)
-    writer.add_token_scores([0.0] * VOCAB)
-    writer.add_token_merges(["! $"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
-    shapes |= {"ffn_gate": (40, 32), "ffn_up": (40, 32), "ffn_down": (32, 40)}
-    shapes |= {"attn_norm": (32,), "ffn_norm": (32,)}
-    tensors = {f"blk.{i}.{name}": shape for i in range(2) for name, shape in shapes.items()}
-    random = torch.Generator().manual_seed(0)
-    for name, shape in (tensors | {"token_embd": (VOCAB, 32), "output_norm": (32,)}).items():
-        writer.add_tensor(f"{name}.weight", torch.randn(shape, generator=random).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.mark.parametrize("named", ["file", "folder"])
 def test_a_gguf_model_can_be_saved_as_a_plain_one(
     named: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "gguf" / "tiny.gguf"
     path.parent.mkdir()
-    write_gguf(path)
+    write_gguf(path, FAMILIES["llama2"]())
     decoder = load(str(path if named == "file" else path.parent))
     assert capfd.readouterr() == ("", "")
     assert summary(decoder)["dtype"] == "float32"

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Run, assert_refused
 from families import FAMILIES, SMALL, VOCAB, tiny
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModel,
@@ -25,10 +27,12 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from causalprune.cli.options import ModelOptions
-from causalprune.core.errors import CausalPruneError, ModelError, OptionError
+from causalprune.core.errors import CausalPruneError, CheckpointError, ModelError, OptionError
 from causalprune.models.anatomy import inspect_model
-from causalprune.models.loading import device_of, load
+from causalprune.models.loading import device_of, load, read_shape, skeleton
+from causalprune.pruning.methods import Method
 from causalprune.runs.recipe import ModelSpec
+from causalprune.streaming.files import prune_stream
 
 
 @pytest.mark.parametrize(
@@ -180,13 +184,64 @@ def test_the_device_auto_is_cuda_where_there_is_one(
     assert device_of("auto") == name
     assert [device_of(own) for own in ("cpu", "cuda:1")] == ["cpu", "cuda:1"]
     defaults = [inspect.signature(load).parameters["device"].default, ModelSpec("x").device]
-    assert [*defaults, ModelOptions("x").device] == ["auto"] * 3
+    assert [*defaults, ModelOptions("x").loading.device] == ["auto"] * 3
 
 
-@pytest.mark.parametrize("option", [{"dtype": "float23"}, {"device": "cuda:99"}, {"device": "abacus"}])
+@pytest.mark.parametrize(
+    "option", [{"dtype": "float23"}, {"attention": "sdpq"}, {"device": "cuda:99"}, {"device": "abacus"}]
+)
 def test_impossible_options_are_refused_before_loading(option: dict[str, str]) -> None:
     with pytest.raises(OptionError):
         load("nobody/nothing", **option)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "somebody/kernel"])
+def test_attention_that_cannot_be_had_is_replaced_and_named(name: str, tmp_path: Path) -> None:
+    model = FAMILIES["llama2"]()
+    model.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text()) | {"attn_implementation": name}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match=f"asks for {name}.*sdpa takes its place"):
+        found = load(str(tmp_path), device="cpu")
+    assert torch.equal(found.model(torch.arange(9)[None]).logits, model(torch.arange(9)[None]).logits)
+    with pytest.warns(UserWarning, match=f"asks for {name}.*sdpa takes its place"):
+        skeleton(tmp_path, dtype=torch.float32)
+    assert load(str(tmp_path), device="cpu", attention="eager").model.config._attn_implementation == "eager"
+    assert read_shape(str(tmp_path))[0] == len(found.layers)
+
+
+@pytest.mark.parametrize(
+    ("renamed", "wrapper"),
+    [
+        (lambda name: f"_orig_mod.{name}", "torch.compile"),
+        (lambda name: f"module.{name}", "DistributedDataParallel"),
+        (lambda name: name.replace("layers.1.", "layers.1._orig_mod."), "torch.compile"),
+    ],
+)
+def test_names_that_a_wrapper_has_changed_are_explained(
+    renamed: Callable[[str], str], wrapper: str, tmp_path: Path
+) -> None:
+    FAMILIES["llama2"]().save_pretrained(tmp_path)
+    own = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {renamed(name): value for name, value in own.items()},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(ModelError, match=f"comes from {wrapper}, which was saved in place of the model"):
+        load(str(tmp_path))
+    with pytest.raises(CheckpointError, match=f"comes from {wrapper}, which was saved in place of the model"):
+        prune_stream(tmp_path, tmp_path / "out", Method("magnitude", 0.5))
+
+
+def test_an_adapter_is_no_model(run: Run, tmp_path: Path) -> None:
+    record = {"base_model_name_or_path": "owner/base", "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(record))
+    save_file({"base_model.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+    words = "is an adapter for owner/base: merge it first, with `model = peft.AutoPeftModelForCausalLM"
+    for stream in ((), ("--stream",)):
+        refused = run("prune", tmp_path, "-o", tmp_path / "out", "--method", "magnitude", *stream)
+        assert_refused(refused, words, tmp_path / "out")
 
 
 def test_loading_is_silent_and_leaves_logging_as_it_was(

@@ -8,7 +8,7 @@ from tinydata import tiny_decoder, write_data
 
 from causalprune.core.errors import OptionError
 from causalprune.runs.plans import plan
-from causalprune.runs.recipe import RECIPES, find_recipe, read_recipe, without_limits
+from causalprune.runs.recipe import RECIPES, as_recipe, find_recipe, read_recipe, without_limits
 from causalprune.runs.rows import label, parse_method
 
 MINIMAL: dict[str, Any] = {
@@ -184,3 +184,20 @@ def test_a_plan_knows_what_is_unpacked_to_float32(tmp_path: Path, name: str, dty
     path.write_text(yaml.safe_dump(values))
     found = plan(read_recipe(path), tmp_path / "run", data_dir=data)
     assert found.disk_bytes == pytest.approx(each * 1e8, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("method", "trains"), [("causal", 1), ("wanda+distill", 1), ("shrink+distill", 1), ("wanda", 0)]
+)
+def test_a_plan_counts_what_training_takes(tmp_path: Path, method: str, trains: int) -> None:
+    data = write_data(tmp_path / "data")
+    own = {"model": {"name": "org/x"}, "sparsities": [0.2], "on": ["gsm8k_nll:3"]}
+    own |= {
+        "shape": {"layers": 30, "heads": 9, "parameters": 1e8},
+        "calibration": {"task": ["gsm8k"], "n": 6},
+    }
+    found, bare = (
+        plan(as_recipe({**own, "methods": [name]}), tmp_path / "run", data_dir=data).memory_bytes
+        for name in (method, "magnitude")
+    )
+    assert found - bare == trains * 20 * 1e8

@@ -66,6 +66,20 @@ def test_run_measures_dense_and_every_method(model: Path, data: Path, tmp_path: 
     assert read_manifest(checkpoint)["run"]["calibration"]["sources"] == {"gsm8k": 6}
 
 
+def test_results_name_the_model_that_was_measured(model: Path, data: Path, tmp_path: Path) -> None:
+    record = running.run(
+        recipe(model, methods=("wanda", "shrink:0.1"), save=True), tmp_path / "run", data_dir=data
+    )
+    found = {
+        row["label"]: {r["description"]["fingerprint"] for r in row["results"]} for row in record["rows"]
+    }
+    places = {name: tmp_path / "run" / "checkpoints" / name for name in found} | {"dense": model}
+    assert found == {name: {cells.load(ModelSpec(str(place))).fingerprint} for name, place in places.items()}
+    assert len(found) == 3
+    for name in found.keys() - {"dense"}:
+        assert {read_manifest(places[name])["base"]["fingerprint"]} == found["dense"]
+
+
 def test_a_run_records_what_a_report_shows(model: Path, data: Path, tmp_path: Path) -> None:
     wanted = recipe(model, methods=("cap", "wanda+graded"), on=("gsm8k_nll:4", "strategyqa"))
     record = running.run(wanted, tmp_path / "run", data_dir=data, command="as typed")

@@ -56,7 +56,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def check_same(source: Path, method: Method, where: Path, effects: Effects | None = None) -> None:
     decoder = load(str(source))
     kept = prune(decoder, method, effects=effects)
-    checkpoint.save(decoder, where / "memory", manifest={}, keep=kept.keep, effects=effects)
+    checkpoint.save(decoder, where / "memory", kept, effects=effects)
     done = prune_stream(source, where / "stream", method, seen=Seen(effects=effects))
     own, other = tensors(where / "stream"), tensors(where / "memory")
     assert own.keys() == other.keys() == tensors(source).keys()

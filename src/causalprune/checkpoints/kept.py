@@ -10,6 +10,7 @@ callback()
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from causalprune.checkpoints.saving import KEEP, load_keep, read_manifest, save
 from causalprune.core import CheckpointError, MismatchError, Projection
-from causalprune.models import load, outline
+from causalprune.models import load, outline, tokenizer_of
 
 
 class KeepSparsity(TrainerCallback):
@@ -76,12 +77,15 @@ def keep_sparsity(model: PreTrainedModel, folder: Path | str) -> KeepSparsity:
     return KeepSparsity(projections, keep)
 
 
-def reapply(pruned: Path, model: Path, output: Path, *, overwrite: bool = False) -> int:
+def reapply(pruned: Path, model: Path, output: Path, *, overwrite: bool = False, **loading: Any) -> int:
     """Set the weights that are zero in `pruned` to zero in `model`, and save it as `output`; return how many were not.
 
-    For a model into which adapters were merged, or that was fine-tuned without `keep_sparsity`.
+    For a model into which adapters were merged, or that was fine-tuned without `keep_sparsity`. Where it has no tokenizer,
+    it gets that of `pruned`. `loading` is what `load` takes.
     """
-    decoder = load(str(model), device="cpu")
+    decoder = load(str(model), **{"device": "cpu", **loading})
+    if decoder.tokenizer is None:
+        decoder = replace(decoder, tokenizer=tokenizer_of(pruned))
     restored = keep_sparsity(decoder.model, pruned).restored
     run = {**read_manifest(pruned)["run"], "reapplied": {"from": str(pruned), "to": str(model)}}
     save(decoder, output, manifest=run, keep=load_keep(pruned), overwrite=overwrite)

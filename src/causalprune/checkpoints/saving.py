@@ -38,6 +38,7 @@ from causalprune.core import (
     CheckpointError,
     Decoder,
     Effects,
+    Made,
     MismatchError,
     Projection,
     Unit,
@@ -82,9 +83,10 @@ def check_destination(folder: Path, overwrite: bool = False) -> None:
         raise CheckpointError(f"cannot write {folder}: {parent} is not a folder that you may write to")
 
 
-def save(
+def save(  # noqa: PLR0913 (what there is to say of a model)
     decoder: Decoder,
     folder: Path | str,
+    made: Made | None = None,
     *,
     manifest: dict[str, Any] | None = None,
     keep: Keep | None = None,
@@ -93,12 +95,18 @@ def save(
 ) -> Path:
     """Write the model as it is now, with its side files, to `folder`, and return `folder`.
 
-    `manifest` is what the caller knows of the run (JSON values); it becomes the entry `run`. `keep`
-    maps names of projections to masks. A model that was loaded from files is written as those are, with what is another
-    value in memory; configuration and tokenizer are the files' too. What was written is read back in part. On any failure
-    nothing new is left under the final name, and the error is a `CheckpointError`.
+    `made` is what `prune` or `shrink` returned: method, calibration and masks. `manifest` is what else the caller knows of the
+    run (JSON values); both become the entry `run`. `keep` maps names of projections to masks. A model that was loaded from
+    files is written as those are, with what is another value in memory; configuration and tokenizer are the files' too. What
+    was written is read back in part. On any failure nothing new is left under the final name, and the error is a
+    `CheckpointError`.
     """
-    folder = Path(folder)
+    folder, run = Path(folder), {**(made.record() if made else {}), **(manifest or {})}
+    if made is not None:
+        keep, effects = made.keep if keep is None else keep, effects or made.effects
+    elif keep is not None and not {"method", "shrink", "reapplied"} & run.keys():
+        lacks = "method, sparsity and calibration: save(decoder, folder, pruned) writes them too"
+        warnings.warn(f"what {folder} says of itself lacks {lacks}", stacklevel=2)
     _check_keep(keep or {}, decoder)
     with complete(folder, overwrite) as temporary:
         stored = write_model(decoder, temporary)
@@ -107,7 +115,7 @@ def save(
         if effects is not None:
             save_effects(effects, temporary / EFFECTS)
         dtype = decoder.source.dtype if decoder.source else None
-        write_manifest(temporary, decoder, manifest or {}, [count(p, dtype) for p in decoder.projections])
+        write_manifest(temporary, decoder, run, [count(p, dtype) for p in decoder.projections])
         read_back(decoder, stored, temporary)
     return folder
 

@@ -20,7 +20,7 @@ from causalprune.models import load
 class Finding:
     """One difference between a folder and its manifest; `subject` is a file or a projection.
 
-    `changed`: the file's hash differs. `zeros`: the count of zeros differs. `lost`: weights that
+    `changed`: the file's hash differs, or its weights are in other files. `zeros`: the count of zeros differs. `lost`: weights that
     were pruned are no longer zero. `shape`: the matrix is absent, new or of another shape.
     """
 
@@ -50,20 +50,18 @@ class Verification:
         return all(f.problem == "changed" for f in self.findings)
 
 
-def verify(
-    folder: Path | str, *, against: Path | None = None, trust_remote_code: bool = False
-) -> Verification:
+def verify(folder: Path | str, *, against: Path | None = None, **loading: Any) -> Verification:
     """Compare a saved folder with its manifest: hashes, zeros per matrix, and keep masks if any.
 
-    Loads the model. A file that was written again with the same zeros is reported as `changed`
-    only; missing or unreadable files raise `CheckpointError`. `against` is the pruned checkpoint that
+    Loads the model; `loading` is what `load` takes. A file that was written again with the same zeros, or whose weights are in
+    others now, is reported as `changed` only; missing or unreadable files raise `CheckpointError`. `against` is the pruned checkpoint that
     the model in `folder` was made from, by fine-tuning say: zeros are compared with those, and hashes with nothing.
     """
     folder = Path(folder)
     manifest = read_manifest(against or folder)
     findings = _changed_files(folder, manifest["files"]) if against is None else []
     try:
-        decoder = load(str(folder), device="cpu", trust_remote_code=trust_remote_code)
+        decoder = load(str(folder), **{"device": "cpu", **loading})
     except Exception as error:  # whatever it is: these files cannot be read as a model
         changed = (
             f" (changed since it was saved: {', '.join(f.subject for f in findings)})" if findings else ""
@@ -78,7 +76,17 @@ def verify(
 
 def _changed_files(folder: Path, hashes: dict[str, str]) -> list[Finding]:
     findings = []
+    others = {path.name for path in folder.glob("*.safetensors")} - {KEEP}
     for name, expected in hashes.items():
+        if (
+            not (folder / name).exists()
+            and name.endswith(".safetensors")
+            and name != KEEP
+            and others - {name}
+        ):
+            message = f"{name} is gone: its weights were looked for by name in {len(others)} other files"
+            findings.append(Finding(name, "changed", message))
+            continue
         try:
             found = hash_file(folder / name)
         except OSError as error:

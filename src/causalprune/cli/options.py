@@ -59,25 +59,21 @@ OBJECTIVES = {"task": 0.0, "balanced": 0.25}
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """Which model, and how it is loaded: the fields of `ModelSpec`."""
+class LoadingOptions:
+    """How a model is loaded, by every command that does."""
 
     panel: ClassVar[str] = "Model"
 
-    model: Annotated[
-        str, typer.Argument(help="Hub name, local folder, GGUF file, or `embedded` (SmolLM2-135M-Instruct).")
-    ]
-    revision: Annotated[str | None, typer.Option(help="Revision on the Hub.")] = None
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto"
     device: Annotated[
         str, typer.Option(help="auto (CUDA where there is one, else CPU), cpu, cuda, cuda:1, …")
     ] = "auto"
-    device_map: Annotated[
-        str | None,
+    attention: Annotated[
+        str,
         typer.Option(
-            help="Spread the model with accelerate: auto, balanced, sequential, or a map of modules as JSON."
+            help="auto (the model's own, sdpa where its package is missing), eager, sdpa, flash_attention_2, …"
         ),
-    ] = None
+    ] = "auto"
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the model.")
     ] = False
@@ -88,12 +84,30 @@ class ModelOptions:
         ),
     ] = False
 
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is loaded: the fields of `ModelSpec`."""
+
+    panel: ClassVar[str] = "Model"
+
+    model: Annotated[
+        str, typer.Argument(help="Hub name, local folder, GGUF file, or `embedded` (SmolLM2-135M-Instruct).")
+    ]
+    revision: Annotated[str | None, typer.Option(help="Revision on the Hub.")] = None
+    loading: LoadingOptions = field(default_factory=LoadingOptions)
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            help="Spread the model with accelerate: auto, balanced, sequential, or a map of modules as JSON."
+        ),
+    ] = None
+
     def spec(self) -> "ModelSpec":
         """Return the model as runs take it."""
         from causalprune.runs import ModelSpec
 
-        given = asdict(self)
-        return ModelSpec(given.pop("model"), **given)
+        return ModelSpec(self.model, self.revision, device_map=self.device_map, **asdict(self.loading))
 
 
 @dataclass(frozen=True)

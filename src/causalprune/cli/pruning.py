@@ -1,7 +1,7 @@
 """Commands that make and check pruned checkpoints."""
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -281,14 +281,12 @@ def shrink(
     as_json: AsJson = False,
 ) -> None:
     """Remove units for good: a smaller and faster model that every runtime loads, chosen by effect on the task."""
-    from dataclasses import asdict
-
-    from causalprune.checkpoints import check_destination, warn_unpacked
+    from causalprune.checkpoints import check_destination, save, warn_unpacked
     from causalprune.cli import tables
     from causalprune.core import forget, size_of
     from causalprune.pruning import begun
     from causalprune.runs import outcome, prepared, speeds
-    from causalprune.shrinking import Shrinking, leftovers, save_shrunk, shares_for
+    from causalprune.shrinking import Shrinking, leftovers, shares_for
     from causalprune.shrinking import shrink as smaller
 
     shares = method.shares()
@@ -312,10 +310,10 @@ def shrink(
     if time:
         with options.stage("timing"):
             speed = speeds(decoder, shrunk.decoder)
-    how = {"by": method.by, "seed": seed, "shares": asdict(shares), "speed": speed and asdict(speed)}
-    how["size"] = {"before": asdict(size_of(decoder)), "after": asdict(size_of(shrunk.decoder))}
+    sizes = {"before": asdict(size_of(decoder)), "after": asdict(size_of(shrunk.decoder))}
+    told = shrunk.options | {"speed": speed and asdict(speed), "size": sizes}
     with options.stage("saving"):
-        save_shrunk(shrunk, output, calibration, how, overwrite=overwrite)
+        save(shrunk.decoder, output, replace(shrunk, options=told), overwrite=overwrite)
     for path in leftovers(ledger).values():
         forget(path)
     if shrunk.unrouted:
@@ -328,19 +326,21 @@ def shrink(
 
 
 @app.command()
+@grouped
 def verify(
     folder: Annotated[Path, typer.Argument(help="A checkpoint written by causalprune, or made from one.")],
     against: Annotated[
         Path | None,
         typer.Option(help="The pruned checkpoint that FOLDER was made from (fine-tuned, merged)."),
     ] = None,
+    loading: opt.LoadingOptions = opt.LoadingOptions(device="cpu"),
     as_json: AsJson = False,
 ) -> None:
     """Recount the zeros of a checkpoint and compare its files with the manifest; exit code 1 if zeros were lost, not for a file that changed."""
     from causalprune.checkpoints import verify as check
     from causalprune.cli import tables
 
-    report = check(folder, against=against)
+    report = check(folder, against=against, **asdict(loading))
     console.print(tables.verification(report), soft_wrap=True, highlight=False, markup=False)
     document(as_json, **vars(report), ok=report.ok, sparsity_holds=report.sparsity_holds)
     if not report.sparsity_holds:
@@ -348,18 +348,21 @@ def verify(
 
 
 @app.command()
+@grouped
 def reapply(
     pruned: Annotated[Path, typer.Argument(help="A checkpoint written by causalprune: where the zeros are.")],
     model: Annotated[Path, typer.Argument(help="The same model after fine-tuning or merging, as a folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint with its zeros.")],
+    loading: opt.LoadingOptions = opt.LoadingOptions(device="cpu"),
     overwrite: opt.Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Set what is zero in PRUNED to zero in MODEL again, after adapters were merged or zeros were lost in training."""
     from causalprune.checkpoints import reapply as restore
 
-    restored = restore(pruned, model, output, overwrite=overwrite)
-    console.print(f"{restored:,} weights set back to zero", highlight=False)
-    console.print(f"saved: {output}")
+    restored = restore(pruned, model, output, overwrite=overwrite, **asdict(loading))
+    say(f"{restored:,} weights set back to zero\nsaved: {output}")
+    document(as_json, saved=output, restored=restored)
 
 
 def _sparsity(text: str | None) -> float | None:

@@ -32,6 +32,9 @@ from .memory import (
     AtOnce as AtOnce,
 )
 from .memory import (
+    Made as Made,
+)
+from .memory import (
     Masks as Masks,
 )
 from .memory import (

@@ -3,14 +3,14 @@
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from causalprune.core.types import bands, bits_of
+from causalprune.core.types import Effects, bands, bits_of
 
 Found = TypeVar("Found")
 NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
@@ -75,6 +75,22 @@ class Masks(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._packed)
+
+
+@runtime_checkable
+class Made(Protocol):
+    """What was done to a model, as `save` writes it down: masks, effects that it rests on, and an entry of the manifest."""
+
+    @property
+    def keep(self) -> Mapping[str, Bool[Tensor, "_ _"]] | None:
+        """Masks, True where a weight stays, of what has zeros."""
+
+    @property
+    def effects(self) -> Effects | None:
+        """What was measured for it."""
+
+    def record(self) -> dict[str, Any]:
+        """Return what the manifest says of it."""
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -44,6 +44,9 @@ from .loading import (
     auto_dtype as auto_dtype,
 )
 from .loading import (
+    check_folder as check_folder,
+)
+from .loading import (
     check_options as check_options,
 )
 from .loading import (
@@ -60,6 +63,9 @@ from .loading import (
 )
 from .loading import (
     tokenizer_of as tokenizer_of,
+)
+from .loading import (
+    wrapped as wrapped,
 )
 from .shards import (
     Entry as Entry,

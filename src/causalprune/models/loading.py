@@ -4,11 +4,13 @@ import contextlib
 import io
 import json
 import logging
+import re
 import tempfile
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,10 +26,16 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 from causalprune.core import CheckpointError, Decoder, ModelError, OptionError, Source, unknown
 from causalprune.models.anatomy import check_config, inspect_model, outline
 from causalprune.models.folders import PICKLE, TOKENIZER_FILES, stored_in, warn_left_over, weight_files
+from causalprune.models.gguf import Gguf, gguf_config, read_gguf
 from causalprune.models.packing import packing
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+_WRAPPERS = {"_orig_mod": "torch.compile", "module": "DistributedDataParallel"}
+"""What puts a part of its own into the names of weights."""
 _UNPACKED: dict[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _CORRUPT = (SafetensorError, UnpicklingError, EOFError)
 _LOAD_ERRORS = (*_CORRUPT, OSError, ValueError, RuntimeError, KeyError, ImportError)
 
@@ -38,6 +46,7 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
     dtype: str = "auto",
     device: str = "auto",
     device_map: str | dict[str, Any] | None = None,
+    attention: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -46,16 +55,15 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
 
     `name` is a name on the Hugging Face Hub, a local folder, or a GGUF file (or a folder that holds
     nothing but one). GGUF weights are dequantised to float32 unless `dtype` says otherwise, FP8 by blocks and MXFP4 to
-    bfloat16; other packed forms are refused. The device `auto` is CUDA
-    where there is one, else the CPU.
+    bfloat16; other packed forms are refused. The device `auto` is CUDA where there is one, else the CPU. The attention
+    `auto` is that of the configuration; where its package is missing, sdpa.
     `device_map` (a dictionary may be given as JSON) goes to transformers and takes precedence over `device`; what
     it places on `disk` in another form than in the files is written to a temporary folder. The tokenizer is
     None for a local folder without tokenizer files. Weights that are there as a pickle only are refused unless
     `allow_pickle` is given; even then they are read as plain tensors (`weights_only`), never as code.
     """
-    device = device_of(device)
-    check_options(dtype, device)
-    folder, gguf = _source(name)
+    device, (folder, gguf) = device_of(device), _source(name)
+    check_options(dtype, device, attention)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     local = Path(folder).is_dir()
     if gguf is not None:
@@ -63,28 +71,29 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
     elif local:
         _check_files(name, Path(folder), allow_pickle)
     try:
+        config, file = _config(name, folder, options)
+        source, how = _opened(name, folder, config, dtype, gguf=file is not None)
+        how |= _attending(name, config, attention, device)
         with _quiet(hide_bars=local), contextlib.ExitStack() as stack:
-            source, how = _opened(name, folder, options, dtype)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 **_spread(device_map, stack),
                 output_loading_info=True,
                 use_safetensors=None if allow_pickle or gguf is not None else True,
                 weights_only=True,
+                **({} if file is None else {"config": config, "ignore_mismatched_sizes": True}),
                 **how,
                 **options,
             )
             model, loading = loaded
-            known = not local or any(any(Path(folder).glob(pattern)) for pattern in TOKENIZER_FILES)
+            known = not local or _speaks(Path(folder))
             tokenizer = AutoTokenizer.from_pretrained(folder, **options) if known else None
             if device_map is None:
                 model.to(device)
             weakref.finalize(model, stack.pop_all().close)
     except _LOAD_ERRORS as error:
         raise _load_error(name, error, local=local) from error
-    if absent := sorted({*map(str, loading["missing_keys"]), *map(str, loading["mismatched_keys"])}):
-        lacks = f"lacks {len(absent)} weights of a {type(model).__name__}, such as {absent[0]}"
-        raise ModelError(f"{name!r} {lacks}: files are missing or of another model; fetch them again")
+    _check_weights(name, model, loading, file)
     if source.form is not None:  # plain now, but `save_pretrained` refuses or packs what looks quantised
         model.hf_quantizer, model.is_quantized = None, False
         vars(model.config).pop("quantization_config", None)
@@ -94,13 +103,11 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
     return replace(inspect_model(model, tokenizer, name=name, revision=revision), source=source)
 
 
-def _opened(name: str, folder: str, options: dict[str, Any], dtype: str) -> tuple[Source, dict[str, Any]]:
+def _opened(name: str, folder: str, config: Any, dtype: str, *, gguf: bool) -> tuple[Source, dict[str, Any]]:
     """Return where a model comes from, and in which dtype it is loaded: unpacked, also where a GPU could take it as it is."""
     unpacked = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    if "gguf_file" in options:
+    if gguf:
         return Source(None, unpacked, "gguf"), {"dtype": "float32" if dtype == "auto" else dtype}
-    config = AutoConfig.from_pretrained(folder, **options)
-    check_config(config, name)
     form = packing(getattr(config, "quantization_config", None), name)
     source = Source(Path(folder), unpacked, form, hub=not Path(folder).is_dir())
     if form is None:
@@ -129,14 +136,69 @@ def device_of(name: str) -> str:
     return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check_options(dtype: str, device: str) -> None:
-    """Raise `OptionError` where a dtype is unknown, or a device cannot be used here."""
+def check_options(dtype: str, device: str, attention: str = "auto") -> None:
+    """Raise `OptionError` where a dtype or an attention is unknown, or a device cannot be used here."""
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
+    if attention not in ATTENTIONS:
+        raise unknown("attention", attention, ATTENTIONS)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]})") from error
+
+
+def _config(name: str, folder: str, options: dict[str, Any]) -> tuple[Any, Gguf | None]:
+    """Return the configuration of a model, and what the GGUF file says that it is in, if it is in one."""
+    with _quiet(hide_bars=Path(folder).is_dir()):
+        gguf = options.get("gguf_file")
+        file = None if gguf is None else read_gguf(Path(folder, gguf))
+        config = AutoConfig.from_pretrained(folder, **options) if file is None else gguf_config(file)
+    check_config(config, name)
+    return config, file
+
+
+def _attending(name: str, config: Any, asked: str, device: str) -> dict[str, str]:
+    """Return the option for the attention that is asked for; in place of a configuration's that cannot be had, sdpa."""
+    own = getattr(config.get_text_config(decoder=True), "_attn_implementation", None)
+    if asked != "auto":
+        return {"attn_implementation": asked}
+    if own is None or (own in ATTENTIONS and "flash" not in own):
+        return {}
+    package = _PACKAGES.get(str(own), "kernels")
+    if device.startswith("cuda") and find_spec(package):
+        return {}
+    warnings.warn(
+        f"{name!r} asks for {own}, which needs a GPU and the package {package}: sdpa takes its place (--attention)",
+        stacklevel=4,
+    )
+    return {"attn_implementation": "sdpa"}
+
+
+def _check_weights(name: str, model: Any, loading: Any, file: Gguf | None) -> None:
+    """Raise `ModelError` where files lack weights of the model, which says why where names show it; or a GGUF file has others."""
+    absent = sorted({*map(str, loading["missing_keys"]), *map(str, loading["mismatched_keys"])})
+    if absent and (found := wrapped(map(str, loading["unexpected_keys"]))):
+        raise ModelError(f"{name!r} {found}")
+    if absent:
+        way = "files are missing or of another model; fetch them again"
+        way = way if file is None else "they cannot be read from GGUF; pass the original model"
+        lacks = f"lacks {len(absent)} weights of a {type(model).__name__}, such as {absent[0]}"
+        raise ModelError(f"{name!r} {lacks}: {way}")
+    if file is not None:
+        file.check_weights(model)
+
+
+def wrapped(names: Iterable[str]) -> str:
+    """Return what is wrong with names of weights that were saved through a wrapper, empty for others."""
+    for name in sorted(names):
+        for part, wrapper in _WRAPPERS.items():
+            if part in name.split(".")[: None if part.startswith("_") else 1]:
+                return (
+                    f"holds {name}: `{part}.` comes from {wrapper}, which was saved in place of the model in it; save "
+                    f"`model.{part}`, or take `{part}.` out of the names in its files"
+                )
+    return ""
 
 
 def _spread(device_map: str | dict[str, Any] | None, stack: contextlib.ExitStack) -> dict[str, Any]:
@@ -176,12 +238,19 @@ def skeleton(folder: Path, *, dtype: torch.dtype | None = None) -> Decoder:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """Return the tokenizer in a local model folder."""
+    """Return the tokenizer in a local model folder; None where it has no such files."""
+    if not _speaks(folder):
+        return None
     try:
         with _quiet(hide_bars=True):
             return AutoTokenizer.from_pretrained(folder)
     except _LOAD_ERRORS as error:
         raise _load_error(str(folder), error, local=True) from error
+
+
+def _speaks(folder: Path) -> bool:
+    """Tell whether a folder has files of a tokenizer."""
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
 def auto_dtype(folder: Path, stored: torch.dtype) -> torch.dtype:
@@ -191,16 +260,16 @@ def auto_dtype(folder: Path, stored: torch.dtype) -> torch.dtype:
 
 
 def _empty(name: str, folder: str, options: dict[str, Any], dtype: torch.dtype | None = None) -> Any:
-    """Build a model from its configuration, without weights; with a dtype, its buffers have their values."""
-    local = Path(folder).is_dir()
-    place = torch.device("meta") if dtype is None else init_empty_weights(include_buffers=False)
-    typed = {} if dtype is None else {"dtype": dtype}
+    """Build a model from its configuration, without weights; with a dtype, its buffers have their values, and it can run."""
+    local, runs = Path(folder).is_dir(), dtype is not None
+    place = init_empty_weights(include_buffers=False) if runs else torch.device("meta")
     try:
+        config, _ = _config(name, folder, options)
+        how: dict[str, Any] = _attending(name, config, "auto" if runs else "eager", "cpu")
+        how |= {"dtype": dtype} if runs else {}
         with _quiet(hide_bars=local), place:
-            config = AutoConfig.from_pretrained(folder, **options)
-            check_config(config, name)
             trusted = options["trust_remote_code"]
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **typed)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **how)
     except _LOAD_ERRORS as error:
         raise _load_error(name, error, local=local) from error
 
@@ -213,16 +282,33 @@ def _source(name: str) -> tuple[str, str | None]:
             raise ModelError(f"{name!r} is a file: pass the folder it is in, a .gguf file or a Hub name")
         return str(path.parent), path.name
     if path.is_dir():
+        check_folder(path)
         if (path / "config.json").is_file():
             return str(path), None
         files = sorted(path.glob("*.gguf"))
-        if len(files) == 1:
+        if len(files) == 1 or (files and _PART.search(files[0].name)):
             return str(path), files[0].name
         found = f"{len(files)} .gguf files, pass one of them" if files else "no .gguf file either"
         raise ModelError(f"the folder {name!r} has no config.json ({found}): it is no model folder")
     if name.startswith(("/", ".", "~")) or name.endswith(".gguf") or name.count("/") > 1 or not name:
         raise ModelError(f"no file or folder {name!r}: pass a model folder, a .gguf file or a Hub name")
     return name, None
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `ModelError` for a folder that holds an adapter: what belongs on a model, not a model."""
+    record = folder / "adapter_config.json"
+    if not record.is_file():
+        return
+    try:
+        base = json.loads(record.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    raise ModelError(
+        f"{str(folder)!r} is an adapter for {base or 'a model that it does not name'}: merge it first, with `model = "
+        f"peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})` and "
+        "`model.merge_and_unload().save_pretrained('merged')`, and pass 'merged'"
+    )
 
 
 @contextlib.contextmanager

@@ -93,7 +93,8 @@ def prune(  # noqa: PLR0913 (the command's options)
                 state.keep(keep=pruned.keep.stored(), unrouted=pruned.unrouted, response=response)
             steps.begin("training", "steps")
             distill(decoder, pruned.keep, followed, seed=method.seed, on_step=steps.tell, state=state)
-    return pruned
+    looked_at = calibration if method.needs_calibration else None
+    return replace(pruned, calibration=looked_at, effects=effects if "effects" in method.needs else None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,13 +14,19 @@ class Pruned(Shown):
 
     `keep[name]` is True where a weight stays. `unrouted` names experts' matrices that no calibration
     token reached: their inputs are unknown, so they were scored by magnitude alone and not updated.
-    `response` is what graded budgets were made from.
+    `response` is what graded budgets were made from, `calibration` and `effects` what the method looked at.
     """
 
     method: Method
     keep: Masks
     unrouted: tuple[str, ...]
     response: DoseResponse | None = None
+    calibration: Calibration | None = None
+    effects: Effects | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return what a checkpoint's manifest says of the way it was pruned."""
+        return manifest(self, self.calibration, self.effects)
 
     def __repr__(self) -> str:
         own, counts = self.method, self.keep.counted()

@@ -25,13 +25,14 @@ from causalprune.core import (
     size_of,
 )
 from causalprune.evaluation import Row, Settings, decoded, evaluate, kept_rows
+from causalprune.models import fingerprint
 from causalprune.pruning import Method, begun, manifest, prune
 from causalprune.reports import CHECKPOINTS, achieved
 from causalprune.runs.keeping import keep_for_now, let_go
 from causalprune.runs.recipe import ModelSpec, Recipe
 from causalprune.runs.rows import SHRINK, Cell, Removal
 from causalprune.runs.timing import speeds
-from causalprune.shrinking import leftovers, record_of, shares_for, shrink
+from causalprune.shrinking import leftovers, shares_for, shrink
 
 ADDED = "added"
 """In the description of a result: nobody named its task, so that it is shown, and decides nothing."""
@@ -53,6 +54,12 @@ def loaded(spec: ModelSpec, checkpoint: Path | None) -> Decoder:
     if checkpoint is None:
         return load_intact(spec)
     return load(dataclasses.replace(spec, name=str(checkpoint), revision=None))
+
+
+def made_from(base: Decoder, decoder: Decoder) -> Decoder:
+    """Return a model that was made in memory as it is when it is loaded from its checkpoint, with a fingerprint of its own."""
+    origin = {"name": base.name, "fingerprint": base.fingerprint}
+    return dataclasses.replace(decoder, fingerprint=fingerprint(decoder.model), base=origin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +97,10 @@ class Cells:
             with self.stage(f"{name}: loading model"):
                 decoder = loaded(self.recipe.model, checkpoint if saved else None)
         if isinstance(method, Removal) and not saved:
-            decoder = self._shrink(name, method, decoder)
+            decoder = made_from(decoder, self._shrink(name, method, decoder))
         elif isinstance(method, Method) and not saved:
             self._prune(name, method, decoder)
+            decoder = made_from(decoder, decoder)
         for task in missing:
             results = self._results(name, task, decoder)
             for result in results:
@@ -175,9 +183,8 @@ class Cells:
             own = {**asdict(after), "speed": speed and asdict(speed), "seconds": seconds, **zeros}
             self.book.append(f"{name}/pruned", {**own, "peak_bytes": peak_bytes()})
         sizes = {"before": asdict(self.size), "after": asdict(after)}
-        about = {"by": method.how.by, "seed": method.how.seed, "shares": asdict(shares), "size": sizes}
-        about["speed"] = self.book.rows[f"{name}/pruned"]["speed"]
-        self._save(name, shrunk.decoder, record_of(shrunk, self.calibration, about))
+        told = shrunk.options | {"size": sizes, "speed": self.book.rows[f"{name}/pruned"]["speed"]}
+        self._save(name, shrunk.decoder, dataclasses.replace(shrunk, options=told).record())
         return shrunk.decoder
 
     def _save(self, name: str, decoder: Decoder, record: dict[str, Any], **side: Any) -> None:

@@ -89,9 +89,9 @@ def _again(record: Mapping[str, Any], command: str, output: Path, *own: str) -> 
     preserved = record["calibration"].get("preserve", ())
     for source, count in sources.items():
         words += ["--preserve" if source in preserved else "-t", f"{source}:{count}"]
-    for name in ("revision", "dtype", "device"):
-        if model[name] not in (None, "auto", "cpu"):
-            words += [f"--{name}", model[name]]
+    for name, value in model.items():
+        if name != "name" and value not in (None, False, "auto", "cpu"):
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
     return shlex.join(words)
 
 

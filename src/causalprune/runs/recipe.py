@@ -36,6 +36,7 @@ class ModelSpec:
     dtype: str = "auto"
     device: str = "auto"
     device_map: str | None = None
+    attention: str = "auto"
     trust_remote_code: bool = False
     allow_pickle: bool = False
 

@@ -55,7 +55,7 @@ from causalprune.evaluation import (
     write_json,
     write_results,
 )
-from causalprune.models import device_of, skeleton, tokenizer_of
+from causalprune.models import check_folder, device_of, skeleton, tokenizer_of
 from causalprune.pruning import Method, Pruned, begun, manifest, prune
 from causalprune.runs.cells import load
 from causalprune.runs.jobs import task_jobs
@@ -243,6 +243,7 @@ def prune_streamed(
         effects = load_effects(effects_path)
     folder, calibration = Path(spec.name).expanduser(), None
     check_destination(output, options.overwrite)
+    check_folder(folder)
     check_streams(method)
     if method.needs_calibration:
         with options.stage("calibration data"):

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from causalprune.attribution import Estimator, Question, attribute
 from causalprune.calibration import batches, few
-from causalprune.checkpoints import save
 from causalprune.core import (
     Calibration,
     Decoder,
@@ -93,6 +92,7 @@ class Shrunk(Shown):
     """A smaller model, what it kept and how that was updated, and its number of parameters before and after.
 
     `unrouted` names experts that no token reached where their worth was measured: it is unknown, so they stay before others.
+    `options` say how units were chosen on the `calibration`. It has no masks, nor effects that are kept.
     """
 
     decoder: Decoder
@@ -100,7 +100,19 @@ class Shrunk(Shown):
     update: Update
     parameters_before: int
     parameters_after: int
-    unrouted: tuple[str, ...] = ()
+    unrouted: tuple[str, ...]
+    calibration: Calibration
+    options: dict[str, Any]
+    keep: None = None
+    effects: None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return what the manifest of a smaller model says: what stayed, and how that was chosen."""
+        kept = _listed({kind: getattr(self.kept, kind) for kind in KINDS})
+        sizes = {"parameters_before": self.parameters_before, "parameters_after": self.parameters_after}
+        data = {**self.calibration.description, "fingerprint": self.calibration.fingerprint}
+        how = {"update": self.update, **sizes, "unrouted": list(self.unrouted), "kept": kept}
+        return {"shrink": {**self.options, **how}, "calibration": data}
 
     def __repr__(self) -> str:
         before, after = self.parameters_before, self.parameters_after
@@ -171,7 +183,9 @@ def shrink(
         remove(decoder, column_keep(decoder, kept), repair, progress, state)
     found = replace(smaller(decoder, kept), fingerprint=given.fingerprint)  # that of its base, as pruned ones
     after = sum(p.numel() for p in found.model.parameters())
-    return Shrunk(found, replace(kept, experts=chosen.get("experts", {})), update, before, after, unrouted)
+    kept = replace(kept, experts=chosen.get("experts", {}))
+    options = {"by": how.by, "seed": how.seed, "shares": asdict(shares)}
+    return Shrunk(found, kept, update, before, after, unrouted, calibration, options)
 
 
 def _listed(kept: Mapping[Any, Any]) -> dict[str, Any]:
@@ -186,28 +200,6 @@ def _listed(kept: Mapping[Any, Any]) -> dict[str, Any]:
 def leftovers(path: Path) -> dict[str, Path]:
     """Return the file in which the effects of every kind are kept, and the folder of the `update` of what stays."""
     return {what: path.with_name(f"{path.name}.{what}") for what in (*KINDS, "update")}
-
-
-def save_shrunk(
-    shrunk: Shrunk,
-    folder: Path,
-    calibration: Calibration,
-    options: Mapping[str, Any],
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Write a smaller model to `folder`; its manifest says what stayed, and by which `options` of `shrink`."""
-    record = record_of(shrunk, calibration, options)
-    save(shrunk.decoder, folder, manifest=record, overwrite=overwrite)
-
-
-def record_of(shrunk: Shrunk, calibration: Calibration, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the manifest of a smaller model says: what stayed, and by which `options` of `shrink`."""
-    kept = _listed({kind: getattr(shrunk.kept, kind) for kind in KINDS})
-    sizes = {"parameters_before": shrunk.parameters_before, "parameters_after": shrunk.parameters_after}
-    data = {**calibration.description, "fingerprint": calibration.fingerprint}
-    how = {**options, "update": shrunk.update, **sizes, "unrouted": list(shrunk.unrouted), "kept": kept}
-    return {"shrink": how, "calibration": data}
 
 
 def _chosen(

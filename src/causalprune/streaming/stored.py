@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from causalprune.core import CheckpointError, Decoder, Layer, Progress, Projection, say
-from causalprune.models import Entry, ShardWriter, expert_weight, raw_bytes
+from causalprune.models import Entry, ShardWriter, expert_weight, raw_bytes, wrapped
 
 Sources: TypeAlias = Mapping[str, Sequence[Entry]]
 """Where the values of each parameter of a model are, in their order."""
@@ -123,6 +123,8 @@ class StoredProjection(Projection):
 def find_sources(bare: Decoder, entries: Mapping[str, Entry]) -> Sources:
     """Find the values of every parameter: under its name, with or without the prefix of the base model, or in parts."""
     found: dict[str, Sequence[Entry]] = {}
+    if other := wrapped(entries.keys() - dict(bare.model.named_parameters()).keys()):
+        raise CheckpointError(f"{bare.name!r} {other}")
     for name, parameter in bare.model.named_parameters():
         exact = _named(bare, name, entries)
         found[name] = [entry for entry in exact if entry.shape == tuple(parameter.shape)][:1]
