@@ -66,15 +66,15 @@ def eight() -> dict[str, Any]:
     shutil.rmtree(place, ignore_errors=True)
     source = place / "source"
     try:
-        size = _write_checkpoint(source)
+        size = write_checkpoint(source)
         effects = _random_effects(source, place / "effects.json")
-        cold = _forget_pages()
+        cold = forget_pages()
         start = time.perf_counter()
         shutil.copytree(source, place / "copy")
         os.sync()
         copied = time.perf_counter() - start
         shutil.rmtree(place / "copy")
-        _forget_pages()
+        forget_pages()
         command = [str(Path(sys.executable).parent / "causalprune"), "prune", str(source), "--stream"]
         command += [
             "-o",
@@ -110,7 +110,7 @@ def layers() -> dict[str, Any]:
     place = Path(os.environ.get("CAUSALPRUNE_SCRATCH", tempfile.gettempdir())) / "causalprune-layers"
     shutil.rmtree(place, ignore_errors=True)
     try:
-        size = _write_checkpoint(place / "source", ONE)
+        size = write_checkpoint(place / "source", ONE)
         AutoTokenizer.from_pretrained(resolve("embedded")).save_pretrained(place / "source")
         command = [str(Path(sys.executable).parent / "causalprune"), "prune", str(place / "source")]
         command += ["--method", "wanda", "--sparsity", "0.5", "-n", "4", "-t", "gsm8k"]
@@ -150,7 +150,7 @@ def shard_of(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _write_checkpoint(folder: Path, shape: dict[str, Any] = EIGHT) -> int:
+def write_checkpoint(folder: Path, shape: dict[str, Any] = EIGHT) -> int:
     """Write a checkpoint with random weights, shard by shard, as `save_pretrained` would; return its bytes."""
     folder.mkdir(parents=True)
     config = LlamaConfig(**shape, dtype="bfloat16", architectures=["LlamaForCausalLM"])
@@ -214,7 +214,7 @@ def _peak_memory(process: subprocess.Popen[bytes]) -> int:
     return peak
 
 
-def _forget_pages() -> bool:
+def forget_pages() -> bool:
     """Empty the page cache; return whether this machine lets us."""
     os.sync()
     try:

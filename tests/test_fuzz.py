@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from causalprune.calibration.data import load_problems
 from causalprune.checkpoints.saving import read_manifest
 from causalprune.core.errors import CausalPruneError
-from causalprune.models.shards import INDEX, open_checkpoint
+from causalprune.models.folders import INDEX, open_checkpoint
 from causalprune.pruning.methods import Method
 from causalprune.runs.recipe import Recipe, read_recipe
 from causalprune.streaming.files import prune_stream
@@ -149,7 +149,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def opened(folder: Path) -> None:
     """Read all tensors of a checkpoint, as far as its headers allow it."""
-    for entry in open_checkpoint(folder)[1].values():
+    for entry in open_checkpoint(folder).entries.values():
         assert entry.read().shape == entry.shape
 
 
@@ -214,5 +214,5 @@ def test_damaged_models_are_pruned_whole_or_not_at_all(
     else:
         sparsity = read_manifest(out)["sparsity"]
         assert sparsity["zeros"] == done.zeros >= sparsity["weights"] // 2
-        assert len(open_checkpoint(out)[1]) == len(open_checkpoint(source)[1])
+        assert len(open_checkpoint(out).entries) == len(open_checkpoint(source).entries)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]

@@ -205,7 +205,7 @@ def test_effects_that_are_not_finite_leave_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["new", "overwrite"])
-@pytest.mark.parametrize("step", ["_write_model", "write_keep", "_write_json", "sync", "_replace"])
+@pytest.mark.parametrize("step", ["write_model", "write_keep", "_write_json", "sync", "_replace"])
 def test_a_full_disk_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, before: bool
 ) -> None:
@@ -249,7 +249,7 @@ def test_an_interrupt_cleans_up_and_is_not_hidden(tmp_path: Path, monkeypatch: p
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_write_model", interrupt)
+    monkeypatch.setattr(checkpoint, "write_model", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save(tiny(), tmp_path / "out", manifest={})
     assert not any(tmp_path.iterdir())

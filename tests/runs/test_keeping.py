@@ -96,7 +96,7 @@ def test_a_full_disk_does_not_stop_a_run(
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("causalprune.checkpoints.saving._write_model", full)
+    monkeypatch.setattr("causalprune.checkpoints.saving.write_model", full)
     with pytest.warns(UserWarning, match="No space left"):
         record = running.run(recipe(model, "wanda"), tmp_path / "run", data_dir=data)
     assert len(record["rows"]) == 2

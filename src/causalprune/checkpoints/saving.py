@@ -6,7 +6,7 @@
 | `causalprune.json` | manifest: versions, base model, run, zeros per projection, SHA-256 of the files |
 | `keep_masks.safetensors` | one bit per weight of each projection, True where it was kept |
 | `effects.json` | the measured losses that the factors came from, exact to the bit |
-| `README.md` | the model card, written from the manifest |
+| `README.md` | the model card, written from the manifest; `README.base.md` is that of the base |
 
 A folder is written beside its final name and renamed when it is complete and on disk.
 """
@@ -18,9 +18,9 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from causalprune.checkpoints.card import write_card
+from causalprune.checkpoints.carrying import EFFECTS, MANIFEST
+from causalprune.checkpoints.writing import WrittenError, read_back, write_model
 from causalprune.core import (
     CausalPruneError,
     CheckpointError,
@@ -49,9 +50,10 @@ from causalprune.core import (
     zeros_in,
 )
 from causalprune.evaluation import Row
+from causalprune.models import ShardWriter, layout
 
 FORMAT = 1
-MANIFEST, KEEP, EFFECTS = "causalprune.json", "keep_masks.safetensors", "effects.json"
+KEEP = "keep_masks.safetensors"
 TENSORS = ("masked_nats", "intact_nats", "tokens", "subset", "kl_nats", "predicted_nats", "curvature_nats")
 Keep = Mapping[str, Bool[Tensor, "_ _"]]
 
@@ -94,8 +96,10 @@ def save(  # noqa: PLR0913 (what there is to say of a model)
     """Write the model as it is now, with its side files, to `folder`, and return `folder`.
 
     `made` is what `prune` or `shrink` returned: method, calibration and masks. `manifest` is what else the caller knows of the
-    run (JSON values); both become the entry `run`. `keep` maps names of projections to masks. On any failure nothing new is left under the final name,
-    and the error is a `CheckpointError`.
+    run (JSON values); both become the entry `run`. `keep` maps names of projections to masks. A model that was loaded from
+    files is written as those are, with what is another value in memory; configuration and tokenizer are the files' too. What
+    was written is read back in part. On any failure nothing new is left under the final name, and the error is a
+    `CheckpointError`.
     """
     folder, run = Path(folder), {**(made.record() if made else {}), **(manifest or {})}
     if made is not None:
@@ -105,12 +109,14 @@ def save(  # noqa: PLR0913 (what there is to say of a model)
         warnings.warn(f"what {folder} says of itself lacks {lacks}", stacklevel=2)
     _check_keep(keep or {}, decoder)
     with complete(folder, overwrite) as temporary:
-        _write_model(decoder, temporary)
+        stored = write_model(decoder, temporary)
         if keep is not None:
             write_keep(keep, temporary / KEEP)
         if effects is not None:
             save_effects(effects, temporary / EFFECTS)
-        write_manifest(temporary, decoder, run, count_zeros(decoder)["projections"])
+        dtype = decoder.source.dtype if decoder.source else None
+        write_manifest(temporary, decoder, run, [count(p, dtype) for p in decoder.projections])
+        read_back(decoder, stored, temporary)
     return folder
 
 
@@ -133,6 +139,11 @@ def complete(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         for path in (*temporary.rglob("*"), temporary):
             sync(path)
         _replace(temporary, place, overwrite)
+    except WrittenError as error:
+        kept = temporary.rename(place.with_name(f"{place.name}.differs-{os.getpid()}"))
+        raise CheckpointError(
+            f"{error}: it is in {kept}, do not use it; save again, on another disk"
+        ) from error
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, Exception) and not isinstance(error, CausalPruneError):
@@ -158,11 +169,19 @@ def load_keep(folder: Path) -> dict[str, Bool[Tensor, "_ _"]]:
 
 def write_keep(keep: Keep, path: Path) -> None:
     """Write masks to `path`, eight weights a byte, row by row, with their shapes as metadata."""
-    data, metadata = {}, {}
-    for name, mask in keep.items():
-        data[name] = torch.from_numpy(packed(mask))
-        metadata[name] = f"{mask.shape[0]},{mask.shape[1]}"
-    save_file(data, path, metadata=metadata)
+    with keep_writer(path, {name: tuple(mask.shape) for name, mask in keep.items()}) as write:
+        for name, mask in keep.items():
+            write(name, mask)
+
+
+@contextmanager
+def keep_writer(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Callable[[str, Tensor], None]]:
+    """Hand out what writes masks of these shapes to `path` one by one, given a name and what stays."""
+    sizes = {name: (torch.uint8, ((math.prod(shape) + 7) // 8,)) for name, shape in shapes.items()}
+    metadata = {name: ",".join(map(str, shape)) for name, shape in shapes.items()}
+    header, places, size = layout(sizes, metadata)
+    with closing(ShardWriter(path, header, size)) as file:
+        yield lambda name, keep: file.write(places[name], packed(keep))
 
 
 def iterate_keep(path: Path) -> Iterator[tuple[str, Bool[Tensor, "_ _"]]]:
@@ -249,15 +268,16 @@ def summed(projections: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def count(projection: Projection) -> dict[str, Any]:
-    """Count the zeros of one projection, as the manifest has them."""
+def count(projection: Projection, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Count the zeros of one projection in the dtype of its file, as the manifest has them."""
+    weight = projection.read()
     return {
         "name": projection.name,
         "parameter": projection.parameter_name,
         "expert": projection.expert,
         "shape": list(projection.shape),
         "weights": projection.size,
-        "zeros": zeros_in(projection.read()),
+        "zeros": zeros_in(weight if dtype is None else weight.to(dtype)),
     }
 
 
@@ -295,41 +315,6 @@ def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_model(decoder: Decoder, folder: Path) -> None:
-    from transformers.utils import logging  # noqa: PLC0415  reading side files must not need transformers
-
-    model = decoder.model
-    generation, bars = getattr(model, "generation_config", None), logging.is_progress_bar_enabled()
-    try:
-        logging.disable_progress_bar()
-        if generation is not None:  # published ones do not always pass the checks made on saving
-            model.generation_config = type(generation)()
-        model.save_pretrained(folder, max_shard_size="5GB")
-    finally:
-        if generation is not None:
-            model.generation_config = generation
-        if bars:
-            logging.enable_progress_bar()
-    _for_older_readers(folder / "config.json")
-    if generation is not None:
-        generation.to_json_file(folder / "generation_config.json", use_diff=True)
-    if decoder.tokenizer is not None:
-        decoder.tokenizer.save_pretrained(folder)
-
-
-def _for_older_readers(config: Path) -> None:
-    """Say of rotary embeddings what transformers 4 looks for elsewhere: it would take defaults, and not say so."""
-    record = json.loads(config.read_text(encoding="utf-8"))
-    own = record.get("rope_parameters")
-    if not isinstance(own, dict) or "rope_theta" not in own:
-        return  # there are none, or some for every kind of layer
-    apart = {key: own[key] for key in ("rope_theta", "partial_rotary_factor") if key in own}
-    scaling = {key: value for key, value in own.items() if key not in apart}
-    scaled = scaling.get("rope_type", "default") != "default"
-    record = {**apart, **({"rope_scaling": scaling} if scaled else {}), **record}
-    config.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _check_keep(keep: Keep, decoder: Decoder) -> None:

@@ -1,5 +1,6 @@
 """Commands that look at a model, measure it and compare what was measured."""
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -110,12 +111,17 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what was found in a model: layers, heads, what is prunable, what is left out and why."""
+    from causalprune.checkpoints import unknown_tensors
     from causalprune.cli import tables
     from causalprune.models import summary
     from causalprune.runs import load
 
     spec = model.spec()
-    found = summary(load(spec))
+    decoder = load(spec)
+    found = summary(decoder)
+    if unknown := unknown_tensors(decoder):
+        sizes = {"parameters": len(unknown), "weights": sum(math.prod(entry.shape) for entry in unknown)}
+        found["left_out"]["unknown to the class"] = sizes
     console.print(tables.inspection(spec.name, found))
     document(as_json, **found)
 

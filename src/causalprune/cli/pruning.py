@@ -281,7 +281,7 @@ def shrink(
     as_json: AsJson = False,
 ) -> None:
     """Remove units for good: a smaller and faster model that every runtime loads, chosen by effect on the task."""
-    from causalprune.checkpoints import check_destination, save
+    from causalprune.checkpoints import check_destination, save, warn_unpacked
     from causalprune.cli import tables
     from causalprune.core import forget, size_of
     from causalprune.pruning import begun
@@ -295,6 +295,7 @@ def shrink(
     options, ledger = running.options(data.reading.data_dir), output.with_name(f"{output.name}.attribution")
     found = begun(leftovers(ledger)["update"])
     decoder, calibration = prepared(model.spec(), data.spec(1), options, found)
+    warn_unpacked(decoder)
     shares = shares or shares_for(decoder, method.parameters or 0.0)
     seed = data.reading.seed
     shrunk = smaller(

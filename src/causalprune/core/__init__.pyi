@@ -85,6 +85,9 @@ from .sizes import (
 from .sizes import (
     size_of as size_of,
 )
+from .source import (
+    Source as Source,
+)
 from .types import (
     Attention as Attention,
 )

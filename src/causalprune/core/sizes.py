@@ -48,9 +48,10 @@ class Speed:
 
 
 def size_of(decoder: Decoder) -> Size:
-    """Return the size of a model, wherever its weights are."""
-    own: list[Any] = list(decoder.model.parameters())
-    return Size(sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own))
+    """Return the size of a model, wherever its weights are, in the dtype of its files."""
+    own, source = list[Any](decoder.model.parameters()), decoder.source
+    width = source.dtype.itemsize if source else None
+    return Size(sum(p.numel() for p in own), sum(p.numel() * (width or p.element_size()) for p in own))
 
 
 def _short(value: float) -> str:

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from causalprune.core.showing import Shown
+from causalprune.core.source import Source
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
@@ -182,7 +183,8 @@ class Decoder(Shown):
 
     `name` and `revision` are as the user gave them; `fingerprint` is the SHA-256 of configuration
     and weights as they were loaded, by which side files recognise their model. `base` is what a checkpoint of ours says of
-    the model that it was made from: `name` and `fingerprint`, None where that is not known.
+    the model that it was made from: `name` and `fingerprint`, None where that is not known. `source` is None for a model that
+    was built in memory.
     """
 
     model: Any
@@ -193,6 +195,7 @@ class Decoder(Shown):
     left_out: tuple[LeftOut, ...]
     fingerprint: str
     base: Mapping[str, Any] | None = None
+    source: Source | None = None
 
     @property
     def projections(self) -> tuple[Projection, ...]:

@@ -20,10 +20,25 @@ from .anatomy import (
     outline as outline,
 )
 from .anatomy import (
-    raw_bytes as raw_bytes,
-)
-from .anatomy import (
     summary as summary,
+)
+from .folders import (
+    TOKENIZER_FILES as TOKENIZER_FILES,
+)
+from .folders import (
+    WEIGHTS as WEIGHTS,
+)
+from .folders import (
+    Stored as Stored,
+)
+from .folders import (
+    open_checkpoint as open_checkpoint,
+)
+from .folders import (
+    stored_in as stored_in,
+)
+from .folders import (
+    warn_left_over as warn_left_over,
 )
 from .loading import (
     auto_dtype as auto_dtype,
@@ -53,20 +68,14 @@ from .loading import (
     wrapped as wrapped,
 )
 from .shards import (
-    INDEX as INDEX,
-)
-from .shards import (
     Entry as Entry,
 )
 from .shards import (
     ShardWriter as ShardWriter,
 )
 from .shards import (
-    inside as inside,
-)
-from .shards import (
     layout as layout,
 )
 from .shards import (
-    open_checkpoint as open_checkpoint,
+    raw_bytes as raw_bytes,
 )

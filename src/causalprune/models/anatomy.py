@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from causalprune.core import Attention, Decoder, Layer, LeftOut, ModelError, Projection, Role
+from causalprune.models.shards import raw_bytes
 
 
 class Pattern(NamedTuple):
@@ -66,6 +67,7 @@ _SHAPE_FIELDS = ["model_type", "num_hidden_layers", "num_attention_heads", "num_
 _SHAPE_FIELDS += ["hidden_size", "intermediate_size", "vocab_size"]
 Rows: TypeAlias = slice | Int[Tensor, "out"] | None
 _Placed: TypeAlias = tuple[tuple[str, int], Projection]
+_HEADS = ("Classification", "QuestionAnswering", "RewardModel")
 _PRUNES = "causalprune prunes decoder-only language models with attention heads"
 
 
@@ -144,11 +146,6 @@ def frame_fingerprint(decoder: Decoder) -> str:
     return digest.hexdigest()
 
 
-def raw_bytes(weight: Tensor) -> Any:
-    """Return the bytes of a tensor as an array, in row-major order."""
-    return weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
 def expert_weight(path: str) -> tuple[int, Role] | None:
     """Tell which expert's matrix in which role a path in a layer such as `mlp.experts.3.w1.weight` is, if any."""
     if (hit := _match(path)) is None or len(hit[0].roles) > 1 or not hit[1].groupdict().get("expert"):
@@ -193,6 +190,8 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
     """Raise `ModelError` for a model that is not a decoder with attention heads."""
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name!r} ({config.model_type}) is an encoder-decoder model; {_PRUNES}")
+    if other := [own for own in config.architectures or () if own.endswith(_HEADS)]:
+        raise ModelError(f"{name!r} is a {other[0]}, whose head predicts no next tokens; {_PRUNES}")
     text = config.get_text_config(decoder=True)
     if type(text) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text, "is_decoder", False):
         raise ModelError(f"{name!r} ({config.model_type}) is an encoder (masked language model); {_PRUNES}")

@@ -9,6 +9,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,19 +20,22 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
+from transformers.utils.hub import cached_file
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
-from causalprune.core import CheckpointError, Decoder, ModelError, OptionError, unknown
+from causalprune.core import CheckpointError, Decoder, ModelError, OptionError, Source, unknown
 from causalprune.models.anatomy import check_config, inspect_model, outline
+from causalprune.models.folders import PICKLE, TOKENIZER_FILES, stored_in, warn_left_over, weight_files
 from causalprune.models.gguf import Gguf, gguf_config, read_gguf
-from causalprune.models.shards import check_places
+from causalprune.models.packing import packing
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 _WRAPPERS = {"_orig_mod": "torch.compile", "module": "DistributedDataParallel"}
 """What puts a part of its own into the names of weights."""
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*.gguf")
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_UNPACKED: dict[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
 _CORRUPT = (SafetensorError, UnpicklingError, EOFError)
 _LOAD_ERRORS = (*_CORRUPT, OSError, ValueError, RuntimeError, KeyError, ImportError)
 
@@ -50,8 +54,9 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
     """Load a causal language model for inference and find what can be pruned in it.
 
     `name` is a name on the Hugging Face Hub, a local folder, or a GGUF file (or a folder that holds
-    nothing but one). GGUF weights are dequantised to float32 unless `dtype` says otherwise. The device `auto` is CUDA
-    where there is one, else the CPU. The attention `auto` is that of the configuration; where its package is missing, sdpa.
+    nothing but one). GGUF weights are dequantised to float32 unless `dtype` says otherwise, FP8 by blocks and MXFP4 to
+    bfloat16; other packed forms are refused. The device `auto` is CUDA where there is one, else the CPU. The attention
+    `auto` is that of the configuration; where its package is missing, sdpa.
     `device_map` (a dictionary may be given as JSON) goes to transformers and takes precedence over `device`; what
     it places on `disk` in another form than in the files is written to a temporary folder. The tokenizer is
     None for a local folder without tokenizer files. Weights that are there as a pickle only are refused unless
@@ -60,23 +65,22 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
     device, (folder, gguf) = device_of(device), _source(name)
     check_options(dtype, device, attention)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if gguf is not None:
-        options["gguf_file"], dtype = gguf, "float32" if dtype == "auto" else dtype
     local = Path(folder).is_dir()
-    if local and gguf is None:
+    if gguf is not None:
+        options["gguf_file"] = gguf
+    elif local:
         _check_files(name, Path(folder), allow_pickle)
     try:
         config, file = _config(name, folder, options)
-        how = _attending(name, config, attention, device)
+        source, how = _opened(name, folder, config, dtype, gguf=file is not None)
+        how |= _attending(name, config, attention, device)
         with _quiet(hide_bars=local), contextlib.ExitStack() as stack:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=dtype,
                 **_spread(device_map, stack),
                 output_loading_info=True,
                 use_safetensors=None if allow_pickle or gguf is not None else True,
                 weights_only=True,
-                **({} if file is None else {"config": config, "ignore_mismatched_sizes": True}),
                 **how,
                 **options,
             )
@@ -88,14 +92,43 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
             weakref.finalize(model, stack.pop_all().close)
     except _LOAD_ERRORS as error:
         raise _load_error(name, error, local=local) from error
-    _check_names(name, model, loading, gguf=file is not None)
-    if file is not None:
-        file.check_weights(model)
-        # it is a plain model now, but `save_pretrained` refuses what looks quantised
-        model.hf_quantizer = None
+    _check_weights(name, model, loading, file)
+    if source.form is not None:  # plain now, but `save_pretrained` refuses or packs what looks quantised
+        model.hf_quantizer, model.is_quantized = None, False
         vars(model.config).pop("quantization_config", None)
+        vars(model).pop("_weight_conversions", None)
     model.eval().requires_grad_(False)
-    return inspect_model(model, tokenizer, name=name, revision=revision)
+    source = _described(name, revision, replace(source, pickles=allow_pickle, code=trust_remote_code))
+    return replace(inspect_model(model, tokenizer, name=name, revision=revision), source=source)
+
+
+def _opened(name: str, folder: str, config: Any, dtype: str, *, gguf: bool) -> tuple[Source, dict[str, Any]]:
+    """Return where a model comes from, and in which dtype it is loaded: unpacked, also where a GPU could take it as it is."""
+    unpacked = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    if gguf:
+        how = {"dtype": "float32" if dtype == "auto" else dtype, "config": config}
+        return Source(None, unpacked, "gguf"), {**how, "ignore_mismatched_sizes": True}
+    form = packing(getattr(config, "quantization_config", None), name)
+    source = Source(Path(folder), unpacked, form, hub=not Path(folder).is_dir())
+    if form is None:
+        return source, {"dtype": dtype}
+    return source, {"dtype": unpacked, "quantization_config": _UNPACKED[form](dequantize=True)}
+
+
+def _described(name: str, revision: str | None, source: Source) -> Source:
+    """Return the source with its place in the cache and the dtype of its files, whose headers are checked."""
+    if source.folder is None:
+        return source
+    if source.hub:
+        file = cached_file(str(source.folder), "config.json", revision=revision)
+        source = replace(source, folder=Path(str(file)).parent)
+    try:
+        stored = stored_in(source)
+        return source if source.form else replace(source, dtype=stored.dtype)
+    except CheckpointError as error:
+        if source.hub:  # weights may be of another revision than the rest
+            return replace(source, reshaped=True)
+        raise ModelError(f"{name!r} cannot be loaded: {error}") from error
 
 
 def device_of(name: str) -> str:
@@ -142,19 +175,18 @@ def _attending(name: str, config: Any, asked: str, device: str) -> dict[str, str
     return {"attn_implementation": "sdpa"}
 
 
-def _check_names(name: str, model: Any, loading: Any, *, gguf: bool) -> None:
-    """Raise `ModelError` where files lack weights of the model; it says why, where names show it."""
+def _check_weights(name: str, model: Any, loading: Any, file: Gguf | None) -> None:
+    """Raise `ModelError` where files lack weights of the model, which says why where names show it; or a GGUF file has others."""
     absent = sorted({*map(str, loading["missing_keys"]), *map(str, loading["mismatched_keys"])})
     if absent and (found := wrapped(map(str, loading["unexpected_keys"]))):
         raise ModelError(f"{name!r} {found}")
     if absent:
+        way = "files are missing or of another model; fetch them again"
+        way = way if file is None else "they cannot be read from GGUF; pass the original model"
         lacks = f"lacks {len(absent)} weights of a {type(model).__name__}, such as {absent[0]}"
-        way = (
-            "they cannot be read from GGUF; pass the original model"
-            if gguf
-            else "files are missing or of another model; fetch them again"
-        )
         raise ModelError(f"{name!r} {lacks}: {way}")
+    if file is not None:
+        file.check_weights(model)
 
 
 def wrapped(names: Iterable[str]) -> str:
@@ -218,7 +250,7 @@ def tokenizer_of(folder: Path) -> Any:
 
 def _speaks(folder: Path) -> bool:
     """Tell whether a folder has files of a tokenizer."""
-    return any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
 def auto_dtype(folder: Path, stored: torch.dtype) -> torch.dtype:
@@ -293,18 +325,18 @@ def _quiet(*, hide_bars: bool) -> Iterator[None]:
 
 
 def _check_files(name: str, folder: Path, allow_pickle: bool) -> None:
-    """Refuse weight files that could run code, or that lie elsewhere."""
+    """Refuse weight files that could run code, or that lie elsewhere; name those that are not the model's."""
     try:
-        check_places(folder)
+        files, _ = weight_files(folder)
     except CheckpointError as error:
         raise ModelError(f"{name!r} cannot be loaded: {error}") from error
-    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-    if pickles and not allow_pickle and not any(folder.glob("*.safetensors")):
+    if files[0].suffix == PICKLE and not allow_pickle:
         raise ModelError(
-            f"{name!r} has its weights as a pickle ({pickles[0]}), which can run code when it is read: convert it "
+            f"{name!r} has its weights as a pickle ({files[0].name}), which can run code when it is read: convert it "
             "to safetensors (load and `save_pretrained` it where that does no harm), or pass --allow-pickle "
             "(`allow_pickle=True`) if you trust where it comes from"
         )
+    warn_left_over(folder)
 
 
 def _load_error(name: str, error: BaseException, *, local: bool) -> ModelError:

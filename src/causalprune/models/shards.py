@@ -9,8 +9,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,8 +19,6 @@ from torch import Tensor
 
 from causalprune.core import CheckpointError, room
 
-INDEX, SUFFIX = "model.safetensors.index.json", ".safetensors"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 Buffer: TypeAlias = Any  # bytes, or what a memoryview can be made of
 MAX_HEADER = 100 * 2**20
 CHUNK = 16 * 2**20
@@ -37,12 +35,17 @@ DTYPES = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
 }
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file: bytes `start` to `stop` of the file, counted from its beginning."""
+    """A tensor in a file: bytes `start` to `stop` of the file, counted from its beginning; in a copy, `shift` further on."""
 
     name: str
     file: Path
@@ -50,12 +53,18 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     stop: int
+    shift: int = 0
+
+    @property
+    def place(self) -> int:
+        """Where the tensor begins in a copy of the file."""
+        return self.start + self.shift
 
     def part(self, index: int) -> "Entry":
         """Return one matrix of a stack, as a tensor of its own."""
         size = (self.stop - self.start) // self.shape[0]
         start = self.start + index * size
-        return Entry(self.name, self.file, self.dtype, self.shape[1:], start, start + size)
+        return replace(self, shape=self.shape[1:], start=start, stop=start + size)
 
     def read(self) -> Tensor:
         """Return the tensor, read from the file."""
@@ -67,14 +76,35 @@ class Entry:
         return data.view(self.dtype).view(self.shape)
 
     def chunks(self) -> Iterator[tuple[int, memoryview]]:
-        """Yield pieces of the tensor's bytes with their places in the file; each is overwritten by the next."""
+        """Yield pieces of the tensor's bytes with their places in a copy; each is overwritten by the next."""
         buffer = memoryview(bytearray(min(CHUNK, self.stop - self.start)))
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
             for at in range(self.start, self.stop, CHUNK):
                 piece = buffer[: min(CHUNK, self.stop - at)]
                 _fill(file, piece, self)
-                yield at, piece
+                yield at + self.shift, piece
+
+
+@dataclass(frozen=True)
+class Made(Entry):
+    """A tensor that files hold in another form; `start` to `stop` is where it will be in a copy."""
+
+    parts: tuple[Entry, ...] = ()
+    unpack: Callable[..., Tensor] = torch.clone
+
+    def part(self, index: int) -> Entry:
+        """Return one matrix of a stack, as a tensor of its own."""
+        parts = tuple(entry.part(index) for entry in self.parts)
+        return replace(super().part(index), parts=parts)  # type: ignore[call-arg]
+
+    def read(self) -> Tensor:
+        """Return the tensor, made from its parts."""
+        return self.unpack(*(entry.read() for entry in self.parts)).to(self.dtype).contiguous()
+
+    def chunks(self) -> Iterator[tuple[int, memoryview]]:
+        """Yield the tensor's bytes with their place in a copy."""
+        yield self.start, memoryview(raw_bytes(self.read()))
 
 
 def _fill(file: Any, room: memoryview, entry: Entry) -> None:
@@ -84,54 +114,6 @@ def _fill(file: Any, room: memoryview, entry: Entry) -> None:
         if not count:
             raise CheckpointError(f"{entry.file} ends inside {entry.name}: fetch it again")
         done += count
-
-
-def open_checkpoint(folder: Path) -> tuple[list[Path], dict[str, Entry]]:
-    """Return the weight files of a model folder and every tensor in them, all headers checked.
-
-    Raises:
-        CheckpointError: a file is missing, damaged, or lies elsewhere; the index does not fit; there are only pickles.
-    """
-    where = _read_index(folder / INDEX) if (folder / INDEX).exists() else {}
-    files = [inside(folder, name) for name in sorted(set(where.values())) or _single(folder)]
-    entries: dict[str, Entry] = {}
-    for file in files:
-        for entry in read_header(file):
-            if entry.name in entries:
-                raise CheckpointError(f"{entry.name} is both in {entries[entry.name].file} and in {file}")
-            entries[entry.name] = entry
-    for name, file_name in where.items():
-        if name not in entries or entries[name].file.name != file_name:
-            raise CheckpointError(
-                f"{folder / INDEX} says that {name} is in {file_name}, and it is not: fetch both again"
-            )
-    return files, entries
-
-
-def check_places(folder: Path) -> None:
-    """Raise `CheckpointError` if weight files of a local folder lie outside it, by a link or by what an index says."""
-    names = {f"model{SUFFIX}"}
-    if (folder / INDEX).exists():
-        names |= set(_read_index(folder / INDEX).values())
-    for name in sorted(names):
-        if (folder / name).exists():
-            inside(folder, name)
-
-
-def _single(folder: Path) -> list[str]:
-    """Return the name of the only weight file in a folder without an index."""
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is not a folder: streaming needs a local folder with safetensors files"
-        )
-    names = [p.name for p in folder.glob("*.safetensors") if p.name != "keep_masks.safetensors"]
-    if not names:
-        pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
-        hint = f"; {pickles[0]} is a pickle, which can run code: convert it to safetensors" if pickles else ""
-        raise CheckpointError(f"{folder} has no safetensors files{hint}")
-    if len(names) > 1:
-        raise CheckpointError(f"{folder} has {len(names)} safetensors files and no {INDEX}: fetch it again")
-    return names
 
 
 def read_header(file: Path) -> list[Entry]:
@@ -179,20 +161,6 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """Return the file of every tensor; each must be a plain name in the index's own folder."""
-    try:
-        where: dict[str, str] = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"].items())
-        strange = [name for name in where.values() if Path(name).name != name or Path(name).suffix != SUFFIX]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r:.200}): fetch it again") from error
-    if strange or not where:
-        raise CheckpointError(
-            f"{path} names {strange[:1] or 'nothing'}, which is no safetensors file in that folder"
-        )
-    return where
-
-
 def inside(folder: Path, name: str) -> Path:
     """Return the path of a file of the model, which may be a link into the Hub's cache and nowhere else."""
     file = folder / name
@@ -208,17 +176,9 @@ class ShardWriter:
     """A safetensors file whose tensors are written one by one, in any order, into their final places."""
 
     def __init__(self, path: Path, header: bytes, size: int) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         self.write(0, header)
         os.ftruncate(self._fd, size)
-
-    @staticmethod
-    def like(source: Path, path: Path) -> "ShardWriter":
-        """Return the writer of a file with the same tensors in the same places as `source`."""
-        with source.open("rb") as file:
-            first = file.read(8)
-            header = first + file.read(struct.unpack("<Q", first)[0])
-        return ShardWriter(path, header, source.stat().st_size)
 
     def write(self, at: int, data: Buffer) -> None:
         """Write bytes at a place of the file."""
@@ -235,15 +195,26 @@ class ShardWriter:
             os.close(self._fd)
 
 
-def layout(sizes: Mapping[str, int], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
-    """Return header, place of each tensor and size of a file of byte vectors of these sizes."""
+def raw_bytes(weight: Tensor) -> Any:
+    """Return the bytes of a tensor as an array, in row-major order."""
+    return weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def layout(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int], int]:
+    """Return header, place of each tensor and size of a file of tensors with these dtypes and shapes.
+
+    The widest come first, so that each begins at a multiple of its values' bytes.
+    """
     rows: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
-    for name, size in sizes.items():
-        rows[name] = {"dtype": "U8", "shape": [size], "data_offsets": [at, at + size]}
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda row: -row[1][0].itemsize):
+        size = math.prod(shape) * dtype.itemsize
+        rows[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(rows, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     base = 8 + len(text)
-    places = {name: base + rows[name]["data_offsets"][0] for name in sizes}
+    places = {name: base + rows[name]["data_offsets"][0] for name in tensors}
     return struct.pack("<Q", len(text)) + text, places, base + at

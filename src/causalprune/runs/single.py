@@ -20,7 +20,14 @@ from causalprune.attribution import (
 )
 from causalprune.attribution import attribute as measure
 from causalprune.calibration import with_limit
-from causalprune.checkpoints import EFFECTS, check_destination, load_effects, save, save_effects
+from causalprune.checkpoints import (
+    EFFECTS,
+    check_destination,
+    load_effects,
+    save,
+    save_effects,
+    warn_unpacked,
+)
 from causalprune.core import (
     Calibration,
     CausalPruneError,
@@ -195,6 +202,7 @@ def prune_checkpoint(
         decoder, calibration = prepared(spec, wanted, options, found)
     else:
         decoder = _loaded(spec, options, found)
+    warn_unpacked(decoder)
     if "effects" in needs and effects_path is not None:
         effects = load_effects(effects_path, decoder)
     elif "effects" in needs and calibration is not None:

@@ -6,7 +6,7 @@ Every layer loses equally many, because a standard configuration has one width f
 import copy
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -63,7 +63,8 @@ def smaller(decoder: Decoder, kept: Kept) -> Decoder:
     model.generation_config = copy.deepcopy(decoder.model.generation_config)
     model = model.to(decoder.device).eval().requires_grad_(requires_grad=False)
     _check_runs(model)
-    return inspect_model(model, decoder.tokenizer, name=decoder.name, revision=decoder.revision)
+    own = inspect_model(model, decoder.tokenizer, name=decoder.name, revision=decoder.revision)
+    return replace(own, source=decoder.source and replace(decoder.source, reshaped=True))
 
 
 def _check_runs(model: Any) -> None:

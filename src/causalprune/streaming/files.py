@@ -5,10 +5,10 @@ is copied bit for bit. Scores, thresholds and masks are made by `pruning`, so th
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,20 @@ from causalprune.core import (
     OptionError,
     Progress,
     Projection,
-    packed,
+    Source,
     say,
     silent,
+    size_of,
 )
 from causalprune.models import (
-    INDEX,
     Entry,
-    ShardWriter,
+    Stored,
     auto_dtype,
     fingerprint_of,
-    inside,
-    layout,
     open_checkpoint,
     raw_bytes,
     skeleton,
+    warn_left_over,
 )
 from causalprune.pruning import (
     Factors,
@@ -57,9 +56,7 @@ from causalprune.pruning import (
 )
 from causalprune.streaming.residence import HiddenStates, Residence
 from causalprune.streaming.spectra import Spectra
-from causalprune.streaming.stored import Sources, Store, StoredProjection, find_sources, with_stored
-
-LEFT_BEHIND = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx"}
+from causalprune.streaming.stored import Sources, Store, StoredProjection, find_sources, untie, with_stored
 
 
 @dataclass(frozen=True)
@@ -105,24 +102,25 @@ def prune_stream(
     seen = seen or Seen()
     effects, calibration = seen.effects, seen.calibration if method.walks else None
     check_streams(method, data=seen.calibration is not None)
-    files, entries = open_checkpoint(source)
-    size = sum(e.stop - e.start for e in entries.values())
+    stored = open_checkpoint(source)
+    size = stored.size
     with closing(Store(size if calibration else 2 * size, on_progress)) as store:
         say(on_progress, part="1 of 2: checking files" if calibration else "")
-        decoder, sources = _opened(source, entries, store)
+        decoder, sources = _opened(source, stored, store)
+        checkpoints.warn_unpacked(decoder)
         factors: Factors = {}
         if "effects" in method.needs:
             factors = head_factors(decoder, effects, found=None)
         spectra = Spectra(method, factors)
-        found = _survey(decoder, sources, _dtype(source, entries), spectra)
+        found = _survey(decoder, sources, _dtype(source, stored), spectra)
         if factors and effects is not None and effects.model_fingerprint != found:
             raise MismatchError(f"the effects were measured on another model or revision than {source}")
         decoder = replace(decoder, fingerprint=found)
         with checkpoints.complete(output, overwrite) as folder, ExitStack() as stack:
-            _check_room(folder, files, decoder)
+            _check_room(folder, decoder, size)
             gathered = Gathered()
             if calibration is not None:
-                residence = stack.enter_context(_residence(source, sources, entries, store))
+                residence = stack.enter_context(_residence(source, sources, stored, store))
                 hidden = stack.enter_context(closing(HiddenStates(seen.cache_gib * 2**30, folder)))
                 plan = planned(residence.decoder, method, factors, calibration, seen.max_batch_tokens)
                 plan, store.on_progress = replace(plan, hold=hidden.keep), silent
@@ -131,14 +129,13 @@ def prune_stream(
             else:
                 plan = planned(decoder, method, factors)
                 pruned = prune_layers(plan, gathered, Steps(), fixed=spectra.keeps(decoder))
-            targets = {file: folder / file.name for file in files}
-            rows = _write(pruned, _pool(decoder), store, entries, targets)
+            rows = _write(pruned, _pool(decoder), store, stored, folder)
             if factors and effects is not None:
                 checkpoints.save_effects(effects, folder / checkpoints.EFFECTS)
-            _copy_rest(source, folder)
+            checkpoints.carry(decoder, folder)
             record = manifest(Pruned(method, Masks(), unrouted(plan, gathered)), calibration, effects)
-            record["streamed"] = True
-            checkpoints.write_manifest(folder, decoder, record, rows)
+            sizes = dict.fromkeys(("before", "after"), asdict(size_of(decoder)))
+            checkpoints.write_manifest(folder, decoder, {**record, "size": sizes, "streamed": True}, rows)
     weights, zeros = (sum(row[key] for row in rows) for key in ("weights", "zeros"))
     return Streamed(weights, zeros, unrouted(plan, gathered))
 
@@ -161,51 +158,57 @@ def _write(
     pruned: Iterator[tuple[Projection, Tensor]],
     pool: Sequence["StoredProjection"],
     store: Store,
-    entries: Mapping[str, Entry],
-    targets: Mapping[Path, Path],
+    stored: Stored,
+    folder: Path,
 ) -> list[dict[str, Any]]:
-    """Write all tensors to their places in new files, and the masks; return the counts of zeros."""
-    rows = []
+    """Write all tensors to their places in new files, and the masks; return the counts of zeros.
+
+    What was written of whole matrices of the first and of the last layer is read back.
+    """
+    rows, samples = [], dict[str, Tensor]()
+    entries, by_name = stored.entries, {p.name: p.entry for p in pool}
     store.follow(p.entry for p in pool)
     with ExitStack() as stack:
-        for source, target in targets.items():
-            store.writers[source] = ShardWriter.like(source, target)
-            stack.callback(store.writers[source].close)
+        store.writers = stack.enter_context(stored.writers(folder))
         stack.callback(store.settle)
-        keep_file = next(iter(targets.values())).with_name(checkpoints.KEEP)
-        write_keep = stack.enter_context(keep_writer(keep_file, pool))
+        shapes = {p.name: p.shape for p in pool}
+        write_keep = stack.enter_context(checkpoints.keep_writer(folder / checkpoints.KEEP, shapes))
         for p, keep in pruned:
             rows.append(checkpoints.count(p))
             write_keep(p.name, keep)
+            if p.layer in (0, pool[-1].layer) and by_name[p.name] == entries[by_name[p.name].name]:
+                samples[by_name[p.name].name] = p.stored().clone()
         store.flush()
         touched = {p.entry.name for p in pool}
         for entry in entries.values():
             if entry.name not in touched:
                 store.copy(entry)
+    checkpoints.check_written(folder, stored, samples.items())
     return rows
 
 
 def stored_fingerprint(source: Path, on_progress: Progress = silent) -> str:
     """Return the fingerprint that the model in a local folder has when it is loaded, reading its files once."""
-    _, entries = open_checkpoint(source)
-    with closing(Store(sum(e.stop - e.start for e in entries.values()), on_progress)) as store:
-        decoder, sources = _opened(source, entries, store)
-        return _survey(decoder, sources, _dtype(source, entries), Spectra(Method("magnitude", 0.5), {}))
+    stored = open_checkpoint(source)
+    with closing(Store(stored.size, on_progress)) as store:
+        decoder, sources = _opened(source, stored, store)
+        return _survey(decoder, sources, _dtype(source, stored), Spectra(Method("magnitude", 0.5), {}))
 
 
-def _opened(source: Path, entries: Mapping[str, Entry], store: Store) -> tuple[Decoder, Sources]:
-    bare = skeleton(source)
-    sources = find_sources(bare, entries)
+def _opened(source: Path, stored: Stored, store: Store) -> tuple[Decoder, Sources]:
+    warn_left_over(source)
+    bare = replace(skeleton(source), source=Source(source, stored.dtype, stored.form))
+    untie(bare, stored.entries)
+    sources = find_sources(bare, stored.entries)
     return with_stored(bare, sources, store), sources
 
 
 @contextmanager
-def _residence(
-    source: Path, sources: Sources, entries: Mapping[str, Entry], store: Store
-) -> Iterator[Residence]:
+def _residence(source: Path, sources: Sources, stored: Stored, store: Store) -> Iterator[Residence]:
     """Let the model run with a layer at a time in memory, whose weights are written to their places when it goes."""
-    dtype = _dtype(source, entries)
+    dtype = _dtype(source, stored)
     bare = skeleton(source, dtype=dtype)
+    untie(bare, stored.entries)
     for p in bare.projections:
         for entry in sources[p.parameter_name]:
             if entry.dtype != dtype:
@@ -216,22 +219,12 @@ def _residence(
 
     def leave(layer: Layer) -> None:
         for entry, data in residence.pieces(layer):
-            store.writers[entry.file].write(entry.start, data)
+            store.writers[entry.file].write(entry.place, data)
             store.report(entry)
 
     residence = Residence(bare, sources, dtype, leave)
-    with residence.open(entries):
+    with residence.open(stored.entries):
         yield residence
-
-
-@contextmanager
-def keep_writer(path: Path, projections: Sequence[Projection]) -> Iterator[Callable[[str, Tensor], None]]:
-    """Hand out what writes `keep_masks.safetensors` mask by mask, given a projection's name and what stays of it."""
-    sizes = {p.name: (p.size + 7) // 8 for p in projections}
-    metadata = {p.name: f"{p.shape[0]},{p.shape[1]}" for p in projections}
-    header, places, size = layout(sizes, metadata)
-    with closing(ShardWriter(path, header, size)) as file:
-        yield lambda name, keep: file.write(places[name], packed(keep))
 
 
 def _survey(decoder: Decoder, sources: Sources, dtype: torch.dtype, spectra: Spectra) -> str:
@@ -276,26 +269,16 @@ def _regions(entries: Sequence[Entry], pool: Mapping[Entry, Any]) -> Iterator[En
             yield entry
 
 
-def _dtype(source: Path, entries: Mapping[str, Entry]) -> torch.dtype:
+def _dtype(source: Path, stored: Stored) -> torch.dtype:
     """Return the dtype in which the model is loaded."""
-    floating = (entry.dtype for entry in entries.values() if entry.dtype.is_floating_point)
-    return auto_dtype(source, next(floating, torch.float32))
+    floating = (entry.dtype for entry in stored.entries.values() if entry.dtype.is_floating_point)
+    return torch.bfloat16 if stored.form else auto_dtype(source, next(floating, torch.float32))
 
 
-def _check_room(folder: Path, files: Sequence[Path], decoder: Decoder) -> None:
-    needed = sum(file.stat().st_size for file in files) + sum(p.size for p in decoder.projections) // 8
+def _check_room(folder: Path, decoder: Decoder, size: int) -> None:
+    needed = size + sum(p.size for p in decoder.projections) // 8
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
             f"{needed / 1e9:.2f} GB are needed for {folder}, and {free / 1e9:.2f} GB are free there"
         )
-
-
-def _copy_rest(source: Path, folder: Path) -> None:
-    """Copy configuration and tokenizer, and last the index, which makes the weights a checkpoint."""
-    ours = {checkpoints.MANIFEST, checkpoints.KEEP, checkpoints.EFFECTS, "README.md"}
-    names = [p.name for p in source.iterdir() if p.is_file() and p.suffix not in LEFT_BEHIND]
-    names = [name for name in names if name not in ours and not name.startswith(".")]
-    for name in sorted(names, key=lambda name: name == INDEX):
-        if not name.endswith((".bin.index.json",)):
-            shutil.copyfile(inside(source, name), folder / name)

@@ -51,7 +51,7 @@ class Store:
         if self._at is not None and self.changed:
             self.wait()
             write = self.writers[self._at.file].write
-            self._going = self._writer.submit(write, self._at.start, raw_bytes(self._matrix))
+            self._going = self._writer.submit(write, self._at.place, raw_bytes(self._matrix))
         self.changed, self._at = False, None
 
     def wait(self) -> None:
@@ -122,14 +122,12 @@ class StoredProjection(Projection):
 
 def find_sources(bare: Decoder, entries: Mapping[str, Entry]) -> Sources:
     """Find the values of every parameter: under its name, with or without the prefix of the base model, or in parts."""
-    prefix = f"{bare.model.base_model_prefix}."
     found: dict[str, Sequence[Entry]] = {}
     if other := wrapped(entries.keys() - dict(bare.model.named_parameters()).keys()):
         raise CheckpointError(f"{bare.name!r} {other}")
     for name, parameter in bare.model.named_parameters():
-        names = [name, prefix + name, name.removeprefix(prefix)]
-        exact = [entries[n] for n in names if n in entries and entries[n].shape == tuple(parameter.shape)]
-        found[name] = exact[:1]
+        exact = _named(bare, name, entries)
+        found[name] = [entry for entry in exact if entry.shape == tuple(parameter.shape)][:1]
     taken = {entry.name for parts in found.values() for entry in parts}
     for name, parts in found.items():
         if parts:
@@ -143,6 +141,33 @@ def find_sources(bare: Decoder, entries: Mapping[str, Entry]) -> Sources:
                 "prune it in memory, without --stream"
             )
     return found
+
+
+def _named(bare: Decoder, name: str, entries: Mapping[str, Entry]) -> list[Entry]:
+    """Return what files hold under a name, with or without the prefix of the base model."""
+    prefix = f"{bare.model.base_model_prefix}."
+    return [entries[n] for n in (name, prefix + name, name.removeprefix(prefix)) if n in entries]
+
+
+def untie(bare: Decoder, entries: Mapping[str, Entry]) -> None:
+    """Give a model a head of its own where its configuration ties it and files hold another, as transformers does."""
+    tied: dict[str, str] = bare.model.all_tied_weights_keys
+    for name, origin in list(tied.items()):
+        own, other = _named(bare, name, entries), _named(bare, origin, entries)
+        if (
+            own
+            and other
+            and not all(
+                bytes(a) == bytes(b)
+                for (_, a), (_, b) in zip(own[0].chunks(), other[0].chunks(), strict=False)
+            )
+        ):
+            del tied[name]
+            path, _, leaf = name.rpartition(".")
+            parameter = bare.model.get_parameter(name)
+            bare.model.get_submodule(path).register_parameter(
+                leaf, nn.Parameter(torch.empty_like(parameter), requires_grad=False)
+            )
 
 
 def _renamed(
