@@ -176,8 +176,10 @@ def _write(
         for p, keep in pruned:
             rows.append(checkpoints.count(p))
             write_keep(p.name, keep)
-            if p.layer in (0, pool[-1].layer) and by_name[p.name] == entries[by_name[p.name].name]:
-                samples[by_name[p.name].name] = p.stored().clone()
+            entry = by_name[p.name]
+            if p.layer in (0, pool[-1].layer) and entry == entries[entry.name]:
+                same = p.stored().shape == entry.shape  # else fused in memory, and apart in files
+                samples[entry.name] = (p.stored() if same else p.read()).clone()
         store.flush()
         touched = {p.entry.name for p in pool}
         for entry in entries.values():
