@@ -5,14 +5,13 @@
     python bench/written.py older          # the same folders read by transformers 4, in an environment of its own
     python bench/written.py readback       # what reading back costs, of `prune --method magnitude` on 1 GB
     python bench/written.py stream         # `--stream` over copying the files, 1 GB, in turns
-    python bench/written.py gguf           # logits of GGUF files against their sources (bench/gguf_logits.py)
+    python bench/written.py gguf --converter FOLDER   # logits of GGUF files against their sources (bench/written_gguf.py)
 
 The environment is in `bench/.transformers4`; the first call makes it.
 """
 
 import argparse
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import written_gguf
 from before import median_interval
 from common import BENCH, ROOT, made, record, write_figures
 from safetensors.torch import save_file
@@ -255,14 +255,6 @@ class _checkpoint:  # noqa: N801 (used as a function)
         shutil.rmtree(self.place, ignore_errors=True)
 
 
-def gguf() -> dict[str, Any] | None:
-    """Return what bench/gguf_logits.py finds, where it is."""
-    if not (BENCH / "gguf_logits.py").exists():
-        return None
-    found: dict[str, Any] = importlib.import_module("gguf_logits").measure()
-    return found
-
-
 def figures(raw: dict[str, Any]) -> dict[str, float | None]:
     """Return the figures of all steps that are there."""
     found: dict[str, float | None] = {}
@@ -286,7 +278,7 @@ def figures(raw: dict[str, Any]) -> dict[str, float | None]:
     if own := raw.get("stream"):
         found["stream_time_over_copy"] = statistics.median(own["ratios"])
     if own := raw.get("gguf"):
-        found["gguf_logits_differ"] = own["differ"]
+        found |= written_gguf.figures(own)
     return found
 
 
@@ -296,7 +288,7 @@ def _umask() -> int:
     return now
 
 
-STEPS = {"sources": sources, "older": older, "readback": readback, "stream": stream, "gguf": gguf}
+STEPS = {"sources": sources, "older": older, "readback": readback, "stream": stream}
 
 
 def main() -> None:
@@ -304,14 +296,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("steps", nargs="*", choices=[[], *STEPS])
-    raw = record("written")["raw"]
-    asked = parser.parse_args().steps
-    for step in asked or [step for step in STEPS if step not in raw]:
-        if (found := STEPS[step]()) is not None:
-            raw[step] = found
-            raw.setdefault("made", {})[step] = made()
-            print(write_figures("written", figures(raw), raw, seeds=[0]))
+    parser.add_argument("steps", nargs="*", choices=[[], *STEPS, "gguf"])
+    parser.add_argument(
+        "--converter", type=Path, help="folder of llama.cpp's convert_hf_to_gguf.py, for gguf"
+    )
+    given, raw = parser.parse_args(), record("written")["raw"]
+    steps = {**STEPS, **({"gguf": lambda: written_gguf.gguf(given.converter)} if given.converter else {})}
+    if "gguf" in given.steps and "gguf" not in steps:
+        parser.error("gguf needs --converter")
+    for step in given.steps or [step for step in steps if step not in raw]:
+        raw[step] = steps[step]()
+        raw.setdefault("made", {})[step] = made()
+        print(write_figures("written", figures(raw), raw, seeds=[0]))
 
 
 if __name__ == "__main__":

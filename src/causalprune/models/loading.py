@@ -34,8 +34,8 @@ ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3",
 _PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 _WRAPPERS = {"_orig_mod": "torch.compile", "module": "DistributedDataParallel"}
 """What puts a part of its own into the names of weights."""
-_UNPACKED: dict[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_UNPACKED: dict[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
 _CORRUPT = (SafetensorError, UnpicklingError, EOFError)
 _LOAD_ERRORS = (*_CORRUPT, OSError, ValueError, RuntimeError, KeyError, ImportError)
 
@@ -81,7 +81,6 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
                 output_loading_info=True,
                 use_safetensors=None if allow_pickle or gguf is not None else True,
                 weights_only=True,
-                **({} if file is None else {"config": config, "ignore_mismatched_sizes": True}),
                 **how,
                 **options,
             )
@@ -107,7 +106,8 @@ def _opened(name: str, folder: str, config: Any, dtype: str, *, gguf: bool) -> t
     """Return where a model comes from, and in which dtype it is loaded: unpacked, also where a GPU could take it as it is."""
     unpacked = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     if gguf:
-        return Source(None, unpacked, "gguf"), {"dtype": "float32" if dtype == "auto" else dtype}
+        how = {"dtype": "float32" if dtype == "auto" else dtype, "config": config}
+        return Source(None, unpacked, "gguf"), {**how, "ignore_mismatched_sizes": True}
     form = packing(getattr(config, "quantization_config", None), name)
     source = Source(Path(folder), unpacked, form, hub=not Path(folder).is_dir())
     if form is None:
