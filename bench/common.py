@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +70,9 @@ def made() -> dict[str, Any]:
 
 
 def _elsewhere(raw: Any) -> Any:
-    """Return what was measured without the home folder of this machine, as `~` in paths of models."""
-    return json.loads(json.dumps(raw).replace(json.dumps(f"{Path.home()}/")[:-1], '"~/'))
+    """Return what was measured without folders of this machine: `~` is home, `(scratch)` a temporary one."""
+    text = json.dumps(raw).replace(json.dumps(f"{Path.home()}/")[:-1], '"~/')
+    return json.loads(re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+", "(scratch)", text))
 
 
 def _cpu() -> str:

@@ -9,18 +9,10 @@ import torch
 from tinydata import byte_tokenizer, write_data, write_jsonl
 
 from causalprune.calibration import data
-from causalprune.calibration import examples as calibration
 from causalprune.calibration.data import Problem, content_hash, contents, load_problems
-from causalprune.calibration.examples import (
-    Reader,
-    batches,
-    calibrate,
-    encode,
-    few,
-    prompt_text,
-    split_counts,
-    windows,
-)
+from causalprune.calibration.encoding import Reader, encode, prompt_text, text_tokens, windows
+from causalprune.calibration.examples import batches, calibrate, few, split_counts
+from causalprune.calibration.templates import uses_chat
 from causalprune.core.errors import DataError, OptionError
 from causalprune.core.types import Example
 
@@ -251,18 +243,14 @@ def test_empty_file_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bos", [False, True])
 def test_plain_prompt_ends_in_a_blank_line(bos: bool) -> None:
     tokenizer = byte_tokenizer(bos=bos)
-    example = encode(
-        calibration.Reader(tokenizer, chat=False, max_tokens=99), Problem("own", "prompt", "target")
-    )
+    example = encode(Reader(tokenizer, chat=False, max_tokens=99), Problem("own", "prompt", "target"))
     assert text(example, tokenizer) == ("<s>" * bos + "prompt\n\n", "target")
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_chat_template_writes_its_own_special_tokens(bos: bool) -> None:
     tokenizer = byte_tokenizer(chat=True, bos=bos)
-    example = encode(
-        calibration.Reader(tokenizer, chat=True, max_tokens=99), Problem("own", "prompt", "target")
-    )
+    example = encode(Reader(tokenizer, chat=True, max_tokens=99), Problem("own", "prompt", "target"))
     assert text(example, tokenizer) == ("[user]prompt[assistant]", "target")
 
 
@@ -271,14 +259,14 @@ def test_chat_follows_the_tokenizer_unless_told(folder: Path) -> None:
         found = calibrate(byte_tokenizer(chat=True), ["gsm8k"], n=3, chat=chat, data_dir=folder)
         assert found.description["chat_template"] is expected
         assert text(found.examples[0], byte_tokenizer())[0].startswith("[user]") is expected
-    assert not calibration.uses_chat(byte_tokenizer(), "auto")
+    assert not uses_chat(byte_tokenizer(), "auto")
     with pytest.raises(OptionError, match="no chat template"):
         calibrate(byte_tokenizer(), ["gsm8k"], n=3, chat="on", data_dir=folder)
 
 
 def test_target_of_one_token_without_prompt_is_an_error() -> None:
     with pytest.raises(DataError, match="no token to predict"):
-        encode(calibration.Reader(byte_tokenizer(), chat=False, max_tokens=99), Problem("own", "", "t"))
+        encode(Reader(byte_tokenizer(), chat=False, max_tokens=99), Problem("own", "", "t"))
 
 
 def test_running_text_comes_in_full_blocks_without_template(folder: Path) -> None:
@@ -292,10 +280,7 @@ def test_wikitext_is_joined_as_usual(folder: Path) -> None:
     lines = (folder / "wikitext2" / "wiki.test.raw").read_text().removesuffix("\n").split("\n")
     usual = "\n\n".join("" if not line.strip() else line + "\n" for line in lines)
     tokenizer = byte_tokenizer()
-    assert (
-        tokenizer.decode(calibration.text_tokens(tokenizer, "wikitext2", "evaluation", data_dir=folder))
-        == usual
-    )
+    assert tokenizer.decode(text_tokens(tokenizer, "wikitext2", "evaluation", data_dir=folder)) == usual
 
 
 def test_windows_do_not_overlap_and_cover_the_text() -> None:
@@ -341,7 +326,8 @@ def test_batches_hold_every_sequence_once_and_little_padding() -> None:
             size = lengths[i]
             assert tuple(batch.tokens[row, :size].tolist()) == examples[i].tokens
             assert not batch.tokens[row, size:].any()
-            assert (batch.lengths[row], batch.target_starts[row]) == (size, size // 2)
+            assert batch.lengths[row] == size
+            assert batch.is_target[row].nonzero()[:, 0].tolist() == list(range(size // 2, size))
     assert len(found) < 30
 
 
@@ -393,4 +379,5 @@ def test_every_window_opens_as_a_text_does() -> None:
 def test_models_that_could_think_first_do_not() -> None:
     tokenizer = byte_tokenizer(chat=True)
     tokenizer.chat_template = "{{ messages[0].content }}{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
-    assert prompt_text(Reader(tokenizer, chat=True, max_tokens=9), "Say 7") == "Say 7"
+    problem = Problem("own", "Say 7", "7")
+    assert prompt_text(Reader(tokenizer, chat=True, max_tokens=9), problem) == "Say 7"

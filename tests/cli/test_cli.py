@@ -23,6 +23,7 @@ from causalprune.evaluation.results import read_json
 
 COMMANDS = (
     "inspect",
+    "data",
     "attribute",
     "stability",
     "prune",
@@ -238,7 +239,7 @@ def test_impossible_sparsities(run: Run, model: Path, tmp_path: Path, sparsity: 
         (("--chat", "maybe"), "chat"),
         (("--dtype", "float23"), "did you mean 'float32'"),
         (("--device", "abacus"), "abacus"),
-        (("-n", "2", "--subsets", "3"), "subsets"),
+        (("--method", "cap", "-n", "2"), "subsets"),
         (("--max-tokens", "2"), "usable"),
         (("--effects", "nowhere.json"), "nowhere.json"),
         (("-n", "none"), "-n"),

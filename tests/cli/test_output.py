@@ -87,6 +87,7 @@ def calls(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return {
         "run": [place / "recipe.yaml", "-o", place / "run", *given],
         "inspect": [model],
+        "data": [model, "-t", "gsm8k", *given],
         "attribute": [model, "-o", place / "effects", *some, *given],
         "merge": [place / "effects" / "effects.json", "-o", place / "merged.json", "--overwrite"],
         "effects": [place / "effects"],
@@ -114,6 +115,7 @@ def calls(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 EXPECTED: dict[str, Callable[[Any], bool]] = {
     "run": lambda own: [row["label"] for row in own["rows"]] == ["dense", "magnitude-matrix-0.5"],
     "inspect": lambda own: own["heads"] == 4,
+    "data": lambda own: own["sources"][0]["rows"] == 12,
     "attribute": lambda own: len(own["units"]) == 8,
     "merge": lambda own: {unit["kind"] for unit in own["units"]} == {"head"},
     "effects": lambda own: own["exact"] is True,

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from causalprune.core.errors import CheckpointError, MismatchError
-from causalprune.core.ledger import Ledger, read_rows
+from causalprune.core.ledger import FORMAT, Ledger, _line, read_rows
 
 IDENTITY: dict[str, Any] = {"model": "abc", "calibration": "def", "options": {"k": 3, "seed": 0}}
 JOBS: dict[str, list[float]] = {"intact/0": [0.1, -0.0], "0.3/0": [1e-310, 2.5, 1 / 3], "é/1": []}
@@ -122,7 +123,7 @@ def test_a_second_opener_is_refused(tmp_path: Path) -> None:
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     script = (
-        "import sys, pathlib\nfrom causalprune.core.ledger import Ledger, read_rows\n"
+        "import sys, pathlib\nfrom causalprune.core.ledger import FORMAT, Ledger, _line, read_rows\n"
         "with Ledger(pathlib.Path(sys.argv[1]), {}): pass"
     )
     with Ledger(path, {}):
@@ -263,3 +264,26 @@ def test_a_ledger_that_is_removed_while_waited_for_takes_no_rows(tmp_path: Path)
         path.unlink()
     waiting.join(10)
     assert errors == [f"ledger {path} was removed meanwhile: run this again"]
+
+
+def earlier(path: Path, identity: dict[str, Any]) -> bytes:
+    """Return the bytes of a ledger that a release without versions began."""
+    header = _line({"format": FORMAT, "identity": identity}, "the header")
+    path.write_bytes(header)
+    return header
+
+
+def test_an_earlier_version_goes_on_only_where_nothing_changed(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    begun = earlier(path, IDENTITY)
+    with Ledger(path, IDENTITY) as ledger:
+        ledger.append("a", [1.0])
+    assert path.read_bytes().startswith(begun)
+    for other, unchanged in ((IDENTITY, False), ({**IDENTITY, "calibration": "x"}, True)):
+        with (
+            pytest.raises(
+                MismatchError, match=r"begun by version 1 of the method, and since then prompt and target"
+            ),
+            Ledger(path, other, unchanged=partial(bool, unchanged)),
+        ):
+            pass

@@ -8,7 +8,8 @@ from speaking import own_file, speak
 from tinydata import byte_tokenizer, tiny_decoder, write_data
 
 from causalprune.calibration.data import TASK_FILES, load_problems
-from causalprune.calibration.examples import Reader, Thinking, encode, prompt_tokens, uses_thinking
+from causalprune.calibration.encoding import Reader, encode, question_text, question_tokens
+from causalprune.calibration.templates import Thinking, uses_thinking
 from causalprune.core.errors import DataError, OptionError
 from causalprune.core.types import Decoder
 from causalprune.evaluation import answering
@@ -156,7 +157,8 @@ def test_answers_to_a_file_are_right_or_wrong(tmp_path: Path, monkeypatch: pytes
     assert read_results(tmp_path / "r.json") == [found]
     (two,) = evaluate(tiny_decoder(chat=True), [f"{path}_answers:2"])
     assert set(two.examples) < set(found.examples)
-    assert evaluation_contents([f"{path}_answers:2"], Settings(), byte_tokenizer()) == set(two.examples)
+    seen = evaluation_contents([f"{path}_answers:2"], Settings(), tiny_decoder())
+    assert seen == dict.fromkeys(two.examples, str(path))
     for how, values in (("text", (0.0,) * 4), (r"regex:(\d+) pears", (1.0, 0.0, 0.0, 0.0))):
         (own,) = evaluate(tiny_decoder(chat=True), [f"{path}_answers"], answer=how)
         assert own.values == values, how
@@ -179,10 +181,10 @@ def test_a_way_to_read_that_does_not_fit_is_an_error(tmp_path: Path, monkeypatch
 def test_prompts_of_a_base_model_end_cleanly_and_its_answers_at_a_blank_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = speak(monkeypatch, lambda _: "10\n\nQuestion 1? 99")
+    calls = speak(monkeypatch, lambda _: "\n\n10\n\nQuestion 1? 99")
     path = own_file(tmp_path, ["10", "11"], prompt="Q{}: \n")
     (found,) = evaluate(tiny_decoder(), [f"{path}_answers"])
-    assert [text for text, *_ in calls] == ["Q0:\n\n", "Q1:\n\n"]
+    assert [text for text, *_ in calls] == ["Q0:", "Q1:"]
     assert [stop for *_, stop in calls] == [["\n\n"]] * 2
     assert (found.texts, found.values) == (("10", "10"), (1.0, 0.0))
     path = own_file(tmp_path, ["a\n\n10", "11"])
@@ -203,7 +205,7 @@ def test_answers_without_an_end_are_counted_and_still_read(
 
 
 def test_an_answer_that_does_not_fit_is_an_error_with_a_way_out(tmp_path: Path) -> None:
-    path = own_file(tmp_path, ["10", "11"], prompt="{}" + "a" * 39)
+    path = own_file(tmp_path, ["10", "11"], prompt="{}" + "a" * 41)
     with pytest.raises(DataError, match="ask for --max-new-tokens 8 at most"):
         evaluate(tiny_decoder(positions=50), [f"{path}_answers"], max_new_tokens=9)
     (found,) = evaluate(tiny_decoder(positions=50), [f"{path}_answers"], max_new_tokens=8)
@@ -288,6 +290,6 @@ def test_special_tokens_around_thoughts_are_seen(tmp_path: Path, monkeypatch: py
 def test_a_target_with_thoughts_follows_a_prompt_that_asks_for_them(tmp_path: Path) -> None:
     reader = Reader(thinking(QWEN).tokenizer, chat=True, max_tokens=999)
     path = own_file(tmp_path, ["10", "<think>1</think>11"])
-    plain, traced = (encode(reader, problem) for problem in load_problems(str(path), "evaluation"))
-    assert list(plain.tokens[: plain.target_start]) == prompt_tokens(reader, "Question 0?")
-    assert list(traced.tokens[: traced.target_start]) == prompt_tokens(reader, "Question 1?", thinking=True)
+    for problem, thinks in zip(load_problems(str(path), "evaluation"), (False, True), strict=True):
+        found, asked = encode(reader, problem), question_text(reader, problem, thinking=thinks)
+        assert list(found.tokens[: found.target_start]) == question_tokens(reader, asked)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from speaking import own_file, speak
-from tinydata import byte_tokenizer, tiny_decoder, write_jsonl
+from tinydata import tiny_decoder, write_jsonl
 
 from causalprune.core.errors import DataError, OptionError
 from causalprune.evaluation.measures import check_tasks, evaluate, evaluation_contents, source_of
@@ -53,7 +53,7 @@ def test_a_scorer_makes_a_measure(
     bare = write_jsonl(tmp_path / "bare.jsonl", rows)
     evaluate(tiny_decoder(), [f"{bare}_long"], scorers={"long": brief})
     assert seen[-1][1] is None
-    assert evaluation_contents([f"{bare}_long"], Settings(scorers={"long": brief}), byte_tokenizer())
+    assert evaluation_contents([f"{bare}_long"], Settings(scorers={"long": brief}), None)
     with pytest.raises(DataError, match="no text under 'target'"):
         evaluate(tiny_decoder(), [f"{bare}_answers"])
 

@@ -20,7 +20,9 @@ def batch_of(examples: Calibration) -> Batch:
     return Batch(
         tokens=torch.tensor([row + [0] * (longest - len(row)) for row in rows]),
         lengths=torch.tensor([len(row) for row in rows]),
-        target_starts=torch.tensor([e.target_start for e in examples.examples]),
+        is_target=torch.tensor(
+            [[*e.is_target, *[False] * (longest - len(e.tokens))] for e in examples.examples]
+        ),
         indices=tuple(range(len(rows))),
     )
 
@@ -79,7 +81,7 @@ def test_positions_by_hand() -> None:
     batch = Batch(
         tokens=torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0], [5, 6, 7, 0]]),
         lengths=torch.tensor([4, 2, 3]),
-        target_starts=torch.tensor([2, 1, 1]),
+        is_target=torch.tensor([[0, 0, 1, 1], [0, 1, 0, 0], [0, 1, 1, 0]]).bool(),
         indices=(4, 0, 2),
     )
     rows, positions = target_positions(batch)
@@ -93,7 +95,7 @@ def test_positions_by_hand() -> None:
     twice = selected(batch, [0, 1, 2, 0, 1, 2])
     assert twice.tokens.tolist() == batch.tokens.tolist() * 2
     assert twice.lengths.tolist() == [4, 2, 3, 4, 2, 3]
-    assert twice.target_starts.tolist() == [2, 1, 1, 2, 1, 1]
+    assert twice.is_target.tolist() == batch.is_target.tolist() * 2
     assert twice.indices == (4, 0, 2, 4, 0, 2)
 
 

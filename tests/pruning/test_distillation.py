@@ -33,7 +33,7 @@ def predictions(decoder: Decoder) -> list[Tensor]:
 
 
 def everywhere(batch: Batch) -> Batch:
-    return replace(batch, target_starts=torch.ones_like(batch.lengths))
+    return replace(batch, is_target=batch.real)
 
 
 def distance(decoder: Decoder, intact: list[Tensor]) -> float:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tinydata import tiny_decoder, write_jsonl
 
-from causalprune.calibration.examples import Reader, draw
+from causalprune.calibration.encoding import Reader
+from causalprune.calibration.examples import draw
 from causalprune.core.errors import DataError
 from causalprune.runs.recipe import CalibrationSpec
 from causalprune.runs.traces import calibrated, own_answers

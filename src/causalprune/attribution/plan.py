@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from causalprune.attribution.questions import ELSEWHERE, Estimator, Question
-from causalprune.calibration import batch_of, batches
+from causalprune.calibration import batch_of, batches, check_positions
 from causalprune.core import Batch, Calibration, Decoder, Ledger, OptionError, Unit
 from causalprune.interventions import Parts, Site, grouped_by_effect, list_units, neuron_effects, sites
 from causalprune.models import fingerprint
@@ -133,6 +133,7 @@ def planned(
 
     Costs nothing, but a forward and a backward pass where neurons are grouped by effect.
     """
+    check_positions(decoder, calibration.examples)
     groups = batches(calibration.examples, max_batch_tokens=estimator.max_batch_tokens)
     if question.ablation == "resample":
         groups = _in_company(groups, calibration)

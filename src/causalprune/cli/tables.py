@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.table import Table
@@ -10,12 +11,13 @@ from rich.text import Text
 from causalprune.attribution import estimate, reliability
 from causalprune.checkpoints import Verification
 from causalprune.core import Effects, EvalResult, unknown
-from causalprune.evaluation import Row, Tried, answered, headline, interval, paired_difference, read_as
+from causalprune.evaluation import Row, Tried, answered, headline, interval, of_task, paired_difference
 from causalprune.reports import RELIABLE_FROM, SPEED_OF_ZEROS, Verdict, measured, reliability_word
-from causalprune.runs import Outcome, Plan
+from causalprune.runs import Looked, Outcome, Plan
 
 STYLES = {"better": "green", "worse": "red"}
 STRONGEST = 10
+NO_INTERVAL = "(one example: no interval)"
 UNITS = {"nats_per_token": "nats/token"}
 """What a metric is shown as, where that is not its name."""
 
@@ -32,7 +34,7 @@ def comparison(rows: Sequence[Row], *, against: str | None = None, sizes: Sequen
     draws = {r.description["draws"] for _, results in rows for r in results if "draws" in r.description}
     said = f"mean ± standard deviation of {max(draws)} draws" if draws else "value"
     lines = [f"{said} (paired difference to {rows[base_row][0]}, 95 % interval)"]
-    lines += [f"{result.task}: {how}" for result in base.values() if (how := read_as(result))]
+    lines += dict.fromkeys(said for result in base.values() for said in of_task(result))
     table = Table(caption=Text("\n".join(lines)))
     table.add_column("model", no_wrap=True)
     for task, metric in columns:
@@ -99,9 +101,11 @@ def _cell(result: EvalResult | None, base: EvalResult | None, is_base: bool) -> 
     )
     if is_base or base is None or other_text:  # another model wrote its own
         own = interval(result)
-        return Text(f"{value}\n[{own.low:.4g}, {own.high:.4g}]{ended}")
+        bounds = f"[{own.low:.4g}, {own.high:.4g}]" if own.n > 1 else NO_INTERVAL
+        return Text(f"{value}\n{bounds}{ended}")
     difference = paired_difference(result, base)
-    bounds = f"{difference.difference:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}]"
+    bounds = f"[{difference.low:+.3g}, {difference.high:+.3g}]" if difference.n > 1 else NO_INTERVAL
+    bounds = f"{difference.difference:+.3g} {bounds}"
     return Text(f"{value}\n{bounds}{ended}", style=STYLES.get(difference.verdict, ""))
 
 
@@ -119,6 +123,27 @@ def to_markdown(table: Table) -> str:
 
 def _plain(cell: Any) -> str:
     return str(cell).replace("\n", " <br> ")
+
+
+def looked(found: Sequence[Looked]) -> Table:
+    """Return the sources of `causalprune data`: rows, what would be left out, and tokens of a row."""
+    table = Table(caption="tokens of a row: least, median, most")
+    for column in ("source", "rows", "usable", "left out", "tokens", "of these targets"):
+        table.add_column(column, justify="left" if column in ("source", "left out") else "right")
+    for own in found:
+        also = [f"{n} also in {place}" for place, n in own.skipped.also_in.items()]
+        out = ", ".join([str(replace(own.skipped, excluded=0)), *also]).removeprefix(", ")
+        counts = (", ".join(f"{n:g}" for n in kind) for kind in (own.tokens, own.target_tokens))
+        table.add_row(own.source, f"{own.rows:,}", f"{own.usable:,}", out, *counts)
+    return table
+
+
+def marked(own: Looked, row: int) -> Text:
+    """Return one row of a source as the model sees it, its targets between marks."""
+    text = Text(f"{own.source}, row {row}; targets stand between ▶ and ◀:\n", style="dim")
+    for piece, target in own.shown:
+        text.append(f"▶{piece}◀" if target else piece, style="bold" if target else "not dim")
+    return text
 
 
 def strongest(effects: Effects) -> Table:

@@ -55,7 +55,13 @@ from .memory import (
 from .places import cache_folder as cache_folder
 from .progress import shown as shown
 from .provenance import (
+    METHOD_VERSION as METHOD_VERSION,
+)
+from .provenance import (
     PACKAGES as PACKAGES,
+)
+from .provenance import (
+    changes_since as changes_since,
 )
 from .provenance import (
     git_commit as git_commit,

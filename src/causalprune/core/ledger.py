@@ -23,11 +23,12 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from causalprune.core.errors import CheckpointError, MismatchError
+from causalprune.core.provenance import METHOD_VERSION, changes_since
 
 FORMAT = "causalprune-ledger-1"
 Json = dict[str, Any] | list[Any] | str | int | float | bool | None
@@ -40,12 +41,23 @@ class Ledger:
     options. A file that was begun with another identity raises `MismatchError`; a file that another
     process (or another `Ledger` of this one) holds open, or that is damaged, `CheckpointError`. With `wait`,
     the other is waited for, with a warning; one that this thread holds would be waited for in vain.
+
+    The method's version belongs to the identity. A file of an earlier one goes on where all else is the same and `unchanged`
+    tells that what came since makes no difference to its values.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], *, wait: bool = False) -> None:
-        self.path, self._wait = path, wait
+    def __init__(
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        *,
+        wait: bool = False,
+        unchanged: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.path, self._wait, self._unchanged = path, wait, unchanged
         self.rows: dict[str, Any] = {}
-        self._identity = json.loads(_dump(dict(identity), f"the identity of {path}"))
+        own = {**identity, "method_version": METHOD_VERSION}
+        self._identity = json.loads(_dump(own, f"the identity of {path}"))
         self._fd: int | None = None
         self._end = 0
 
@@ -59,6 +71,7 @@ class Ledger:
         try:
             self._lock(self._fd)
             self._recover(self._fd)
+            self._unchanged = bool  # it may hold a model, and is not asked again
         except BaseException:
             self.close()
             raise
@@ -128,7 +141,14 @@ class Ledger:
                 f"{self.path}, line 1: not a ledger of this version of causalprune: "
                 "delete the file or choose another folder"
             )
-        found = header["identity"]
+        found = {"method_version": 1, **header["identity"]}  # the first releases did not note it
+        if (version := found["method_version"]) != METHOD_VERSION:
+            found["method_version"] = METHOD_VERSION
+            if found != self._identity or not self._unchanged():
+                raise MismatchError(
+                    f"ledger {self.path} was begun by version {version} of the method, and since then "
+                    f"{changes_since(version)}: delete the file to start again, or choose another folder"
+                )
         for key in sorted(found.keys() | self._identity.keys()):
             was, now = found.get(key, "(absent)"), self._identity.get(key, "(absent)")
             if was != now:

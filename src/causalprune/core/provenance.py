@@ -12,6 +12,18 @@ import torch
 
 PACKAGES = ("causalprune", "torch", "transformers", "tokenizers", "datasets", "lm_eval")
 
+METHOD_VERSION = 2
+"""Of the way in which models are measured and pruned. What was begun with another one is not continued with other numbers."""
+CHANGES = {
+    2: "prompt and target are tokenised as one text, equal prompts with other targets count, and templates write one date"
+}
+"""What each version brought that numbers depend on."""
+
+
+def changes_since(version: int) -> str:
+    """Return what changed after a version of the method, in words."""
+    return "; ".join(text for number, text in CHANGES.items() if number > version)
+
 
 def versions() -> dict[str, str | None]:
     """Return the versions of Python and of the packages that results depend on."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from causalprune.core.errors import CheckpointError, MismatchError
+from causalprune.core.provenance import METHOD_VERSION, changes_since
 
 EVERY = 10.0
 """Seconds between two times that something large is written, at least."""
@@ -37,10 +38,12 @@ class State:
         self.path, self.values = path, dict[str, Any]()
         self._identity, self._held = json.dumps(identity, sort_keys=True), dict[str, Any]()
         self._written, self._pause = time.monotonic(), EVERY
-        for own, values in _found(path):
+        for own, values, version in _found(path):
             if own != self._identity:
+                earlier = f", or of an earlier version, since when {changes_since(version)}"
                 raise MismatchError(
-                    f"{path} is of a stopped pruning with other options: delete it, or choose another output"
+                    f"{path} is of a stopped pruning with other options{earlier if version < METHOD_VERSION else ''}: "
+                    "delete it, or choose another output"
                 )
             self.values |= values
 
@@ -72,7 +75,12 @@ class State:
             partial = self.path / f"{name}.partial-{os.getpid()}"
             try:
                 _make(self.path)
-                torch.save({"identity": self._identity, "values": {name: value}}, partial)
+                record = {
+                    "identity": self._identity,
+                    "method_version": METHOD_VERSION,
+                    "values": {name: value},
+                }
+                torch.save(record, partial)
                 partial.replace(self.path / name)
             except (OSError, RuntimeError) as error:  # torch's own for a full disk
                 with contextlib.suppress(OSError):
@@ -87,7 +95,7 @@ class State:
 
 def kept(path: Path) -> dict[str, Any]:
     """Return the values that are kept at a path, whatever they depend on; none where nothing is."""
-    return {name: value for _, values in _found(path) for name, value in values.items()}
+    return {name: value for _, values, _ in _found(path) for name, value in values.items()}
 
 
 def forget(path: Path) -> None:
@@ -107,19 +115,19 @@ def _make(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
 
 
-def _found(path: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield identity and values of file after file."""
+def _found(path: Path | None) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """Yield identity, values and version of the method of file after file."""
     for file in _files(path):
         try:
             found = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
-            own, values = found["identity"], found["values"]
+            own, values, version = found["identity"], found["values"], found.get("method_version", 1)
         except OSError as cause:
             raise CheckpointError(f"cannot read {file}: {cause.strerror or cause}") from cause
         except Exception as cause:  # torch has many for a damaged file
             raise CheckpointError(
                 f"{file}, kept of a stopped pruning, is damaged: delete it to begin again"
             ) from cause
-        yield own, values
+        yield own, values, version
 
 
 def _files(path: Path | None) -> list[Path]:

@@ -240,18 +240,25 @@ class Example(Shown):
     """One tokenised problem: the target is `tokens[target_start:]`, the prompt what precedes it.
 
     `source` names the data set, `content` is the SHA-256 of the normalised prompt text, by which
-    calibration and evaluation are kept apart.
+    calibration and evaluation are kept apart. Where not all tokens from `target_start` on are targets, `mask` says
+    of every token whether it is.
     """
 
     tokens: tuple[int, ...]
     target_start: int
     source: str
     content: str
+    mask: tuple[bool, ...] | None = None
+
+    @property
+    def is_target(self) -> tuple[bool, ...]:
+        """Whether each token is predicted."""
+        return self.mask or tuple(i >= self.target_start for i in range(len(self.tokens)))
 
     @property
     def target_tokens(self) -> int:
         """Number of predicted tokens."""
-        return len(self.tokens) - self.target_start
+        return len(self.tokens) - self.target_start if self.mask is None else sum(self.mask)
 
 
 @dataclass(frozen=True, repr=False)
@@ -274,7 +281,9 @@ class Calibration(Shown):
     @property
     def fingerprint(self) -> str:
         """SHA-256 over tokens, targets and subsets: what the results depend on."""
-        rows = [(e.tokens, e.target_start, k) for e, k in zip(self.examples, self.subset, strict=True)]
+        rows = [
+            (e.tokens, e.mask or e.target_start, k) for e, k in zip(self.examples, self.subset, strict=True)
+        ]
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
@@ -282,12 +291,13 @@ class Calibration(Shown):
 class Batch(Shown):
     """Sequences padded on the right; causal attention keeps the padding out of every target.
 
-    `indices` are the positions of the sequences in their calibration or evaluation set.
+    `is_target` is True on tokens that are predicted, never on the first of a sequence or on padding. `indices` are the
+    positions of the sequences in their calibration or evaluation set.
     """
 
     tokens: Int[Tensor, "batch time"]
     lengths: Int[Tensor, "batch"]
-    target_starts: Int[Tensor, "batch"]
+    is_target: Bool[Tensor, "batch time"]
     indices: tuple[int, ...]
 
     @property

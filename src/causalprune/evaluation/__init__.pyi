@@ -11,7 +11,13 @@ from .measures import (
     output_type as output_type,
 )
 from .measures import (
+    same_as_before as same_as_before,
+)
+from .measures import (
     source_of as source_of,
+)
+from .results import (
+    AT_CHANCE as AT_CHANCE,
 )
 from .results import (
     HIGHER_IS_BETTER as HIGHER_IS_BETTER,
@@ -30,6 +36,9 @@ from .results import (
 )
 from .results import (
     answered as answered,
+)
+from .results import (
+    at_chance as at_chance,
 )
 from .results import (
     averaged as averaged,
@@ -59,10 +68,10 @@ from .results import (
     load_rows as load_rows,
 )
 from .results import (
-    paired_difference as paired_difference,
+    of_task as of_task,
 )
 from .results import (
-    read_as as read_as,
+    paired_difference as paired_difference,
 )
 from .results import (
     read_json as read_json,
@@ -87,7 +96,12 @@ from .results import (
 )
 from .sampling import ends_of as ends_of
 from .settings import Settings as Settings
-from .tasks.generation import plain_generation as plain_generation
+from .tasks.generation import (
+    alone as alone,
+)
+from .tasks.generation import (
+    plain_generation as plain_generation,
+)
 from .tasks.scorers import load_scorers as load_scorers
 from .written import (
     OWN_TASKS as OWN_TASKS,

@@ -6,9 +6,9 @@ from statistics import fmean
 from typing import Any
 
 from causalprune import calibration
-from causalprune.calibration import TRACE_START, Problem, Reader, is_file, load_problems
+from causalprune.calibration import TRACE_START, Problem, is_file, load_problems
 from causalprune.core import DataError, Decoder, EvalResult, OptionError, Progress, Remarked
-from causalprune.evaluation.settings import Settings, described
+from causalprune.evaluation.settings import Settings, described, reader_for
 from causalprune.evaluation.tasks.answers import (
     REGEX,
     after_trace,
@@ -20,6 +20,7 @@ from causalprune.evaluation.tasks.answers import (
 from causalprune.evaluation.tasks.files import task_file
 from causalprune.evaluation.tasks.generation import Answer, answers
 from causalprune.evaluation.tasks.scorers import reference, scores
+from causalprune.models import positions
 
 NEW_TOKENS, NEW_TOKENS_THINKING = 512, 4096
 """The longest answer, where nothing else is asked for."""
@@ -111,18 +112,16 @@ def write(
 ) -> Written:
     """Let the model answer those of the problems that the settings choose, greedily.
 
-    Prompts are those of calibration, with thinking where it is asked for; without a template, white space at the end of
-    a file's prompts goes, since no text goes on after it.
+    Prompts are those of calibration, with thinking where it is asked for; without a template, white space at their end
+    goes, since tokens of the answer may hold it.
     """
     tokenizer, few = decoder.tokenizer, chosen(problems, settings)
-    chat = calibration.uses_chat(tokenizer, settings.chat)
-    thinking = calibration.uses_thinking(tokenizer, settings.thinking, chat=chat)
-    reader = Reader(tokenizer, chat, settings.max_tokens, settings.seed, settings.data_dir)
-    asked = [p.prompt if chat else p.prompt.rstrip() for p in few]
-    shown = [calibration.prompt_text(reader, text, thinking=thinking) for text in asked]
-    tokens = [calibration.prompt_tokens(reader, text, thinking=thinking) for text in asked]
+    reader = reader_for(decoder, settings)
+    thinking = calibration.uses_thinking(tokenizer, settings.thinking, chat=reader.chat)
+    shown = [calibration.question_text(reader, problem, thinking=thinking) for problem in few]
+    tokens = [calibration.question_tokens(reader, text) for text in shown]
     limit = _limit(decoder, source, max(map(len, tokens)), settings, thinking=thinking)
-    stop = [] if thinking else _stops(source, problems, chat=chat)  # thoughts may hold anything
+    stop = [] if thinking else _stops(source, problems, chat=reader.chat)  # thoughts may hold anything
     order = sorted(range(len(few)), key=lambda i: (-len(tokens[i]), shown[i]))
     by_length = answers(decoder, [tokens[i] for i in order], limit, stop, settings.batch_size, on_progress)
     own = [answer for _, answer in sorted(zip(order, by_length, strict=True), key=lambda pair: pair[0])]
@@ -132,9 +131,8 @@ def write(
         for text, prompt in zip(texts, shown, strict=True)
     ]
     over = tuple(text is not None for text in after)
-    description = described(decoder, settings) | {
+    description = described(decoder, settings, chat=reader.chat) | {
         "task_version": None if is_file(source) else task_file(f"{source}_cot")["metadata"].get("version"),
-        "chat_template": chat,
         **({"thinking": True} if thinking else {}),
         "batch_size": settings.batch_size,
         "generation": {"do_sample": False, "max_gen_toks": limit, "until": stop},
@@ -161,14 +159,14 @@ def _text(tokenizer: Any, answer: Answer, stop: Sequence[str], *, thinking: bool
     """Return an answer as text; with thoughts, the tokens around them show even where they are special ones."""
     text = str(tokenizer.decode(answer.tokens, skip_special_tokens=not thinking))
     for word in stop:
-        text = text.split(word, maxsplit=1)[0]
+        text = (text.lstrip() if word.isspace() else text).split(word, maxsplit=1)[0]
     return text
 
 
 def _limit(decoder: Decoder, source: str, longest: int, settings: Settings, *, thinking: bool) -> int:
     """Return how many tokens an answer may have."""
-    positions = getattr(decoder.model.config, "max_position_embeddings", None)
-    room = None if positions is None else positions - longest
+    longest_text = positions(decoder.model.config)
+    room = None if longest_text is None else longest_text - longest
     limit = settings.max_new_tokens or (NEW_TOKENS_THINKING if thinking else NEW_TOKENS)
     if room is not None and thinking and settings.max_new_tokens is None:
         limit = min(limit, max(room, 1))
@@ -180,7 +178,7 @@ def _limit(decoder: Decoder, source: str, longest: int, settings: Settings, *, t
         )
         raise DataError(
             f"{source}: a prompt of {longest} tokens with an answer of up to {limit} does not fit into the model's "
-            f"{positions} positions: {way_out}"
+            f"{longest_text} positions: {way_out}"
         )
     return limit
 

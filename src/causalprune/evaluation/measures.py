@@ -35,10 +35,11 @@ from causalprune.core import (
     unknown,
 )
 from causalprune.evaluation.answering import chosen, right_or_wrong, scored, scorer_in
-from causalprune.evaluation.settings import Settings, described
+from causalprune.evaluation.settings import Settings, described, reader_for
 from causalprune.evaluation.tasks.files import is_task_file, task_file
 from causalprune.evaluation.written import OWN_TASKS, TOKENS, by_example, own_divergences, own_text
 from causalprune.interventions import target_nats
+from causalprune.models import positions
 
 Metric = Literal["accuracy", "acc_norm", "nats_per_token", "perplexity"]
 
@@ -114,32 +115,56 @@ def output_type(name: str, scorers: Iterable[str] = ()) -> str:
     return "generate_until" if runner in WRITING else "loss"
 
 
-def evaluation_contents(tasks: Sequence[str], settings: Settings, tokenizer: Any) -> frozenset[str]:
-    """Return the content hashes of all examples that the tasks may show: what calibration must not see.
+def evaluation_contents(tasks: Sequence[str], settings: Settings, decoder: Decoder | None) -> dict[str, str]:
+    """Return the content hashes of all examples that the tasks may show, and where from: what calibration must not see.
 
     For data sets that is the whole evaluation split; for a file of the user's, which may serve
-    both ends, the examples that the task will draw from it.
+    both ends, the examples that the task will draw from it (without a `decoder`: but for those that are too long).
     """
-    found: set[str] = set()
+    found: dict[str, str] = {}
     for task in tasks:
         name, limit = calibration.with_limit(task)
         source = source_of(name, settings.scorers)
         if source is None or source == OWN_TEXT:  # text that is written has random numbers of its own
             continue
         own = replace(settings, limit=limit or settings.limit)
+        some: Iterable[str]
         if not is_file(source):
-            found |= contents(source, "evaluation", data_dir=settings.data_dir)
+            some, source = contents(source, "evaluation", data_dir=settings.data_dir), f"what {name} measures"
         elif _runner(name, settings.scorers) in WRITING:
             problems = load_problems(source, "evaluation", with_targets=False)
-            found |= {problem.content for problem in chosen(problems, own)}
+            some = [problem.content for problem in chosen(problems, own)]
+        elif decoder is None:
+            problems = calibration.shuffled(load_problems(source, "evaluation"), settings.seed)
+            some = [problem.content for problem in problems[: own.limit]]
         else:
-            chat = calibration.uses_chat(tokenizer, settings.chat)
-            reader = calibration.Reader(
-                tokenizer, chat, settings.max_tokens, settings.seed, settings.data_dir
-            )
-            drawn = calibration.draw(reader, source, "evaluation")
-            found |= {example.content for example in itertools.islice(drawn, own.limit)}
-    return frozenset(found)
+            drawn = calibration.draw(reader_for(decoder, settings), source, "evaluation")
+            some = [example.content for example in itertools.islice(drawn, own.limit)]
+        found |= dict.fromkeys(some, source)
+    return found
+
+
+def same_as_before(tasks: Sequence[str], settings: Settings, decoder: Decoder) -> bool:
+    """Tell whether tasks give the numbers that they gave with version 1 of the method, on this model.
+
+    That tokenised targets apart, wrote answers without a template after a blank line, and knew neither the model's
+    positions nor rows with equal prompts.
+    """
+    reader = reader_for(decoder, settings)
+    if (reader.chat and calibration.date_of(decoder.tokenizer)) or reader.limit < reader.max_tokens:
+        return False
+    for task in tasks:
+        name = calibration.with_limit(task)[0]
+        runner = _runner(name, settings.scorers)
+        if output_type(name, settings.scorers) == "generate_until" and not reader.chat:
+            return False
+        if runner is _solution_loss and (source := name.removesuffix("_nll")) not in TEXT_SOURCES:
+            problems = load_problems(source, "evaluation", data_dir=settings.data_dir)
+            if len({p.content for p in problems}) < len({(p.content, p.target) for p in problems}):
+                return False
+            if not all(calibration.apart(reader, problem) for problem in problems):
+                return False
+    return True
 
 
 Runner = Callable[[Decoder, str, Settings, Progress], list[EvalResult]]
@@ -173,20 +198,17 @@ def _runner(name: str, scorers: Iterable[str] = ()) -> Runner:
 def _solution_loss(
     decoder: Decoder, name: str, settings: Settings, on_progress: Progress
 ) -> list[EvalResult]:
-    chat = calibration.uses_chat(decoder.tokenizer, settings.chat)
-    reader = calibration.Reader(
-        decoder.tokenizer, chat, settings.max_tokens, settings.seed, settings.data_dir
-    )
+    reader = reader_for(decoder, settings)
     examples = calibration.taken(reader, name.removesuffix("_nll"), "evaluation", settings.limit)
-    description = described(decoder, settings) | {
-        "max_tokens": settings.max_tokens,
-        "chat_template": chat,
-        "skipped": dict(vars(reader.skipped)),
+    description = described(decoder, settings, chat=reader.chat) | {
+        "max_tokens": reader.limit,
+        "skipped": reader.skipped.described(),
     }
     nats = _nats(decoder, examples, settings, on_progress)
     decode = decoder.tokenizer.decode
     prompts = tuple(decode(e.tokens[: e.target_start], skip_special_tokens=True) for e in examples)
-    golds = tuple(decode(e.tokens[e.target_start :], skip_special_tokens=True) for e in examples)
+    targets = [[t for t, own in zip(e.tokens, e.is_target, strict=True) if own] for e in examples]
+    golds = tuple(decode(own, skip_special_tokens=True) for own in targets)
     found = _loss_result(name, "nats_per_token", nats, examples, description)
     return [replace(found, prompts=prompts, golds=golds)]
 
@@ -194,8 +216,7 @@ def _solution_loss(
 def _perplexity(decoder: Decoder, name: str, settings: Settings, on_progress: Progress) -> list[EvalResult]:
     """Perplexity by the usual convention: text tokenised once, windows that do not overlap."""
     source = name.removesuffix("_ppl")
-    longest = getattr(decoder.model.config, "max_position_embeddings", None)
-    window = min(settings.window, longest or settings.window)
+    window = min(settings.window, positions(decoder.model.config) or settings.window)
     tokens = calibration.text_tokens(decoder.tokenizer, source, "evaluation", data_dir=settings.data_dir)
     calibration.enough(name, settings.limit, len(tokens), unit="tokens")
     tokens = tokens[: settings.limit]
@@ -209,7 +230,6 @@ def _perplexity(decoder: Decoder, name: str, settings: Settings, on_progress: Pr
         "window": window,
         "tokens": len(tokens),
         "tokens_in_windows": len(examples) * window,
-        "chat_template": False,
     }
     nats = _nats(decoder, examples, settings, on_progress)
     return [_loss_result(name, "perplexity", nats, examples, description)]
@@ -218,7 +238,7 @@ def _perplexity(decoder: Decoder, name: str, settings: Settings, on_progress: Pr
 def _own(decoder: Decoder, name: str, settings: Settings, on_progress: Progress) -> list[EvalResult]:
     """Perplexity of the text that the intact model writes, or divergence from the intact model on it."""
     own = own_text(decoder, name, settings.limit or TOKENS, settings.seed, on_progress)
-    size = {"window": own.text.piece, "tokens": own.text.tokens, "chat_template": False}
+    size = {"window": own.text.piece, "tokens": own.text.tokens}
     description = described(decoder, settings) | size | {"written_by": own.text.model}
     if name.endswith("_kl"):
         nats = own_divergences(decoder, own, settings.batch_tokens, on_progress)
@@ -258,7 +278,7 @@ def _harness(decoder: Decoder, name: str, settings: Settings, on_progress: Progr
     if config["output_type"] == "generate_until":
         if settings.thinking == "on":
             raise OptionError(f"{name}: task files are answered without thinking: leave out --thinking on")
-        config = _generation(config, settings, chat)
+        config = _generation(config, settings)
     with harness.quiet():
         task = harness.build(config, _rows(config, settings))
         hashes = harness.contents(task)
@@ -269,10 +289,10 @@ def _harness(decoder: Decoder, name: str, settings: Settings, on_progress: Progr
         samples, tokens = harness.run(
             decoder, task, chosen, chat=chat, batch_size=settings.batch_size, on_progress=on_progress
         )
-    description = described(decoder, settings) | {
+    description = described(decoder, settings, chat=chat) | {
         "engine": f"lm_eval {harness.VERSION}",
         "task_version": config["metadata"].get("version"),
-        "chat_template": chat,
+        **harness.chance(task, samples),
         "batch_size": settings.batch_size,
         "generation": config.get("generation_kwargs"),
         "tokens_forwarded": tokens,
@@ -310,13 +330,12 @@ def _chat(config: Mapping[str, Any], settings: Settings) -> calibration.Chat:
     return settings.chat if own == "auto" else own
 
 
-def _generation(config: dict[str, Any], settings: Settings, chat: bool) -> dict[str, Any]:
-    """Return the task file with our length of answers, and the blank line that follows a plain prompt."""
+def _generation(config: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """Return the task file with our length of answers."""
     options = dict(config.get("generation_kwargs") or {})
     if settings.max_new_tokens is not None:
         options["max_gen_toks"] = settings.max_new_tokens
-    text = config["doc_to_text"] if chat else config["doc_to_text"] + "\n\n"
-    return config | {"generation_kwargs": options, "doc_to_text": text}
+    return config | {"generation_kwargs": options}
 
 
 def _rows(config: Mapping[str, Any], settings: Settings) -> list[dict[str, Any]] | None:

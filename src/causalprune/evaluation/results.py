@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from causalprune.core import CheckpointError, EvalResult, MismatchError
+from causalprune.calibration import Skipped
+from causalprune.core import CheckpointError, EvalResult, MismatchError, changes_since
 
 Verdict = Literal["better", "worse", "no difference shown", "undefined"]
 Floats = NDArray[np.float64]
@@ -28,8 +29,12 @@ VERSION = 1
 RESULTS = "results.json"
 """Name of the results in a run folder."""
 HIGHER_IS_BETTER = {"accuracy": True, "acc_norm": True, "nats_per_token": False, "perplexity": False}
-SETTINGS = ("chat_template", "generation", "window", "task_version", "thinking", "read_as", "scorer")
+SETTINGS = (
+    *("chat_template", "date", "turns", "fold_system", "generation", "window", "task_version", "thinking"),
+    *("read_as", "scorer"),
+)
 """What two results that are compared must say alike."""
+AT_CHANCE = "the loss of the right answers, as in arc_challenge_nll, says more"
 CONFIDENCE = 0.95
 CHUNK = 4_000_000
 """Resampled examples held in memory at a time."""
@@ -131,6 +136,27 @@ def read_as(result: EvalResult) -> str:
     """Return in words how the answers to problems of a file were read; empty for other results."""
     kind, guessed = (result.description.get(key) for key in ("read_as", "reading_guessed"))
     return f"answers read as {kind}{', as all targets end so' if guessed else ''}" if kind else ""
+
+
+def left_out(result: EvalResult) -> str:
+    """Return in words which rows of the data a result leaves out; empty where it leaves out none."""
+    skipped = dict(result.description.get("skipped") or {})
+    skipped.pop("also_in", None)  # calibration's
+    return f"left out: {said}" if (said := str(Skipped(**skipped))) else ""
+
+
+def at_chance(result: EvalResult) -> bool:
+    """Tell whether the interval of a choice among options holds what choosing blindly gives."""
+    chance = result.description.get("chance")
+    return chance is not None and (own := interval(result)).low <= chance <= own.high
+
+
+def of_task(result: EvalResult) -> list[str]:
+    """Return what is to be known of a column whose intact model has this result: how answers were read, what it leaves out."""
+    chance = ""
+    if at_chance(result):
+        chance = f"at chance ({result.description['chance']:.0%}), so it decides nothing; {AT_CHANCE}"
+    return [f"{result.task}: {said}" for said in (read_as(result), left_out(result), chance) if said]
 
 
 def averaged(results: Sequence[EvalResult]) -> EvalResult:
@@ -322,6 +348,12 @@ def _check_pair(a: EvalResult, b: EvalResult) -> None:
         raise MismatchError(
             f"{a.task}: results on different examples ({len(a.examples)} and {len(b.examples)}, {shared} shared); "
             "evaluate both models with the same limit, seed and data"
+        )
+    versions = [result.description.get("method_version", 1) for result in (a, b)]
+    if a.weights != b.weights and versions[0] != versions[1] and a.metric in ("nats_per_token", "perplexity"):
+        raise MismatchError(
+            f"{a.task}: results of versions {versions[0]} and {versions[1]} of the method, between which "
+            f"{changes_since(min(versions))}: measure both anew"
         )
     for key in SETTINGS:
         if (one := a.description.get(key)) != (other := b.description.get(key)):

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from causalprune.calibration import tokenize
+from causalprune.calibration import rendered, tokenize
 from causalprune.core import DataError, Decoder
 
 Piece: TypeAlias = tuple[list[int], list[int]]
@@ -46,8 +46,7 @@ def _begins_chat(decoder: Decoder, bos: int) -> bool:
     words = decoder.tokenizer
     if not words.chat_template:
         return False
-    chat = [{"role": "user", "content": OPENERS[0]}]
-    shown = words.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    shown = rendered(words, [{"role": "user", "content": OPENERS[0]}], add_generation_prompt=True)
     tokens = words(shown, add_special_tokens=False)["input_ids"]
     if tokens.count(bos) > 1:
         return True

@@ -5,12 +5,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from causalprune.calibration import Chat, Thinking
-from causalprune.core import Decoder
+from causalprune import calibration
+from causalprune.calibration import Chat, Reader, Thinking, Turns
+from causalprune.core import METHOD_VERSION, Decoder
 from causalprune.evaluation.tasks.answers import check_kind
 from causalprune.evaluation.tasks.scorers import Scorer, reference
+from causalprune.models import positions
 
-NEWER = ("answer", "thinking", "scorers")
+NEWER = ("answer", "thinking", "scorers", "turns", "fold_system")
 """Settings that ledgers of earlier releases do not know."""
 
 
@@ -24,6 +26,7 @@ class Settings:
     sequences. `max_new_tokens` is the length of generated answers at most; None: that of task files, else 512, and 4,096 for
     a model that thinks first, or what fits its positions. `thinking` says whether it does, `answer` how answers to problems
     of a file are read (None: as its targets end). `scorers` are functions that a task `SOURCE_name` calls by their names.
+    `turns` and `fold_system` are as in `calibration.Reader`.
     """
 
     limit: int | None = None
@@ -38,6 +41,8 @@ class Settings:
     answer: str | None = None
     thinking: Thinking = "auto"
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
+    turns: Turns = "last"
+    fold_system: bool = False
 
     def __post_init__(self) -> None:
         if self.answer is not None:
@@ -48,11 +53,35 @@ class Settings:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "data_dir"}
         own["scorers"] = {name: reference(scorer) for name, scorer in self.scorers.items()}
         return {
-            key: value for key, value in own.items() if key not in NEWER or value not in (None, "auto", {})
+            key: value
+            for key, value in own.items()
+            if key not in NEWER or value not in (None, "auto", {}, "last", False)
         }
 
 
-def described(decoder: Decoder, settings: Settings) -> dict[str, Any]:
-    """Return what every result says of its model and examples."""
-    model = {"model": decoder.name, "revision": decoder.revision, "fingerprint": decoder.fingerprint}
-    return model | {"split": "evaluation", "limit": settings.limit, "seed": settings.seed}
+def reader_for(decoder: Decoder, settings: Settings, *, chat: bool | None = None) -> Reader:
+    """Return how the problems of a task are read, by the chat template or not."""
+    uses = calibration.uses_chat(decoder.tokenizer, settings.chat) if chat is None else chat
+    return Reader(
+        decoder.tokenizer,
+        uses,
+        settings.max_tokens,
+        settings.seed,
+        settings.data_dir,
+        turns=settings.turns,
+        fold_system=settings.fold_system,
+        positions=positions(decoder.model.config),
+    )
+
+
+def described(decoder: Decoder, settings: Settings, *, chat: bool = False) -> dict[str, Any]:
+    """Return what every result says of its model, its examples, and how their texts are made."""
+    model: dict[str, Any] = {"model": decoder.name, "revision": decoder.revision}
+    model |= {
+        "fingerprint": decoder.fingerprint,
+        "split": "evaluation",
+        "limit": settings.limit,
+        "seed": settings.seed,
+    }
+    read = calibration.described(reader_for(decoder, settings, chat=chat))
+    return {**model, **read, "method_version": METHOD_VERSION}

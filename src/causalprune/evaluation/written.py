@@ -53,7 +53,7 @@ from causalprune.interventions import (
     target_logits,
     targets,
 )
-from causalprune.models import fingerprint, frame_fingerprint
+from causalprune.models import fingerprint, frame_fingerprint, positions
 
 Found = TypeVar("Found")
 OWN_TASKS = ("own_ppl", "own_kl")
@@ -245,7 +245,7 @@ def _keep(path: Path, own: OwnText, decoder: Decoder, hidden: list[Tensor]) -> N
 
 def _piece(decoder: Decoder, size: int) -> int:
     """Return the tokens of a piece: what the model has positions for."""
-    return min(size, getattr(decoder.model.config, "max_position_embeddings", None) or size)
+    return min(size, positions(decoder.model.config) or size)
 
 
 def _pieces(decoder: Decoder, text: Text, task: str, on_progress: Progress) -> list[dict[str, list[int]]]:

@@ -48,9 +48,7 @@ def chunk(logits: Float[Tensor, "target vocab"]) -> int:
 
 def target_positions(batch: Batch) -> tuple[Int[Tensor, "target"], Int[Tensor, "target"]]:
     """Return row and position of every prediction of a target token (the position before the token)."""
-    time = torch.arange(batch.tokens.shape[1])
-    predicts = (time >= batch.target_starts[:, None] - 1) & (time < batch.lengths[:, None] - 1)
-    rows, positions = predicts.nonzero(as_tuple=True)
+    rows, positions = batch.is_target[:, 1:].nonzero(as_tuple=True)
     return rows, positions
 
 
@@ -130,6 +128,6 @@ def selected(batch: Batch, rows: list[int]) -> Batch:
         batch,
         tokens=batch.tokens[rows],
         lengths=batch.lengths[rows],
-        target_starts=batch.target_starts[rows],
+        is_target=batch.is_target[rows],
         indices=tuple(batch.indices[row] for row in rows),
     )

@@ -22,6 +22,7 @@ from .anatomy import (
 from .anatomy import (
     summary as summary,
 )
+from .context import positions as positions
 from .folders import (
     TOKENIZER_FILES as TOKENIZER_FILES,
 )
@@ -57,6 +58,9 @@ from .loading import (
 )
 from .loading import (
     read_shape as read_shape,
+)
+from .loading import (
+    reading as reading,
 )
 from .loading import (
     skeleton as skeleton,

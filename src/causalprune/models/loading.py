@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 
 from causalprune.core import CheckpointError, Decoder, ModelError, OptionError, Source, unknown
 from causalprune.models.anatomy import check_config, inspect_model, outline
+from causalprune.models.context import positions
 from causalprune.models.folders import PICKLE, TOKENIZER_FILES, stored_in, warn_left_over, weight_files
 from causalprune.models.gguf import Gguf, gguf_config, read_gguf
 from causalprune.models.packing import packing
@@ -251,6 +252,21 @@ def tokenizer_of(folder: Path) -> Any:
 def _speaks(folder: Path) -> bool:
     """Tell whether a folder has files of a tokenizer."""
     return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+
+
+def reading(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, int | None]:
+    """Return the tokenizer of a model, and the positions that it has (None: no limit), without its weights."""
+    folder, gguf = _source(name)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options |= {} if gguf is None else {"gguf_file": gguf}
+    try:
+        room = positions(_config(name, folder, options)[0])
+        with _quiet(hide_bars=True):
+            return AutoTokenizer.from_pretrained(folder, **options), room
+    except _LOAD_ERRORS as error:
+        raise _load_error(name, error, local=Path(folder).is_dir()) from error
 
 
 def auto_dtype(folder: Path, stored: torch.dtype) -> torch.dtype:

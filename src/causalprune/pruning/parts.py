@@ -26,7 +26,7 @@ def costs(decoder: Decoder, method: Method, groups: Sequence[Batch], few: Sequen
     n, pool, tokens = len(decoder.layers), decoder.projections, max(_tokens(groups), 1)
     size, head = sum(p.size for p in pool), decoder.model.get_output_embeddings()
     logits = LOGITS * (0 if head is None else head.weight.numel()) / size  # of all tokens, in passes
-    some, targets = _tokens(few) / tokens, sum(int((b.lengths - b.target_starts).sum()) for b in few) / tokens
+    some, targets = _tokens(few) / tokens, sum(int(b.is_target.sum()) for b in few) / tokens
     through = tokens * size  # multiplications of a pass
     product, update = sum(p.size * p.shape[1] for p in pool) / through, method.resolved_update
     gathers, trains = "moments" in method.needs, update == "distill"

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from causalprune.core import Calibration, Effects, Masks, Shown
+from causalprune.core import METHOD_VERSION, Calibration, Effects, Masks, Shown
 from causalprune.pruning.grading import DoseResponse
 from causalprune.pruning.methods import Method
 
@@ -41,7 +41,11 @@ def manifest(pruned: Pruned, calibration: Calibration | None, effects: Effects |
     own = pruned.method
     method = {**asdict(own), "scope": own.resolved_scope, "update": own.resolved_update}
     method["budgets"] = own.resolved_budgets
-    record: dict[str, Any] = {"method": method, "unrouted": list(pruned.unrouted)}
+    record: dict[str, Any] = {
+        "method_version": METHOD_VERSION,
+        "method": method,
+        "unrouted": list(pruned.unrouted),
+    }
     if pruned.response is not None:
         record["dose_response"] = {**asdict(pruned.response), "nats": pruned.response.nats.tolist()}
     if calibration is not None:

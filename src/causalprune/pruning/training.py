@@ -211,7 +211,7 @@ def _gradients(
 
     Back to the last layer's output some positions at a time, from there through all layers at once.
     """
-    after, wanted = len(decoder.layers), targets(replace(batch, target_starts=torch.ones_like(batch.lengths)))
+    after, wanted = len(decoder.layers), targets(replace(batch, is_target=batch.real))
     with torch.enable_grad():
         hidden = residual(run_until(decoder, batch.tokens, after - 1))
     leaf = hidden.detach().requires_grad_()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from causalprune.calibration import batches, few
+from causalprune.calibration import batches, check_positions, few
 from causalprune.core import Batch, Calibration, Decoder, Layer, Projection, State
 from causalprune.interventions import InputNorms, LayerInputs, Moments, capture, observed, run_layer
 from causalprune.pruning.importance import Factors
@@ -49,6 +49,7 @@ def planned(
     groups: list[Batch] = []
     some: list[Batch] = []
     if method.needs_calibration and calibration is not None:
+        check_positions(decoder, calibration.examples)
         unpadded = any(isinstance(layer.experts, nn.ModuleList) for layer in decoder.layers)
         size = 1 if unpadded else max_batch_tokens
         groups = batches(calibration.examples, max_batch_tokens=size)

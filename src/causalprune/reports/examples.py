@@ -21,10 +21,10 @@ def flips(rows: Rows) -> list[dict[str, Any]]:
     """
     dense = {(r.task, r.metric): r for label, results in rows if label == "dense" for r in results}
     texts = {
-        (r.task, content): (prompt, gold)
+        (r.task, r.examples): list(zip(r.prompts, r.golds, strict=True))
         for _, results in rows
         for r in results
-        for content, prompt, gold in zip(r.examples, r.prompts, r.golds, strict=False)
+        if r.prompts
     }
     found = []
     for label, results in rows:
@@ -41,7 +41,7 @@ def flips(rows: Rows) -> list[dict[str, Any]]:
     return _cut(found)
 
 
-Texts = Mapping[tuple[str, str], tuple[str, str]]
+Texts = Mapping[tuple[str, tuple[str, ...]], Sequence[tuple[str, str]]]
 
 
 def _answers(label: str, before: EvalResult, after: EvalResult, texts: Texts) -> dict[str, Any]:
@@ -87,7 +87,8 @@ def _about(label: str, result: EvalResult, kind: str) -> dict[str, Any]:
 
 
 def _problem(result: EvalResult, i: int, texts: Texts) -> dict[str, Any]:
-    prompt, gold = texts.get((result.task, result.examples[i]), (None, None))
+    found = texts.get((result.task, result.examples), [])
+    prompt, gold = found[i] if i < len(found) else (None, None)
     return {"content": result.examples[i], "prompt": prompt, "gold": gold}
 
 

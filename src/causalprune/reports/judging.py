@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from causalprune.calibration import OWN, is_file
 from causalprune.core import EvalResult, Size, Speed
+from causalprune.evaluation import AT_CHANCE
 
 Kind: TypeAlias = Literal["answers", "text", "loss", "choices"]
 """What a task measures: generated answers, general text, the loss of given solutions, a choice among given options."""
@@ -79,9 +80,10 @@ def is_calibrated(task: str, sources: Set[str]) -> bool:
 
 def judge(models: Sequence[Told], tasks: Sequence[Told]) -> Verdict:
     """Choose a pruned model, of those that are measured on all tasks beside the dense one, and say what is known of it."""
+    blind = [task["task"] for task in tasks if task.get("at_chance")]
     tasks = [
-        task for task in tasks if not task["task"].endswith("_kl")
-    ]  # above the dense model's zero for every other
+        task for task in tasks if not task["task"].endswith("_kl") and not task.get("at_chance")
+    ]  # a divergence is above the dense model's zero for every other
     keys = [task["key"] for task in tasks]
     full = [
         _judged(m, tasks)
@@ -103,6 +105,9 @@ def judge(models: Sequence[Told], tasks: Sequence[Told]) -> Verdict:
         )
     if "text" not in best.kinds:
         reasons.append("General text was not measured: nothing is known of what the task does not need.")
+    if blind:
+        said = f"{', '.join(dict.fromkeys(blind))}: the dense model is at chance there, so it decides nothing"
+        reasons.append(f"{said}; {AT_CHANCE}.")
     others = sorted((own for own in full if own is not best and best.holds), key=lambda own: own.order)
     for own in (own for own in others if bool(own.model["removed"]) != bool(best.model["removed"])):
         if own.holds:

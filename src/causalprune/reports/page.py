@@ -155,6 +155,8 @@ def bounds(own: Mapping[str, Any]) -> str:
     return (
         f"[{number(low, digits=3)}, {number(high, digits=3)}]"
         if math.isfinite(low) and math.isfinite(high)
+        else "no interval: one example"
+        if own.get("n") == 1
         else "no interval"
     )
 

@@ -14,6 +14,7 @@ from causalprune.evaluation import (
     Floats,
     Row,
     answered,
+    at_chance,
     difference_of,
     higher_is_better,
     interval_of,
@@ -93,7 +94,15 @@ def _measured(
     """Return the results of a run by label, its tasks, and its models with a cell for every task."""
     found = [(str(label), results) for label, results in rows_of({"rows": rows})]
     tasks = _tasks(found, frozenset((record.get("calibration") or {}).get("sources") or ()))
-    return found, tasks, _models(rows, found, tasks)
+    models = _models(rows, found, tasks)
+    dense = [result for label, results in found for result in results if label in _dense(rows)]
+    chance = {task_key(result): at_chance(result) for result in dense if result.values}
+    return found, [task | {"at_chance": chance.get(task["key"], False)} for task in tasks], models
+
+
+def _dense(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the label of the intact model, if it is there."""
+    return [str(row["label"]) for row in rows if row["criterion"] == "dense"][:1]
 
 
 def _tasks(rows: Sequence[Row], sources: Set[str]) -> list[dict[str, Any]]:
@@ -123,7 +132,7 @@ def _models(
         for result in results:
             usable = len(result.values) == len(result.weights) == len(result.examples) > 0
             draws[label, task_key(result)] = result, resampled(result) if usable else None
-    dense = next((label for label, row in about.items() if row["criterion"] == "dense"), None)
+    dense = next(iter(_dense(told)), None)
     models = []
     for label, row in about.items():
         wanda = _wanda_for(row, about)

@@ -21,6 +21,12 @@ from .endings import (
 from .endings import (
     outcome_of as outcome_of,
 )
+from .looking import (
+    Looked as Looked,
+)
+from .looking import (
+    look as look,
+)
 from .plans import (
     Plan as Plan,
 )

@@ -1,11 +1,11 @@
 """Calibration examples for who has a model at hand, the model's own answers among them."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from causalprune import calibration
-from causalprune.calibration import Chat
+from causalprune.calibration import Chat, Exclude
 from causalprune.core import Calibration, Decoder, Progress, bar
 from causalprune.runs.recipe import CalibrationSpec
 from causalprune.runs.traces import calibrated
@@ -21,12 +21,12 @@ def calibrate(  # noqa: PLR0913 (the command's options)
     max_tokens: int = 512,
     chat: Chat = "auto",
     data_dir: Path | None = None,
-    exclude: Set[str] | None = None,
+    exclude: Exclude | None = None,
     on_progress: Progress | None = None,
 ) -> Calibration:
     """Return `n` examples drawn from the sources and cut into disjoint subsets.
 
-    A source is a data set (`gsm8k`), a JSONL file of prompts and targets, or `own:` before either: its problems with the
+    A source is a data set (`gsm8k`), a file of prompts and targets, or `own:` before either: its problems with the
     answers that the model writes, which takes a while the first time; a bar shows how far it has come, unless an
     `on_progress` is given (`silent`: nothing does). Where no source is `own:`, a tokenizer will do in place of the decoder.
     The rest is as in `causalprune.calibration.calibrate`.
@@ -45,4 +45,6 @@ def calibrate(  # noqa: PLR0913 (the command's options)
         )
     wanted = CalibrationSpec(tuple(sources), n or 0, subsets, seed, max_tokens, chat)
     with bar(on_progress, "own answers") as tell:
-        return calibrated(decoder, wanted, data_dir, exclude, tell)
+        found = calibrated(decoder, wanted, data_dir, exclude, tell)
+    calibration.check_subsets(len(found.examples), subsets)
+    return found

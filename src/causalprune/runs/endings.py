@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from causalprune.calibration import OWN, OWN_TEXT, TEXT_SOURCES, is_file
+from causalprune.calibration import DATE, OWN, OWN_TEXT, TEXT_SOURCES, is_file
 from causalprune.checkpoints import MANIFEST, read_manifest
 from causalprune.core import Size, Speed
 from causalprune.models import read_shape
@@ -90,7 +90,7 @@ def _again(record: Mapping[str, Any], command: str, output: Path, *own: str) -> 
     for source, count in sources.items():
         words += ["--preserve" if source in preserved else "-t", f"{source}:{count}"]
     for name, value in model.items():
-        if name != "name" and value not in (None, False, "auto", "cpu"):
+        if name != "name" and value not in (None, False, "auto", "cpu", DATE):
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
     return shlex.join(words)
 

@@ -5,6 +5,7 @@ product on the device of the recipe.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from causalprune.calibration import (
     OWN,
     OWN_TEXT,
     TEXT_SOURCES,
-    Split,
+    Problem,
+    Skipped,
     enough,
     load_problems,
     load_texts,
@@ -24,7 +26,16 @@ from causalprune.calibration import (
 )
 from causalprune.checkpoints import EMBEDDED, check_destination, resolve
 from causalprune.core import OptionError
-from causalprune.evaluation import OWN_TASKS, TOKENS, check_tasks, load_scorers, output_type, source_of
+from causalprune.evaluation import (
+    OWN_TASKS,
+    TOKENS,
+    Settings,
+    check_tasks,
+    evaluation_contents,
+    load_scorers,
+    output_type,
+    source_of,
+)
 from causalprune.models import check_options, device_of, read_shape
 from causalprune.pruning import Method
 from causalprune.runs.general import with_general_text
@@ -86,7 +97,8 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
     if not folder.exists():
         check_destination(folder)
     shape = recipe.shape or _read_shape(recipe.model)
-    calibration = _calibration_tokens(recipe, data_dir)
+    settings = Settings(data_dir=data_dir, seed=recipe.seed, scorers=scorers)
+    calibration = _calibration_tokens(recipe, settings)
     jobs = []
     cells = recipe.cells()
     methods = [method for method in cells.values() if isinstance(method, Method)]
@@ -159,15 +171,19 @@ def _read_shape(spec: ModelSpec) -> Shape:
     return Shape(layers, heads, float(parameters))
 
 
-def _calibration_tokens(recipe: Recipe, data_dir: Path | None) -> int:
-    wanted = recipe.calibration
+def _calibration_tokens(recipe: Recipe, settings: Settings) -> int:
+    """Return the tokens of the calibration; raises `DataError` where too few examples are not measured."""
+    wanted, measured = recipe.calibration, evaluation_contents(recipe.on, settings, None)
     tokens = 0
     for source, count in wanted.counts().items():
         if source in (OWN_TEXT, *TEXT_SOURCES):
             tokens += count * wanted.max_tokens
             continue
-        lengths = _lengths(source.removeprefix(OWN), "calibration", data_dir)
-        enough(source, count, len(lengths))
+        problems = load_problems(source.removeprefix(OWN), "calibration", data_dir=settings.data_dir)
+        also = Counter(measured[p.content] for p in problems if p.content in measured)
+        out = Skipped(excluded=also.total(), also_in=also)
+        lengths = _lengths([p for p in problems if p.content not in measured])
+        enough(source, count, len(lengths), out)
         tokens += int(sum(lengths) / len(lengths) * min(count, len(lengths)))
     return tokens
 
@@ -201,7 +217,8 @@ def task_tokens(task: str, scorers: Iterable[str], answer: int, data_dir: Path |
     if source in TEXT_SOURCES:
         characters = sum(map(len, load_texts(source, "evaluation", data_dir=data_dir)))
         return min(int(characters / CHARACTERS_PER_TOKEN), limit or characters)
-    lengths = _lengths(source, "evaluation", data_dir)
+    told = kind != "generate_until"
+    lengths = _lengths(load_problems(source, "evaluation", data_dir=data_dir, with_targets=told))
     problems = min(len(lengths), limit or len(lengths))
     tokens = sum(lengths) / len(lengths) * problems
     if kind == "generate_until":
@@ -211,8 +228,7 @@ def task_tokens(task: str, scorers: Iterable[str], answer: int, data_dir: Path |
     return int(tokens)
 
 
-def _lengths(source: str, split: Split, data_dir: Path | None) -> list[float]:
-    problems = load_problems(source, split, data_dir=data_dir, with_targets=split == "calibration")
+def _lengths(problems: Iterable[Problem]) -> list[float]:
     return [(len(p.prompt) + len(p.target)) / CHARACTERS_PER_TOKEN for p in problems]
 
 

@@ -12,7 +12,18 @@ from typing import Any, Literal
 import yaml
 
 from causalprune.attribution import Estimator, Question
-from causalprune.calibration import OWN, TEXT_SOURCES, Chat, Thinking, split_counts, with_limit
+from causalprune.calibration import (
+    DATE,
+    OWN,
+    TEXT_SOURCES,
+    Chat,
+    Reader,
+    Thinking,
+    Turns,
+    split_counts,
+    uses_chat,
+    with_limit,
+)
 from causalprune.core import Decoder, MismatchError, OptionError, unknown
 from causalprune.pruning import N_OF_M, Method
 from causalprune.runs.rows import Cell, Removal, is_removal, label, parse_method, parse_removal
@@ -39,6 +50,7 @@ class ModelSpec:
     attention: str = "auto"
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    date: str = DATE
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,8 @@ class CalibrationSpec:
     preserve: tuple[str, ...] = ()
     preserve_share: float = PRESERVE_SHARE
     thinking: Thinking = "auto"
+    turns: Turns = "last"
+    fold_system: bool = False
 
     def __post_init__(self) -> None:
         if self.preserve == ("none",):
@@ -79,6 +93,19 @@ class CalibrationSpec:
                 raise OptionError(
                     f"{OWN}{text}: {text} is running text, with nothing to answer: leave out {OWN}"
                 )
+
+    def reader(self, tokenizer: Any, room: int | None, data_dir: Path | None = None) -> Reader:
+        """Return how the examples become tokens for a model with so many positions (None: no limit)."""
+        return Reader(
+            tokenizer,
+            uses_chat(tokenizer, self.chat),
+            self.max_tokens,
+            self.seed,
+            data_dir,
+            turns=self.turns,
+            fold_system=self.fold_system,
+            positions=room,
+        )
 
     def counts(self) -> dict[str, int]:
         """Return the number of examples that is asked of every source, the task's before those to preserve."""

@@ -19,7 +19,7 @@ from causalprune.attribution import (
     stability,
 )
 from causalprune.attribution import attribute as measure
-from causalprune.calibration import with_limit
+from causalprune.calibration import DATE, Chat, check_subsets, date_of, on_date, with_limit
 from causalprune.checkpoints import (
     EFFECTS,
     check_destination,
@@ -52,6 +52,7 @@ from causalprune.evaluation import (
     evaluate,
     kept_rows,
     results_in,
+    same_as_before,
     write_json,
     write_results,
 )
@@ -112,6 +113,7 @@ def attribute(
     if options.cluster is not None and options.share[1] > 1:
         raise OptionError("a cluster does all jobs of a run: leave out --shard, or --executor ray")
     decoder, calibration = prepared(spec, wanted, options)
+    check_subsets(len(calibration.examples), wanted.subsets)
     if options.cluster is not None:
         how = attribution.method(options.batch_tokens)
         question = attribution.question()
@@ -150,6 +152,12 @@ def measured(
     return effects
 
 
+def dated(decoder: Decoder, chat: Chat) -> dict[str, str]:
+    """Return what ledgers say of the day that prompts carry; nothing where they carry none."""
+    day = None if chat == "off" else date_of(decoder.tokenizer)
+    return {} if day is None else {"date": day}
+
+
 def check_stability(
     spec: ModelSpec,
     wanted: CalibrationSpec,
@@ -170,6 +178,7 @@ def check_stability(
             n = (count or wanted.n) * DRAWS
             own = dataclasses.replace(wanted, task=(name,), n=n, subsets=DRAWS)
             calibrations[source] = calibrated(decoder, own, options.data_dir, on_progress=progress)
+            check_subsets(len(calibrations[source].examples), DRAWS)
     found = stability(
         decoder,
         calibrations,
@@ -206,6 +215,7 @@ def prune_checkpoint(
     if "effects" in needs and effects_path is not None:
         effects = load_effects(effects_path, decoder)
     elif "effects" in needs and calibration is not None:
+        check_subsets(len(calibration.examples), wanted.subsets)
         effects = measured(decoder, calibration, output.with_name(f"{output.name}.attribution"), options)
     with options.stage("pruning") as progress:
         pruned = prune(
@@ -234,7 +244,7 @@ def prune_streamed(
     options: Options = Options(),
 ) -> Streamed:
     """Prune a checkpoint on disk without loading the model; `cap` needs effects that were measured before."""
-    if spec not in (ModelSpec(spec.name), ModelSpec(spec.name, device="cpu")):
+    if dataclasses.replace(spec, date=DATE) not in (ModelSpec(spec.name), ModelSpec(spec.name, device="cpu")):
         raise OptionError(
             "--stream keeps the dtype of the files, uses no device and runs no code: leave those options out"
         )
@@ -248,6 +258,7 @@ def prune_streamed(
     if method.needs_calibration:
         with options.stage("calibration data"):
             bare = dataclasses.replace(skeleton(folder), tokenizer=tokenizer_of(folder))
+            on_date(bare.tokenizer, spec.date)
             calibration = calibrated(bare, wanted, options.data_dir)
     seen = Seen(calibration, options.batch_tokens, options.cache_gib, effects)
     with options.stage("pruning") as progress:
@@ -281,7 +292,13 @@ def evaluate_model(
         note = f"going on: {len(done)} of {len(tasks)} tasks done" if done else ""
         say(progress, note=note, jobs=task_jobs(tasks, settings) | dict.fromkeys(done, 0.0))
         decoder = load(spec)
-    with Ledger(path, {"model": decoder.fingerprint, "settings": settings.identity()}) as book:
+    identity = {
+        "model": decoder.fingerprint,
+        "settings": settings.identity(),
+        **dated(decoder, settings.chat),
+    }
+    unchanged = functools.partial(same_as_before, tasks, settings, decoder)
+    with Ledger(path, identity, unchanged=unchanged) as book:
         for task in tasks:
             if task not in book.rows:
                 try:

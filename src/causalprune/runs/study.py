@@ -12,12 +12,14 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from causalprune.attribution import described
-from causalprune.calibration import with_limit
+from causalprune.calibration import check_subsets, with_limit
 from causalprune.core import (
+    METHOD_VERSION,
     PACKAGES,
     Calibration,
     CheckpointError,
@@ -42,6 +44,7 @@ from causalprune.evaluation import (
     load_scorers,
     output_type,
     rows_of,
+    same_as_before,
     write_json,
 )
 from causalprune.pruning import Method
@@ -51,7 +54,7 @@ from causalprune.runs.general import note_general_text, with_general_text
 from causalprune.runs.jobs import Coming, run_jobs
 from causalprune.runs.recipe import Recipe, as_recipe
 from causalprune.runs.record import Record
-from causalprune.runs.single import Options, measured
+from causalprune.runs.single import Options, dated, measured
 from causalprune.runs.traces import calibrated
 
 
@@ -90,12 +93,12 @@ def run(  # noqa: PLR0913 (what a user says, and what the caller knows)
         decoder = load_intact(recipe.model)
     recipe.check_shape(decoder)
     with stage("calibration data") as progress:
-        exclude = evaluation_contents(recipe.on, settings, decoder.tokenizer)
+        exclude = evaluation_contents(recipe.on, settings, decoder)
         calibration = calibrated(decoder, recipe.calibration, data_dir, exclude, progress)
         say(progress, jobs=run_jobs(recipe, decoder, calibration, settings, done, coming))
     identity = _identity(recipe, decoder, calibration)
     record = _record(recipe, calibration, identity, command)
-    with Ledger(path, identity) as book:
+    with Ledger(path, identity, unchanged=partial(same_as_before, recipe.on, settings, decoder)) as book:
         _note_versions(book)
         note_general_text(book, [task for task in recipe.on if task not in named])
         _note_answering(book, settings, recipe.on)
@@ -126,6 +129,7 @@ def _record(
         "command": command,
         "identity": identity,
         "calibration": calibration.description,
+        "method_version": METHOD_VERSION,
         "versions": versions(),
         "git_commit": git_commit(),
         "attribution": None,
@@ -145,6 +149,8 @@ def _settings(recipe: Recipe, data_dir: Path | None) -> Settings:
         answer=recipe.answer,
         thinking=recipe.calibration.thinking,
         scorers=load_scorers(recipe.scorers),
+        turns=recipe.calibration.turns,
+        fold_system=recipe.calibration.fold_system,
     )
 
 
@@ -166,6 +172,9 @@ def _identity(recipe: Recipe, decoder: Decoder, calibration: Calibration) -> dic
         "batch_tokens": recipe.batch_tokens,
         **({} if recipe.damping == Method.damping else {"damping": recipe.damping}),
         **({} if wanted.thinking == "auto" else {"thinking": wanted.thinking}),
+        **({} if wanted.turns == "last" else {"turns": wanted.turns}),
+        **({"fold_system": True} if wanted.fold_system else {}),
+        **dated(decoder, wanted.chat),
     }
 
 
@@ -207,6 +216,7 @@ def _effects(
     methods = [method for method in recipe.cells().values() if isinstance(method, Method)]
     if not any("effects" in method.needs for method in methods):
         return None
+    check_subsets(len(calibration.examples), recipe.calibration.subsets)
     options = Options(batch_tokens=recipe.batch_tokens, stage=stage)
     own = {
         k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(recipe.attribution).items()

@@ -15,21 +15,25 @@ from causalprune.calibration import (
     OWN,
     OWN_TEXT,
     TRACE_END,
+    Exclude,
+    Problem,
     Reader,
     Skipped,
-    calibrate,
     contents,
+    date_of,
     draw,
+    drawn,
     encode,
     enough,
     is_file,
     load_problems,
-    prompt_tokens,
-    uses_chat,
+    question_text,
+    question_tokens,
     uses_thinking,
     with_limit,
 )
 from causalprune.core import (
+    METHOD_VERSION,
     AtOnce,
     Calibration,
     DataError,
@@ -42,7 +46,8 @@ from causalprune.core import (
     say,
     silent,
 )
-from causalprune.evaluation import ends_of, own_pieces, plain_generation, write_text
+from causalprune.evaluation import alone, ends_of, own_pieces, plain_generation, write_text
+from causalprune.models import positions
 from causalprune.runs.recipe import CalibrationSpec
 
 BATCH = 16
@@ -55,24 +60,17 @@ def calibrated(
     decoder: Decoder,
     wanted: CalibrationSpec,
     data_dir: Path | None = None,
-    exclude: Set[str] | None = None,
+    exclude: Exclude | None = None,
     on_progress: Progress = silent,
 ) -> Calibration:
-    """Return the examples that a recipe or the command line asks for.
+    """Return the examples that a recipe or the command line asks for, in fewer subsets where there are fewer examples.
 
     `own:NAME` stands for problems of NAME with the answers that the model itself writes to them, `own` for text that it
     writes; both are written once for a model, and kept in the cache folder.
     """
     counts = wanted.counts()
-    chat = uses_chat(decoder.tokenizer, wanted.chat)
-    reader = Reader(
-        decoder.tokenizer,
-        chat,
-        wanted.max_tokens,
-        wanted.seed,
-        data_dir,
-        thinking=uses_thinking(decoder.tokenizer, wanted.thinking, chat=chat),
-    )
+    reader = wanted.reader(decoder.tokenizer, positions(decoder.model.config), data_dir)
+    reader = replace(reader, thinking=uses_thinking(decoder.tokenizer, wanted.thinking, chat=reader.chat))
     say(on_progress, unit="answers")
     files = {
         name: own_answers(decoder, reader, name.removeprefix(OWN), count, exclude, on_progress)
@@ -85,20 +83,10 @@ def calibrated(
         for name, count in counts.items()
         if name == OWN_TEXT
     }
-    found = calibrate(
-        decoder.tokenizer,
-        [f"{files.get(name, name)}:{count}" for name, count in counts.items()],
-        n=None,
-        subsets=wanted.subsets,
-        seed=wanted.seed,
-        max_tokens=wanted.max_tokens,
-        chat=wanted.chat,
-        data_dir=data_dir,
-        exclude=exclude,
-        given=given,
-    )
-    drawn = dict(zip(counts, found.description["sources"].values(), strict=True))
-    description: dict[str, Any] = {**found.description, "sources": drawn}
+    asked = {str(files.get(name, name)): count for name, count in counts.items()}
+    found = drawn(replace(reader, skipped=Skipped()), asked, wanted.subsets, exclude, given)
+    taken = dict(zip(counts, found.description["sources"].values(), strict=True))
+    description: dict[str, Any] = {**found.description, "sources": taken}
     if wanted.preserve:
         description["preserve"] = [with_limit(source)[0] for source in wanted.preserve]
     if files:
@@ -112,7 +100,7 @@ def own_answers(
     reader: Reader,
     source: str,
     count: int,
-    exclude: Set[str] | None = None,
+    exclude: Exclude | None = None,
     on_progress: Progress = silent,
 ) -> Path:
     """Return a JSONL file of `count` problems with the model's own greedy answers, written where they are missing.
@@ -132,28 +120,27 @@ def own_answers(
     if exclude is None and not is_file(source):  # which has no evaluation problems apart
         exclude = contents(source, "evaluation", data_dir=reader.data_dir)
     problems = {p.content: p for p in load_problems(source, "calibration", data_dir=reader.data_dir)}
-    drawn, before = (
-        draw(reader, source, "calibration", exclude=exclude or frozenset()),
-        replace(reader.skipped),
-    )
-    kept: list[dict[str, str]] = []
+    before = reader.skipped.copy()
+    found = _apart(draw(reader, source, "calibration", exclude=exclude or frozenset()), reader.skipped)
+    kept: list[dict[str, Any]] = []
     tried, at_once = 0, AtOnce()
     # One run at a time: another may be writing the same answers.
     with Ledger(folder / f"{name}.ledger", identity, wait=True) as book:
-        for examples in _batched(islice(drawn, TRIES * count)):
+        for examples in _batched(islice(found, TRIES * count)):
             missing = [problems[e.content] for e in examples if e.content not in book.rows]
-            prompts = [prompt_tokens(reader, p.prompt, thinking=reader.thinking) for p in missing]
+            texts = [question_text(reader, p, thinking=reader.thinking) for p in missing]
+            prompts = [question_tokens(reader, text) for text in texts]
             write = partial(_answers, decoder, prompts, reader)
-            answers = chain(*at_once(len(missing), reader.max_tokens, write))
+            answers = chain(*at_once(len(missing), reader.limit, write))
             for problem, answer in zip(missing, answers, strict=True):
                 own = replace(problem, target=answer)
-                fits = bool(answer.strip()) and len(encode(reader, own).tokens) <= reader.max_tokens
+                fits = bool(answer.strip()) and len(encode(reader, own).tokens) <= reader.limit
                 book.append(problem.content, answer if fits else None)
             tried += len(examples)
             for example in examples:
                 answer = book.rows[example.content]
                 if answer is not None:
-                    kept.append({"prompt": problems[example.content].prompt, "target": answer})
+                    kept.append(_row(problems[example.content], answer))
             on_progress(min(len(kept), count), count)
             if len(kept) >= count:
                 break
@@ -174,29 +161,54 @@ def _check_enough(source: str, count: int, found: int, skipped: Skipped) -> None
 
 def _identity(decoder: Decoder, reader: Reader, source: str) -> dict[str, Any]:
     """Return what the answers depend on."""
+    day = date_of(decoder.tokenizer) if reader.chat else None
     return {
         "model": decoder.fingerprint,
         "source": source,
         "seed": reader.seed,
         "chat": reader.chat,
-        "max_tokens": reader.max_tokens,
+        "max_tokens": reader.limit,
         **({"thinking": True} if reader.thinking else {}),
+        **({"fold_system": True} if reader.fold_system else {}),
+        **({} if day is None else {"date": day}),
+        **(
+            {} if reader.chat else {"asked": METHOD_VERSION}
+        ),  # version 1 put a blank line after plain prompts
     }
+
+
+def _row(problem: Problem, answer: str) -> dict[str, Any]:
+    """Return a problem with an answer as a line of a file."""
+    if not problem.before:
+        return {"prompt": problem.prompt, "target": answer}
+    return {"messages": [*problem.messages, {"role": "assistant", "content": answer}]}
+
+
+def _apart(examples: Iterator[Example], skipped: Skipped) -> Iterator[Example]:
+    """Yield one example of each prompt, which is answered once whatever its targets are; count the others."""
+    seen: set[str] = set()
+    for example in examples:
+        if example.content in seen:
+            skipped.duplicate += 1
+        else:
+            seen.add(example.content)
+            yield example
 
 
 def _answers(decoder: Decoder, asked: Sequence[list[int]], reader: Reader, rows: Sequence[int]) -> list[str]:
     """Return the greedy answers to these prompts; empty where one does not end."""
     prompts = [asked[i] for i in rows]
     longest, shortest = max(map(len, prompts)), min(map(len, prompts))
-    padding = decoder.tokenizer.pad_token_id or decoder.tokenizer.eos_token_id or 0
-    tokens = torch.tensor([[padding] * (longest - len(p)) + p for p in prompts])
+    if len(rows) > 1 and alone(decoder.model):
+        return [answer for row in rows for answer in _answers(decoder, asked, reader, [row])]
+    tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     with plain_generation(decoder.model), torch.inference_mode():
         found = decoder.model.generate(
             tokens.to(decoder.device),
             attention_mask=real.to(decoder.device),
-            max_new_tokens=max(reader.max_tokens - shortest, 1),
-            pad_token_id=padding,
+            max_new_tokens=max(reader.limit - shortest, 1),
+            pad_token_id=0,  # what a tokenizer pads with may be beyond the model's embedding
         )
     ends = ends_of(decoder.model, decoder.tokenizer)
     return [_ended(reader, row[longest:].tolist(), ends) for row in found]
@@ -208,6 +220,9 @@ def _ended(reader: Reader, tokens: Sequence[int], ends: Set[int]) -> str:
     if at is None:
         return ""
     text = str(reader.tokenizer.decode(tokens[:at], skip_special_tokens=not reader.thinking))
+    text = (
+        text if reader.chat else text.lstrip()
+    )  # the prompt ended without the white space before its answer
     return text if TRACE_END in text or not reader.thinking else ""
 
 

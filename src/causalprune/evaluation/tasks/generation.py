@@ -17,6 +17,8 @@ AT_ONCE = 4
 """Answers that are generated at once, in multiples of the batch size: a step costs hardly more for many than for one."""
 TOKENS_AT_ONCE = 65_536
 """Tokens of all answers that are generated at once, prompts included, at most: what long ones keep of each is large."""
+UNPADDED = ("rwkv", "recurrent_gemma", "minimax")
+"""Types of models that read padding on the left as text: one prompt at a time there."""
 LEAVE = 7 / 8
 """Rows that have ended leave a batch when no more than this share of it is left."""
 
@@ -76,7 +78,7 @@ def answers(
         return list(_answers(found, longest, ends))
 
     width = len(prompts[0]) + limit
-    at_once = AtOnce(min(AT_ONCE * batch_size * width, TOKENS_AT_ONCE))
+    at_once = AtOnce(1 if alone(decoder.model) else min(AT_ONCE * batch_size * width, TOKENS_AT_ONCE))
     with plain_generation(decoder.model), torch.inference_mode():
         return [answer for part in at_once(len(prompts), width, some) for answer in part]
 
@@ -121,7 +123,7 @@ def greedy(
         written[rows[running]] += 1
         if stop:
             shown = words.batch_decode(found[rows, max(at + 1 - tail, context.shape[1]) : at + 1])
-            running &= ~torch.tensor([any(text in own for text in stop) for own in shown])
+            running &= ~torch.tensor([any(_holds(own, text) for text in stop) for own in shown])
         running &= ~torch.isin(token, ends).cpu()
         on_ended(len(context) - int(running.sum()))
         if not bool(running.any()):
@@ -137,6 +139,16 @@ def greedy(
     over = torch.ones(len(context), dtype=torch.bool)
     over[rows[running]] = False
     return Continued(found[:, : at + 1], written.tolist(), over.tolist(), broken)
+
+
+def _holds(answer: str, stop: str) -> bool:
+    """Tell whether a stop is in an answer; one of white space may open it, as the prompt ends without any."""
+    return stop in (answer.lstrip() if stop.isspace() else answer)
+
+
+def alone(model: Any) -> bool:
+    """Tell whether a model is wrong about prompts that are padded on the left, or goes on from them wrongly."""
+    return model.config.model_type in UNPADDED
 
 
 @contextmanager

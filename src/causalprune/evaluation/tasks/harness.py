@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 import datasets
@@ -18,10 +19,10 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from torch.nn.functional import pad
 
-from causalprune.calibration import content_hash
+from causalprune.calibration import content_hash, folded, rendered, seeded
 from causalprune.core import AtOnce, DataError, Decoder, Progress, out_of_memory
 from causalprune.evaluation.tasks.answers import is_correct
-from causalprune.evaluation.tasks.generation import AT_ONCE, greedy, plain_generation
+from causalprune.evaluation.tasks.generation import AT_ONCE, alone, greedy, plain_generation
 
 VERSION = importlib.metadata.version("lm_eval")
 
@@ -64,16 +65,18 @@ def run(
 
     Raises DataError where an example does not fit the model's positions; nothing is cut.
     """
-    with plain_generation(decoder.model), torch.random.fork_rng():
+    written = task.OUTPUT_TYPE == "generate_until"
+    with plain_generation(decoder.model), torch.random.fork_rng(), seeded():
         torch.manual_seed(0)
         # The chat template writes its own special tokens; plain text gets the tokenizer's.
         engine = _Engine(
             pretrained=decoder.model,
             tokenizer=copy.deepcopy(decoder.tokenizer),  # the harness sets a padding token
-            batch_size=batch_size * (AT_ONCE if task.OUTPUT_TYPE == "generate_until" else 1),
+            batch_size=1 if written and alone(decoder.model) else batch_size * (AT_ONCE if written else 1),
             add_bos_token=False if chat else None,
             enable_thinking=False,
         )
+        engine.chat = chat
         engine._device = decoder.device  # noqa: SLF001 (the harness takes that of the first parameter, which may be on disk)
         engine.set_cache_hook(_Progress(engine, on_progress))
         record = lm_eval.evaluator.evaluate(
@@ -96,6 +99,13 @@ def gold(task: Any, sample: Mapping[str, Any]) -> str:
     if isinstance(target, int) and task.OUTPUT_TYPE == "multiple_choice":
         return str(task.doc_to_choice(sample["doc"])[target])
     return str(target)
+
+
+def chance(task: Any, samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the accuracy of who chooses among the options blindly; nothing for other kinds of tasks."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return {}
+    return {"chance": fmean(1 / len(task.doc_to_choice(sample["doc"])) for sample in samples)}
 
 
 def answer(task: Any, sample: Mapping[str, Any], metric: str) -> str:
@@ -148,6 +158,7 @@ class _Engine(HFLM):  # type: ignore[misc]  # the harness has no type stubs
     batch_size_per_gpu: int
     total = 0
     tokens = 0
+    chat = False
     broken = False
     """Whether some prediction was not a number."""
 
@@ -176,6 +187,20 @@ class _Engine(HFLM):  # type: ignore[misc]  # the harness has no type stubs
         longest, padding = max(part.shape[1] for part in found), self.tokenizer.pad_token_id
         return torch.cat([pad(part, (0, longest - part.shape[1]), value=padding) for part in found])
 
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return a chat as the template writes it; with a system turn before the user's where it refuses one."""
+        how = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
+        how |= self.chat_template_args
+        try:
+            return rendered(self.tokenizer, chat_history, **how)
+        except DataError:
+            return rendered(self.tokenizer, folded(chat_history), **how)
+
     def tok_batch_encode(
         self,
         strings: Any,
@@ -183,7 +208,10 @@ class _Engine(HFLM):  # type: ignore[misc]  # the harness has no type stubs
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> Any:
+        # The token that pads may be one that the model has not; without a template the answer holds the white space before it.
+        strings = strings if self.chat else [text.rstrip() for text in strings]
         tokens, keep = super().tok_batch_encode(strings, padding_side, truncation=truncation)
+        tokens = tokens * keep
         self._check(tokens.shape[1], left_truncate_len)
         self.tokens += tokens.numel()
         return tokens, keep
