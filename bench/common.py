@@ -1,5 +1,6 @@
 """What every measuring program writes beside its figures: machine, versions, commit, data."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import platform
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ BENCH = Path(__file__).parent
 ROOT = BENCH.parent
 RESULTS = BENCH / "results"
 RUNS = BENCH / "runs"
+Found = dict[str, Any]
+"""What a step found: its `figures`, and what they come from as `raw`."""
 
 
 def data_folder() -> Path:
@@ -56,6 +60,32 @@ def write_figures(name: str, figures: dict[str, float | None], raw: dict[str, An
     path.parent.mkdir(exist_ok=True)
     write_dense(path, found)
     return path
+
+
+def step_parser(about: str | None, steps: Iterable[str]) -> argparse.ArgumentParser:
+    """Return the parser of a program that takes the names of steps."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=", ".join(steps))
+    return parser
+
+
+def carry_out(
+    name: str,
+    steps: Mapping[str, Callable[[], Found]],
+    parser: argparse.ArgumentParser,
+    given: Sequence[str],
+    always: Collection[str] = (),
+) -> None:
+    """Carry out the steps that are given, or those not done yet and `always` these; write `results/<name>.json` after each."""
+    if unknown := set(given) - set(steps):
+        parser.error(f"no step {', '.join(sorted(unknown))}: choose from {', '.join(steps)}")
+    done: dict[str, Found] = record(name)["raw"]
+    for step in given or [own for own in steps if own not in done or own in always]:
+        print(f"== {step}", flush=True)
+        done[step] = steps[step]()
+        figures = {key: value for own in done.values() for key, value in own["figures"].items()}
+        write_figures(name, figures, done, [0])
+        print(json.dumps(done[step]["figures"]), flush=True)
 
 
 def machine() -> dict[str, Any]:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common import ROOT, data_folder, record, write_figures
+from common import ROOT, Found, carry_out, data_folder, step_parser
 
 sys.path.insert(0, str(ROOT / "tests"))
 import typer
@@ -37,7 +37,6 @@ from causalprune.cli.app import app
 from causalprune.pruning import Method
 from causalprune.runs import CalibrationSpec, ModelSpec, Options, prune_checkpoint
 
-Found = dict[str, Any]
 EXAMPLES = int(os.environ.get("FRONT_EXAMPLES", "128"))
 """Examples that `resumed` calibrates on, those of the default; fewer for a trial."""
 KILLS = 10
@@ -298,24 +297,13 @@ STEPS: dict[str, Callable[[], Found]] = {
 
 def main() -> None:
     """Carry out the steps asked for, or those not done yet, and write `results/front.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("steps", nargs="*", metavar="STEP", help=", ".join(STEPS))
+    parser = step_parser(__doc__, STEPS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.work is not None:
         work(given.work)
-        return
-    if unknown := set(given.steps) - set(STEPS):
-        parser.error(f"no step {', '.join(sorted(unknown))}: choose from {', '.join(STEPS)}")
-    done: dict[str, Found] = record("front")["raw"]
-    for name in given.steps or [name for name in STEPS if name not in done]:
-        print(f"== {name}", flush=True)
-        done[name] = STEPS[name]()
-        figures = {key: value for step in done.values() for key, value in step["figures"].items()}
-        write_figures("front", figures, done, [0])
-        print(json.dumps(done[name]["figures"]), flush=True)
+    else:
+        carry_out("front", STEPS, parser, given.steps)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Steps: border (tokens of ten tokenizers), harness (log-probabilities against lm-
 tokens moved), forms, rows (left out, too long), dates (every command on two days; minutes), time (against the build before, in turn).
 """
 
-import argparse
 import copy
 import json
 import subprocess
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from before import before, median_interval
-from common import ROOT, data_folder, record, write_figures
+from common import ROOT, Found, carry_out, data_folder, step_parser
 
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT / "tests" / "calibration"))
@@ -70,7 +69,6 @@ for problem in problems:
     encode(reader, problem)
 print(time.perf_counter() - start)
 """
-Found = dict[str, Any]
 
 
 def problems(source: str = "gsm8k", count: int = ROWS) -> list[Problem]:
@@ -305,21 +303,9 @@ STEPS: dict[str, Callable[[], Found]] = {
 
 def main() -> None:
     """Carry out the steps asked for, or those not done yet, and write `results/measured.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("steps", nargs="*", metavar="STEP", help=", ".join(STEPS))
-    given = parser.parse_args().steps
-    if unknown := set(given) - set(STEPS):
-        parser.error(f"no step {', '.join(sorted(unknown))}: choose from {', '.join(STEPS)}")
+    parser = step_parser(__doc__, STEPS)
     torch.manual_seed(0)
-    done: dict[str, Found] = record("measured")["raw"]
-    for name in given or [name for name in STEPS if name not in done]:
-        print(f"== {name}", flush=True)
-        done[name] = STEPS[name]()
-        figures = {key: value for step in done.values() for key, value in step["figures"].items()}
-        write_figures("measured", figures, done, [0])
-        print(json.dumps(done[name]["figures"]), flush=True)
+    carry_out("measured", STEPS, parser, parser.parse_args().steps)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Steps: shape (seconds), help, wanda, gradient, evaluate (each against the build 
 clone), coverage (both builds, default and slow tests: more than an hour), wheel.
 """
 
-import argparse
 import ast
 import json
 import os
@@ -17,10 +16,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from before import alternate, before
-from common import ROOT, data_folder, record, write_figures
+from common import ROOT, Found, carry_out, data_folder, step_parser
 
 sys.path.insert(0, str(ROOT / "tests"))
 import shapes
@@ -34,7 +32,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "evaluate": ("evaluate", "embedded", "-t", "gsm8k_nll:50", "-o", "OUTPUT"),
 }
 PAIRS = {"help": 20}
-Found = dict[str, Any]
 
 
 def shape() -> Found:
@@ -143,20 +140,8 @@ STEPS: dict[str, Callable[[], Found]] = {
 
 def main() -> None:
     """Carry out the steps asked for, or those not done yet, and write `results/shape.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("steps", nargs="*", metavar="STEP", help=", ".join(STEPS))
-    given = parser.parse_args().steps
-    if unknown := set(given) - set(STEPS):
-        parser.error(f"no step {', '.join(sorted(unknown))}: choose from {', '.join(STEPS)}")
-    done: dict[str, Found] = record("shape")["raw"]
-    for name in given or [name for name in STEPS if name not in done or name == "shape"]:
-        print(f"== {name}", flush=True)
-        done[name] = STEPS[name]()
-        figures = {key: value for step in done.values() for key, value in step["figures"].items()}
-        write_figures("shape", figures, done, [0])
-        print(json.dumps(done[name]["figures"]), flush=True)
+    parser = step_parser(__doc__, STEPS)
+    carry_out("shape", STEPS, parser, parser.parse_args().steps, ("shape",))
 
 
 if __name__ == "__main__":
