@@ -10,6 +10,7 @@ from typing import Any
 from causalprune.calibration import (
     SOURCES,
     TEXT_SOURCES,
+    Problem,
     Reader,
     Skipped,
     contents,
@@ -68,14 +69,15 @@ def look(
     }
     found = []
     for name in names:
-        found.append(_looked(replace(reader, skipped=Skipped()), name, row, elsewhere))
         problems = load_problems(name, "calibration", data_dir=data_dir)
+        found.append(_looked(replace(reader, skipped=Skipped()), name, problems, row, elsewhere))
         elsewhere |= dict.fromkeys((problem.content for problem in problems), name)
     return found
 
 
-def _looked(reader: Reader, name: str, row: int, elsewhere: Mapping[str, str]) -> Looked:
-    problems = load_problems(name, "calibration", data_dir=reader.data_dir)
+def _looked(
+    reader: Reader, name: str, problems: Sequence[Problem], row: int, elsewhere: Mapping[str, str]
+) -> Looked:
     if not 1 <= row <= len(problems):
         raise OptionError(f"{name} has {len(problems)} rows: there is no row {row}")
     examples, out, seen = [encode(reader, problem) for problem in problems], reader.skipped, set()
