@@ -46,7 +46,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "numpy": {"core", "models", "calibration", "evaluation", "attribution"},
     "gguf": {"models"},
     "scipy": {"evaluation", "attribution"},
-    "psutil": {"pruning"},
+    "psutil": {"core"},
     "ray": {"attribution"},
     "typer": {"cli"},
     "click": {"cli"},

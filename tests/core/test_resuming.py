@@ -29,7 +29,7 @@ PLACES = {
     "run_layer": walks,
     "divergence": grading,
     "refit": pruning,
-    "_gradients": distillation,
+    "_last_slope": distillation,
 }
 OWN = {name: getattr(module, name) for name, module in PLACES.items()}
 
@@ -84,8 +84,8 @@ def test_a_stopped_pruning_goes_on(
         ("refit", 1),
         ("run_layer", 8),
         ("refit", matrices + 2),
-        ("_gradients", 3),
-        ("_gradients", 4),
+        ("_last_slope", 3),
+        ("_last_slope", 4),
     ]
     done: Counter[str] = Counter()
     for stop, after in [*stops, ("", 0)]:
@@ -108,7 +108,7 @@ def test_a_stopped_pruning_goes_on(
     assert found.response.members == expected.response.members
     again = {name: done[name] - every[name] for name in PLACES}
     assert again["last_hidden"] == again["cross_entropy"] == 1  # the batch that was at work
-    assert again["_gradients"] == 2
+    assert again["_last_slope"] == 2
     assert again["refit"] <= 1 + matrices  # those of the layer that was at work
     assert again["divergence"] <= 4 + 6  # of the group that was at work: three sparsities, so many batches
 
@@ -166,7 +166,7 @@ def test_what_is_kept_with_other_effects_is_refused(tmp_path: Path, monkeypatch:
     method, file = Method("cap", 0.5, update="distill"), tmp_path / "out.pruning"
     effects = attribute(fresh("llama3"), EXAMPLES)
     others = replace(effects, masked_nats=effects.masked_nats.flip(0))
-    counted(monkeypatch, "_gradients", 1)
+    counted(monkeypatch, "_last_slope", 1)
     given = {"calibration": EXAMPLES, "kept_in": file}
     with pytest.raises(StoppedError):
         prune(fresh("llama3"), method, effects=effects, **given)

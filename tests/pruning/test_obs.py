@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from causalprune.core.errors import ModelError
+from causalprune.pruning import obs
 from causalprune.pruning.allocation import keep_matrix, keep_n_of_m, keep_rows
 from causalprune.pruning.obs import inverse_factor, refit, sparsegpt
 
@@ -92,13 +93,28 @@ def test_one_column_gone_is_made_up_for_exactly() -> None:
 
 
 @pytest.mark.parametrize("damping", [0.01, 1.0])
-def test_refit_is_least_squares_on_what_is_kept(damping: float) -> None:
+def test_refit_is_least_squares_on_what_is_kept_wherever_it_starts(
+    damping: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(obs, "SETTLED", 0.0)
     weight, hessian = random_case()
     keep = half(weight.abs())
     damped = hessian + damping * hessian.diagonal().median() * torch.eye(24)
-    found = refit(weight, keep, hessian, damping=damping)
-    torch.testing.assert_close(found, best(weight, keep, damped), rtol=1e-3, atol=1e-3)
-    assert torch.equal(found != 0, keep)
+    for start in (None, weight + 0.3 * torch.randn(weight.shape)):
+        found = refit(weight, keep, hessian, damping=damping, start=start)
+        torch.testing.assert_close(found, best(weight, keep, damped), rtol=1e-3, atol=1e-3)
+        assert torch.equal(found != 0, keep)
+
+
+def test_refit_ends_where_next_to_nothing_is_left() -> None:
+    for seed in range(5):
+        weight, hessian = random_case(seed)
+        keep = half(weight.abs())
+        damped = hessian + 0.3 * hessian.diagonal().median() * torch.eye(24)
+        least = error(weight, best(weight, keep, damped), damped)
+        for start in (None, sparsegpt(weight, inverse_factor(hessian, 0.01, "w"), half)[0]):
+            found = refit(weight, keep, hessian, damping=0.3, start=start)
+            assert error(weight, found, damped) <= 1.01 * least
 
 
 def test_each_update_leaves_less_error_than_the_one_before() -> None:

@@ -167,9 +167,9 @@ def test_a_stopped_update_goes_on(
             raise KeyboardInterrupt
         return own(*given)
 
-    own = training._gradients
+    own = training._last_slope
     for at in (2, 5, 0):
-        monkeypatch.setattr(training, "_gradients", partial(stops, at))
+        monkeypatch.setattr(training, "_last_slope", partial(stops, at))
         try:
             found = shrunk(name, shares, update="distill", ledger=tmp_path / "small")
         except KeyboardInterrupt:

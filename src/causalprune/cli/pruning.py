@@ -111,7 +111,7 @@ class RemovalOptions:
         ),
     ] = "effect"
     update: Annotated[
-        Literal["none", "obs", "refit", "distill"],
+        Literal["none", "obs", "refit", "distill", "adam"],
         typer.Option(help="What stays makes up for what goes: refit, distill after that, obs, or none."),
     ] = "refit"
 

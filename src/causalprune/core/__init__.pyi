@@ -38,6 +38,9 @@ from .memory import (
     Masks as Masks,
 )
 from .memory import (
+    free_bytes as free_bytes,
+)
+from .memory import (
     out_of_memory as out_of_memory,
 )
 from .memory import (

@@ -1,11 +1,13 @@
 """Room for large matrices, counting their zeros, keep masks at eight weights a byte, and going on where memory runs out."""
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+import psutil
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
@@ -15,6 +17,14 @@ from causalprune.core.types import Effects, bands, bits_of
 Found = TypeVar("Found")
 NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 """What errors of CUDA, of torch on a CPU, and of cuBLAS say."""
+
+
+def free_bytes(device: torch.device) -> float:
+    """Return the memory that a device has left; without bound where nobody can tell."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what earlier work has left there counts as free
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(psutil.virtual_memory().available) if device.type == "cpu" else math.inf
 
 
 def room(size: int) -> UInt8[Tensor, "byte"]:

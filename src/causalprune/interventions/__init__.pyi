@@ -20,13 +20,7 @@ from .ablation import (
     replaced_forward as replaced_forward,
 )
 from .ablation import (
-    residual as residual,
-)
-from .ablation import (
     run_layer as run_layer,
-)
-from .ablation import (
-    run_until as run_until,
 )
 from .ablation import (
     site_inputs as site_inputs,
@@ -67,6 +61,7 @@ from .losses import (
 from .losses import (
     targets as targets,
 )
+from .pieces import Pieces as Pieces
 from .statistics import (
     InputNorms as InputNorms,
 )

@@ -9,6 +9,7 @@ positions are independent, so squaring the sum over positions adds nothing but n
 
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -17,14 +18,12 @@ from torch import Tensor
 from causalprune.core import Batch, Decoder, Example, Progress, Projection, State, silent
 from causalprune.interventions.ablation import (
     LayerInputs,
-    capture,
     entered_at,
     gated,
     recomputed,
-    residual,
-    run_until,
 )
 from causalprune.interventions.losses import Targets, by_row, chunk, cross_entropy, target_logits, targets
+from causalprune.interventions.pieces import Pieces
 from causalprune.interventions.statistics import observed
 from causalprune.interventions.units import Parts, Site, sites
 
@@ -86,9 +85,8 @@ def output_slopes(
     """Return the root mean square of the gradient of the batches' target loss at every projection's outputs.
 
     Nats per unit of activation; the mean is over all tokens, so what few tokens reach has small slopes; outputs that no token
-    reaches, or on which the loss does not depend, are not there. Goes back layer by layer and runs each again for that: beside the
-    inputs of all layers it holds what one layer needs, and no gradient of a weight. Costs about three forward passes. What
-    batches have added is kept in the `state`.
+    reaches, or on which the loss does not depend, are not there. Goes back layer by layer (`Pieces`), and makes no gradient of a
+    weight. Costs about two forward passes, three where activations do not fit. What batches have added is kept in the `state`.
     """
     state = state or State()
     begun = state.values.pop("squares", {"batches": 0, "sums": {}})
@@ -102,21 +100,14 @@ def output_slopes(
 
     on_progress(begun["batches"], len(groups))
     for done, batch in enumerate(groups[begun["batches"] :], begun["batches"] + 1):
-        inputs, wanted = capture(decoder, batch.tokens, stop=after), targets(batch)
-        leaf = inputs.hidden[after].clone().requires_grad_()
-        own = LayerInputs({after: leaf}, inputs.as_tuple)
+        pieces = Pieces(decoder, batch.tokens, partial(observed, real=batch.real, see=_unseen, slope=add))
+        leaf, wanted = pieces.last.clone().requires_grad_(), targets(batch)
+        own = LayerInputs({after: leaf}, pieces.as_tuple)
         with torch.enable_grad(), entered_at(decoder, after, own):
             loss = cross_entropy(target_logits(decoder, batch, wanted), wanted).sum()
         (slope,) = torch.autograd.grad(loss, [leaf])
         for layer in reversed(decoder.layers):
-            leaf = inputs.hidden[layer.index].clone().requires_grad_()
-            own, seen = (
-                LayerInputs({layer.index: leaf}, inputs.as_tuple),
-                observed(layer, batch.real, _unseen, add),
-            )
-            with torch.enable_grad(), entered_at(decoder, layer.index, own), seen:
-                hidden = residual(run_until(decoder, batch.tokens, layer.index))
-            (slope,) = torch.autograd.grad(hidden, [leaf], slope)
+            slope, _ = pieces.back(layer.index, (), slope)
         if state.due():
             state.flush(squares={"batches": done, "of": len(groups), "sums": squares})
         on_progress(done, len(groups))

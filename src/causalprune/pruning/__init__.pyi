@@ -17,6 +17,9 @@ from .criteria import (
     CRITERIA as CRITERIA,
 )
 from .criteria import (
+    TRAINS as TRAINS,
+)
+from .criteria import (
     UPDATES as UPDATES,
 )
 from .criteria import (

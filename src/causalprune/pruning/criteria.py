@@ -13,11 +13,11 @@ from torch import Tensor
 
 Scope = Literal["row", "matrix", "global"]
 SCOPES: tuple[Scope, ...] = ("row", "matrix", "global")
-Update = Literal["none", "obs", "refit", "distill"]
-UPDATES: tuple[Update, ...] = ("none", "obs", "refit", "distill")
+Update = Literal["none", "obs", "refit", "distill", "adam"]
+UPDATES: tuple[Update, ...] = ("none", "obs", "refit", "distill", "adam")
 """What kept weights do for those that go: nothing, make up for them column by column, be fitted anew matrix by
-matrix, or after that be trained together on the intact model's predictions."""
-
+matrix, or after that be trained together on the intact model's predictions, without or with memory for each weight."""
+TRAINS: tuple[Update, ...] = ("distill", "adam")
 
 Budgets = Literal["uniform", "graded"]
 BUDGETS: tuple[Budgets, ...] = ("uniform", "graded")

@@ -32,13 +32,14 @@ from causalprune.interventions import output_slopes
 from causalprune.models import fingerprint
 from causalprune.pruning.allocation import find_threshold, keep_above, keep_columns, prune_counts
 from causalprune.pruning.budgets import measured_response, shares_of
-from causalprune.pruning.criteria import LOOKS, Update
+from causalprune.pruning.criteria import LOOKS, TRAINS, Update
 from causalprune.pruning.grading import DoseResponse
 from causalprune.pruning.importance import head_factors
 from causalprune.pruning.methods import Method, pattern_sparsity
 from causalprune.pruning.obs import Choose, incomplete, refit, sparsegpt
 from causalprune.pruning.parts import Steps
 from causalprune.pruning.pruned import Pruned
+from causalprune.pruning.rules import RULES
 from causalprune.pruning.scores import finite, inverse, score, score_blocks, slope
 from causalprune.pruning.training import Lesson, distill, lessons
 from causalprune.pruning.walks import Gathered, Plan, planned, unrouted, walk
@@ -92,7 +93,8 @@ def prune(  # noqa: PLR0913 (the command's options)
             if not stopped:
                 state.keep(keep=pruned.keep.stored(), unrouted=pruned.unrouted, response=response)
             steps.begin("training", "steps")
-            distill(decoder, pruned.keep, followed, seed=method.seed, on_step=steps.tell, state=state)
+            rule = RULES[method.resolved_update]
+            distill(decoder, followed, rule=rule, seed=method.seed, on_step=steps.tell, state=state)
     looked_at = calibration if method.needs_calibration else None
     return replace(pruned, calibration=looked_at, effects=effects if "effects" in method.needs else None)
 
@@ -117,7 +119,7 @@ def remove(
 ) -> None:
     """Set all weights to zero but those that `keep` names, in place, and update the others on calibration data.
 
-    Matrices that lose nothing are updated by `distill` alone, on what is `followed`, or else this model as it is. Costs as in `prune`,
+    Matrices that lose nothing are updated by training alone, on what is `followed`, or else this model as it is. Costs as in `prune`,
     and goes on from the `state` as that does.
 
     Raises:
@@ -137,17 +139,25 @@ def remove(
         state.flush()
         if followed is not None:
             steps.begin("training", "steps")
-            distill(decoder, keep, followed, seed=repair.seed, on_step=steps.tell, state=state)
+            distill(
+                decoder,
+                followed,
+                rule=RULES[repair.update],
+                seed=repair.seed,
+                on_step=steps.tell,
+                state=state,
+            )
     elif repair.followed:
         say(on_progress, unit="steps")
-        distill(decoder, keep, repair.followed, seed=repair.seed, on_step=on_progress, state=state)
+        rule = RULES[repair.update]
+        distill(decoder, repair.followed, rule=rule, seed=repair.seed, on_step=on_progress, state=state)
 
 
 def _followed(
     plan: Plan, steps: Steps, calibration: Calibration | None, max_batch_tokens: int
 ) -> Sequence[Lesson] | None:
     """Return what training follows, None where the update is another one."""
-    if plan.method.resolved_update != "distill" or calibration is None:
+    if plan.method.resolved_update not in TRAINS or calibration is None:
         return None
     steps.begin("predictions", "batches")
     return lessons(plan.decoder, calibration.examples, max_batch_tokens, plan.state, steps.tell)
@@ -294,7 +304,7 @@ def _solved(
     if update == "none" or not moments.tokens.get(p.name) or not incomplete(stays):
         return None, stays
     if update != "obs":
-        return refit(weight, stays, finite(p, moments.hessians[p.name])), stays
+        return refit(weight, stays, finite(p, moments.hessians[p.name]), start=solved), stays
     if solved is None:
         upper = inverse(plan, gathered, p)
         solved, _ = sparsegpt(weight, upper, lambda s, at: stays[:, at : at + s.shape[1]])

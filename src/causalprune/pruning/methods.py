@@ -5,7 +5,17 @@ from dataclasses import dataclass
 
 from causalprune.calibration import FEW
 from causalprune.core import OptionError, unknown
-from causalprune.pruning.criteria import BUDGETS, CRITERIA, LOOKS, SCOPES, UPDATES, Budgets, Need, Update
+from causalprune.pruning.criteria import (
+    BUDGETS,
+    CRITERIA,
+    LOOKS,
+    SCOPES,
+    TRAINS,
+    UPDATES,
+    Budgets,
+    Need,
+    Update,
+)
 from causalprune.pruning.grading import DOSES, FUSED, doses
 from causalprune.pruning.obs import BLOCK, DAMPING
 from causalprune.pruning.training import epochs
@@ -31,7 +41,8 @@ class Method:
     weights scores are compared: `row`, `matrix` (sparsegpt: each block of 128 columns), `global`, or
     a pattern such as `2:4`, where of 4 neighbouring inputs 2 stay (its sparsity must be 0.5). `update` is what kept
     weights do for those that go: nothing (`none`), make up for them column by column (`obs`), be fitted anew to the
-    outputs matrix by matrix (`refit`), or after that be trained on the intact model's predictions (`distill`).
+    outputs matrix by matrix (`refit`), or after that be trained on the intact model's predictions (`distill`; `adam` with
+    another optimizer, at eight bytes a weight).
     `budgets` are the same share for all matrices (`uniform`), or more where graded interventions show that the task
     can spare more (`graded`; not with scope `global`). A pattern cannot give a matrix more or less: there `graded` lets
     those stay dense that the task needs most, until no more than `sparsity` has to go, which must be less than the
@@ -123,7 +134,7 @@ class Method:
     @property
     def takes_long(self) -> bool:
         """Whether there are gradients, interventions or training, which are worth keeping of a stopped run."""
-        graded, trains = self.resolved_budgets == "graded", self.resolved_update == "distill"
+        graded, trains = self.resolved_budgets == "graded", self.resolved_update in TRAINS
         return graded or trains or "slopes" in self.needs
 
     @property
@@ -149,5 +160,5 @@ class Method:
             2 * self.walks
             + self.trials * (layers + 1) / 2 * min(FEW / examples, 1.0)
             + SLOPE_PASSES * ("slopes" in self.needs)
-            + (3 * epochs(tokens) if self.resolved_update == "distill" else 0)
+            + (3 * epochs(tokens) if self.resolved_update in TRAINS else 0)
         )

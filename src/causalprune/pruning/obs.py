@@ -20,6 +20,9 @@ DAMPING = 0.01
 REFIT_DAMPING = 0.3
 """Share of the median diagonal of H that `refit` adds to its diagonal."""
 ITERATIONS = 30
+"""Steps of `refit` at most."""
+SETTLED = 1e-3
+"""It ends when a step takes less of the squared error than this share of what all steps before took."""
 TINY = 1e-30
 """Below this a row is solved: no step is left."""
 
@@ -102,25 +105,31 @@ def refit(
     hessian: Float[Tensor, "in in"],
     *,
     damping: float = REFIT_DAMPING,
+    start: Float[Tensor, "out in"] | None = None,
 ) -> Float[Tensor, "out in"]:
     """Return the kept weights that best give the output of the whole matrix back.
 
     Minimises `tr (W − Ŵ) (H + damping · median(diag H) · 1) (W − Ŵ)ᵀ` over Ŵ that is zero outside `keep`, by
-    conjugate gradients on each row, preconditioned by the diagonal. The damping draws Ŵ towards W; its median is over
-    features that had an input.
-    Costs `ITERATIONS · out · in²` multiplications.
+    conjugate gradients on each row from `start` on, W itself without, preconditioned by the diagonal. The damping draws
+    Ŵ towards W; its median is over features that had an input.
+    Costs `ITERATIONS · out · in²` multiplications at most.
     """
     stays, hessian = keep.float(), hessian.float().clone()
     had = hessian.diagonal()[hessian.diagonal() > 0]
     hessian.diagonal().add_(damping * had.median().nan_to_num(0.0))
-    diagonal, found = hessian.diagonal().clamp_min(TINY), weight.float() * stays
+    diagonal = hessian.diagonal().clamp_min(TINY)
+    found = (weight if start is None else start).float() * stays
     residual = ((weight.float() - found) @ hessian) * stays
     scaled = residual / diagonal
-    step, energy = scaled, (residual * scaled).sum(1, keepdim=True)
+    step, energy, gained = scaled, (residual * scaled).sum(1, keepdim=True), 0.0
     for _ in range(ITERATIONS):
         image = (step @ hessian) * stays
         length = energy / (step * image).sum(1, keepdim=True).clamp_min(TINY)
+        gain = float((length * energy).sum())
+        gained += gain
         found, residual = found + length * step, residual - length * image
+        if gain <= SETTLED * gained:
+            break
         scaled = residual / diagonal
         before, energy = energy, (residual * scaled).sum(1, keepdim=True)
         step = scaled + energy / before.clamp_min(TINY) * step

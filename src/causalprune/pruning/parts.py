@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from causalprune.core import Batch, Decoder, Progress, kept, say, silent
+from causalprune.pruning.criteria import TRAINS
 from causalprune.pruning.methods import SLOPE_PASSES, Method
 from causalprune.pruning.obs import ITERATIONS
 from causalprune.pruning.training import epochs
@@ -29,7 +30,7 @@ def costs(decoder: Decoder, method: Method, groups: Sequence[Batch], few: Sequen
     some, targets = _tokens(few) / tokens, sum(int(b.is_target.sum()) for b in few) / tokens
     through = tokens * size  # multiplications of a pass
     product, update = sum(p.size * p.shape[1] for p in pool) / through, method.resolved_update
-    gathers, trains = "moments" in method.needs, update == "distill"
+    gathers, trains = "moments" in method.needs, update in TRAINS
     moments = tokens * sum(p.shape[1] ** 2 for p in pool if p.role in ("q", "o", "up", "down")) / through
     found: dict[str, Sequence[float]] = {}
     if trains:

@@ -1,40 +1,52 @@
-"""The last update: kept weights of all layers together follow the intact model's predictions."""
+"""The last update: kept weights of all layers together follow the intact model's predictions.
+
+A step is a walk. Forward, every layer's input is kept; then backwards a layer at a time: its gradients are made, its weights
+move by them, and the gradients are forgotten. So beside the model there is one layer's gradient, and what a rule remembers.
+The zeros are the mask.
+"""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-import psutil
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from causalprune.calibration import batches
-from causalprune.core import Batch, Decoder, Example, OptionError, Progress, State, silent
+from causalprune.core import (
+    Batch,
+    Decoder,
+    Example,
+    ModelError,
+    OptionError,
+    Progress,
+    Projection,
+    State,
+    silent,
+)
 from causalprune.interventions import (
     LayerInputs,
+    Pieces,
     divergence_slope,
     entered_at,
     last_hidden,
-    residual,
-    run_until,
     target_logits,
     targets,
 )
+from causalprune.pruning.rules import RULES, Rule, stored
 
 TOKENS, FEWEST, MOST = 54_000, 2, 6
 """Training goes through all examples until it has seen so many tokens, between so few and so many times. More brought little (docs/log.md)."""
 RATE = 5e-4
-"""Largest step of the optimizer, in root mean squares of a matrix's kept weights, which differ tenfold among models."""
+"""Largest step, in root mean squares of a matrix's kept weights, which differ tenfold among models."""
 WARM_UP = 0.1
 """Share of the steps in which the rate rises; then it falls along half a cosine to zero."""
-BETAS = (0.9, 0.95)
 BATCH_TOKENS = 1024
 """Tokens of one step: small batches, as a few dozen problems have to give some dozens of steps."""
-SCALE = 1024.0
-"""Slopes are multiplied by this on their way back and gradients divided by it: a mean over many tokens is too small for float16."""
 CHUNK = 256
 """Positions whose logits exist at once: bounds the memory that large vocabularies take."""
 
@@ -52,9 +64,9 @@ def lessons(
     """Return what training will follow, from a model that is still intact, or from the `state` of a stopped run.
 
     Raises:
-        OptionError: a device has not the memory that training takes.
+        OptionError: the model's weights are of a type that cannot be trained.
     """
-    check_memory(decoder)  # before anything that takes time
+    check_dtypes(decoder)  # before anything that takes time
     steps, state = batches(examples, max_batch_tokens=min(BATCH_TOKENS, max_batch_tokens)), state or State()
     known = state.values.pop("lessons", {"hidden": [], "as_tuple": False})
     after, device = len(decoder.layers), decoder.projections[-1].device
@@ -83,54 +95,50 @@ def rounds(followed: Sequence[Lesson]) -> int:
 
 def distill(
     decoder: Decoder,
-    keep: Mapping[str, Bool[Tensor, "out in"]],
     followed: Sequence[Lesson],
     *,
+    rule: Rule = RULES["distill"],
     seed: int,
     on_step: Progress,
     state: State | None = None,
 ) -> None:
-    """Train the kept weights of all projections, in place, to predict every token as the intact model did.
+    """Train the weights of all projections that are not zero, in place, to predict every token as the intact model did.
 
-    Minimises the mean divergence KL(intact ‖ pruned) over all positions, prompts included, by Adam, `rounds` times over
-    the batches that are `followed`. What is zero stays zero. Goes on from the `state` of a stopped run, step by step. Holds
-    `memory_bytes` beside the model; each epoch costs about three forward passes.
+    Minimises the mean divergence KL(intact ‖ pruned) over all positions, prompts included, `rounds` times over
+    the batches that are `followed`. What is zero stays zero. Goes on from the `state` of a stopped run, step by step. Beside
+    the model it holds one layer's gradients, what the `rule` remembers, and as many activations as fit; each epoch costs
+    about three forward passes, four where activations do not fit.
+
+    Raises:
+        ModelError: a slope is not finite; later layers may have moved, what is kept of earlier steps stays.
     """
-    masks, state = _masks(decoder, keep), state or State()
-    parameters = list(masks)
+    state = state or State()
+    run = _Training(decoder, rule, seed)
     if trained := state.values.pop("trained", None):
-        for parameter, weight in zip(parameters, trained, strict=True):
-            parameter.data.copy_(weight)
+        run.put_back(trained)
         return
-    masters = [parameter.detach().float() for parameter in parameters]  # float32 parameters are their own
-    scales = [_root_mean_square(m, masks[p]) for p, m in zip(parameters, masters, strict=True)]
-    optimizer = torch.optim.Adam([{"params": [master]} for master in masters], betas=BETAS)
     first, last, generator = 0, rounds(followed), torch.Generator().manual_seed(seed)
     own: dict[str, Any] = {"steps": 0, "batches": len(followed)}
     if begun := state.values.pop("training", None):
-        first, last, scales = begun["epoch"], begun["epochs"], begun["scales"]
-        own["steps"] = begun.get("steps", 0)  # earlier releases kept whole epochs
+        first, last, own["steps"] = begun["epoch"], begun["epochs"], begun["steps"]
         generator.set_state(begun["generator"])
-        optimizer.load_state_dict(begun["optimizer"])
-        for parameter, master, weight in zip(parameters, masters, begun["masters"], strict=True):
-            parameter.data.copy_(master.copy_(weight))
+        run.put_back(begun["weights"])
+        run.scales, run.known = begun["scales"], begun["known"]
     total = last * len(followed)
     on_step(first * len(followed) + own["steps"], total)
-    with _learning(decoder, parameters):
+    with _learning(decoder, run.parameters):
         for epoch in range(first, last):
-            own |= {"epoch": epoch, "epochs": last, "scales": scales, "generator": generator.get_state()}
+            own |= {"epoch": epoch, "epochs": last, "scales": run.scales, "generator": generator.get_state()}
             order = torch.randperm(len(followed), generator=generator).tolist()
             for number in order[own["steps"] :]:
                 done = epoch * len(followed) + own["steps"]
-                for group, scale in zip(optimizer.param_groups, scales, strict=True):
-                    group["lr"] = RATE * scale * _rate(done / total, total)
-                _step(decoder, followed[number], masks, masters, optimizer)
+                run.step(followed[number], done + 1, RATE * _rate(done / total, total))
                 own["steps"] += 1
                 if state.due():
-                    state.flush(training={**own, "masters": masters, "optimizer": optimizer.state_dict()})
+                    state.flush(training={**own, "weights": run.weights(), "known": run.known})
                 on_step(done + 1, total)
             own["steps"] = 0
-        state.flush(trained=[parameter.data for parameter in parameters])
+    state.flush(trained=run.weights())
 
 
 @contextmanager
@@ -146,74 +154,97 @@ def _learning(decoder: Decoder, parameters: Sequence[nn.Parameter]) -> Iterator[
             parameter.requires_grad_(own)
 
 
-def _step(
-    decoder: Decoder,
-    lesson: Lesson,
-    masks: Mapping[nn.Parameter, Tensor],
-    masters: Sequence[Tensor],
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """Move the masters by the gradients of a batch, and the parameters with them."""
-    gradients = _gradients(decoder, *lesson, list(masks))
-    for mask, master, gradient in zip(masks.values(), masters, gradients, strict=True):
-        if gradient is not None:  # None: an expert stack that no token reached
-            master.grad = gradient.float() * mask / SCALE
-    optimizer.step()
-    optimizer.zero_grad()  # no memory beside the next gradients, nor a step for experts that no token reaches
-    with torch.no_grad():
-        for parameter, master in zip(masks, masters, strict=True):
-            parameter.copy_(master)
+@dataclass(eq=False)
+class _Training:
+    """The weights that move, and what is remembered of the steps before."""
+
+    decoder: Decoder
+    rule: Rule
+    seed: int
+    scales: dict[str, float] = field(default_factory=dict)
+    known: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """What the rule remembers of every matrix."""
+
+    def __post_init__(self) -> None:
+        pool = self.decoder.projections
+        self.parameters = list(dict.fromkeys(p.parameter for p in pool))
+        self.first: dict[nn.Parameter, int] = {}
+        """The first layer that uses a parameter: where it moves, as gradients of later uses are there by then."""
+        for p in reversed(pool):
+            self.first[p.parameter] = min(p.layer, self.first.get(p.parameter, p.layer))
+
+    def weights(self) -> list[Tensor]:
+        return [parameter.data for parameter in self.parameters]
+
+    def put_back(self, weights: Sequence[Tensor]) -> None:
+        for parameter, own in zip(self.parameters, weights, strict=True):
+            parameter.data.copy_(own)
+
+    def step(self, lesson: Lesson, number: int, rate: float) -> None:
+        """Move all weights by the gradients of a batch; `number` counts from 1."""
+        batch, intact = lesson
+        waiting: dict[nn.Parameter, Tensor] = {}
+        pieces = Pieces(self.decoder, batch.tokens)
+        slope = _last_slope(self.decoder, batch, intact, pieces.last)
+        for layer in reversed(self.decoder.layers):
+            own = list(dict.fromkeys(p.parameter for p in layer.projections))
+            if not bool(slope.isfinite().all()):
+                raise ModelError(
+                    f"training step {number}: slopes at the output of {layer.name} are not finite"
+                )
+            slope, gradients = pieces.back(layer.index, own, slope)
+            for parameter, gradient in zip(own, gradients, strict=True):
+                if gradient is not None:  # None: an expert that no token reached
+                    waiting[parameter] = waiting.pop(parameter, 0) + gradient
+            due = {parameter for parameter in own if self.first[parameter] == layer.index}
+            for p in layer.projections:
+                if p.parameter in due & waiting.keys():
+                    self._move(p, waiting[p.parameter], number, rate)
+            for parameter in due:
+                waiting.pop(parameter, None)
+
+    def _move(self, p: Projection, gradient: Tensor, number: int, rate: float) -> None:
+        weight = p.read()
+        keep = weight != 0
+        slope = replace(p, parameter=nn.Parameter(gradient, requires_grad=False)).read().float() * keep
+        if not bool(slope.any()):  # an expert of a stack that no token reached
+            return
+        if p.name not in self.scales:
+            self.scales[p.name] = _root_mean_square(weight, keep)
+        known = {name: own.to(p.device) for name, own in self.known.get(p.name, {}).items()}
+        move = self.rule(known, slope, keep, number).mul_(-rate * self.scales[p.name])
+        self.known[p.name] = known
+        draw = zlib.crc32(repr((self.seed, number, p.name)).encode())
+        p.write(stored(move.add_(weight), keep, weight.dtype, draw))
 
 
-def memory_bytes(decoder: Decoder) -> dict[torch.device, int]:
-    """Return what `distill` holds beside the model and its activations, by device.
-
-    Gradients, masks and two moments, and float32 copies of weights of another dtype.
-    """
-    found: dict[torch.device, int] = {}
-    for parameter in {p.parameter for p in decoder.projections}:
-        each = 12 + 2 * parameter.element_size() + (0 if parameter.dtype == torch.float32 else 4)
-        found[parameter.device] = found.get(parameter.device, 0) + each * parameter.numel()
-    return found
-
-
-def check_memory(decoder: Decoder) -> None:
-    """Raise `OptionError` where a device has not the memory that `distill` will hold, before anything is changed."""
-    for device, needed in memory_bytes(decoder).items():
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # what earlier work has left there counts as free
-            free = torch.cuda.mem_get_info(device)[0]
-        elif device.type == "cpu":
-            free = psutil.virtual_memory().available
-        else:
-            continue
-        if needed > free:
+def check_dtypes(decoder: Decoder) -> None:
+    """Raise `OptionError` where weights are of a type too narrow for gradients."""
+    for p in decoder.projections:
+        if p.parameter.dtype == torch.float16:
             raise OptionError(
-                f"training the kept weights of {decoder.name} takes {needed / 2**30:.1f} GiB on {device} beside the model, "
-                f"and {free / 2**30:.1f} GiB are free: choose another update, as in causal+refit"
+                f"{p.parameter_name} is float16, in which gradients of training become zero: pass --dtype bfloat16 or "
+                "float32, or choose another update, as in causal+refit"
             )
 
 
-def _root_mean_square(weight: Tensor, mask: Tensor) -> float:
-    kept = float(mask.count_nonzero())  # a sum would overflow in float16
-    return math.sqrt(float((weight * mask).square().sum()) / max(kept, 1.0))
+def _root_mean_square(weight: Tensor, mask: Bool[Tensor, "out in"]) -> float:
+    return math.sqrt(float(weight.float().square().sum()) / max(float(mask.count_nonzero()), 1.0))
 
 
 def _rate(part: float, total: int) -> float:
-    """Return the share of the largest learning rate when a part of the steps is done."""
+    """Return the share of the largest rate when a part of the steps is done."""
     return min(1.0, (part + 1 / total) / WARM_UP) * (1 + math.cos(math.pi * part)) / 2
 
 
-def _gradients(
-    decoder: Decoder, batch: Batch, intact: LayerInputs, parameters: Sequence[nn.Parameter]
-) -> tuple[Tensor | None, ...]:
-    """Return `SCALE` times the gradients of the mean divergence over all positions of a batch.
+def _last_slope(
+    decoder: Decoder, batch: Batch, intact: LayerInputs, hidden: Float[Tensor, "batch time model"]
+) -> Float[Tensor, "batch time model"]:
+    """Return the slope of the mean divergence over all positions of a batch at the last layer's output.
 
-    Back to the last layer's output some positions at a time, from there through all layers at once.
+    Some positions at a time.
     """
     after, wanted = len(decoder.layers), targets(replace(batch, is_target=batch.real))
-    with torch.enable_grad():
-        hidden = residual(run_until(decoder, batch.tokens, after - 1))
     leaf = hidden.detach().requires_grad_()
     for at in range(0, len(wanted.tokens), CHUNK):
         own = slice(at, at + CHUNK)
@@ -224,16 +255,6 @@ def _gradients(
             teacher = target_logits(decoder, batch, part)
         with torch.enable_grad(), entered_at(decoder, after, LayerInputs({after: leaf}, intact.as_tuple)):
             logits = target_logits(decoder, batch, part)
-        slope = divergence_slope(teacher, logits.detach(), SCALE / len(wanted.tokens))
-        logits.backward(slope, inputs=[leaf])
-    return torch.autograd.grad(hidden, parameters, leaf.grad, allow_unused=True)
-
-
-def _masks(decoder: Decoder, keep: Mapping[str, Tensor]) -> dict[nn.Parameter, Float[Tensor, "..."]]:
-    """Return what stays of every stored parameter that holds projections, as `keep` says of its views."""
-    masks: dict[nn.Parameter, nn.Parameter] = {}
-    for p in decoder.projections:
-        if p.parameter not in masks:
-            masks[p.parameter] = nn.Parameter(torch.zeros_like(p.parameter), requires_grad=False)
-        replace(p, parameter=masks[p.parameter]).write(keep[p.name].to(p.parameter.dtype))
-    return dict(masks)
+        logits.backward(divergence_slope(teacher, logits.detach(), 1 / len(wanted.tokens)), inputs=[leaf])
+    assert leaf.grad is not None
+    return leaf.grad

@@ -53,8 +53,8 @@ WRITING = 8
 """Times that a token of a text costs more to write than to read: few pieces are written at once."""
 OPTIONS = 4
 """Times that a multiple-choice question is read, once per option."""
-TRAINING_BYTES = 20
-"""What training takes for every weight, beside the model."""
+TRAINING_BYTES = {"distill": 0.5, "adam": 8.5}
+"""What training takes for every weight, beside the model: what its rule remembers, and the gradients of a layer."""
 PROBE_SECONDS = 0.3
 ABSENT_GPU_FLOPS = 300e12
 """Assumed of a GPU that is not here: the dense bfloat16 rate of an A100 (NVIDIA's data sheet: 312e12)."""
@@ -128,8 +128,8 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
         shape.parameters
         * BYTES["float32" if unpacked and recipe.model.dtype == "auto" else recipe.model.dtype]
     )
-    trains = any(method.resolved_update == "distill" for method in methods)
-    trains |= any(removal.how.update == "distill" for removal in removals)
+    updates = (*(m.resolved_update for m in methods), *(removal.how.update for removal in removals))
+    training = max((TRAINING_BYTES.get(update, 0.0) for update in updates), default=0.0)
     saved = sum(map(recipe.saves, cells))
     kept = saved + min(len(cells) - 1 - saved, 2)  # the best, and the one measured now
     return Plan(
@@ -137,9 +137,7 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
         shape=shape,
         jobs=tuple(jobs),
         seconds=flops / _flops_per_second(recipe),
-        memory_bytes=1.2 * size
-        + TRAINING_BYTES * trains * shape.parameters
-        + recipe.batch_tokens * shape.layers * 16384,
+        memory_bytes=1.2 * size + training * shape.parameters + recipe.batch_tokens * shape.layers * 16384,
         disk_bytes=kept * size * 1.07,
         folder=folder,
     )

@@ -29,7 +29,7 @@ from causalprune.core import (
 )
 from causalprune.interventions import InputNorms, See, Site, gated_module, observed
 from causalprune.models import fingerprint
-from causalprune.pruning import UPDATES, Lesson, Method, Repair, Update, lessons, remove
+from causalprune.pruning import TRAINS, UPDATES, Lesson, Method, Repair, Update, lessons, remove
 from causalprune.shrinking.structure import Kept, column_keep, silence, smaller
 
 Kind: TypeAlias = Literal["neurons", "kv_groups", "experts", "layers"]
@@ -169,13 +169,13 @@ def shrink(
     identity = [fingerprint(decoder.model), _listed(chosen), calibration.fingerprint, asdict(how)]
     state = State(leftovers(ledger)["update"] if ledger else None, identity)
     followed: Sequence[Lesson] = []
-    if update == "distill":
+    if update in TRAINS:
         with stage("what training follows") as progress:
             say(progress, unit="batches")
             followed = lessons(decoder, calibration.examples, how.max_batch_tokens, state, progress)
     if "experts" in chosen:
         decoder = smaller(decoder, Kept(experts=chosen["experts"]))
-        update = update if update == "distill" or len(chosen) > 1 else "none"
+        update = update if update in TRAINS or len(chosen) > 1 else "none"
     kept = Kept(**{**chosen, "experts": {}})
     with stage("updating what stays") as progress:
         silence(decoder, kept)
@@ -245,7 +245,7 @@ def shrink_jobs(
         sum(len(e.tokens) for e in calibration.examples),
     )
     found = {_worth_of(kind): LOOKING.get(how.by, 0.001) for kind, share in asdict(shares).items() if share}
-    found |= {"what training follows": 1.0} if how.update == "distill" else {}
+    found |= {"what training follows": 1.0} if how.update in TRAINS else {}
     passes = method.passes(len(decoder.layers), len(calibration.examples), tokens)  # whatever the share
     return {**found, "updating what stays": passes}
 
