@@ -22,7 +22,7 @@ from causalprune.pruning import training as distillation
 from causalprune.pruning.methods import Method
 
 EXAMPLES = calibration(((14, 5), (13, 9), (12, 3)))
-METHOD = Method("causal", 0.5)
+METHOD = Method("causal", 0.5, budgets="graded")
 PLACES = {
     "last_hidden": distillation,
     "cross_entropy": gradients,
@@ -156,10 +156,33 @@ def test_values_come_back_one_by_one_and_half_written_ones_do_not(tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
-def test_the_one_file_of_earlier_releases_is_read_and_added_to(tmp_path: Path) -> None:
+def test_what_an_earlier_version_kept_is_refused(tmp_path: Path) -> None:
     torch.save({"identity": '["a"]', "values": {"trials": [[1.0]], "slopes": {}}}, tmp_path / "kept")
-    State(tmp_path / "kept", ["a"]).keep(trials=[[1.0], [2.0]])
-    assert State(tmp_path / "kept", ["a"]).values == {"trials": [[1.0], [2.0]], "slopes": {}}
+    with pytest.raises(MismatchError, match=r"earlier version, since when .* moments .*delete it"):
+        State(tmp_path / "kept", ["a"])
+
+
+def test_a_value_is_read_anew_and_dropped(tmp_path: Path) -> None:
+    state = State(tmp_path / "kept", ["a"], needed=True)
+    state.flush(one=torch.ones(2), two=3)
+    assert torch.equal(state.read("one"), torch.ones(2))
+    state.drop(["one", "three"])
+    assert State(tmp_path / "kept", ["a"]).values == {"two": 3}
+
+
+def test_where_what_is_kept_is_needed_no_room_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(values: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    state = State(tmp_path / "kept", ["a"], needed=True)
+    state.keep(one=1)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"cannot write .*No space left.*the same command goes on"):
+        state.keep(two=2)
+    assert State(tmp_path / "kept", ["a"]).values == {"one": 1}
 
 
 def test_what_is_kept_with_other_effects_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from causalprune.calibration.examples import batches
 from causalprune.core.errors import OptionError
 from causalprune.core.types import Calibration, Decoder, Layer
+from causalprune.interventions import pieces
 from causalprune.interventions.gradients import output_slopes
+from causalprune.interventions.pieces import as_they_are
 from causalprune.pruning.allocation import keep_matrix, keep_rows
 from causalprune.pruning.criteria import Evidence, fisher, wanda
 from causalprune.pruning.layers import prune
@@ -254,3 +256,17 @@ def test_streaming_says_that_gradients_need_the_model(tmp_path: Any) -> None:
         prune_stream(
             tmp_path / "model", tmp_path / "out", Method("fisher", 0.5, "matrix"), seen=Seen(EXAMPLES)
         )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_run_again_and_all_batches_together_give_the_same_slopes(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, groups = shared(family), batches(EXAMPLES.examples, max_batch_tokens=14)
+    held = output_slopes(decoder, groups)
+    assert held
+    monkeypatch.setattr(pieces, "SHARE", 0.0)
+    again, together = output_slopes(decoder, groups), output_slopes(decoder, groups, hold=as_they_are)
+    for name, own in held.items():
+        assert torch.equal(again[name], own)
+        assert torch.equal(together[name], own)

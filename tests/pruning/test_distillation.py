@@ -19,7 +19,6 @@ from causalprune.models.anatomy import inspect_model
 from causalprune.pruning import training as distillation
 from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
-from causalprune.pruning.rules import RULES
 from causalprune.pruning.training import last_hidden
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -98,14 +97,14 @@ def gradients(
 ) -> dict[nn.Parameter, Tensor]:
     """Return what a step would move weights by."""
     found: dict[nn.Parameter, Tensor] = {}
-    training = distillation._Training(decoder, RULES["distill"], seed=0)
+    training = distillation._Run(decoder, distillation.Training())
 
     def seen(self: object, p: Projection, gradient: Tensor, number: int, rate: float) -> None:
         found[p.parameter] = gradient
 
     with monkeypatch.context() as patch:
-        patch.setattr(distillation._Training, "_move", seen)
-        training.step((batch, intact), 1, 0.0)
+        patch.setattr(distillation._Run, "_move", seen)
+        training.step([(batch, intact)], 1, 0.0, lambda layer: None)
     return found
 
 
@@ -161,7 +160,7 @@ def test_a_slope_that_is_not_finite_stops_and_names_step_and_layer() -> None:
     intact = last_hidden(decoder, batch)
     decoder.model.model.norm.weight.data[0] = torch.nan
     with pytest.raises(ModelError, match=r"training step 1: .* model.layers.2 are not finite"):
-        distillation.distill(decoder, [(batch, intact)], seed=0, on_step=silent)
+        distillation.distill(decoder, [(batch, intact)], how=distillation.Training(), on_step=silent)
     assert all(bool(p.read().isfinite().all()) for p in decoder.projections)
 
 

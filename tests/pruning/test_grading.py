@@ -63,7 +63,7 @@ def test_a_dose_is_measured_as_a_pruned_model_is(name: str) -> None:
 
 def test_trials_side_by_side_are_those_one_by_one() -> None:
     decoder = decoder_of("llama3")
-    plan, gathered = planned(decoder, parse_method("causal", 0.5), {}, problems(), 40), Gathered()
+    plan, gathered = planned(decoder, parse_method("causal+graded", 0.5), {}, problems(), 40), Gathered()
     p = decoder.layers[0].projections[-1]
     next(walk(plan, gathered, Steps(), advance_pruned=False, moments=True))
     together = trial(plan, gathered, p, (0.3, 0.5, 0.7))
@@ -89,7 +89,9 @@ def test_some_groups_may_lose_more_than_the_others_however_much_all_lose() -> No
         assert low < middle == sparsity < high < 1
 
 
-@pytest.mark.parametrize("text", ["causal", "wanda+graded", "magnitude+graded+refit", "wanda:matrix+graded"])
+@pytest.mark.parametrize(
+    "text", ["causal+graded", "wanda+graded", "magnitude+graded+refit", "wanda:matrix+graded"]
+)
 @pytest.mark.parametrize("sparsity", [0.5, 0.97])
 def test_graded_budgets_keep_the_count(text: str, sparsity: float) -> None:
     decoder = decoder_of("llama3")
@@ -152,8 +154,13 @@ def test_names_of_graded_patterns() -> None:
 
 def test_names_of_budgets() -> None:
     assert parse_method("causal", 0.5) == Method("causal", 0.5)
-    assert Method("causal", 0.5).resolved_budgets == "graded"
-    assert Method("causal", 0.5, "2:4").resolved_budgets == "uniform"
+    assert Method("causal", 0.5).resolved_budgets == "uniform"
+    assert parse_method("causal+graded", 0.5).resolved_budgets == "graded"
+    assert (
+        label(parse_method("causal+uniform", 0.5))
+        == label(parse_method("causal", 0.5))
+        == "causal-matrix-0.5"
+    )
     assert label(parse_method("wanda+graded+refit", 0.5)) == "wanda+graded+refit-row-0.5"
     for text in ("wanda:2:4+graded", "wanda:global+graded", "wanda+graded+uniform", "wanda+refit+obs"):
         with pytest.raises(OptionError):

@@ -86,9 +86,9 @@ def test_passes_count_walks_trials_and_training() -> None:
     assert Method("sparsegpt", 0.5, update="distill").passes(30, 1000, 10**6) == 2 + 3 * FEWEST
     trials = 3 * 2 * 31 / 2 * 8 / 48
     slopes = 3
-    assert Method("causal", 0.5, update="refit").passes(30, 48, 10_000) == pytest.approx(4 + slopes + trials)
-    assert Method("causal", 0.5, update="refit").passes(30, 4, 10_000) == pytest.approx(
-        4 + slopes + trials * 6
-    )
+    graded = Method("causal", 0.5, update="refit", budgets="graded")
+    assert graded.passes(30, 48, 10_000) == pytest.approx(4 + slopes + trials)
+    assert graded.passes(30, 4, 10_000) == pytest.approx(4 + slopes + trials * 6)
+    assert Method("causal", 0.5, update="refit").passes(30, 48, 10_000) == 2 + slopes
     assert Method("fisher", 0.5, "row").passes(30, 48, 10_000) == 2
     assert Method("fisher", 0.5).passes(30, 48, 10_000) == 2 + slopes

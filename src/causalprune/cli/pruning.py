@@ -59,12 +59,17 @@ class StreamOptions(opt.RunningOptions):
     """How a model is pruned, in memory or from file to file."""
 
     stream: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--stream",
+            "--stream/--no-stream",
             help="From file to file, without loading the model (local folder): matrix by matrix, or layer by layer where "
-            "a method looks at inputs or updates weights. Not for causal, fisher, +graded, +distill, or scope global with inputs.",
+            "a method looks at inputs or updates weights. Not for fisher, +graded, or scope global with inputs. By default "
+            "where the model does not fit into memory.",
+            show_default=False,
         ),
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how it would be done, and what it takes, and stop.")
     ] = False
     cache_gib: Annotated[
         float,
@@ -182,14 +187,21 @@ def prune(
 
     With `cap` and no `--effects`, the heads are measured first. A stopped run goes on where it was.
     """
+    from causalprune.checkpoints import check_destination
     from causalprune.cli import tables
-    from causalprune.runs import outcome, prune_checkpoint, prune_streamed
+    from causalprune.runs import outcome, place, prune_checkpoint, prune_streamed
 
     spec, calibration, wanted = model.spec(), data.spec(subsets), method.parsed(data.reading.seed)
     options = running.options(data.reading.data_dir, overwrite=overwrite)
+    check_destination(output, overwrite)
+    chosen = place(spec, wanted, options.batch_tokens, stream=running.stream)
+    say(str(chosen))
+    if running.dry_run:
+        document(as_json, **asdict(chosen))
+        return
     repository = hub.reserve(output, overwrite)
     work = spec, wanted, output, calibration, method.effects, options
-    done = prune_streamed(*work) if running.stream else prune_checkpoint(*work)
+    done = prune_streamed(*work) if chosen.stream else prune_checkpoint(*work)
     if done.unrouted:
         said = "matrices of experts got no calibration token and were scored by magnitude"
         say(tables.unrouted(done.unrouted, said))

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +19,35 @@ EVERY = 10.0
 """Seconds between two times that something large is written, at least."""
 RARELY = 16.0
 """Times as long as the last writing took, until the next: it costs at most a seventeenth of the time."""
-EARLIER = "0-earlier"
-"""The one file that the releases before wrote, when it has become a part of the folder. Read before the others."""
 
 
 class State:
     """Values by name: numbers, tensors, and lists and dictionaries of them.
 
     With a path each is in a file of its own in that folder, which is replaced as a whole; `identity` is everything they
-    depend on. What cannot be written is lost with the process, and a warning says so. Tensors come back on the CPU.
+    depend on. What cannot be written is lost with the process, and a warning says so; where it is `needed` there, that is an
+    error. Tensors come back on the CPU.
 
     Raises:
-        CheckpointError: a file cannot be read, or is damaged.
+        CheckpointError: a file cannot be read, is damaged, or cannot be written and is needed.
         MismatchError: a file is of another identity.
     """
 
-    def __init__(self, path: Path | None = None, identity: Sequence[Any] = ()) -> None:
-        self.path, self.values = path, dict[str, Any]()
+    def __init__(
+        self, path: Path | None = None, identity: Sequence[Any] = (), *, needed: bool = False
+    ) -> None:
+        self.path, self.values, self.needed = path, dict[str, Any](), needed
         self._identity, self._held = json.dumps(identity, sort_keys=True), dict[str, Any]()
         self._written, self._pause = time.monotonic(), EVERY
         for own, values, version in _found(path):
-            if own != self._identity:
-                earlier = f", or of an earlier version, since when {changes_since(version)}"
+            if version != METHOD_VERSION:
                 raise MismatchError(
-                    f"{path} is of a stopped pruning with other options{earlier if version < METHOD_VERSION else ''}: "
-                    "delete it, or choose another output"
+                    f"{path} is of a stopped pruning of an earlier version, since when {changes_since(version)}: delete it, "
+                    "or choose another output"
+                )
+            if own != self._identity:
+                raise MismatchError(
+                    f"{path} is of a stopped pruning with other options: delete it, or choose another output"
                 )
             self.values |= values
 
@@ -68,13 +72,25 @@ class State:
         self._written = time.monotonic()
         self._pause = max(EVERY, RARELY * (self._written - start))
 
+    def read(self, name: str) -> Any:
+        """Return a value from its file, as far as it is looked at, and do not remember it."""
+        assert self.path is not None
+        ((_, values, _),) = _found(self.path / name)
+        return values[name]
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Remove the files of these values, where there are any."""
+        assert self.path is not None
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
     def _write(self, values: dict[str, Any]) -> None:
         for name, value in values.items():
             if self.path is None:
                 return
             partial = self.path / f"{name}.partial-{os.getpid()}"
             try:
-                _make(self.path)
+                self.path.mkdir(parents=True, exist_ok=True)
                 record = {
                     "identity": self._identity,
                     "method_version": METHOD_VERSION,
@@ -85,6 +101,11 @@ class State:
             except (OSError, RuntimeError) as error:  # torch's own for a full disk
                 with contextlib.suppress(OSError):
                     partial.unlink(missing_ok=True)
+                if self.needed:
+                    raise CheckpointError(
+                        f"cannot write {partial}: {error}; what was done before is kept there, and the same command goes on"
+                    ) from error
+                with contextlib.suppress(OSError):
                     self.path.rmdir()  # where nothing is in it
                 self.path, self._held = None, {}
                 warnings.warn(
@@ -94,8 +115,9 @@ class State:
 
 
 def kept(path: Path) -> dict[str, Any]:
-    """Return the values that are kept at a path, whatever they depend on; none where nothing is."""
-    return {name: value for _, values, _ in _found(path) for name, value in values.items()}
+    """Return the values that this version keeps at a path, whatever they depend on; none where nothing is."""
+    found = (values for _, values, version in _found(path) if version == METHOD_VERSION)
+    return {name: value for values in found for name, value in values.items()}
 
 
 def forget(path: Path) -> None:
@@ -104,15 +126,6 @@ def forget(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _make(path: Path) -> None:
-    """Make the folder; a file in its place, by an earlier release, becomes a part of it."""
-    if path.is_file():
-        aside = path.rename(path.with_name(f"{path.name}.partial-{os.getpid()}"))
-        path.mkdir()
-        aside.rename(path / EARLIER)
-    path.mkdir(parents=True, exist_ok=True)
 
 
 def _found(path: Path | None) -> Iterator[tuple[str, dict[str, Any], int]]:

@@ -134,8 +134,8 @@ class Projection(Shown):
 
     @property
     def device(self) -> torch.device:
-        """Where `read` gives the matrix."""
-        return self.parameter.device
+        """Where `read` gives the matrix: the CPU, while it is on disk."""
+        return torch.device("cpu") if self.parameter.is_meta else self.parameter.device
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -61,7 +61,21 @@ from .losses import (
 from .losses import (
     targets as targets,
 )
-from .pieces import Pieces as Pieces
+from .pieces import (
+    Hold as Hold,
+)
+from .pieces import (
+    Pieces as Pieces,
+)
+from .pieces import (
+    Slopes as Slopes,
+)
+from .pieces import (
+    as_they_are as as_they_are,
+)
+from .pieces import (
+    entering as entering,
+)
 from .statistics import (
     InputNorms as InputNorms,
 )

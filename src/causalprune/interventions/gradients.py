@@ -9,13 +9,13 @@ positions are independent, so squaring the sum over positions adds nothing but n
 
 import zlib
 from collections.abc import Mapping, Sequence
-from functools import partial
+from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from causalprune.core import Batch, Decoder, Example, Progress, Projection, State, silent
+from causalprune.core import Batch, Decoder, Example, Layer, Progress, Projection, State, silent
 from causalprune.interventions.ablation import (
     LayerInputs,
     entered_at,
@@ -23,7 +23,7 @@ from causalprune.interventions.ablation import (
     recomputed,
 )
 from causalprune.interventions.losses import Targets, by_row, chunk, cross_entropy, target_logits, targets
-from causalprune.interventions.pieces import Pieces
+from causalprune.interventions.pieces import Hold, Pieces, Slopes, as_they_are
 from causalprune.interventions.statistics import observed
 from causalprune.interventions.units import Parts, Site, sites
 
@@ -81,12 +81,14 @@ def output_slopes(
     groups: Sequence[Batch],
     on_progress: Progress = silent,
     state: State | None = None,
+    hold: Hold | None = None,
 ) -> dict[str, Float[Tensor, "out"]]:
     """Return the root mean square of the gradient of the batches' target loss at every projection's outputs.
 
     Nats per unit of activation; the mean is over all tokens, so what few tokens reach has small slopes; outputs that no token
     reaches, or on which the loss does not depend, are not there. Goes back layer by layer (`Pieces`), and makes no gradient of a
     weight. Costs about two forward passes, three where activations do not fit. What batches have added is kept in the `state`.
+    With a `hold` for inputs of layers, each layer sees all batches before the next one runs; progress counts layers then.
     """
     state = state or State()
     begun = state.values.pop("squares", {"batches": 0, "sums": {}})
@@ -94,24 +96,49 @@ def output_slopes(
     squares: dict[str, Tensor] = {name: own.to(places[name]) for name, own in begun["sums"].items()}
     after, count = len(decoder.layers), sum(int(batch.real.sum()) for batch in groups)
 
+    done, told = begun["batches"], 0
+
     def add(p: Projection, slope: Float[Tensor, "token out"]) -> None:
         if len(slope):
             squares[p.name] = squares.get(p.name, 0) + slope.float().square().sum(0).double()
 
-    on_progress(begun["batches"], len(groups))
-    for done, batch in enumerate(groups[begun["batches"] :], begun["batches"] + 1):
-        pieces = Pieces(decoder, batch.tokens, partial(observed, real=batch.real, see=_unseen, slope=add))
-        leaf, wanted = pieces.last.clone().requires_grad_(), targets(batch)
-        own = LayerInputs({after: leaf}, pieces.as_tuple)
-        with torch.enable_grad(), entered_at(decoder, after, own):
-            loss = cross_entropy(target_logits(decoder, batch, wanted), wanted).sum()
-        (slope,) = torch.autograd.grad(loss, [leaf])
-        for layer in reversed(decoder.layers):
-            slope, _ = pieces.back(layer.index, (), slope)
+    def watch(layer: Layer, batch: Batch) -> AbstractContextManager[None]:
+        return observed(layer, batch.real, _unseen, add)
+
+    def tell() -> None:
+        nonlocal told
+        told += 1
+        if hold is not None:
+            on_progress(told, 2 * after)
+
+    if hold is None:
+        on_progress(done, len(groups))
+    while done < len(groups):
+        own = groups[done : done + 1] if hold is None else groups
+        _go_back(decoder, Pieces(decoder, own, watch, hold=hold or as_they_are, told=tell), own)
+        done += len(own)
         if state.due():
             state.flush(squares={"batches": done, "of": len(groups), "sums": squares})
-        on_progress(done, len(groups))
+        if hold is None:
+            on_progress(done, len(groups))
     return {name: (own / count).sqrt() for name, own in squares.items() if bool(own.any())}
+
+
+def _go_back(decoder: Decoder, pieces: Pieces, groups: Sequence[Batch]) -> None:
+    """Go back from the summed target loss of every batch through all layers."""
+    slopes: Slopes = [_slope(decoder, *each) for each in zip(groups, pieces.last, strict=True)]
+    for layer in reversed(decoder.layers):
+        slopes, _ = pieces.back(layer.index, (), slopes)
+
+
+def _slope(decoder: Decoder, batch: Batch, last: LayerInputs) -> Float[Tensor, "batch time model"]:
+    """Return the slope of a batch's target loss, summed, at the last layer's output."""
+    after, wanted = len(decoder.layers), targets(batch)
+    leaf = last.hidden[after].clone().requires_grad_()
+    with torch.enable_grad(), entered_at(decoder, after, LayerInputs({after: leaf}, last.as_tuple)):
+        loss = cross_entropy(target_logits(decoder, batch, wanted), wanted).sum()
+    (slope,) = torch.autograd.grad(loss, [leaf])
+    return slope
 
 
 def _unseen(*_: object) -> None:

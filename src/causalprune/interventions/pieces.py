@@ -1,68 +1,109 @@
-"""A forward pass that can be gone back through a layer at a time."""
+"""Forward passes that can be gone back through a layer at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from causalprune.core import Decoder, Layer, free_bytes
+from causalprune.core import Batch, Decoder, Layer, free_bytes
 from causalprune.interventions.ablation import LayerInputs, capture, entered_at, residual, run_until
 
-Watch: TypeAlias = Callable[[Layer], AbstractContextManager[Any]]
+Watch: TypeAlias = Callable[[Layer, Batch], AbstractContextManager[Any]]
+Hold: TypeAlias = Callable[[LayerInputs], LayerInputs]
+Told: TypeAlias = Callable[[], None]
+Slopes: TypeAlias = Sequence[Float[Tensor, "_ _ model"]]
 SHARE = 0.5
 """Of the memory that is free, for activations of a pass."""
 
 
-class Pieces:
-    """The layers' inputs in a pass, and what slopes at a layer's output make of its weights and its input.
+def as_they_are(inputs: LayerInputs) -> LayerInputs:
+    """Hold inputs of layers where they are (a `Hold`)."""
+    return inputs
 
-    Where they fit, activations are held; where not, each layer runs again on the way back, with the same bits. `last` is
-    what the last layer sends to the final norm; `watch` opens what is to be open while a layer runs. Costs a forward pass,
-    and then two or three more.
+
+class Pieces:
+    """The layers' inputs in passes of some batches, and what slopes at a layer's output make of its weights and its input.
+
+    A layer sees all batches before the next one runs, forward and back. Where they fit, activations are held; where not, each
+    layer runs again on the way back, with the same bits. `last` is what the last layer sends to the final norm; `watch` opens
+    what is to be open while a layer runs; `hold` keeps inputs of layers somewhere, and `told` hears of every layer that has
+    run. Costs a forward pass, and then two or three more.
     """
 
     def __init__(
-        self, decoder: Decoder, tokens: Int[Tensor, "batch time"], watch: Watch = lambda _: nullcontext()
+        self,
+        decoder: Decoder,
+        batches: Sequence[Batch],
+        watch: Watch = lambda *_: nullcontext(),
+        *,
+        hold: Hold = as_they_are,
+        told: Told = lambda: None,
     ) -> None:
-        first = capture(decoder, tokens, stop=0)
-        self._decoder, self._tokens, self._watch, self.as_tuple = decoder, tokens, watch, first.as_tuple
-        self._made: list[tuple[Tensor, Tensor | None]] = []
-        """Input of every layer, and its output where the way back from there is held."""
-        hidden, holds = first.hidden[0].clone(), not decoder.offloaded
+        self._decoder, self._batches, self._watch, self._told = decoder, batches, watch, told
+        self._made: list[list[tuple[LayerInputs, tuple[Tensor, Tensor] | None]]] = []
+        """By layer and batch its input, and where the way back from there is held its input and output."""
+        holds = not decoder.offloaded
+        inputs = list(entering(decoder, batches, hold))
         for layer in decoder.layers:
-            leaf = hidden.detach().requires_grad_()
-            with torch.set_grad_enabled(holds), _counted(layer.module) as saved:
-                output = self._run(layer, leaf)
-            hidden = output.detach()
-            self._made.append((leaf, output if holds else None))
-            holds = holds and sum(saved) * (len(decoder.layers) - layer.index) < SHARE * free_bytes(
-                hidden.device
-            )
-        self.last: Float[Tensor, "batch time model"] = hidden
+            made: list[tuple[LayerInputs, tuple[Tensor, Tensor] | None]] = []
+            for number, own in enumerate(inputs):
+                leaf = own.hidden[layer.index].detach().requires_grad_()
+                with torch.set_grad_enabled(holds), _counted(layer.module) as saved:
+                    output = self._run(layer, number, leaf, own.as_tuple)
+                made.append((own, (leaf, output) if holds else None))
+                left = (len(decoder.layers) - layer.index) * len(batches) - number
+                holds = holds and sum(saved) * left < SHARE * free_bytes(leaf.device)
+                inputs[number] = hold(LayerInputs({layer.index + 1: output.detach()}, own.as_tuple))
+            self._made.append(made)
+            told()
+        self.last: Sequence[LayerInputs] = inputs
 
     def back(
-        self, layer: int, parameters: Sequence[nn.Parameter], slope: Float[Tensor, "batch time model"]
-    ) -> tuple[Float[Tensor, "batch time model"], list[Tensor | None]]:
-        """Return the slopes at the input of a layer and at these weights of it, given that at its output.
+        self, layer: int, parameters: Sequence[nn.Parameter], slopes: Slopes
+    ) -> tuple[Slopes, list[Tensor | None]]:
+        """Return the slopes at the inputs of a layer and at these weights of it, given those at its outputs.
 
-        Goes through the layers from the last to the first, once.
+        Those at weights are sums over the batches. Goes through the layers from the last to the first, once.
         """
-        leaf, output = self._made.pop()
-        if output is None:
-            with torch.enable_grad():
-                output = self._run(self._decoder.layers[layer], leaf)
-        found = torch.autograd.grad(output, [leaf, *parameters], slope, allow_unused=True)
-        assert found[0] is not None
-        return found[0], list(found[1:])
+        found, sums = list[Tensor](), list[Tensor | None]([None] * len(parameters))
+        for number, (own, held) in enumerate(self._made.pop()):
+            if held is not None:
+                leaf, output = held
+            else:
+                leaf = own.hidden[layer].detach().requires_grad_()
+                with torch.enable_grad():
+                    output = self._run(self._decoder.layers[layer], number, leaf, own.as_tuple)
+            slope, *gradients = torch.autograd.grad(
+                output, [leaf, *parameters], slopes[number], allow_unused=True
+            )
+            assert slope is not None
+            found.append(slope)
+            sums = [_added(a, b) for a, b in zip(sums, gradients, strict=True)]
+        self._told()
+        return found, sums
 
-    def _run(self, layer: Layer, leaf: Tensor) -> Tensor:
-        own = LayerInputs({layer.index: leaf}, self.as_tuple)
-        with entered_at(self._decoder, layer.index, own), self._watch(layer):
-            return residual(run_until(self._decoder, self._tokens, layer.index))
+    def _run(self, layer: Layer, number: int, leaf: Tensor, as_tuple: bool) -> Tensor:
+        own, batch = LayerInputs({layer.index: leaf}, as_tuple), self._batches[number]
+        with entered_at(self._decoder, layer.index, own), self._watch(layer, batch):
+            return residual(run_until(self._decoder, batch.tokens, layer.index))
+
+
+def entering(decoder: Decoder, batches: Sequence[Batch], hold: Hold = as_they_are) -> Iterator[LayerInputs]:
+    """Yield the input of the first layer for every batch."""
+    for batch in batches:
+        own = capture(decoder, batch.tokens, stop=0)
+        yield hold(LayerInputs({0: own.hidden[0].clone()}, own.as_tuple))
+
+
+def _added(total: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Return the sum of gradients, in float32 where there are two."""
+    if total is None or other is None:
+        return other if total is None else total
+    return total.float().add_(other)
 
 
 @contextmanager

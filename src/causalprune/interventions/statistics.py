@@ -155,7 +155,7 @@ def _rows(outputs: Float[Tensor, "token fused"], projection: Projection) -> Floa
 
 def _follow(output: Float[Tensor, "..."], projections: list[Projection], slope: Slope | None) -> None:
     """Hand the gradient at `output` to `slope`, if there is one, when it is known; each projection its own rows."""
-    if slope is None:
+    if slope is None or not torch.is_grad_enabled():  # a pass whose way back comes later
         return
 
     def hook(gradient: Tensor) -> None:

@@ -285,9 +285,12 @@ def _empty(name: str, folder: str, options: dict[str, Any], dtype: torch.dtype |
         how |= {"dtype": dtype} if runs else {}
         with _quiet(hide_bars=local), place:
             trusted = options["trust_remote_code"]
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **how)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **how)
+        if runs:
+            model.tie_weights()  # accelerate has made two of what is one
     except _LOAD_ERRORS as error:
         raise _load_error(name, error, local=local) from error
+    return model
 
 
 def _source(name: str) -> tuple[str, str | None]:

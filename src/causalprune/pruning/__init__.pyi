@@ -41,6 +41,9 @@ from .layers import (
     Repair as Repair,
 )
 from .layers import (
+    carry_out as carry_out,
+)
+from .layers import (
     prune as prune,
 )
 from .layers import (
@@ -78,6 +81,9 @@ from .training import (
 )
 from .walks import (
     Gathered as Gathered,
+)
+from .walks import (
+    Plan as Plan,
 )
 from .walks import (
     planned as planned,

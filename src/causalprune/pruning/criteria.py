@@ -121,7 +121,7 @@ CRITERIA: dict[str, Criterion] = {
     "magnitude": Criterion(magnitude, "matrix", frozenset({"weights"})),
     "wanda": Criterion(wanda, "row", frozenset({"inputs"})),
     "sparsegpt": Criterion(sparsegpt, "matrix", frozenset({"moments"}), update="obs"),
-    "causal": Criterion(causal, "matrix", frozenset({"moments", "slopes"}), "distill", "graded"),
+    "causal": Criterion(causal, "matrix", frozenset({"moments", "slopes"}), "distill"),
     "fisher": Criterion(fisher, "global", frozenset({"inputs", "slopes"})),
     "cap": Criterion(cap, "global", frozenset({"weights", "effects"})),
     "random": Criterion(random, "matrix", frozenset()),

@@ -28,7 +28,7 @@ from causalprune.core import (
     silent,
     unpacked,
 )
-from causalprune.interventions import output_slopes
+from causalprune.interventions import as_they_are, output_slopes
 from causalprune.models import fingerprint
 from causalprune.pruning.allocation import find_threshold, keep_above, keep_columns, prune_counts
 from causalprune.pruning.budgets import measured_response, shares_of
@@ -41,7 +41,7 @@ from causalprune.pruning.parts import Steps
 from causalprune.pruning.pruned import Pruned
 from causalprune.pruning.rules import RULES
 from causalprune.pruning.scores import finite, inverse, score, score_blocks, slope
-from causalprune.pruning.training import Lesson, distill, lessons
+from causalprune.pruning.training import Around, Lesson, Training, distill, lessons
 from causalprune.pruning.walks import Gathered, Plan, planned, unrouted, walk
 
 
@@ -80,23 +80,36 @@ def prune(  # noqa: PLR0913 (the command's options)
     if kept_in is not None:  # a fingerprint reads the whole model
         data, measured = calibration and calibration.fingerprint, effects and effects.fingerprint
         identity = [fingerprint(decoder.model), asdict(method), data, measured, max_batch_tokens]
-    state = State(kept_in, identity)
-    stopped = bool({"training", "trained"} & state.values.keys())  # all layers had been pruned
-    plan = replace(planned(decoder, method, factors, calibration, max_batch_tokens), state=state)
+    plan = planned(decoder, method, factors, calibration, max_batch_tokens)
+    plan = replace(plan, state=State(kept_in, identity))
     with bar(on_progress, "pruning") as tell:
-        steps = Steps(plan.costs, tell)
-        followed = _followed(plan, steps, calibration, max_batch_tokens)
-        pruned = _restored(plan, state.values) if stopped else _pruned(plan, steps)
-        state.flush()
-        if followed is not None:
-            response = pruned.response and asdict(pruned.response)
-            if not stopped:
-                state.keep(keep=pruned.keep.stored(), unrouted=pruned.unrouted, response=response)
-            steps.begin("training", "steps")
-            rule = RULES[method.resolved_update]
-            distill(decoder, followed, rule=rule, seed=method.seed, on_step=steps.tell, state=state)
+        pruned, _ = carry_out(plan, Steps(plan.costs, tell), calibration, max_batch_tokens)
     looked_at = calibration if method.needs_calibration else None
     return replace(pruned, calibration=looked_at, effects=effects if "effects" in method.needs else None)
+
+
+def carry_out(
+    plan: Plan,
+    steps: Steps,
+    calibration: Calibration | None,
+    max_batch_tokens: int,
+    around: Around | None = None,
+) -> tuple[Pruned, int]:
+    """Do what is planned, and return what stayed and how many training steps there were; see `training` for `around`."""
+    state, method, trained = plan.state, plan.method, 0
+    stopped = bool({"training", "trained"} & state.values.keys())  # all layers had been pruned
+    followed = _followed(plan, steps, calibration, max_batch_tokens)
+    pruned = _restored(plan, state.values) if stopped else _pruned(plan, steps)
+    state.flush()
+    if followed is not None:
+        response = pruned.response and asdict(pruned.response)
+        if not stopped:
+            state.keep(keep=pruned.keep.stored(), unrouted=pruned.unrouted, response=response)
+        steps.begin("training", "steps")
+        hold = plan.hold or as_they_are
+        how = Training(RULES[method.resolved_update], method.seed, hold, around)
+        trained = distill(plan.decoder, followed, how=how, on_step=steps.tell, state=state)
+    return pruned, trained
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +142,7 @@ def remove(
     share = sum(int((~keep[p.name]).sum()) for p in pool) / sum(p.size for p in pool)
     _check(decoder)
     state = state or State()
+    how = Training(RULES.get(repair.update, RULES["distill"]), repair.seed)
     if share:
         method = Method("magnitude", share, seed=repair.seed, update=repair.update)
         plan = replace(planned(decoder, method, {}, data, size), state=state)
@@ -139,18 +153,10 @@ def remove(
         state.flush()
         if followed is not None:
             steps.begin("training", "steps")
-            distill(
-                decoder,
-                followed,
-                rule=RULES[repair.update],
-                seed=repair.seed,
-                on_step=steps.tell,
-                state=state,
-            )
+            distill(decoder, followed, how=how, on_step=steps.tell, state=state)
     elif repair.followed:
         say(on_progress, unit="steps")
-        rule = RULES[repair.update]
-        distill(decoder, repair.followed, rule=rule, seed=repair.seed, on_step=on_progress, state=state)
+        distill(decoder, repair.followed, how=how, on_step=on_progress, state=state)
 
 
 def _followed(
@@ -159,8 +165,9 @@ def _followed(
     """Return what training follows, None where the update is another one."""
     if plan.method.resolved_update not in TRAINS or calibration is None:
         return None
-    steps.begin("predictions", "batches")
-    return lessons(plan.decoder, calibration.examples, max_batch_tokens, plan.state, steps.tell)
+    steps.begin("predictions", "batches" if plan.hold is None else "layers")
+    examples, hold = calibration.examples, plan.hold
+    return lessons(plan.decoder, examples, max_batch_tokens, plan.state, steps.tell, hold)
 
 
 def _restored(plan: Plan, known: Mapping[str, Any]) -> Pruned:
@@ -177,8 +184,8 @@ def _pruned(plan: Plan, steps: Steps) -> Pruned:
     gathered, state = Gathered(), plan.state
     if "slopes" in plan.method.needs:
         if "slopes" not in state.values:
-            steps.begin("gradients", "batches")
-            state.keep(slopes=output_slopes(plan.decoder, plan.groups, steps.tell, state))
+            steps.begin("gradients", "batches" if plan.hold is None else "layers")
+            state.keep(slopes=output_slopes(plan.decoder, plan.groups, steps.tell, state, plan.hold))
         places = {p.name: p.device for p in plan.decoder.projections}
         gathered.slopes = {name: own.to(places[name]) for name, own in state.values["slopes"].items()}
     response = measured_response(plan, gathered, steps)
@@ -230,6 +237,8 @@ def prune_layers(
             yield p, keep
         if kept:
             plan.state.hold(**{_named(layer): _outcome(layer, kept, gathered)})
+            if plan.hold is not None:  # the layer is about to leave memory
+                plan.state.flush()
         if not walks:
             steps.tell(layer.index + 1, len(plan.decoder.layers))
 
@@ -250,7 +259,8 @@ def _finished(
         if known is None:
             return layer.index
         for parameter, weight in zip(_parameters(layer), known["weights"], strict=True):
-            parameter.data.copy_(weight)
+            if plan.hold is None:  # else it is read when the layer runs
+                parameter.data.copy_(weight)
         gathered.norms.tokens |= known["tokens"]
         for p in layer.projections:
             if fixed is not None:

@@ -61,10 +61,7 @@ def begun(path: Path) -> str:
     predicted, batches = len(lessons.get("hidden", ())), lessons.get("batches", 0)
     layers, trained = sum(name.startswith("layer-") for name in known), "trained" in known
     pruned = trained or bool(training)
-    each, unit = (
-        training.get("batches", 1),
-        "steps" if "batches" in training else "rounds",
-    )  # earlier releases
+    each = training.get("batches", 1)
     steps, every = (
         training.get("epoch", 0) * each + training.get("steps", 0),
         training.get("epochs", 0) * each,
@@ -78,7 +75,7 @@ def begun(path: Path) -> str:
         ),
         ("trials", "trials" in known and (pruned or layers > 0), f"{len(known.get('trials', ()))} trials"),
         ("layers", pruned, f"{layers} of {known.get('layers')} layers"),
-        ("training", trained, f"{steps} of {every} {unit} of training"),
+        ("training", trained, f"{steps} of {every} steps of training"),
     ]
     done = [part for part, over, _ in parts if over]
     words = [f"{' and '.join(', '.join(done).rsplit(', ', 1))} done"] if done else []

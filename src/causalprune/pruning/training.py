@@ -7,8 +7,8 @@ The zeros are the mask.
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -21,6 +21,7 @@ from causalprune.core import (
     Batch,
     Decoder,
     Example,
+    Layer,
     ModelError,
     OptionError,
     Progress,
@@ -29,24 +30,31 @@ from causalprune.core import (
     silent,
 )
 from causalprune.interventions import (
+    Hold,
     LayerInputs,
     Pieces,
+    Slopes,
+    as_they_are,
     divergence_slope,
     entered_at,
+    entering,
     last_hidden,
+    run_layer,
     target_logits,
     targets,
 )
 from causalprune.pruning.rules import RULES, Rule, stored
 
-TOKENS, FEWEST, MOST = 54_000, 2, 6
+TOKENS, FEWEST, MOST = 54_000, 2, 3
 """Training goes through all examples until it has seen so many tokens, between so few and so many times. More brought little (docs/log.md)."""
-RATE = 5e-4
+RATE = 1e-3
 """Largest step, in root mean squares of a matrix's kept weights, which differ tenfold among models."""
 WARM_UP = 0.1
 """Share of the steps in which the rate rises; then it falls along half a cosine to zero."""
 BATCH_TOKENS = 1024
-"""Tokens of one step: small batches, as a few dozen problems have to give some dozens of steps."""
+"""Tokens of a batch, at most."""
+AT_ONCE = 1
+"""Batches whose gradients a step adds up: few, as a few dozen problems have to give some dozens of steps."""
 CHUNK = 256
 """Positions whose logits exist at once: bounds the memory that large vocabularies take."""
 
@@ -60,8 +68,11 @@ def lessons(
     max_batch_tokens: int,
     state: State | None = None,
     on_progress: Progress = silent,
+    hold: Hold | None = None,
 ) -> list[Lesson]:
     """Return what training will follow, from a model that is still intact, or from the `state` of a stopped run.
+
+    With a `hold` for inputs of layers, each layer sees all batches before the next one runs; progress counts layers then.
 
     Raises:
         OptionError: the model's weights are of a type that cannot be trained.
@@ -72,6 +83,10 @@ def lessons(
     after, device = len(decoder.layers), decoder.projections[-1].device
     hidden = [own.to(device, copy=True) for own in known["hidden"]]  # out of the file
     found = [LayerInputs({after: own}, known["as_tuple"]) for own in hidden]
+    if hold is not None and len(found) < len(steps):
+        found = _seen_together(decoder, steps, hold, on_progress)
+        every = [own.hidden[after] for own in found]
+        state.flush(lessons={"hidden": every, "as_tuple": found[0].as_tuple, "batches": len(steps)})
     on_progress(len(found), len(steps))
     for batch in steps[len(found) :]:
         found.append(last_hidden(decoder, batch))
@@ -81,6 +96,20 @@ def lessons(
             state.flush(lessons=own)
         on_progress(len(found), len(steps))
     return list(zip(steps, found, strict=True))
+
+
+def _seen_together(
+    decoder: Decoder, steps: Sequence[Batch], hold: Hold, on_progress: Progress
+) -> list[LayerInputs]:
+    """Return what the last layer sends on for every batch; each layer sees all batches before the next one runs."""
+    found = list(entering(decoder, steps, hold))
+    for layer in decoder.layers:
+        for number, batch in enumerate(steps):
+            own = found[number]
+            output = run_layer(decoder, batch.tokens, layer.index, own)
+            found[number] = hold(LayerInputs({layer.index + 1: output}, own.as_tuple))
+        on_progress(layer.index + 1, len(decoder.layers))
+    return found
 
 
 def epochs(tokens: int) -> int:
@@ -93,52 +122,83 @@ def rounds(followed: Sequence[Lesson]) -> int:
     return epochs(sum(int(batch.lengths.sum()) for batch, _ in followed))
 
 
+Around: TypeAlias = Callable[[int], AbstractContextManager[Callable[[Layer], None]]]
+"""What is open while a step, counted from 1, is made: gives who hears of a layer that has moved."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How weights move: by which rule, with what randomness; and where inputs of layers are held.
+
+    What is `around` a step keeps the weights itself.
+    """
+
+    rule: Rule = RULES["distill"]
+    seed: int = 0
+    hold: Hold = as_they_are
+    around: Around | None = None
+
+
 def distill(
     decoder: Decoder,
     followed: Sequence[Lesson],
     *,
-    rule: Rule = RULES["distill"],
-    seed: int,
+    how: Training,
     on_step: Progress,
     state: State | None = None,
-) -> None:
+) -> int:
     """Train the weights of all projections that are not zero, in place, to predict every token as the intact model did.
 
     Minimises the mean divergence KL(intact ‖ pruned) over all positions, prompts included, `rounds` times over
     the batches that are `followed`. What is zero stays zero. Goes on from the `state` of a stopped run, step by step. Beside
-    the model it holds one layer's gradients, what the `rule` remembers, and as many activations as fit; each epoch costs
-    about three forward passes, four where activations do not fit.
+    the model it holds one layer's gradients, what the rule remembers, and as many activations as fit; each epoch costs
+    about three forward passes, four where activations do not fit. Returns the steps that there are in all.
 
     Raises:
         ModelError: a slope is not finite; later layers may have moved, what is kept of earlier steps stays.
     """
     state = state or State()
-    run = _Training(decoder, rule, seed)
+    run, around = _Run(decoder, how), how.around
     if trained := state.values.pop("trained", None):
-        run.put_back(trained)
-        return
-    first, last, generator = 0, rounds(followed), torch.Generator().manual_seed(seed)
-    own: dict[str, Any] = {"steps": 0, "batches": len(followed)}
+        run.put_back(trained["weights"])
+        return int(trained["steps"])
+    first, last, generator = 0, rounds(followed), torch.Generator().manual_seed(how.seed)
+    own: dict[str, Any] = {"steps": 0, "batches": math.ceil(len(followed) / AT_ONCE)}
     if begun := state.values.pop("training", None):
         first, last, own["steps"] = begun["epoch"], begun["epochs"], begun["steps"]
         generator.set_state(begun["generator"])
         run.put_back(begun["weights"])
         run.scales, run.known = begun["scales"], begun["known"]
-    total = last * len(followed)
-    on_step(first * len(followed) + own["steps"], total)
+    each: int = own["batches"]
+    total = last * each
+    on_step(first * each + own["steps"], total)
     with _learning(decoder, run.parameters):
         for epoch in range(first, last):
             own |= {"epoch": epoch, "epochs": last, "scales": run.scales, "generator": generator.get_state()}
             order = torch.randperm(len(followed), generator=generator).tolist()
-            for number in order[own["steps"] :]:
-                done = epoch * len(followed) + own["steps"]
-                run.step(followed[number], done + 1, RATE * _rate(done / total, total))
+            while own["steps"] < each:
+                done, at = epoch * each + own["steps"], own["steps"] * AT_ONCE
+                now = [followed[number] for number in order[at : at + AT_ONCE]]
+                with (around or _nothing)(done + 1) as moved:
+                    run.step(now, done + 1, RATE * _rate(done / total, total), moved)
                 own["steps"] += 1
-                if state.due():
-                    state.flush(training={**own, "weights": run.weights(), "known": run.known})
+                if around is not None or state.due():
+                    weights = run.weights() if around is None else None
+                    state.flush(training={**own, "weights": weights, "known": run.known})
                 on_step(done + 1, total)
             own["steps"] = 0
-    state.flush(trained=run.weights())
+    state.flush(trained={"weights": run.weights() if around is None else None, "steps": total})
+    return total
+
+
+@contextmanager
+def _nothing(number: int) -> Iterator[Callable[[Layer], None]]:
+    """Open nothing (an `Around`): the model is in memory."""
+    yield _unheard
+
+
+def _unheard(layer: Layer) -> None:
+    """Let a layer move without a word."""
 
 
 @contextmanager
@@ -155,12 +215,11 @@ def _learning(decoder: Decoder, parameters: Sequence[nn.Parameter]) -> Iterator[
 
 
 @dataclass(eq=False)
-class _Training:
+class _Run:
     """The weights that move, and what is remembered of the steps before."""
 
     decoder: Decoder
-    rule: Rule
-    seed: int
+    how: Training
     scales: dict[str, float] = field(default_factory=dict)
     known: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """What the rule remembers of every matrix."""
@@ -176,32 +235,39 @@ class _Training:
     def weights(self) -> list[Tensor]:
         return [parameter.data for parameter in self.parameters]
 
-    def put_back(self, weights: Sequence[Tensor]) -> None:
-        for parameter, own in zip(self.parameters, weights, strict=True):
+    def put_back(self, weights: Sequence[Tensor] | None) -> None:
+        for parameter, own in zip(self.parameters, weights or self.weights(), strict=True):
             parameter.data.copy_(own)
 
-    def step(self, lesson: Lesson, number: int, rate: float) -> None:
-        """Move all weights by the gradients of a batch; `number` counts from 1."""
-        batch, intact = lesson
+    def step(
+        self, lessons: Sequence[Lesson], number: int, rate: float, moved: Callable[[Layer], None]
+    ) -> None:
+        """Move all weights by the gradients of some batches together; `number` counts from 1."""
         waiting: dict[nn.Parameter, Tensor] = {}
-        pieces = Pieces(self.decoder, batch.tokens)
-        slope = _last_slope(self.decoder, batch, intact, pieces.last)
+        pieces = Pieces(self.decoder, [batch for batch, _ in lessons], hold=self.how.hold)
+        count = sum(len(targets(replace(batch, is_target=batch.real)).tokens) for batch, _ in lessons)
+        slopes: Slopes = [
+            _last_slope(self.decoder, lesson, last, count)
+            for lesson, last in zip(lessons, pieces.last, strict=True)
+        ]
         for layer in reversed(self.decoder.layers):
             own = list(dict.fromkeys(p.parameter for p in layer.projections))
-            if not bool(slope.isfinite().all()):
+            if not all(bool(slope.isfinite().all()) for slope in slopes):
                 raise ModelError(
                     f"training step {number}: slopes at the output of {layer.name} are not finite"
                 )
-            slope, gradients = pieces.back(layer.index, own, slope)
+            slopes, gradients = pieces.back(layer.index, own, slopes)
             for parameter, gradient in zip(own, gradients, strict=True):
                 if gradient is not None:  # None: an expert that no token reached
                     waiting[parameter] = waiting.pop(parameter, 0) + gradient
+            del gradients
             due = {parameter for parameter in own if self.first[parameter] == layer.index}
             for p in layer.projections:
                 if p.parameter in due & waiting.keys():
                     self._move(p, waiting[p.parameter], number, rate)
             for parameter in due:
                 waiting.pop(parameter, None)
+            moved(layer)
 
     def _move(self, p: Projection, gradient: Tensor, number: int, rate: float) -> None:
         weight = p.read()
@@ -212,9 +278,9 @@ class _Training:
         if p.name not in self.scales:
             self.scales[p.name] = _root_mean_square(weight, keep)
         known = {name: own.to(p.device) for name, own in self.known.get(p.name, {}).items()}
-        move = self.rule(known, slope, keep, number).mul_(-rate * self.scales[p.name])
+        move = self.how.rule(known, slope, keep, number).mul_(-rate * self.scales[p.name])
         self.known[p.name] = known
-        draw = zlib.crc32(repr((self.seed, number, p.name)).encode())
+        draw = zlib.crc32(repr((self.how.seed, number, p.name)).encode())
         p.write(stored(move.add_(weight), keep, weight.dtype, draw))
 
 
@@ -238,14 +304,15 @@ def _rate(part: float, total: int) -> float:
 
 
 def _last_slope(
-    decoder: Decoder, batch: Batch, intact: LayerInputs, hidden: Float[Tensor, "batch time model"]
+    decoder: Decoder, lesson: Lesson, last: LayerInputs, count: int
 ) -> Float[Tensor, "batch time model"]:
-    """Return the slope of the mean divergence over all positions of a batch at the last layer's output.
+    """Return the slope of the divergence summed over all positions of a batch, over `count`, at the last layer's output.
 
     Some positions at a time.
     """
-    after, wanted = len(decoder.layers), targets(replace(batch, is_target=batch.real))
-    leaf = hidden.detach().requires_grad_()
+    (batch, intact), after = lesson, len(decoder.layers)
+    wanted = targets(replace(batch, is_target=batch.real))
+    leaf = last.hidden[after].detach().requires_grad_()
     for at in range(0, len(wanted.tokens), CHUNK):
         own = slice(at, at + CHUNK)
         part = replace(
@@ -255,6 +322,6 @@ def _last_slope(
             teacher = target_logits(decoder, batch, part)
         with torch.enable_grad(), entered_at(decoder, after, LayerInputs({after: leaf}, intact.as_tuple)):
             logits = target_logits(decoder, batch, part)
-        logits.backward(divergence_slope(teacher, logits.detach(), 1 / len(wanted.tokens)), inputs=[leaf])
+        logits.backward(divergence_slope(teacher, logits.detach(), 1 / count), inputs=[leaf])
     assert leaf.grad is not None
     return leaf.grad

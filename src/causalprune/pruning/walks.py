@@ -1,13 +1,22 @@
 """What a pruning run is planned to do, and the walks through the layers that gather what it has to know."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from causalprune.calibration import batches, check_positions, few
 from causalprune.core import Batch, Calibration, Decoder, Layer, Projection, State
-from causalprune.interventions import InputNorms, LayerInputs, Moments, capture, observed, run_layer
+from causalprune.interventions import (
+    Hold,
+    InputNorms,
+    LayerInputs,
+    Moments,
+    as_they_are,
+    capture,
+    observed,
+    run_layer,
+)
 from causalprune.pruning.importance import Factors
 from causalprune.pruning.methods import Method
 from causalprune.pruning.parts import Costs, Steps, costs
@@ -16,16 +25,12 @@ INPUTS = {False: "intact_inputs", True: "pruned_inputs"}
 """What inputs of layers are kept as, by whether the layers before are pruned."""
 
 
-def _as_they_are(inputs: LayerInputs) -> LayerInputs:
-    return inputs
-
-
 @dataclass(frozen=True, eq=False)
 class Plan:
     """All that is settled before the first layer runs: what is pruned, how, on which batches, at what cost.
 
     Graded interventions see the batches of `few`. `hold` gets the inputs of layers, and returns them from wherever it
-    keeps them until the layer runs. What takes long is kept in the `state`.
+    keeps them until the layer runs; with one, layers are in memory one at a time. What takes long is kept in the `state`.
     """
 
     decoder: Decoder
@@ -34,7 +39,7 @@ class Plan:
     groups: Sequence[Batch]
     few: Sequence[Batch]
     costs: Costs
-    hold: Callable[[LayerInputs], LayerInputs] = _as_they_are
+    hold: Hold | None = None
     state: State = field(default_factory=State)
 
 
@@ -86,7 +91,7 @@ def walk(
     sees the inputs it will have; otherwise the outputs of the first run go on. Where it begins later, the layers before
     are as the caller left them in a run that was stopped, and the inputs come from what the `state` has of those.
     """
-    decoder, groups = plan.decoder, plan.groups
+    decoder, groups, hold = plan.decoder, plan.groups, plan.hold or as_they_are
     if first == len(decoder.layers):
         return
     name = INPUTS[advance_pruned]
@@ -102,14 +107,14 @@ def walk(
             with observed(layer, batch.real, see):
                 hidden = run_layer(decoder, batch.tokens, layer.index, own)
             if not advance_pruned:
-                inputs[number] = plan.hold(LayerInputs({layer.index + 1: hidden}, own.as_tuple))
+                inputs[number] = hold(LayerInputs({layer.index + 1: hidden}, own.as_tuple))
         yield layer
         gathered.moments, gathered.inverse = Moments(), None  # room for what the layer holds while it runs
         if advance_pruned:
             for number, batch in enumerate(groups):
                 own = inputs[number]
                 hidden = run_layer(decoder, batch.tokens, layer.index, own)
-                inputs[number] = plan.hold(LayerInputs({layer.index + 1: hidden}, own.as_tuple))
+                inputs[number] = hold(LayerInputs({layer.index + 1: hidden}, own.as_tuple))
         if plan.state.due():
             hidden_states = [own.hidden[layer.index + 1] for own in inputs]
             found = {"layer": layer.index + 1, "hidden": hidden_states, "as_tuple": inputs[0].as_tuple}
@@ -119,10 +124,10 @@ def walk(
 
 def _entering(plan: Plan, first: int, name: str) -> list[LayerInputs]:
     """Return the inputs of a layer for every batch, from the nearest layer before it whose inputs were kept."""
-    decoder, known = plan.decoder, plan.state.values.pop(name, None)
+    decoder, known, hold = plan.decoder, plan.state.values.pop(name, None), plan.hold or as_they_are
     if known is None or known["layer"] > first:
         at = 0
-        inputs = [plan.hold(capture(decoder, batch.tokens, stop=0)) for batch in plan.groups]
+        inputs = [hold(capture(decoder, batch.tokens, stop=0)) for batch in plan.groups]
     else:
         at, device = known["layer"], decoder.layers[known["layer"]].projections[0].device
         hidden = [own.to(device, copy=True) for own in known["hidden"]]  # out of the file

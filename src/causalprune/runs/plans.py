@@ -123,13 +123,8 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
     if own := _written_tokens(recipe):
         jobs.append(Job("text of its own, written once", 1, WRITING * own))
     flops = 2 * shape.parameters * sum(job.tokens for job in jobs)
-    unpacked = recipe.model.name == EMBEDDED or recipe.model.name.endswith(".gguf")
-    size = (
-        shape.parameters
-        * BYTES["float32" if unpacked and recipe.model.dtype == "auto" else recipe.model.dtype]
-    )
-    updates = (*(m.resolved_update for m in methods), *(removal.how.update for removal in removals))
-    training = max((TRAINING_BYTES.get(update, 0.0) for update in updates), default=0.0)
+    size = size_bytes(recipe.model, shape.parameters)
+    updates = [m.resolved_update for m in methods] + [removal.how.update for removal in removals]
     saved = sum(map(recipe.saves, cells))
     kept = saved + min(len(cells) - 1 - saved, 2)  # the best, and the one measured now
     return Plan(
@@ -137,10 +132,22 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
         shape=shape,
         jobs=tuple(jobs),
         seconds=flops / _flops_per_second(recipe),
-        memory_bytes=1.2 * size + training * shape.parameters + recipe.batch_tokens * shape.layers * 16384,
+        memory_bytes=memory_bytes(shape, size, updates, recipe.batch_tokens),
         disk_bytes=kept * size * 1.07,
         folder=folder,
     )
+
+
+def size_bytes(spec: ModelSpec, parameters: float) -> float:
+    """Return the bytes that so many parameters take, as they are loaded."""
+    unpacked = spec.name == EMBEDDED or spec.name.endswith(".gguf")
+    return parameters * BYTES["float32" if unpacked and spec.dtype == "auto" else spec.dtype]
+
+
+def memory_bytes(shape: Shape, size: float, updates: Iterable[str], batch_tokens: int) -> float:
+    """Return the memory that pruning a model of this size takes at most, with the largest of the updates."""
+    training = max((TRAINING_BYTES.get(update, 0.0) for update in updates), default=0.0)
+    return 1.2 * size + training * shape.parameters + batch_tokens * shape.layers * 16384
 
 
 def _removal_passes(removal: Removal, shape: Shape, calibration: int) -> float:

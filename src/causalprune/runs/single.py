@@ -19,7 +19,7 @@ from causalprune.attribution import (
     stability,
 )
 from causalprune.attribution import attribute as measure
-from causalprune.calibration import DATE, Chat, check_subsets, date_of, on_date, with_limit
+from causalprune.calibration import Chat, check_subsets, date_of, on_date, with_limit
 from causalprune.checkpoints import (
     EFFECTS,
     check_destination,
@@ -59,6 +59,7 @@ from causalprune.evaluation import (
 from causalprune.models import check_folder, device_of, skeleton, tokenizer_of
 from causalprune.pruning import Method, Pruned, begun, manifest, prune
 from causalprune.runs.cells import load
+from causalprune.runs.fitting import check_stored
 from causalprune.runs.jobs import task_jobs
 from causalprune.runs.recipe import AttributionSpec, CalibrationSpec, ModelSpec
 from causalprune.runs.traces import calibrated
@@ -244,10 +245,7 @@ def prune_streamed(
     options: Options = Options(),
 ) -> Streamed:
     """Prune a checkpoint on disk without loading the model; `cap` needs effects that were measured before."""
-    if dataclasses.replace(spec, date=DATE) not in (ModelSpec(spec.name), ModelSpec(spec.name, device="cpu")):
-        raise OptionError(
-            "--stream keeps the dtype of the files, uses no device and runs no code: leave those options out"
-        )
+    check_stored(spec)
     effects = None
     if "effects" in method.needs and effects_path is not None:
         effects = load_effects(effects_path)

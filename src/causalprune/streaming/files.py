@@ -5,7 +5,7 @@ is copied bit for bit. Scores, thresholds and masks are made by `pruning`, so th
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +28,8 @@ from causalprune.core import (
     Progress,
     Projection,
     Source,
+    State,
+    forget,
     say,
     silent,
     size_of,
@@ -47,15 +49,18 @@ from causalprune.pruning import (
     Factors,
     Gathered,
     Method,
+    Plan,
     Pruned,
     Steps,
+    carry_out,
     head_factors,
     manifest,
     planned,
     prune_layers,
     unrouted,
 )
-from causalprune.streaming.residence import HiddenStates, Residence
+from causalprune.streaming.copies import Copies, check_unshared
+from causalprune.streaming.residence import HiddenStates, Leave, Pair, Residence
 from causalprune.streaming.spectra import Spectra
 from causalprune.streaming.stored import Sources, Store, StoredProjection, find_sources, untie, with_stored
 
@@ -92,7 +97,8 @@ def prune_stream(
 
     The source is read twice and the copy written once; float32 weights under scope `global` are read four times.
     All files are checked before anything is written. Progress counts bytes. Methods that look at inputs or update
-    weights run the model with one layer in memory, on the data in `seen`; there it begins anew with the layers.
+    weights run the model with one layer in memory, on the data in `seen`; there it begins anew with the layers. What takes
+    long is kept in `<output>.pruning`: a stopped run goes on from there.
 
     Raises:
         OptionError: the method needs the whole model, or effects or calibration data that are not given.
@@ -102,6 +108,7 @@ def prune_stream(
     checkpoints.check_destination(output, overwrite)
     seen = seen or Seen()
     effects, calibration = seen.effects, seen.calibration if method.walks else None
+    kept_in = output.with_name(f"{output.name}.pruning")
     check_streams(method, data=seen.calibration is not None)
     stored = open_checkpoint(source)
     size = stored.size
@@ -109,36 +116,68 @@ def prune_stream(
         say(on_progress, part="1 of 2: checking files" if calibration else "")
         decoder, sources = _opened(source, stored, store)
         checkpoints.warn_unpacked(decoder)
-        factors: Factors = {}
-        if "effects" in method.needs:
-            factors = head_factors(decoder, effects, found=None)
+        factors: Factors = head_factors(decoder, effects, found=None) if "effects" in method.needs else {}
         spectra = Spectra(method, factors)
         found = _survey(decoder, sources, _dtype(source, stored), spectra)
         if factors and effects is not None and effects.model_fingerprint != found:
             raise MismatchError(f"the effects were measured on another model or revision than {source}")
         decoder = replace(decoder, fingerprint=found)
         with checkpoints.complete(output, overwrite) as folder, ExitStack() as stack:
-            _check_room(folder, decoder, size)
-            gathered = Gathered()
+            _check_room(folder, decoder, size, copies=2 if method.takes_long else 0)
             if calibration is not None:
-                residence = stack.enter_context(_residence(source, sources, stored, store))
+                residence = stack.enter_context(_residence(source, sources, stored, head=method.takes_long))
                 hidden = stack.enter_context(closing(HiddenStates(seen.cache_gib * 2**30, folder)))
                 plan = planned(residence.decoder, method, factors, calibration, seen.max_batch_tokens)
-                plan, store.on_progress = replace(plan, hold=hidden.keep), silent
-                say(on_progress, part="2 of 2: layers")
-                pruned = residence.through(prune_layers(plan, gathered, Steps(plan.costs, on_progress)))
+                plan = replace(plan, hold=hidden.keep, state=_state(kept_in, found, method, seen))
+                store.on_progress = silent
+                pruned, missed = _one_by_one(plan, residence, seen, on_progress)
+                pruned = residence.through(pruned, _leave(residence, store))
             else:
-                plan = planned(decoder, method, factors)
-                pruned = prune_layers(plan, gathered, Steps(), fixed=spectra.keeps(decoder))
+                plan, missed = planned(decoder, method, factors), tuple
+                pruned = prune_layers(plan, Gathered(), Steps(), fixed=spectra.keeps(decoder))
             rows = _write(pruned, _pool(decoder), store, stored, folder)
             if factors and effects is not None:
                 checkpoints.save_effects(effects, folder / checkpoints.EFFECTS)
             checkpoints.carry(decoder, folder)
-            record = manifest(Pruned(method, Masks(), unrouted(plan, gathered)), calibration, effects)
+            record = manifest(Pruned(method, Masks(), missed()), calibration, effects)
             sizes = dict.fromkeys(("before", "after"), asdict(size_of(decoder)))
             checkpoints.write_manifest(folder, decoder, {**record, "size": sizes, "streamed": True}, rows)
+    forget(kept_in)
     weights, zeros = (sum(row[key] for row in rows) for key in ("weights", "zeros"))
-    return Streamed(weights, zeros, unrouted(plan, gathered))
+    return Streamed(weights, zeros, missed())
+
+
+def _state(path: Path, fingerprint: str, method: Method, seen: Seen) -> State:
+    """Return what a stopped run has kept, and what keeps what takes long."""
+    if not method.takes_long:
+        return State()
+    data, effects = (
+        seen.calibration and seen.calibration.fingerprint,
+        seen.effects and seen.effects.fingerprint,
+    )
+    identity = ["streamed", fingerprint, asdict(method), data, effects, seen.max_batch_tokens]
+    return State(path, identity, needed=True)
+
+
+def _one_by_one(
+    plan: Plan, residence: Residence, seen: Seen, on_progress: Progress
+) -> tuple[Iterator[Pair], Callable[[], tuple[str, ...]]]:
+    """Return what prunes layers that are in memory one at a time, and what tells in the end which matrices no token reached.
+
+    What takes long is done on return, and its weights are in the plan's state.
+    """
+    steps = Steps(plan.costs, on_progress)
+    if not plan.method.takes_long:
+        say(on_progress, part="2 of 2: layers")
+        gathered = Gathered()
+        return prune_layers(plan, gathered, steps), lambda: unrouted(plan, gathered)
+    if plan.method.resolved_update in TRAINS:
+        check_unshared(plan.decoder)
+    copies = Copies(plan.state, residence)
+    done, trained = carry_out(plan, steps, seen.calibration, seen.max_batch_tokens, copies.around)
+    copies.settle(trained)
+    say(on_progress, part="writing")
+    return residence.one_by_one(done.keep), lambda: done.unrouted
 
 
 def check_streams(method: Method, *, data: bool = True) -> None:
@@ -146,7 +185,7 @@ def check_streams(method: Method, *, data: bool = True) -> None:
     if not method.walks:
         return
     scope, update, budgets = method.resolved_scope, method.resolved_update, method.resolved_budgets
-    if "slopes" in method.needs or scope == "global" or update in TRAINS or budgets == "graded":
+    if scope == "global" or budgets == "graded":
         raise OptionError(
             f"{method.criterion!r} with scope {scope}, update {update} and {budgets} budgets needs the whole "
             "model in memory: leave out --stream, or take another method"
@@ -207,8 +246,8 @@ def _opened(source: Path, stored: Stored, store: Store) -> tuple[Decoder, Source
 
 
 @contextmanager
-def _residence(source: Path, sources: Sources, stored: Stored, store: Store) -> Iterator[Residence]:
-    """Let the model run with a layer at a time in memory, whose weights are written to their places when it goes."""
+def _residence(source: Path, sources: Sources, stored: Stored, *, head: bool) -> Iterator[Residence]:
+    """Let the model run with a layer at a time in memory."""
     dtype = _dtype(source, stored)
     bare = skeleton(source, dtype=dtype)
     untie(bare, stored.entries)
@@ -220,14 +259,20 @@ def _residence(source: Path, sources: Sources, stored: Stored, store: Store) -> 
                     "without --stream"
                 )
 
+    residence = Residence(bare, sources, dtype)
+    with residence.open(stored.entries, head=head):
+        yield residence
+
+
+def _leave(residence: Residence, store: Store) -> Leave:
+    """Return what writes the weights of a layer that goes to their places."""
+
     def leave(layer: Layer) -> None:
         for entry, data in residence.pieces(layer):
             store.writers[entry.file].write(entry.place, data)
             store.report(entry)
 
-    residence = Residence(bare, sources, dtype, leave)
-    with residence.open(stored.entries):
-        yield residence
+    return leave
 
 
 def _survey(decoder: Decoder, sources: Sources, dtype: torch.dtype, spectra: Spectra) -> str:
@@ -278,8 +323,14 @@ def _dtype(source: Path, stored: Stored) -> torch.dtype:
     return torch.bfloat16 if stored.form else auto_dtype(source, next(floating, torch.float32))
 
 
-def _check_room(folder: Path, decoder: Decoder, size: int) -> None:
-    needed = size + sum(p.size for p in decoder.projections) // 8
+def _check_room(folder: Path, decoder: Decoder, size: int, copies: int) -> None:
+    """Raise `CheckpointError` where a disk has no room for the checkpoint, its masks and copies of its prunable weights."""
+    pool = decoder.projections
+    needed = (
+        size
+        + sum(p.size for p in pool) // 8
+        + copies * sum(p.size * p.parameter.element_size() for p in pool)
+    )
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(

@@ -2,6 +2,8 @@
 
 import tempfile
 import warnings
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -24,21 +26,27 @@ Pair: TypeAlias = tuple[Projection, Bool[Tensor, "out in"]]
 class Residence:
     """Lets a model without weights run: what is outside its layers is read at once, a layer when it is to run.
 
-    It stays until another one is to run, and `leave` is called before it goes. Layers that are skipped are not read.
+    It stays until another one is to run. Layers that are skipped are not read.
     """
 
-    def __init__(self, decoder: Decoder, sources: Sources, dtype: torch.dtype, leave: Leave) -> None:
-        self.decoder, self._sources, self._dtype, self._leave = decoder, sources, dtype, leave
+    def __init__(self, decoder: Decoder, sources: Sources, dtype: torch.dtype) -> None:
+        self.decoder, self._sources, self._dtype = decoder, sources, dtype
+        self.leave: Leave | None = None
+        self.newer: Callable[[Layer], Mapping[str, Tensor]] = lambda layer: {}
+        """Values of a layer's parameters by name that take the place of those in the source."""
         self._here: Layer | None = None
         self._absent: list[tuple[nn.Parameter, nn.Parameter]] = []
         """Parameters of the layer at hand, each with what takes its place when it goes."""
 
     @contextmanager
-    def open(self, entries: Mapping[str, Entry]) -> Iterator[None]:
-        """Read what is outside the layers, and let layers be read when they run, as long as the context lasts."""
+    def open(self, entries: Mapping[str, Entry], *, head: bool = False) -> Iterator[None]:
+        """Read what is outside the layers, and let layers be read when they run, as long as the context lasts.
+
+        The output `head` is read where it is used.
+        """
         model, inside = self.decoder.model, tuple(f"{layer.name}." for layer in self.decoder.layers)
-        head = model.get_output_embeddings()
-        unused = {id(p) for p in head.parameters()} if head is not None else set()
+        last = model.get_output_embeddings()
+        unused = {id(p) for p in last.parameters()} if last is not None and not head else set()
         unused -= {id(p) for p in model.get_input_embeddings().parameters()}
         for name, parameter in model.named_parameters():
             if not name.startswith(inside) and id(parameter) not in unused:
@@ -53,40 +61,57 @@ class Residence:
         own = layer.module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._here is not layer:
-                self.release()
-                for name, parameter in layer.module.named_parameters():
-                    self._absent.append((parameter, self._fill(f"{layer.name}.{name}", parameter)))
-                self._here = layer
+            self.bring(layer)
             return own(*args, **kwargs)
 
         return forward
 
-    def through(self, pruned: Iterator[Pair]) -> Iterator[Pair]:
-        """Pass on what is pruned, and let the last layer go in the end."""
+    def bring(self, layer: Layer) -> None:
+        """Let a layer be the one at hand."""
+        if self._here is layer:
+            return
+        self.release()
+        newer = self.newer(layer)
+        for own, parameter in layer.module.named_parameters():
+            name = f"{layer.name}.{own}"
+            self._absent.append((parameter, self._fill(name, parameter, newer.get(name))))
+        self._here = layer
+
+    def one_by_one(self, keep: Mapping[str, Tensor]) -> Iterator[Pair]:
+        """Let every layer be at hand in its turn, and yield its projections with what stays of them."""
+        for layer in self.decoder.layers:
+            self.bring(layer)
+            yield from ((p, keep[p.name]) for p in layer.projections)
+
+    def through(self, pruned: Iterator[Pair], leave: Leave) -> Iterator[Pair]:
+        """Pass on what is pruned, and let every layer `leave` when the next one comes, and in the end."""
+        self.leave = leave
         yield from pruned
         self.release()
 
     def release(self) -> None:
         """Let the layer at hand go, if there is one."""
-        if self._here is not None:
-            self._leave(self._here)
+        if self._here is not None and self.leave is not None:
+            self.leave(self._here)
         for parameter, absent in self._absent:
+            absent.requires_grad_(parameter.requires_grad)
             torch.utils.swap_tensors(parameter, absent)
         self._here, self._absent = None, []
 
-    def _fill(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    def _fill(self, name: str, parameter: nn.Parameter, newer: Tensor | None = None) -> nn.Parameter:
         """Give a parameter its values, and return what it was without."""
         parts = self._sources[name]
         with torch.inference_mode(False):  # it is changed in place later
-            if len(parts) == 1:
+            if newer is not None:
+                values = newer.clone()
+            elif len(parts) == 1:
                 values = parts[0].read().to(self._dtype)
             else:
                 values = torch.empty(parameter.shape, dtype=self._dtype)
                 for p, entry in zip(self.views(name), parts, strict=True):
                     whole = nn.Parameter(values, requires_grad=False)
                     replace(p, parameter=whole).write(entry.read())
-            other = nn.Parameter(values, requires_grad=False)
+            other = nn.Parameter(values, requires_grad=parameter.requires_grad)
             torch.utils.swap_tensors(parameter, other)
         return other
 
@@ -120,32 +145,23 @@ class Residence:
 
 
 class HiddenStates:
-    """Keeps inputs of layers, batch by batch: in memory up to a limit, and beyond it in a file without a name."""
+    """Keeps inputs of layers in memory up to a limit, and beyond it in files without a name, as long as somebody has them."""
 
     def __init__(self, limit_bytes: float, folder: Path) -> None:
-        self._limit, self._folder = limit_bytes, folder
-        self._held: dict[int, list[int]] = {}
-        """Bytes in memory by layer and batch; what is on disk counts nothing."""
+        self._limit, self._folder, self._here = limit_bytes, folder, 0
         self._files: dict[int, IO[bytes]] = {}
+        self._users: Counter[int] = Counter()
+        """Inputs of each layer that are in its file."""
         self.spilled_bytes = 0
         """Written to disk so far."""
 
     def keep(self, inputs: LayerInputs) -> LayerInputs:
-        """Return the same inputs, which may be on disk now; those of two layers before are forgotten.
-
-        Batches come in the same order for every layer, and each takes the place of its own input of the layer before.
-        """
+        """Return the same inputs, which may be on disk now."""
         ((layer, hidden),) = inputs.hidden.items()
-        for past in [at for at in self._held if at < layer - 1]:
-            del self._held[past]
-        for past in [at for at in self._files if at < layer - 1]:
-            self._files.pop(past).close()
         size = hidden.numel() * hidden.element_size()
-        own = self._held.setdefault(layer, [])
-        waiting = self._held.get(layer - 1, [])[len(own) + 1 :]
-        fits = sum(own) + sum(waiting) + size <= self._limit
-        own.append(size if fits else 0)
-        if fits:
+        if self._here <= self._limit and self._limit:  # one more, as it mostly takes the place of another
+            self._here += size
+            weakref.finalize(inputs, self._leave, size)
             return inputs
         if not self.spilled_bytes:
             limit = f"{self._limit / 2**30:g} GiB"
@@ -155,8 +171,19 @@ class HiddenStates:
             warnings.warn(message, stacklevel=2)
         self.spilled_bytes += size
         if layer not in self._files:
-            self._files[layer] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed two layers on)
-        return LayerInputs(_OnDisk(layer, hidden, self._files[layer]), inputs.as_tuple)
+            self._files[layer] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed when nobody needs it)
+        self._users[layer] += 1
+        kept = LayerInputs(_OnDisk(layer, hidden, self._files[layer]), inputs.as_tuple)
+        weakref.finalize(kept, self._close, layer)
+        return kept
+
+    def _leave(self, size: int) -> None:
+        self._here -= size
+
+    def _close(self, layer: int) -> None:
+        self._users[layer] -= 1
+        if not self._users[layer]:
+            self._files.pop(layer).close()
 
     def close(self) -> None:
         """Forget everything."""

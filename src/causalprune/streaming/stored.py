@@ -114,11 +114,6 @@ class StoredProjection(Projection):
         super().erase(keep)
         self.store.changed = True
 
-    @property
-    def device(self) -> torch.device:
-        """Where `read` gives the matrix."""
-        return torch.device("cpu")
-
 
 def find_sources(bare: Decoder, entries: Mapping[str, Entry]) -> Sources:
     """Find the values of every parameter: under its name, with or without the prefix of the base model, or in parts."""
