@@ -8,7 +8,7 @@ from families import FAMILIES, VOCAB
 from transformers import AutoModelForCausalLM
 
 from causalprune.core.errors import ModelError, OptionError
-from causalprune.core.types import Decoder
+from causalprune.core.types import Decoder, Projection
 from causalprune.models.anatomy import inspect_model
 from causalprune.models.loading import skeleton
 from causalprune.shrinking.structure import Kept, column_keep, silence, smaller
@@ -74,9 +74,10 @@ def test_a_share_that_would_not_load_is_refused() -> None:
         smaller(decoder, three)
 
 
-def test_masks_are_where_the_weights_are(tmp_path: Path) -> None:
+def test_masks_are_where_the_weights_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     FAMILIES["llama3"]().save_pretrained(tmp_path)
     decoder = skeleton(tmp_path)
+    monkeypatch.setattr(Projection, "device", torch.device("meta"))
     masks = column_keep(decoder, Kept(layers=(0,), neurons={0: torch.arange(3)}))
     assert {mask.device.type for mask in masks.values()} == {"meta"}
 

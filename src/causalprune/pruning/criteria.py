@@ -49,13 +49,12 @@ Score = Callable[[Float[Tensor, "out in"], Evidence], Float[Tensor, "out in"]]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A scoring function, the evidence it needs, and its own scope of comparison, update and budgets."""
+    """A scoring function, the evidence it needs, and its own scope of comparison and update."""
 
     score: Score
     scope: Scope
     needs: frozenset[Need]
     update: Update = "none"
-    budgets: Budgets = "uniform"
 
     @property
     def by_value(self) -> bool:

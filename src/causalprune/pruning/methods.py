@@ -46,7 +46,7 @@ class Method:
     `budgets` are the same share for all matrices (`uniform`), or more where graded interventions show that the task
     can spare more (`graded`; not with scope `global`). A pattern cannot give a matrix more or less: there `graded` lets
     those stay dense that the task needs most, until no more than `sparsity` has to go, which must be less than the
-    pattern's. Where one of the three is None, the criterion's own holds, under a pattern `uniform`. `damping` is what SparseGPT
+    pattern's. Where scope or update are None, the criterion's own holds, and budgets are `uniform`. `damping` is what SparseGPT
     and `obs` add to the diagonal of the inputs' second moments, as a share of its mean.
     """
 
@@ -103,9 +103,8 @@ class Method:
 
     @property
     def resolved_budgets(self) -> Budgets:
-        """The budgets asked for, or the criterion's own where the scope leaves a choice."""
-        own = CRITERIA[self.criterion].budgets if self.resolved_scope in ("row", "matrix") else "uniform"
-        return next((b for b in BUDGETS if b == self.budgets), own)
+        """The budgets asked for, or the same for all."""
+        return next((b for b in BUDGETS if b == self.budgets), "uniform")
 
     @property
     def doses(self) -> tuple[float, ...]:

@@ -21,12 +21,7 @@ from .endings import (
 from .endings import (
     outcome_of as outcome_of,
 )
-from .fitting import (
-    Place as Place,
-)
-from .fitting import (
-    place as place,
-)
+from .fitting import place as place
 from .looking import (
     Looked as Looked,
 )
