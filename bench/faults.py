@@ -13,10 +13,11 @@ from common import ROOT
 KILLS = 50
 
 
-def kills() -> dict[str, Any]:
-    """Kill 50 runs with SIGKILL at random moments of their work, start each again, and compare every byte."""
+def kills(count: int = KILLS, *stages: str) -> dict[str, Any]:
+    """Kill runs with SIGKILL at random moments of their work, start each again, and compare every byte."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "tests" / "disturbed.py"), folder, "--kills", str(KILLS)]
+        command = [sys.executable, str(ROOT / "tests" / "disturbed.py"), folder, "--kills", str(count)]
+        command += ["--stages", *stages] if stages else []
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     return {"kills": found["kills"], "undisturbed_seconds": found["seconds"]}

@@ -19,7 +19,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ STAGES = {
 }
 
 
+FROM_FILES = "fitting from files"
 KILLED = {
     **STAGES,
     "fitting": Stage(
@@ -73,8 +74,13 @@ KILLED = {
         "runs.single.prune",
         ("--method", "causal", "--sparsity", "0.5", "--batch-tokens", "256"),
     ),
+    FROM_FILES: Stage(
+        "prune",
+        "runs.single.prune_stream",
+        ("--method", "causal", "--sparsity", "0.5", "--batch-tokens", "256", "--stream"),
+    ),
 }
-"""What is killed: of the last a fault is no end, but a warning that nothing is kept."""
+"""What is killed: of fitting a fault is no end, but a warning that nothing is kept."""
 
 
 @dataclass(frozen=True)
@@ -248,11 +254,11 @@ def intact_lines(ledger: bytes) -> list[bytes]:
     return [line for line in ledger.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
-def kills(place: Place, count: int, seed: int) -> Iterator[Killed]:
+def kills(place: Place, count: int, seed: int, stages: Sequence[str]) -> Iterator[Killed]:
     """Kill and resume `count` runs, the stages in turn."""
     dice, done = random.Random(seed), 0
     while done < count:
-        found = place.killed(list(KILLED)[done % len(KILLED)], dice)
+        found = place.killed(stages[done % len(stages)], dice)
         if found is not None:
             done += 1
             yield found
@@ -317,11 +323,14 @@ def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--stages", nargs="*", default=list(KILLED), choices=list(KILLED))
     parser.add_argument("--faults", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     place = Place(given.folder)
-    record: dict[str, Any] = {"kills": [asdict(one) for one in kills(place, given.kills, given.seed)]}
+    record: dict[str, Any] = {
+        "kills": [asdict(one) for one in kills(place, given.kills, given.seed, given.stages)]
+    }
     record |= {"faults": faults(place) if given.faults else {}, "seconds": place.seconds}
     print(json.dumps(record))  # noqa: T201
 
