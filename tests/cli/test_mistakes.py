@@ -37,7 +37,7 @@ def test_a_folder_without_a_tokenizer(run: Run, data: Path, tmp_path: Path) -> N
         (("-t", "own:wikitext2"), "running text, with nothing to answer"),
         (("-t", "wikitext2", "--preserve", "wikitext2:3"), "named twice"),
         (("--preserve", "own:c4"), "running text, with nothing to answer"),
-        (("--preserve-share", "0.5"), "name a source, or leave it out"),
+        (("--preserve", "none", "--preserve-share", "0.5"), "name a source, or leave it out"),
         (("--preserve", "c4", "--preserve-share", "0"), "above 0 and at most 1"),
         (("--preserve", "c4", "--general", "0.1"), "--general is the old word for --preserve"),
         (("--preserve", "c4", "--objective", "task"), "--objective is the old word for --preserve"),
@@ -116,7 +116,7 @@ def test_what_is_preserved_comes_on_top_in_every_command(
         (("--objective", "balanced"), {"preserve": ("wikitext2",), "preserve_share": 0.25}),
         (("--general", "0.5"), {"preserve": ("wikitext2",), "preserve_share": 0.5}),
         (("--general", "0.5", "--objective", "task"), {"preserve": ("wikitext2",), "preserve_share": 0.5}),
-        (("--objective", "task"), {}),
+        (("--objective", "task"), {"preserve": ()}),
     ],
 )
 def test_old_words_for_general_text_mean_the_new_ones(
@@ -169,7 +169,20 @@ def test_shares_of_what_is_preserved() -> None:
     several = CalibrationSpec(("gsm8k:8", "strategyqa:4"), preserve=("wikitext2", "c4:5"))
     assert several.counts() == {"gsm8k": 8, "strategyqa": 4, "wikitext2": 3, "c4": 5}
     assert CalibrationSpec(("gsm8k",), 3).counts() == {"gsm8k": 3}
-    assert CalibrationSpec(("gsm8k",), preserve=("none",)) == CalibrationSpec(("gsm8k",))
+    assert CalibrationSpec(("gsm8k",), preserve=("none",)) == CalibrationSpec(("gsm8k",), preserve=())
+
+
+def test_what_trains_preserves_text_of_its_own_unless_something_is_said() -> None:
+    spec = CalibrationSpec(("gsm8k",), 48)
+    assert spec.settled(trains=False) == CalibrationSpec(("gsm8k",), 48, preserve=())
+    own = spec.settled(trains=True)
+    assert own.preserve == ("own",)
+    assert own.counts(8 * 512) == {"gsm8k": 48, "own": 2}  # a quarter of the tokens, in pieces of 512
+    assert own.counts(10) == {"gsm8k": 48, "own": 1}
+    for said in (("none",), ("c4",), ("own:3",)):
+        spec = CalibrationSpec(("gsm8k",), 48, preserve=said)
+        assert spec.settled(trains=True) == spec
+    assert CalibrationSpec(("own:3",), 48).settled(trains=True).preserve == ()
 
 
 def test_damping_that_is_no_number() -> None:

@@ -140,6 +140,19 @@ def test_what_is_preserved_comes_after_the_task(data: Path) -> None:
     assert all(e.target_start == 1 for e in text)
 
 
+def test_own_text_is_a_share_of_the_tokens(data: Path) -> None:
+    decoder = tiny_decoder()
+    alone = CalibrationSpec(("gsm8k",), n=8, subsets=2, max_tokens=200, preserve=())
+    task = calibrated(decoder, alone, data)
+    assert "own_text_sha256" not in task.description
+    found = calibrated(decoder, dataclasses.replace(alone, preserve=("own",)), data)
+    wanted = round(task.description["tokens"] / 4 / 200)
+    assert found.description["sources"] == {"gsm8k": 8, "own": wanted}
+    assert 1 < wanted < 8
+    assert found.examples[:8] == task.examples
+    assert len(found.description["own_text_sha256"]) == 64
+
+
 def test_own_answers_to_problems_of_a_file(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
     decoder, _ = speaking(monkeypatch)
     file = data / "gsm8k" / "train.jsonl"

@@ -194,14 +194,16 @@ class MixedOptions(CalibrationOptions):
     preserve: Annotated[
         list[str],
         typer.Option(
-            help="What must not get lost, as examples on top of the task's: wikitext2, c4, any other source of --task, "
+            help="What must not get lost, as examples on top of the task's: own (text that the model writes), wikitext2, c4, any other source of --task, "
             "or none; repeat for more; `wikitext2:16` fixes a count.",
-            show_default="none",
+            show_default="own where a method trains, else none",
         ),
     ] = field(default_factory=list)
     preserve_share: Annotated[
         float,
-        typer.Option(help="Examples of a source of --preserve without a count, as a share of the task's."),
+        typer.Option(
+            help="Examples of a source of --preserve without a count, as a share of the task's; of own text its tokens."
+        ),
     ] = 0.25
     objective: Annotated[Literal["task", "balanced"] | None, typer.Option(hidden=True)] = None
     general: Annotated[float | None, typer.Option(hidden=True)] = None
@@ -210,7 +212,10 @@ class MixedOptions(CalibrationOptions):
         """Return the examples as runs take them; raises `OptionError` where an old word meets a new one."""
         from causalprune.runs import preserving
 
-        own: dict[str, Any] = {"preserve": tuple(self.preserve), "preserve_share": self.preserve_share}
+        own: dict[str, Any] = {
+            "preserve": tuple(self.preserve) or None,
+            "preserve_share": self.preserve_share,
+        }
         old = "--objective" if self.general is None else "--general"
         share = OBJECTIVES.get(self.objective or "") if self.general is None else self.general
         if share is not None and self.preserve:

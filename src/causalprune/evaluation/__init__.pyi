@@ -107,6 +107,9 @@ from .written import (
     OWN_TASKS as OWN_TASKS,
 )
 from .written import (
+    PIECE as PIECE,
+)
+from .written import (
     TOKENS as TOKENS,
 )
 from .written import (

@@ -107,7 +107,7 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
         units = shape.layers * shape.heads
         jobs.append(Job("attribution", units, int(calibration * attribution_passes(recipe, shape))))
     passes = [
-        m.passes(shape.layers, sum(recipe.calibration.counts().values()), calibration)
+        m.passes(shape.layers, sum(recipe.calibration.counts(calibration).values()), calibration)
         for m in methods
         if m.needs_calibration
     ]
@@ -120,7 +120,7 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
     for task in recipe.on:
         tokens = len(cells) * task_tokens(task, scorers, answer, data_dir)
         jobs.append(Job(task, len(cells), tokens))
-    if own := _written_tokens(recipe):
+    if own := _written_tokens(recipe, calibration):
         jobs.append(Job("text of its own, written once", 1, WRITING * own))
     flops = 2 * shape.parameters * sum(job.tokens for job in jobs)
     size = size_bytes(recipe.model, shape.parameters)
@@ -180,7 +180,8 @@ def _calibration_tokens(recipe: Recipe, settings: Settings) -> int:
     """Return the tokens of the calibration; raises `DataError` where too few examples are not measured."""
     wanted, measured = recipe.calibration, evaluation_contents(recipe.on, settings, None)
     tokens = 0
-    for source, count in wanted.counts().items():
+    for source in wanted.counts():
+        count = wanted.counts(tokens)[source]
         if source in (OWN_TEXT, *TEXT_SOURCES):
             tokens += count * wanted.max_tokens
             continue
@@ -193,12 +194,12 @@ def _calibration_tokens(recipe: Recipe, settings: Settings) -> int:
     return tokens
 
 
-def _written_tokens(recipe: Recipe) -> int:
-    """Return the tokens of all texts that the model writes, to be measured and to calibrate on."""
+def _written_tokens(recipe: Recipe, calibration: int) -> int:
+    """Return the tokens of all texts that the model writes, to be measured and to calibrate on so many tokens."""
     named = dict(map(with_limit, recipe.on))
     measured = {named[task] or TOKENS for task in OWN_TASKS if task in named}
     wanted = recipe.calibration
-    return sum(measured) + wanted.counts().get(OWN_TEXT, 0) * wanted.max_tokens
+    return sum(measured) + wanted.counts(calibration).get(OWN_TEXT, 0) * wanted.max_tokens
 
 
 def answer_tokens(thinking: str, most: int | None) -> int:

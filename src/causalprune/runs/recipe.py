@@ -15,6 +15,7 @@ from causalprune.attribution import Estimator, Question
 from causalprune.calibration import (
     DATE,
     OWN,
+    OWN_TEXT,
     TEXT_SOURCES,
     Chat,
     Reader,
@@ -25,8 +26,9 @@ from causalprune.calibration import (
     with_limit,
 )
 from causalprune.core import Decoder, MismatchError, OptionError, unknown
+from causalprune.evaluation import PIECE
 from causalprune.pruning import N_OF_M, Method
-from causalprune.runs.rows import Cell, Removal, is_removal, label, parse_method, parse_removal
+from causalprune.runs.rows import Cell, Removal, is_removal, label, parse_method, parse_removal, trains
 from causalprune.shrinking import shares_for
 
 OLD = {"sources": "task", "general": "preserve", "tasks": "on"}
@@ -59,7 +61,8 @@ class CalibrationSpec:
 
     A source `own:NAME` is problems of NAME with the model's own answers, `own` text that it writes. `n` is the number of the task's examples, unless
     every source of it says its own as in `gsm8k:32`. Those of `preserve`, which are to keep what the task does not need, come
-    on top: a source without a count of its own gives `preserve_share` of the task's number.
+    on top: a source without a count of its own gives `preserve_share` of the task's number, `own` text of its tokens. Where
+    `preserve` is None, what trains preserves `own` text, and what does not nothing (`settled`).
     """
 
     task: tuple[str, ...]
@@ -68,7 +71,7 @@ class CalibrationSpec:
     seed: int = 0
     max_tokens: int = 512
     chat: Chat = "auto"
-    preserve: tuple[str, ...] = ()
+    preserve: tuple[str, ...] | None = None
     preserve_share: float = PRESERVE_SHARE
     thinking: Thinking = "auto"
     turns: Turns = "last"
@@ -81,11 +84,11 @@ class CalibrationSpec:
             raise OptionError(
                 f"preserve_share must be above 0 and at most 1, not {self.preserve_share:g}: for more, say a count (c4:500)"
             )
-        if self.preserve_share != PRESERVE_SHARE and not self.preserve:
+        if self.preserve_share != PRESERVE_SHARE and self.preserve == ():
             raise OptionError(
                 "preserve_share is a share of what is to be preserved: name a source, or leave it out"
             )
-        names = [with_limit(source)[0] for source in (*self.task, *self.preserve)]
+        names = [with_limit(source)[0] for source in (*self.task, *(self.preserve or ()))]
         if len(set(names)) < len(names):
             raise OptionError(f"a source is named twice in {', '.join(names)}: name each once")
         for text in TEXT_SOURCES:
@@ -107,12 +110,21 @@ class CalibrationSpec:
             positions=room,
         )
 
-    def counts(self) -> dict[str, int]:
-        """Return the number of examples that is asked of every source, the task's before those to preserve."""
+    def settled(self, trains: bool) -> "CalibrationSpec":
+        """Return what is asked for where nothing is said of what to preserve, for methods that train or do not."""
+        if self.preserve is not None:
+            return self
+        writes = trains and OWN_TEXT not in [with_limit(source)[0] for source in self.task]
+        return dataclasses.replace(self, preserve=(OWN_TEXT,) if writes else ())
+
+    def counts(self, tokens: float = 0) -> dict[str, int]:
+        """Return the number of examples that is asked of every source, the task's, of so many `tokens`, before those to preserve."""
         alone = all(with_limit(source)[1] for source in self.task)
         own = split_counts(self.task, None if alone else self.n)
         each = max(round(self.preserve_share * sum(own.values())), 1)
-        return own | {name: count or each for name, count in map(with_limit, self.preserve)}
+        pieces = max(round(self.preserve_share * tokens / min(PIECE, self.max_tokens)), 1)
+        asked = map(with_limit, self.preserve or ())
+        return own | {name: count or (pieces if name == OWN_TEXT else each) for name, count in asked}
 
 
 @dataclass(frozen=True)
@@ -195,7 +207,8 @@ class Recipe:
         for method in self.save if isinstance(self.save, tuple) else ():
             if method not in self.methods:
                 raise unknown("method to save", method, self.methods)
-        self.cells()
+        settled = self.calibration.settled(any(map(trains, self.cells().values())))
+        object.__setattr__(self, "calibration", settled)
 
     def saves(self, name: str) -> bool:
         """Tell whether the checkpoint of a row is kept whatever beats it."""
@@ -280,7 +293,7 @@ def preserving(word: str, share: float) -> dict[str, Any]:
     warnings.warn(OLD_WORD.format(word, new), FutureWarning, stacklevel=2)
     if not 0 <= share < 1:
         raise OptionError(f"{word}, a share of general text, must be at least 0 and below 1, not {share:g}")
-    return {"preserve": (GENERAL,), "preserve_share": share} if share else {}
+    return {"preserve": (GENERAL,), "preserve_share": share} if share else {"preserve": ()}
 
 
 def _renamed(values: Mapping[Any, Any], fields: Collection[str], where: str) -> dict[Any, Any]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from causalprune.core import OptionError
-from causalprune.pruning import BUDGETS, Method, pattern_sparsity
+from causalprune.pruning import BUDGETS, TRAINS, Method, pattern_sparsity
 from causalprune.shrinking import Shrinking
 
 DEFAULT_SPARSITY = 0.2
@@ -37,6 +37,12 @@ def label(method: Method | Removal) -> str:
         return f"{SHRINK}{update}-{method.share:g}"
     words = "".join(f"+{word}" for word in (method.budgets, method.update) if word)
     return f"{method.criterion}{words}-{method.resolved_scope}-{method.sparsity:g}"
+
+
+def trains(cell: Cell) -> bool:
+    """Tell whether a row's weights are trained."""
+    update = cell.how.update if isinstance(cell, Removal) else cell and cell.resolved_update
+    return update in TRAINS
 
 
 def parse_method(

@@ -78,17 +78,23 @@ def calibrated(
         if name.startswith(OWN)
     }
     counts |= {name: len(load_problems(str(path), "calibration")) for name, path in files.items()}
-    given = {
-        name: own_pieces(decoder, count, wanted.max_tokens, wanted.seed, on_progress)
-        for name, count in counts.items()
-        if name == OWN_TEXT
-    }
     asked = {str(files.get(name, name)): count for name, count in counts.items()}
+    given: dict[str, Sequence[Example]] = {}
+    if OWN_TEXT in counts:
+        task, count = dict(list(asked.items())[: len(wanted.task)]), counts[OWN_TEXT]
+        if OWN_TEXT not in task:
+            read = drawn(replace(reader, skipped=Skipped()), task, 1, exclude).description["tokens"]
+            count = wanted.counts(read)[OWN_TEXT]
+        counts[OWN_TEXT] = asked[OWN_TEXT] = count
+        given[OWN_TEXT] = own_pieces(decoder, count, wanted.max_tokens, wanted.seed, on_progress)
     found = drawn(replace(reader, skipped=Skipped()), asked, wanted.subsets, exclude, given)
     taken = dict(zip(counts, found.description["sources"].values(), strict=True))
     description: dict[str, Any] = {**found.description, "sources": taken}
     if wanted.preserve:
         description["preserve"] = [with_limit(source)[0] for source in wanted.preserve]
+    if OWN_TEXT in given:
+        text = repr([example.tokens for example in given[OWN_TEXT]]).encode()
+        description["own_text_sha256"] = hashlib.sha256(text).hexdigest()
     if files:
         hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
         description["own_answers_sha256"] = hashes
