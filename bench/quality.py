@@ -47,13 +47,13 @@ MIX = ("gsm8k", "strategyqa", "arc_challenge", "wikitext2")
 BEST = ("causal", "sparsegpt", "wanda")
 ABLATIONS = (
     "sparsegpt+graded+distill",
-    "causal+uniform",
+    "causal+graded",
     "sparsegpt+distill",
-    "causal+uniform+obs",
+    "causal+obs",
     "causal+refit",
     "fisher+obs",
 )
-"""`causal` without gradients in its score; with the same budget for all; with neither; with its score alone; without
+"""`causal` without gradients in its score but with budgets; with budgets; with neither; with its score alone; without
 training; and every weight by its effect to second order, ranked globally, with SparseGPT's update."""
 ORACLE_PROBLEMS = 48
 
@@ -66,7 +66,7 @@ class Table:
     """
 
     cells: tuple[tuple[str, float | None], ...]
-    calibration: CalibrationSpec = field(default=CalibrationSpec(("gsm8k",), n=48))
+    calibration: CalibrationSpec = field(default=CalibrationSpec(("gsm8k",), n=48, preserve=()))
     on: tuple[str, ...] = TASKS
     model: str = "embedded"
     dtype: str = "auto"
@@ -96,24 +96,24 @@ TABLES = {
             *at(0.5, *ABLATIONS),
         )
     ),
-    "mix": Table(at(0.5, *BEST), CalibrationSpec(MIX, n=64)),
+    "mix": Table(at(0.5, *BEST), CalibrationSpec(MIX, n=64, preserve=())),
     "general": Table(at(0.5, "causal"), CalibrationSpec(("gsm8k:36",), preserve=("wikitext2:12",))),
-    "own": Table(at(0.5, "causal"), CalibrationSpec(("own:gsm8k",), n=48)),
+    "own": Table(at(0.5, "causal"), CalibrationSpec(("own:gsm8k",), n=48, preserve=())),
     **{
-        f"draw_{seed}": Table(at(0.5, *BEST), CalibrationSpec(("gsm8k",), n=48, seed=seed), TASKS[:1])
+        f"draw_{seed}": Table(at(0.5, *BEST), CalibrationSpec(("gsm8k",), n=48, seed=seed, preserve=()), TASKS[:1])
         for seed in range(1, 5)
     },
     "gemma": Table((*at(0.5, *BEST), *at(0.2, *BEST)), on=(TASKS[0], TASKS[-1]), model="gemma"),
     "qwen": Table(
         (*at(0.5, *BEST), *at(0.2, *BEST), *at(0.5, "cap"), *at(0.2, "cap")),
-        CalibrationSpec(("own:gsm8k",)),
+        CalibrationSpec(("own:gsm8k",), preserve=()),
         QWEN_TASKS,
         "qwen",
         "bfloat16",  # as it was published, and several times faster where the processor multiplies it
     ),
     "qwen_worked": Table(
-        at(0.5, *BEST, "causal+uniform+obs"),
-        CalibrationSpec(("gsm8k",)),
+        at(0.5, *BEST, "causal+obs"),
+        CalibrationSpec(("gsm8k",), preserve=()),
         ("gsm8k_cot:200", *QWEN_TASKS[1:]),
         model="qwen",
         dtype="bfloat16",
