@@ -100,7 +100,9 @@ TABLES = {
     "general": Table(at(0.5, "causal"), CalibrationSpec(("gsm8k:36",), preserve=("wikitext2:12",))),
     "own": Table(at(0.5, "causal"), CalibrationSpec(("own:gsm8k",), n=48, preserve=())),
     **{
-        f"draw_{seed}": Table(at(0.5, *BEST), CalibrationSpec(("gsm8k",), n=48, seed=seed, preserve=()), TASKS[:1])
+        f"draw_{seed}": Table(
+            at(0.5, *BEST), CalibrationSpec(("gsm8k",), n=48, seed=seed, preserve=()), TASKS[:1]
+        )
         for seed in range(1, 5)
     },
     "gemma": Table((*at(0.5, *BEST), *at(0.2, *BEST)), on=(TASKS[0], TASKS[-1]), model="gemma"),

@@ -16,7 +16,7 @@ import causalprune as cp
 
 BEFORE = Path(__file__).parent / "before"
 CALIBRATION = ["-t", "gsm8k", "-n", "6", "--data-dir", "data", "--batch-tokens", "512"]
-CAUSAL = ("--method", "causal", "--sparsity", "0.5", *CALIBRATION)
+CAUSAL = ("--method", "causal", "--sparsity", "0.5", "--preserve", "none", *CALIBRATION)
 TASKS = ["-t", "gsm8k_nll:4", "-t", "strategyqa_nll:3", "--data-dir", "data"]
 RUN = ("recipe.yaml", "--data-dir", "data")
 LABELS = ["dense", "wanda-row-0.5", "cap-global-0.5"]

@@ -43,7 +43,7 @@ def test_a_folder_without_a_tokenizer(run: Run, data: Path, tmp_path: Path) -> N
         (("--preserve", "c4", "--objective", "task"), "--objective is the old word for --preserve"),
         (("--damping", "nan"), "damping must be a number of at least 0"),
         (("--damping", "-1"), "damping must be a number of at least 0"),
-        (("--stream",), "leave out --stream, or take another method"),
+        (("--stream", "--method", "causal+graded"), "leave out --stream, or take another method"),
         (("--objective", "mixed"), "balanced"),
     ],
 )

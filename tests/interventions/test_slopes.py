@@ -253,9 +253,7 @@ def test_progress_counts_the_way_back() -> None:
 def test_streaming_says_that_gradients_need_the_model(tmp_path: Any) -> None:
     fresh("llama2").model.save_pretrained(tmp_path / "model")
     with pytest.raises(OptionError, match="leave out --stream"):
-        prune_stream(
-            tmp_path / "model", tmp_path / "out", Method("fisher", 0.5, "matrix"), seen=Seen(EXAMPLES)
-        )
+        prune_stream(tmp_path / "model", tmp_path / "out", Method("fisher", 0.5), seen=Seen(EXAMPLES))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

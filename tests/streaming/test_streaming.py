@@ -238,7 +238,7 @@ def test_a_cache_of_the_hub_is_read_through_its_links(tmp_path: Path) -> None:
 def test_what_cannot_be_streamed_is_said(tmp_path: Path) -> None:
     source, out = saved("llama3", tmp_path / "source"), tmp_path / "out"
     other = effects_of(saved("llama2", tmp_path / "other"))
-    for method in (Method("wanda", 0.5, "global"), Method("wanda", 0.5, update="distill")):
+    for method in (Method("wanda", 0.5, "global"), Method("wanda", 0.5, budgets="graded")):
         with pytest.raises(OptionError, match="leave out --stream"):
             prune_stream(source, out, method)
     with pytest.raises(OptionError, match="needs calibration data"):

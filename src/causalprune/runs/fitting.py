@@ -8,7 +8,7 @@ import torch
 from causalprune.calibration import DATE
 from causalprune.checkpoints import resolve
 from causalprune.core import ModelError, OptionError, free_bytes
-from causalprune.models import device_of, read_shape
+from causalprune.models import check_options, device_of, read_shape
 from causalprune.pruning import Method
 from causalprune.runs.plans import memory_bytes, size_bytes
 from causalprune.runs.recipe import ModelSpec, Shape
@@ -39,13 +39,15 @@ def place(spec: ModelSpec, method: Method, batch_tokens: int, *, stream: bool | 
         ModelError: it does not fit into memory, and cannot be pruned from its files; says why.
         OptionError: it is to be streamed, and cannot be.
     """
+    device = device_of(spec.device)
+    check_options(spec.dtype, device)
     layers, heads, parameters = read_shape(
         resolve(spec.name), revision=spec.revision, trust_remote_code=spec.trust_remote_code
     )
     shape = Shape(layers, heads, float(parameters))
     size = size_bytes(spec, shape.parameters)
     needed = memory_bytes(shape, size, [method.resolved_update], batch_tokens)
-    free = free_bytes(torch.device(device_of(spec.device)))
+    free = free_bytes(torch.device(device))
     if stream is None and needed > free:
         try:
             check_stored(spec)

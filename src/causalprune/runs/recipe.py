@@ -117,7 +117,7 @@ class CalibrationSpec:
         writes = trains and OWN_TEXT not in [with_limit(source)[0] for source in self.task]
         return dataclasses.replace(self, preserve=(OWN_TEXT,) if writes else ())
 
-    def counts(self, tokens: float = 0) -> dict[str, int]:
+    def counts(self, tokens: int = 0) -> dict[str, int]:
         """Return the number of examples that is asked of every source, the task's, of so many `tokens`, before those to preserve."""
         alone = all(with_limit(source)[1] for source in self.task)
         own = split_counts(self.task, None if alone else self.n)

@@ -114,14 +114,8 @@ def prune_stream(
     size = stored.size
     with closing(Store(size if calibration else 2 * size, on_progress)) as store:
         say(on_progress, part="1 of 2: checking files" if calibration else "")
-        decoder, sources = _opened(source, stored, store)
-        checkpoints.warn_unpacked(decoder)
-        factors: Factors = head_factors(decoder, effects, found=None) if "effects" in method.needs else {}
-        spectra = Spectra(method, factors)
-        found = _survey(decoder, sources, _dtype(source, stored), spectra)
-        if factors and effects is not None and effects.model_fingerprint != found:
-            raise MismatchError(f"the effects were measured on another model or revision than {source}")
-        decoder = replace(decoder, fingerprint=found)
+        decoder, sources, spectra = _checked(source, stored, store, method, effects)
+        factors, found = spectra.factors, decoder.fingerprint
         with checkpoints.complete(output, overwrite) as folder, ExitStack() as stack:
             _check_room(folder, decoder, size, copies=2 if method.takes_long else 0)
             if calibration is not None:
@@ -145,6 +139,20 @@ def prune_stream(
     forget(kept_in)
     weights, zeros = (sum(row[key] for row in rows) for key in ("weights", "zeros"))
     return Streamed(weights, zeros, missed())
+
+
+def _checked(
+    source: Path, stored: Stored, store: Store, method: Method, effects: Effects | None
+) -> tuple[Decoder, Sources, Spectra]:
+    """Read everything once, and return the decoder with its fingerprint, where its values are, and what was counted."""
+    decoder, sources = _opened(source, stored, store)
+    checkpoints.warn_unpacked(decoder)
+    factors: Factors = head_factors(decoder, effects, found=None) if "effects" in method.needs else {}
+    spectra = Spectra(method, factors)
+    found = _survey(decoder, sources, _dtype(source, stored), spectra)
+    if factors and effects is not None and effects.model_fingerprint != found:
+        raise MismatchError(f"the effects were measured on another model or revision than {source}")
+    return replace(decoder, fingerprint=found), sources, spectra
 
 
 def _state(path: Path, fingerprint: str, method: Method, seen: Seen) -> State:

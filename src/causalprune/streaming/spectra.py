@@ -32,7 +32,7 @@ class Spectra:
     def __init__(self, method: Method, factors: Factors) -> None:
         criterion = CRITERIA[method.criterion]
         self._wanted = method.resolved_scope == "global" and criterion.by_value
-        self._method, self._factors, self._score = method, factors, criterion.score
+        self._method, self.factors, self._score = method, factors, criterion.score
         self._values: list[Tensor] = []
         self._times: list[Tensor] = []
         self._complete = True
@@ -44,7 +44,7 @@ class Spectra:
         if weight.dtype not in HALF:
             self._complete, finite = False, bool(torch.isfinite(weight).all())
         else:
-            for factor, part in _by_factor(weight, self._factors.get(p.name)):
+            for factor, part in _by_factor(weight, self.factors.get(p.name)):
                 times = _histogram(part)
                 finite &= not bool(times[HALF[weight.dtype] :].any())
                 there = times[: HALF[weight.dtype]].nonzero()[:, 0]
@@ -86,7 +86,7 @@ class Spectra:
         """
         limit = torch.tensor(threshold.bits, dtype=torch.int32).view(torch.float32)
         every = torch.arange(HALF[dtype]).to(torch.int16).view(dtype)[:, None]
-        factor = self._factors.get(p.name)
+        factor = self.factors.get(p.name)
         found = []
         for value in [None] if factor is None else factor.flatten().unique_consecutive():
             own = None if value is None else value.view(1, 1)
