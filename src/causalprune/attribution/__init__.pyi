@@ -12,7 +12,13 @@ from .questions import (
     DEFAULT_BUDGET as DEFAULT_BUDGET,
 )
 from .questions import (
+    Ablation as Ablation,
+)
+from .questions import (
     Estimator as Estimator,
+)
+from .questions import (
+    Named as Named,
 )
 from .questions import (
     Question as Question,

@@ -241,7 +241,8 @@ class Example(Shown):
 
     `source` names the data set, `content` is the SHA-256 of the normalised prompt text, by which
     calibration and evaluation are kept apart. Where not all tokens from `target_start` on are targets, `mask` says
-    of every token whether it is.
+    of every token whether it is. `counterfactual` are as many tokens, whose activations can take the place of what is
+    removed; `instead` is the same prompt with a wrong answer, which the target is compared with.
     """
 
     tokens: tuple[int, ...]
@@ -249,11 +250,19 @@ class Example(Shown):
     source: str
     content: str
     mask: tuple[bool, ...] | None = None
+    counterfactual: tuple[int, ...] | None = None
+    instead: "Example | None" = None
 
     @property
     def is_target(self) -> tuple[bool, ...]:
         """Whether each token is predicted."""
         return self.mask or tuple(i >= self.target_start for i in range(len(self.tokens)))
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What results on this example depend on."""
+        also = (self.counterfactual, self.instead and self.instead.identity)
+        return (self.tokens, self.mask or self.target_start, *(also if any(also) else ()))
 
     @property
     def target_tokens(self) -> int:
@@ -281,9 +290,7 @@ class Calibration(Shown):
     @property
     def fingerprint(self) -> str:
         """SHA-256 over tokens, targets and subsets: what the results depend on."""
-        rows = [
-            (e.tokens, e.mask or e.target_start, k) for e, k in zip(self.examples, self.subset, strict=True)
-        ]
+        rows = [(*e.identity, k) for e, k in zip(self.examples, self.subset, strict=True)]
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
@@ -292,13 +299,14 @@ class Batch(Shown):
     """Sequences padded on the right; causal attention keeps the padding out of every target.
 
     `is_target` is True on tokens that are predicted, never on the first of a sequence or on padding. `indices` are the
-    positions of the sequences in their calibration or evaluation set.
+    positions of the sequences in their calibration or evaluation set. `counterfactual` is there where all of them have one.
     """
 
     tokens: Int[Tensor, "batch time"]
     lengths: Int[Tensor, "batch"]
     is_target: Bool[Tensor, "batch time"]
     indices: tuple[int, ...]
+    counterfactual: Int[Tensor, "batch time"] | None = None
 
     @property
     def real(self) -> Bool[Tensor, "batch time"]:

@@ -35,25 +35,23 @@ def expansion(
     uniforms: Float[Tensor, "draw target"],
     *,
     instead: Mapping[Site, Tensor] | None = None,
-    gate: float = 1.0,
+    gate: float | Mapping[Site, Float[Tensor, "part"]] = 1.0,
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "unit batch"], Float[Tensor, "unit batch"]]:
     """Return the loss, and `−∂L/∂g` and `½ (∂ ln p(ŷ)/∂g)²` (mean over draws) for every unit, in nats.
 
     One forward and `1 + draws` backward passes. `uniforms` decide the labels drawn; `gate` is where the
-    derivatives are taken, for all units together.
+    derivatives are taken: for all units together, or each part on its own.
     """
-    own, sizes = {site for parts in units for site in parts}, sites(decoder)
-    gates = {site: torch.full((len(batch.tokens), sizes[site]), gate, requires_grad=True) for site in own}
-    wanted = targets(batch)
+    gates, wanted = gates_at(decoder, batch, units, gate), targets(batch)
     with torch.enable_grad(), gated(decoder, gates, instead), recomputed(decoder):
         logits = target_logits(decoder, batch, wanted)
         loss = by_row(cross_entropy(logits, wanted), wanted)
-        first = _by_unit(loss, gates, units, keep=len(uniforms) > 0)
+        first = by_unit(loss, gates, units, keep=len(uniforms) > 0)
         second = torch.zeros_like(first)
         for draw, values in enumerate(uniforms):
             drawn = Targets(wanted.rows, wanted.positions, _labels(logits, values), *batch.tokens.shape)
             chance = by_row(cross_entropy(logits, drawn), drawn)
-            slope = _by_unit(chance, gates, units, keep=draw + 1 < len(uniforms))
+            slope = by_unit(chance, gates, units, keep=draw + 1 < len(uniforms))
             second += slope.square() / (2 * len(uniforms))
     return loss.detach().cpu(), -first, second
 
@@ -140,13 +138,35 @@ def _labels(logits: Float[Tensor, "target vocab"], values: Float[Tensor, "target
     return torch.cat(found)
 
 
-def _by_unit(
+def gates_at(
+    decoder: Decoder,
+    batch: Batch,
+    units: Sequence[Parts],
+    gate: float | Mapping[Site, Float[Tensor, "part"]] = 1.0,
+) -> dict[Site, Float[Tensor, "batch part"]]:
+    """Return gates for derivatives at this value, or at these values of the parts, for all sites of the units."""
+    sizes, rows = sites(decoder), len(batch.tokens)
+    return {
+        site: (
+            torch.full((rows, sizes[site]), gate) if isinstance(gate, float) else gate[site].repeat(rows, 1)
+        ).requires_grad_()
+        for site in dict.fromkeys(site for parts in units for site in parts)
+    }
+
+
+def by_unit(
     loss: Float[Tensor, "batch"], gates: Mapping[Site, Tensor], units: Sequence[Parts], *, keep: bool
 ) -> Float[Tensor, "unit batch"]:
+    """Return the slopes of a loss at gates, summed over the parts of each unit; `keep` where another is to follow."""
     places = list(gates)
     slopes = torch.autograd.grad(loss.sum(), [gates[s] for s in places], retain_graph=keep)
-    by_site = {site: slope.double() for site, slope in zip(places, slopes, strict=True)}
-    found = [
-        torch.stack([by_site[site][:, index].sum(1) for site, index in parts.items()]) for parts in units
-    ]
-    return torch.stack([per_site.sum(0) for per_site in found])
+    found = torch.zeros(len(units), len(loss), dtype=torch.float64)
+    owners: dict[Site, list[int]] = {site: [] for site in places}
+    for number, parts in enumerate(units):
+        for site in parts:
+            owners[site].append(number)
+    for site, slope in zip(places, slopes, strict=True):
+        index = [units[number][site] for number in owners[site]]
+        rows = torch.tensor(owners[site]).repeat_interleave(torch.tensor([len(own) for own in index]))
+        found.index_add_(0, rows, slope.double().cpu().T[torch.cat(index)])
+    return found
