@@ -72,6 +72,7 @@ from .losses import (
 )
 from .lrp import relevance as relevance
 from .pieces import Pieces as Pieces
+from .sensitivity import weight_slopes as weight_slopes
 from .statistics import (
     InputNorms as InputNorms,
 )

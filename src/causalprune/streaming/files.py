@@ -146,7 +146,7 @@ def check_streams(method: Method, *, data: bool = True) -> None:
     if not method.walks:
         return
     scope, update, budgets = method.resolved_scope, method.resolved_update, method.resolved_budgets
-    if "slopes" in method.needs or scope == "global" or update in TRAINS or budgets == "graded":
+    if method.gradient_passes or scope == "global" or update in TRAINS or budgets == "graded":
         raise OptionError(
             f"{method.criterion!r} with scope {scope}, update {update} and {budgets} budgets needs the whole "
             "model in memory: leave out --stream, or take another method"
