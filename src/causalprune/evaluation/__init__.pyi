@@ -44,6 +44,9 @@ from .results import (
     averaged as averaged,
 )
 from .results import (
+    bounds as bounds,
+)
+from .results import (
     decoded as decoded,
 )
 from .results import (
