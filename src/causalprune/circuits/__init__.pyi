@@ -4,7 +4,12 @@ from .checking import (
 from .checking import (
     examined as examined,
 )
-from .finding import circuit as circuit
+from .finding import (
+    MEASURED as MEASURED,
+)
+from .finding import (
+    circuit as circuit,
+)
 from .overlaps import (
     Overlap as Overlap,
 )

@@ -156,53 +156,69 @@ class Trials:
         self._known: dict[str, Any] = {} if book is None else book.rows
 
     def nats(self, keeps: Sequence[Keep]) -> Float[Tensor, "keep problem"]:
-        """Return the loss per target token of every problem, with all units closed but those kept; below the wrong answer's."""
-        return self.of.by_problem(self._measured(keeps, "nats"))
+        """Return the loss per target token of every problem, with all units closed but those kept; less the wrong answer's."""
+        return self.of.by_problem(self._measured(keeps, ["nats"])["nats"])
 
-    def divergences(self, keeps: Sequence[Keep]) -> Float[Tensor, "keep problem"]:
-        """Return the divergence from the intact model per target token of every problem."""
-        found = self._measured(keeps, "kl")[:, : len(self.of.problems)]
-        return found / torch.tensor([example.target_tokens for example in self.of.problems])
+    def both(
+        self, keeps: Sequence[Keep]
+    ) -> tuple[Float[Tensor, "keep problem"], Float[Tensor, "keep problem"]]:
+        """Return the losses, and the divergence from the intact model per target token of every problem's right answer."""
+        found = self._measured(keeps, ["nats", "kl"])
+        tokens = torch.tensor([example.target_tokens for example in self.of.problems])
+        return self.of.by_problem(found["nats"]), found["kl"][:, : len(tokens)] / tokens
 
-    def _measured(self, keeps: Sequence[Keep], what: str) -> Float[Tensor, "keep sequence"]:
-        groups = self.of.plan.groups
-        found = torch.zeros(len(keeps), len(self.of.plan.calibration.examples), dtype=torch.float64)
-        names, intact = [_named(keep) for keep in keeps], dict[int, Tensor]()
-        done, total = 0, len(keeps) * self.of.tokens
-        for number, batch in enumerate(groups):
-            instead: Mapping[Site, Tensor] | None = None
+    def _measured(
+        self, keeps: Sequence[Keep], what: Sequence[str]
+    ) -> dict[str, Float[Tensor, "keep sequence"]]:
+        shape = len(keeps), len(self.of.plan.calibration.examples)
+        found = {name: torch.zeros(shape, dtype=torch.float64) for name in what}
+        names, done, total = [_named(keep) for keep in keeps], 0, len(keeps) * self.of.tokens
+        for number, batch in enumerate(self.of.plan.groups):
+            run = _Run(self.of, batch)
             for row, (keep, name) in enumerate(zip(keeps, names, strict=True)):
-                key = f"{what}:{self.of.fingerprint()[:8]}:{name}:{number}"
+                key = f"{what[-1]}:{self.of.fingerprint()[:8]}:{name}:{number}"
                 if key not in self._known:
-                    instead = self.of.instead(batch) if instead is None else instead
-                    if what == "kl" and number not in intact:
-                        intact = {number: self._logits(batch, torch.ones_like(keep), instead)}
-                    values = self._losses(batch, keep, instead, intact.get(number)).tolist()
+                    values = run.losses(keep, divergent="kl" in what)
                     if self._book is None:
                         self._known[key] = values
                     else:
                         self._book.append(key, values)
                     self._tell(done + int(batch.lengths.sum()), total)
                 done += int(batch.lengths.sum())
-                found[row, list(batch.indices)] = torch.tensor(self._known[key], dtype=torch.float64)
+                for kind, own in self._known[key].items():
+                    found[kind][row, list(batch.indices)] = torch.tensor(own, dtype=torch.float64)
         return found
 
-    def _logits(self, batch: Batch, keep: Keep, instead: Mapping[Site, Tensor]) -> Tensor:
-        rows = len(batch.tokens)
-        gates = {
-            site: gate.expand(rows, -1) for site, gate in self.of.gates(keep).items() if not bool(gate.all())
-        }
-        with torch.inference_mode(), gated(self.of.decoder, gates, instead):
-            return target_logits(self.of.decoder, batch, targets(batch))
 
-    def _losses(
-        self, batch: Batch, keep: Keep, instead: Mapping[Site, Tensor], intact: Tensor | None
-    ) -> Tensor:
-        logits, wanted = self._logits(batch, keep, instead), targets(batch)
+class _Run:
+    """Passes over one batch; what all of them need is made once, when it is needed first."""
+
+    def __init__(self, of: Behaviour, batch: Batch) -> None:
+        self._of, self._batch, self._wanted = of, batch, targets(batch)
+
+    def losses(self, keep: Keep, *, divergent: bool) -> dict[str, list[float]]:
+        """Return the losses of every sequence, and the divergences from the intact model where they are asked for."""
+        logits, wanted = self._logits(keep), self._wanted
         with torch.inference_mode():
-            if intact is None:
-                return by_row(cross_entropy(logits, wanted), wanted).cpu()
-            return by_row(divergence(intact, torch.arange(len(logits)), logits), wanted).cpu()
+            found = {"nats": by_row(cross_entropy(logits, wanted), wanted).tolist()}
+            if divergent:
+                every = torch.arange(len(logits))
+                found["kl"] = by_row(divergence(self._intact, every, logits), wanted).tolist()
+        return found
+
+    @cached_property
+    def _intact(self) -> Float[Tensor, "target vocab"]:
+        return self._logits(torch.ones(len(self._of.units), dtype=torch.bool))
+
+    @cached_property
+    def _instead(self) -> Mapping[Site, Tensor]:
+        return self._of.instead(self._batch)
+
+    def _logits(self, keep: Keep) -> Float[Tensor, "target vocab"]:
+        rows, of = len(self._batch.tokens), self._of
+        gates = {site: gate.expand(rows, -1) for site, gate in of.gates(keep).items() if not bool(gate.all())}
+        with torch.inference_mode(), gated(of.decoder, gates, self._instead if gates else None):
+            return target_logits(of.decoder, self._batch, self._wanted)
 
 
 def _named(keep: Keep) -> str:

@@ -1,6 +1,5 @@
 """Whether a circuit is more than any set of its size: controls, what is left without it, and what it leaves out."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -70,12 +69,14 @@ class _Bench:
 
     def nats(self, keeps: Sequence[Keep]) -> Tensor:
         """Return the loss of each, mean over the problems."""
-        return self.trials.nats(keeps).mean(1)
+        found: Tensor = self.trials.nats(keeps).mean(1)
+        return found
 
     def faithfulness(self, keeps: Sequence[Keep]) -> Tensor:
         """Return f of each."""
         intact, empty, *own = self.nats([self.keep(len(self.circuit.units)), self.keep(0), *keeps])
-        return (empty - torch.stack(own)) / (empty - intact)
+        found: Tensor = (empty - torch.stack(own)) / (empty - intact)
+        return found
 
 
 def random_like(units: Sequence[Unit], like: Keep, generator: torch.Generator) -> Keep:
@@ -160,20 +161,20 @@ def _necessity(bench: _Bench) -> dict[str, Any]:
 
 def _controls(bench: _Bench, count: int) -> dict[str, Any]:
     """Return how the circuit compares with random ones of its size, kinds and layers."""
+    if not count:
+        return {"count": 0}
     own = bench.keep()
     keeps = [torch.ones_like(own), own, *(bench.random(own) for _ in range(count))]
     nats, f = bench.nats(keeps), bench.faithfulness(keeps[1:])
     others = nats[2:]
-    quantiles = (
-        others.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)) - nats[0] if count else []
-    )
+    quantiles = others.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)) - nats[0]
     return {
         "count": count,
         "nats": float(nats[1] - nats[0]),
-        "random_nats": [float(value) for value in quantiles],
+        "random_nats": quantiles.tolist(),
         "faithfulness": float(f[0]),
-        "random_faithfulness": float(f[1:].mean()) if count else math.nan,
-        "worse": float((others > nats[1]).double().mean()) if count else math.nan,
+        "random_faithfulness": float(f[1:].mean()),
+        "worse": float((others > nats[1]).double().mean()),
     }
 
 

@@ -79,7 +79,9 @@ def areas(shares: Sequence[float], f: Floats) -> tuple[Floats, Floats]:
     """Return CPR and CMD of curves `[size …]` by trapezoids over the linear share."""
     at = np.asarray(shares)
     with np.errstate(invalid="ignore"):  # where closing everything changes nothing there is no f
-        return np.trapezoid(f, at, axis=0), np.trapezoid(np.abs(1 - f), at, axis=0)
+        found = (np.trapezoid(own, at, axis=0) for own in (f, np.abs(1 - f)))
+        cpr, cmd = map(np.asarray, found)
+    return cpr, cmd
 
 
 def curve(
@@ -93,7 +95,7 @@ def curve(
     n, intact, empty = nats.shape[1], ends["intact"], ends["empty"]
     draws = resampled(torch.cat([nats, intact[None], empty[None]]))
     whole = torch.cat([nats, intact[None], empty[None]]).mean(1).numpy()
-    f, f_draws = (faithfulness(own[:-2], own[-2], own[-1]) for own in (whole, draws))
+    f, f_draws = (faithfulness(own[:-2], own[-2:-1], own[-1:]) for own in (whole, draws))
     shares = [share for share, *_ in sizes]
     both = zip(areas(shares, f), areas(shares, f_draws), strict=True)
     cpr, cmd = (Value(float(own), *bounds(of, n)) for own, of in both)

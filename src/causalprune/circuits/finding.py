@@ -91,7 +91,7 @@ def circuit(  # noqa: PLR0913 (what a user says)
     how = estimator if whole else replace(estimator, draws=0)  # slopes alone
     ranked = behaviour(decoder, calibration.examples, question, how)
     decided = behaviour(decoder, decide.examples, question, how, ranked.mean)
-    search = _Search(ranked, decided, how, rank, keep, folder and Path(folder), stage or bars)
+    search = _Search(ranked, decided, how, rank, keep, Path(folder) if folder else None, stage or bars)
     with ledger(ranked, decided, how, folder) as book:
         rounds = search.rounds(rescore)
         order = order_of(rounds, rank)
@@ -283,14 +283,14 @@ class _Search:
         keeps = [self.kept(order, count) for _, count in counts]
         with self.stage("curve") as tell:
             say(tell, unit="tokens")
-            halves = [Trials(self.decided, book, partial(_within, tell, turn, 2)) for turn in (0, 1)]
-            nats = halves[0].nats([*keeps, torch.ones_like(keeps[0]), torch.zeros_like(keeps[0])])
-            kl = halves[1].divergences(keeps)
+            nats, kl = Trials(self.decided, book, tell).both(
+                [*keeps, self.kept(order, len(order)), self.kept(order, 0)]
+            )
         rows = [(share, count, round(float(weights[order[:count]].sum()))) for share, count in counts]
         ends = {"intact": nats[-2], "empty": nats[-1]}
         vocabulary = self.decided.decoder.model.get_output_embeddings().weight.shape[0]
-        found = curve(rows[:-1], nats[:-3], kl[:-1], ends, vocabulary)
-        return found, curve(rows[-1:], nats[-3:-2], kl[-1:], ends, vocabulary).points[0]
+        found = curve(rows[:-1], nats[:-3], kl[:-3], ends, vocabulary)
+        return found, curve(rows[-1:], nats[-3:-2], kl[-3:-2], ends, vocabulary).points[0]
 
     def described(self, rescore: int) -> dict[str, Any]:
         """Return what a record says of the way it was made."""

@@ -74,7 +74,11 @@ def overlap(
         for row, a in zip(jaccard, every, strict=True)
     ]
     found = Overlap(
-        tuple(named), tuple(own.size for own in every), *map(_frozen, (shared, jaccard, corrected))
+        tuple(named),
+        tuple(own.size for own in every),
+        _frozen(shared),
+        _frozen(jaccard),
+        _frozen(corrected),
     )
     if decoder is None:
         return found
@@ -126,10 +130,10 @@ def _removed(
     behaviours = {name: behaviour(decoder, own.problems, *asked(own)) for name, own in named.items()}
     removal, random = [], []
     with _book(folder, [identity(own) for own in behaviours.values()]) as book:
-        for name, own in behaviours.items():
+        for name, of in behaviours.items():
             with stage(f"removal from {name}") as tell:
                 say(tell, unit="tokens")
-                nats = Trials(own, book, tell).nats([torch.ones_like(outs[0]), *(~out for out in outs)])
+                nats = Trials(of, book, tell).nats([torch.ones_like(outs[0]), *(~out for out in outs)])
             rises = (nats[1:] - nats[0]).unflatten(0, (len(every), 1 + RANDOM))
             removal.append([summed_up(own[0]) for own in rises])
             random.append([summed_up(own[1:].mean(0)) for own in rises])

@@ -124,26 +124,25 @@ def load_circuit(path: Path | str) -> Circuit:
     path = Path(path)
     record = read_json(path / CIRCUIT if path.is_dir() else path)
     try:
-        units = record["units"]
-        curve = record["curve"]
+        units, curve = record["units"], record["curve"]
+        known: dict[str, Any] = {
+            name: torch.tensor(units[name], dtype=torch.float64) for name in (*UNITS, "weights")
+        }
+        known |= {
+            name: record[name]
+            for name in ("stability", "model_fingerprint", "description", "checks", "tests")
+        }
+        ends = {name: Value(**curve[name]) for name in ("cpr", "cmd", "intact", "empty")}
         return Circuit(
             units=tuple(
                 Unit(*own) for own in zip(units["layer"], units["index"], units["kind"], strict=True)
             ),
             order=torch.tensor(units["order"]),
             size=record["circuit"]["size"],
-            **{name: torch.tensor(units[name], dtype=torch.float64) for name in (*UNITS, "weights")},
-            curve=Curve(
-                tuple(map(_point, curve["points"])),
-                *(Value(**curve[name]) for name in ("cpr", "cmd", "intact", "empty")),
-                curve["guessing"],
-            ),
+            curve=Curve(tuple(map(_point, curve["points"])), **ends, guessing=curve["guessing"]),
             chosen=_point(record["chosen"]),
             problems=tuple(map(_example, record["problems"])),
-            **{
-                name: record[name]
-                for name in ("stability", "model_fingerprint", "description", "checks", "tests")
-            },
+            **known,
         )
     except (KeyError, TypeError, ValueError) as cause:
         raise CheckpointError(f"{path} is no circuit, or damaged ({cause!r}): find it again") from cause

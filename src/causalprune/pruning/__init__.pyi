@@ -10,6 +10,7 @@ from .allocation import (
 from .allocation import (
     threshold_of as threshold_of,
 )
+from .closing import close as close
 from .criteria import (
     BUDGETS as BUDGETS,
 )

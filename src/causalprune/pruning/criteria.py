@@ -46,7 +46,7 @@ class Evidence:
 Need = Literal["weights", "inputs", "moments", "slopes", "effects", "gradients", "relevance"]
 SENSITIVE: frozenset[Need] = frozenset({"gradients", "relevance"})
 """Needs that are gradients at every weight, of the loss or of relevance."""
-LOOKS: frozenset[Need] = frozenset({"inputs", "moments", "slopes"}) | SENSITIVE
+LOOKS: frozenset[Need] = SENSITIVE | {"inputs", "moments", "slopes"}
 """What criteria need that look at calibration data."""
 Score = Callable[[Float[Tensor, "out in"], Evidence], Float[Tensor, "out in"]]
 
