@@ -327,3 +327,24 @@ def test_half_of_a_circuit_of_alternatives_is_incomplete() -> None:
     ]
     assert gaps[0]["random_max"] < 0.1
     assert gaps[1]["random_max"] > 0.9
+
+
+def test_what_is_out_is_closed_while_the_others_are_scored() -> None:
+    """Slopes with a whole layer's heads closed are those of a model in which they are zero."""
+    from reference import fresh
+
+    from causalprune.circuits.behaviour import scored
+    from causalprune.core.resuming import State
+
+    names, how = ("heads", "neurons:10"), cp.Estimator("gradient", draws=0, gates=(0.6, 1.0))
+    one, other = fresh("llama3"), fresh("llama3")
+    own = behaviour(one, PROBLEMS.examples[:6], cp.Question(names), how)
+    keep = torch.tensor([not (unit.layer == 0 and unit.kind == "head") for unit in own.units])
+    found = scored(own, keep, how, State())
+    assert bool(found[~keep].isnan().all())
+    close(other, [parts for parts, stays in zip(own.plan.units.values(), keep, strict=True) if not stays])
+    expected = scored(
+        behaviour(other, PROBLEMS.examples[:6], cp.Question(names), how), keep | True, how, State()
+    )
+    torch.testing.assert_close(found[keep], expected[keep], rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(found[keep], scored(own, keep | True, how, State())[keep], rtol=1e-2)

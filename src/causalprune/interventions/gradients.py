@@ -35,12 +35,12 @@ def expansion(
     uniforms: Float[Tensor, "draw target"],
     *,
     instead: Mapping[Site, Tensor] | None = None,
-    gate: float | Mapping[Site, Float[Tensor, "part"]] = 1.0,
+    gate: float | Mapping[Site, Tensor] = 1.0,
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "unit batch"], Float[Tensor, "unit batch"]]:
     """Return the loss, and `−∂L/∂g` and `½ (∂ ln p(ŷ)/∂g)²` (mean over draws) for every unit, in nats.
 
     One forward and `1 + draws` backward passes. `uniforms` decide the labels drawn; `gate` is where the
-    derivatives are taken: for all units together, or each part on its own.
+    derivatives are taken: for all units together, or `[part]` for each site.
     """
     gates, wanted = gates_at(decoder, batch, units, gate), targets(batch)
     with torch.enable_grad(), gated(decoder, gates, instead), recomputed(decoder):
@@ -139,34 +139,28 @@ def _labels(logits: Float[Tensor, "target vocab"], values: Float[Tensor, "target
 
 
 def gates_at(
-    decoder: Decoder,
-    batch: Batch,
-    units: Sequence[Parts],
-    gate: float | Mapping[Site, Float[Tensor, "part"]] = 1.0,
-) -> dict[Site, Float[Tensor, "batch part"]]:
-    """Return gates for derivatives at this value, or at these values of the parts, for all sites of the units."""
+    decoder: Decoder, batch: Batch, units: Sequence[Parts], gate: float | Mapping[Site, Tensor] = 1.0
+) -> dict[Site, Tensor]:
+    """Return gates `[batch part]` for derivatives: at this value at all sites of the units, or at the values given for sites."""
     sizes, rows = sites(decoder), len(batch.tokens)
-    return {
-        site: (
-            torch.full((rows, sizes[site]), gate) if isinstance(gate, float) else gate[site].repeat(rows, 1)
-        ).requires_grad_()
-        for site in dict.fromkeys(site for parts in units for site in parts)
-    }
+    if not isinstance(gate, float):
+        return {site: own.repeat(rows, 1).requires_grad_() for site, own in gate.items()}
+    places = dict.fromkeys(site for parts in units for site in parts)
+    return {site: torch.full((rows, sizes[site]), gate).requires_grad_() for site in places}
 
 
 def by_unit(
     loss: Float[Tensor, "batch"], gates: Mapping[Site, Tensor], units: Sequence[Parts], *, keep: bool
 ) -> Float[Tensor, "unit batch"]:
     """Return the slopes of a loss at gates, summed over the parts of each unit; `keep` where another is to follow."""
-    places = list(gates)
-    slopes = torch.autograd.grad(loss.sum(), [gates[s] for s in places], retain_graph=keep)
     found = torch.zeros(len(units), len(loss), dtype=torch.float64)
-    owners: dict[Site, list[int]] = {site: [] for site in places}
+    owners: dict[Site, list[int]] = {}
     for number, parts in enumerate(units):
         for site in parts:
-            owners[site].append(number)
-    for site, slope in zip(places, slopes, strict=True):
-        index = [units[number][site] for number in owners[site]]
-        rows = torch.tensor(owners[site]).repeat_interleave(torch.tensor([len(own) for own in index]))
+            owners.setdefault(site, []).append(number)
+    slopes = torch.autograd.grad(loss.sum(), [gates[site] for site in owners], retain_graph=keep)
+    for (site, own), slope in zip(owners.items(), slopes, strict=True):
+        index = [units[number][site] for number in own]
+        rows = torch.tensor(own).repeat_interleave(torch.tensor([len(own) for own in index]))
         found.index_add_(0, rows, slope.double().cpu().T[torch.cat(index)])
     return found

@@ -40,7 +40,7 @@ def relevance(
     units: Sequence[Parts],
     *,
     instead: Mapping[Site, Tensor] | None = None,
-    gate: float | Mapping[Site, Float[Tensor, "part"]] = 1.0,
+    gate: float | Mapping[Site, Tensor] = 1.0,
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "unit batch"]]:
     """Return the loss in nats, and the relevance of every unit for the target tokens' logits less the mean logit.
 
