@@ -11,6 +11,9 @@ from .finding import (
     circuit as circuit,
 )
 from .overlaps import (
+    OVERLAP as OVERLAP,
+)
+from .overlaps import (
     Overlap as Overlap,
 )
 from .overlaps import (
@@ -28,3 +31,4 @@ from .records import (
 from .records import (
     save_circuit as save_circuit,
 )
+from .telling import sentences as sentences

@@ -15,6 +15,7 @@ from causalprune.circuits.ranking import over_chance, prefix
 from causalprune.circuits.records import Circuit
 from causalprune.core import Decoder, Ledger, MismatchError, OptionError, Stage, bars, say
 
+OVERLAP = "overlap.json"
 RANDOM = 5
 """Random sets that are removed beside each circuit's."""
 SHARE = 0.1

@@ -126,6 +126,7 @@ def circuit(
     as_json: AsJson = False,
 ) -> None:
     """Find the heads, neurons or experts that carry a task, measure what they keep, and say how sure that is."""
+    from causalprune.circuits import sentences
     from causalprune.cli import showing
     from causalprune.runs import find_circuit, planned_search
 
@@ -141,7 +142,7 @@ def circuit(
     for line in found.remarks:
         say(line, "yellow")
     console.print(showing.circuit(found))
-    for line in showing.checked(found):
+    for line in sentences(found):
         say(line)
     file = output / "circuit.json"
     say(f"circuit of {found.size:,} of {len(found.units):,} units: {file}")

@@ -13,6 +13,7 @@ from causalprune.checkpoints import check_destination, save
 from causalprune.circuits import (
     CIRCUIT,
     MEASURED,
+    OVERLAP,
     Checks,
     Circuit,
     Overlap,
@@ -37,7 +38,6 @@ from causalprune.runs.recipe import CalibrationSpec, ModelSpec
 from causalprune.runs.single import Options
 from causalprune.runs.traces import calibrated
 
-OVERLAP = "overlap.json"
 SEARCH = 9
 """Sizes that are tried in a search, at most."""
 POINTS = 13
