@@ -44,7 +44,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "tqdm": {"core", "evaluation"},
     "huggingface_hub": {"checkpoints", "shrinking"},
     "yaml": {"calibration", "checkpoints", "evaluation", "runs"},
-    "numpy": {"core", "models", "calibration", "evaluation", "attribution", "circuits"},
+    "numpy": {"core", "models", "calibration", "evaluation", "attribution", "checkpoints", "circuits"},
     "gguf": {"models"},
     "scipy": {"evaluation", "attribution", "circuits"},
     "psutil": {"core"},

@@ -12,6 +12,7 @@ layer the relevance of the heads and of the neurons, summed over positions, for 
 import importlib
 import json
 import sys
+from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -20,7 +21,10 @@ from transformers import AutoConfig
 from transformers.models.llama import modeling_llama  # noqa: F401 (before what stands for torchvision)
 from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
 
-for missing in ("torchvision", "torchvision.models"):  # lxt imports it for pictures, and its wheel wants another torch
+for missing in (
+    "torchvision",
+    "torchvision.models",
+):  # lxt imports it for pictures, and its wheel wants another torch
     sys.modules.setdefault(missing, MagicMock())
 
 from lxt.efficient import monkey_patch  # noqa: E402
@@ -49,7 +53,7 @@ def main(folder: str, tokens: str, output: str) -> None:
         layer.self_attn.o_proj.register_forward_pre_hook(keep(number, "heads"))
         layer.mlp.down_proj.register_forward_pre_hook(keep(number, "neurons"))
     found = []
-    for one in json.load(open(tokens, encoding="utf-8")):
+    for one in json.loads(Path(tokens).read_text(encoding="utf-8")):
         ids = torch.tensor([one["tokens"]])
         embedded = model.get_input_embeddings()(ids).requires_grad_()
         logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
@@ -57,14 +61,14 @@ def main(folder: str, tokens: str, output: str) -> None:
         (logits[at - 1, ids[0, at]] - logits[at - 1].mean(-1)).sum().backward()
         row: dict[str, list[list[float]]] = {"heads": [], "neurons": []}
         for number in range(len(model.model.layers)):
-            for place in row:
+            for place, rows in row.items():
                 x = seen[number, place]
                 each = (x * x.grad).double().sum((0, 1))
                 if place == "heads":
                     each = each.view(config.num_attention_heads, -1).sum(1)
-                row[place].append(each.tolist())
+                rows.append(each.tolist())
         found.append(row)
-    json.dump(found, open(output, "w", encoding="utf-8"))
+    Path(output).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

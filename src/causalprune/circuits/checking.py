@@ -115,17 +115,17 @@ def examined(
         MismatchError: the circuit is of another model, or was found on another calibration.
     """
     question, how = asked(circuit)
-    examples = [calibration, halves(calibration)[0]]
-    ranked = [behaviour(decoder, own.examples, question, how) for own in examples]
-    own = [one for one in ranked if one.fingerprint() == circuit.description["calibration_fingerprint"]]
-    if not own or own[0].plan.model_fingerprint != circuit.model_fingerprint:
+    scored = circuit.description["calibration_fingerprint"]
+    tries = (behaviour(decoder, own.examples, question, how) for own in (calibration, halves(calibration)[0]))
+    ranked = next((own for own in tries if own.fingerprint() == scored), None)
+    if ranked is None or ranked.plan.model_fingerprint != circuit.model_fingerprint:
         raise MismatchError(
             "the circuit was found in another model, or on another calibration: find it again"
         )
-    whole = behaviour(decoder, circuit.problems, question, how, own[0].mean)
+    whole = behaviour(decoder, circuit.problems, question, how, ranked.mean)
     few, stage = whole.first(checks.problems), stage or bars
     kinds = list(dict.fromkeys(unit.kind for unit in circuit.units))
-    with ledger(own[0], whole, how, folder) as book:
+    with ledger(ranked, whole, how, folder) as book:
 
         def bench(of: Behaviour, tell: Progress, seed: int) -> _Bench:
             say(tell, unit="tokens")

@@ -91,7 +91,7 @@ def circuit(  # noqa: PLR0913 (what a user says)
     how = estimator if whole else replace(estimator, draws=0)  # slopes alone
     ranked = behaviour(decoder, calibration.examples, question, how)
     decided = behaviour(decoder, decide.examples, question, how, ranked.mean)
-    search = _Search(ranked, decided, how, rank, keep, Path(folder) if folder else None, stage or bars)
+    search = Search(ranked, decided, how, rank, keep, Path(folder) if folder else None, stage or bars)
     with ledger(ranked, decided, how, folder) as book:
         rounds = search.rounds(rescore)
         order = order_of(rounds, rank)
@@ -180,7 +180,7 @@ def intervals(scores: Float[Tensor, "unit problem"]) -> tuple[Float[Tensor, "uni
 
 
 @dataclass(frozen=True, eq=False)
-class _Search:
+class Search:
     """What is searched, on what, and who is told."""
 
     ranked: Behaviour

@@ -179,6 +179,8 @@ def _print_effects(effects: "Effects", file: Path, as_json: bool) -> None:
     from causalprune.cli import tables
 
     console.print(tables.strongest(effects))
+    if (effects.description.get("estimator") or {}).get("name") == "relevance":
+        console.print("relevance is in logits of the targets, not in nats")
     console.print(f"effects of {len(effects.units)} units: {file}")
     document(as_json, effects=file, **tables.effects(effects))
 

@@ -1,5 +1,6 @@
 """Circuits in a report: what they keep by size, where their members are, how sure that is, what they share."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def _told(name: str, own: Circuit) -> dict[str, Any]:
     members = set(own.members)
     layers = sorted({unit.layer for unit in own.units})
     kinds = list(dict.fromkeys(unit.kind for unit in own.units))
+    inside, every = (Counter((unit.layer, unit.kind) for unit in units) for units in (members, own.units))
     return {
         "name": name,
         "model": own.description.get("model", ""),
@@ -48,13 +50,7 @@ def _told(name: str, own: Circuit) -> dict[str, Any]:
             if unit.kind == "head"
         ],
         "layers": [
-            [
-                layer,
-                *(
-                    f"{_count(own, layer, kind, members)[0]:,} of {_count(own, layer, kind, members)[1]:,}"
-                    for kind in kinds
-                ),
-            ]
+            [layer, *(f"{inside[layer, kind]:,} of {every[layer, kind]:,}" for kind in kinds)]
             for layer in layers
         ],
         "kinds": kinds,
@@ -64,8 +60,3 @@ def _told(name: str, own: Circuit) -> dict[str, Any]:
             if key in own.description
         },
     }
-
-
-def _count(own: Circuit, layer: int, kind: str, members: Any) -> tuple[int, int]:
-    every = [unit for unit in own.units if (unit.layer, unit.kind) == (layer, kind)]
-    return sum(unit in members for unit in every), len(every)

@@ -11,7 +11,7 @@ COLOURS = ("#2a7fc9", "#d9542b")
 OPACITIES = (0.12, 0.3, 0.5, 0.75, 1.0)
 LABELS = 16
 """At most so many rows and columns have their number beside them."""
-WIDE, HIGH = 520, 240
+WIDE, HIGH = 520.0, 240.0
 """Size of a curve's drawing."""
 
 
@@ -58,7 +58,7 @@ def drawn_curve(own: Mapping[str, Any]) -> Markup:
 
     parts: list[Markup] = []
     for level in (0.0, 1.0):
-        (x, y), (end, _) = at(0, level), at(1, level)
+        (x, y), (end, _) = at(0.0, level), at(1.0, level)
         parts.append(Markup('<path d="M{:.0f} {:.1f}H{:.0f}" stroke-opacity=".3"/>').format(x, y, end))
         parts.append(text(x - 6, y + 4, f"{level:g}"))
     parts += [text(at(share, low)[0], HIGH - 8, f"{share:.0%}", "middle") for share in (0.0, 0.2, 0.5, 1.0)]
@@ -76,7 +76,7 @@ def _marks(points: list[Mapping[str, Any]], at: Any) -> Iterator[Markup]:
     line = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
     yield Markup('<path d="M{}" stroke-width="1.5"/>').format(line)
     for point, (x, y) in zip(points, places, strict=True):
-        bottom, top = (at(0, point["faithfulness"][end])[1] for end in ("low", "high"))
+        bottom, top = (at(0.0, point["faithfulness"][end])[1] for end in ("low", "high"))
         yield Markup(
             '<path d="M{:.1f} {:.1f}V{:.1f}"/><circle cx="{:.1f}" cy="{:.1f}" r="{}" fill="currentColor"/>'
         ).format(x, bottom, top, x, y, 5 if point["chosen"] else 2.5)
