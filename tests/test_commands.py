@@ -21,7 +21,7 @@ MARKS = ("network", "gpu", "hours", "llama.cpp", "ray")
 """What a command may need that a test has not: such a command carries the word, and is not run."""
 FITTED = {"20x": "2x"}
 """A tiny model has too few heads for a budget of a twentieth."""
-TAKE_DATA = ("attribute", "stability", "prune", "shrink", "sweep", "evaluate", "run")
+TAKE_DATA = ("attribute", "circuit", "stability", "prune", "shrink", "sweep", "evaluate", "run")
 SHARE = 0.9
 """Share of the commands that carry no mark, at least."""
 

@@ -6,6 +6,9 @@ from .checkpoints import load as load
 from .checkpoints import load_effects as load_effects
 from .checkpoints import save as save
 from .checkpoints import verify as verify
+from .circuits import circuit as circuit
+from .circuits import load_circuit as load_circuit
+from .circuits import overlap as overlap
 from .core import CausalPruneError as CausalPruneError
 from .core import quiet as quiet
 from .core import silent as silent

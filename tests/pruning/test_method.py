@@ -19,7 +19,7 @@ def test_a_sparsity_outside_0_and_1_is_refused(sparsity: float) -> None:
         (
             "criterion",
             "CAP",
-            "unknown method 'CAP': choices are cap, causal, fisher, magnitude, random, sparsegpt, wanda",
+            "unknown method 'CAP': choices are cap, causal, fisher, magnitude, random, relevance, snip, sparsegpt, wanda",
         ),
         ("scope", "4:2", "unknown scope '4:2': choices are 2:4, global, matrix, row"),
         ("scope", "rows", "unknown scope 'rows': did you mean 'row'"),

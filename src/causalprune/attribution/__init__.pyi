@@ -7,12 +7,26 @@ from .cluster import (
 from .estimators import attribute as attribute
 from .measuring import Passes as Passes
 from .merging import merge as merge
-from .plan import planned as planned
+from .plan import (
+    Plan as Plan,
+)
+from .plan import (
+    planned as planned,
+)
 from .questions import (
     DEFAULT_BUDGET as DEFAULT_BUDGET,
 )
 from .questions import (
+    ELSEWHERE as ELSEWHERE,
+)
+from .questions import (
+    Ablation as Ablation,
+)
+from .questions import (
     Estimator as Estimator,
+)
+from .questions import (
+    Named as Named,
 )
 from .questions import (
     Question as Question,

@@ -106,12 +106,12 @@ def gradient(work: Measured, on_progress: Progress = silent) -> Effects:
     """Predict every cell to first order (`ce`), with the Fisher term of second order where `draws` > 0.
 
     Costs `1 + 2 · (1 + draws)` forward passes per sequence and gate value, a backward counted as two.
-    For `kl` only the second-order term exists: a divergence has no slope at the intact model.
+    For `kl` only the second-order term exists: a divergence has no slope at the intact model. `relevance` has no second order.
     """
     plan, spent = work.plan, work.plan.expansion_tokens
     first, second = expanded(work, lambda done, all_: on_progress(round(spent * done / all_), round(spent)))
     predicted = second if plan.question.effect == "kl" else first + second
-    if not plan.estimator.draws:
+    if not plan.estimator.draws or plan.estimator.name == "relevance":
         return work.effects(spent, predicted_nats=predicted)
     return work.effects(spent, predicted_nats=predicted, curvature_nats=_curvature(plan, second))
 
@@ -120,7 +120,9 @@ def expanded(work: Measured, on_progress: Progress = silent) -> tuple[Tensor, Te
     """Return the first- and second-order parts of the prediction `[unit sequence]`, averaged over gates."""
     plan, how = work.plan, work.plan.estimator
     first, second = torch.zeros_like(work.masked), torch.zeros_like(work.masked)
-    groups = batches(plan.calibration.examples, max_batch_tokens=how.max_batch_tokens)
+    groups = plan.groups
+    if how.name == "adaptive":  # whose cells go through the model sequence by sequence
+        groups = batches(plan.calibration.examples, max_batch_tokens=how.max_batch_tokens)
     for number, batch in enumerate(groups):
         row = work.recalled(f"gradient:{number}", partial(work.passes.predicted_row, batch))
         columns = list(batch.indices)
@@ -183,4 +185,9 @@ def adaptive(work: Measured, on_progress: Progress = silent) -> Effects:
     raise AssertionError
 
 
-ESTIMATORS: dict[str, Callable[..., Effects]] = {"exact": exact, "gradient": gradient, "adaptive": adaptive}
+ESTIMATORS: dict[str, Callable[..., Effects]] = {
+    "exact": exact,
+    "gradient": gradient,
+    "adaptive": adaptive,
+    "relevance": gradient,
+}

@@ -1,17 +1,22 @@
 """The cells of a plan that are measured so far, and the ledger from which a killed run has them back."""
 
+import base64
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from causalprune.attribution.measuring import Passes
 from causalprune.core import Effects, Ledger, ModelError, Progress, Remarked, Unit
 from causalprune.interventions import Site
+
+LARGE = 50_000
+"""Numbers of a job from which on the ledger keeps them as bits."""
 
 
 class Measured:
@@ -37,8 +42,7 @@ class Measured:
         """Return the result of a job: from the ledger, or computed and written there."""
         self.fresh = self._book is None or key not in self._book.rows
         if self._book is not None and not self.fresh:
-            row: dict[str, Any] = self._book.rows[key]
-            return row
+            return {name: _unpacked(own) for name, own in self._book.rows[key].items()}
         found = compute()
         for values in found.values():
             if isinstance(values, list) and not bool(torch.tensor(values).isfinite().all()):
@@ -46,7 +50,7 @@ class Measured:
                     f"a loss is not finite (job {key}): look for broken weights or use a wider dtype"
                 )
         if self._book is not None:
-            self._book.append(key, found)
+            self._book.append(key, {name: _packed(own) for name, own in found.items()})
         return found
 
     def measure_intact(self, number: int) -> None:
@@ -129,3 +133,22 @@ class Measured:
     def _tokens_reaching(self, expert: Unit) -> int:
         site = Site(expert.layer, "experts")
         return sum(int(reached[site][expert.index]) for reached in self._reached.values())
+
+
+def _packed(values: Any) -> Any:
+    """Return a large table as a ledger keeps it: its bits in letters, which take half the room of its digits."""
+    if (
+        not isinstance(values, list)
+        or not values
+        or not isinstance(values[0], list)
+        or len(values) * len(values[0]) < LARGE
+    ):
+        return values
+    table = np.array(values, dtype="<f8")
+    return {"float64": base64.b64encode(table.tobytes()).decode(), "shape": list(table.shape)}
+
+
+def _unpacked(values: Any) -> Any:
+    if not isinstance(values, dict) or "float64" not in values:
+        return values
+    return np.frombuffer(base64.b64decode(values["float64"]), dtype="<f8").reshape(values["shape"])

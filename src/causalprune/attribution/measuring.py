@@ -16,15 +16,18 @@ from causalprune.interventions import (
     Parts,
     Site,
     by_row,
-    capture,
     closing,
     cross_entropy,
     divergence,
+    donated,
     entered_at,
     expansion,
     gated,
+    means,
+    relevance,
     run_layer,
     selected,
+    shifted,
     site_inputs,
     target_logits,
     targets,
@@ -41,6 +44,7 @@ class Passes:
         self._at_once = AtOnce(plan.estimator.max_batch_tokens)
         self._intact_logits: Tensor | None = None
         self._intact_logits_of: int | None = None
+        self._donated: tuple[int, Mapping[Site, Tensor]] | None = None
 
     def joint(self, number: int, layer: int, cells: Sequence[tuple[Parts, int]]) -> dict[str, list[float]]:
         """Return the losses with these parts removed (from `layer` on), in these rows of a batch."""
@@ -99,14 +103,14 @@ class Passes:
     def predicted_row(self, batch: Batch) -> dict[str, Any]:
         """Return the intact losses of a batch, and both orders of the prediction, averaged over gates."""
         plan, how = self.plan, self.plan.estimator
-        instead = self.means if plan.question.ablation == "mean" else None
-        labels, units = (
-            uniforms(plan.calibration.examples, batch, how.draws, how.seed),
-            [*plan.units.values()],
-        )
-        found = [
-            expansion(plan.decoder, batch, units, labels, instead=instead, gate=gate) for gate in how.gates
-        ]
+        ablation, units = plan.question.ablation, [*plan.units.values()]
+        mean = self.means if ablation == "mean" else None
+        own: dict[str, Any] = {"instead": donated(plan.decoder, batch, list(plan.own_sites), ablation, mean)}
+        if how.name == "relevance":
+            ce, first = relevance(plan.decoder, batch, units, **own)
+            return {"ce": ce.tolist(), "first": first.tolist(), "second": torch.zeros_like(first).tolist()}
+        labels = uniforms(plan.calibration.examples, batch, how.draws, how.seed)
+        found = [expansion(plan.decoder, batch, units, labels, **own, gate=gate) for gate in how.gates]
         means = [torch.stack(parts).mean(0).tolist() for parts in zip(*found, strict=True)]
         return dict(zip(("ce", "first", "second"), means, strict=True))
 
@@ -126,24 +130,16 @@ class Passes:
         own = [site for site in self.plan.own_sites if site.layer == layer]
         if self.plan.question.ablation == "mean":
             return {site: self.means[site] for site in own}
-        batch = self.plan.groups[number]
+        batch, every = self.plan.groups[number], list(self.plan.own_sites)
+        if self.plan.question.ablation == "counterfactual":
+            if self._donated is None or self._donated[0] != number:
+                self._donated = number, donated(self.plan.decoder, batch, every, "counterfactual")
+            return {site: self._donated[1][site] for site in own}
         with site_inputs(self.plan.decoder, own) as seen:
             run_layer(self.plan.decoder, batch.tokens, layer, inputs)
-        donor = (torch.arange(len(batch.tokens)) + 1) % len(batch.tokens)
-        time = torch.arange(batch.tokens.shape[1]) % batch.lengths[donor][:, None]
-        return {s: x.reshape(*batch.tokens.shape, -1)[donor[:, None], time] for s, x in seen.items()}
+        return shifted(batch, {s: x.reshape(*batch.tokens.shape, -1) for s, x in seen.items()})
 
     @cached_property
     def means(self) -> Mapping[Site, Float[Tensor, "1 1 width"]]:
         """Mean input of every site over the calibration. One forward pass, once."""
-        plan, sums = self.plan, dict[Site, Tensor]()
-        for batch in plan.groups:
-            real = batch.real.flatten()
-            with site_inputs(plan.decoder, list(plan.own_sites)) as seen:
-                capture(plan.decoder, batch.tokens, stop=plan.depth - 1)
-            for site, x in seen.items():
-                flat = x.flatten(0, -2)
-                total = flat[real.to(flat.device)].double().sum(0)
-                sums[site] = sums[site] + total if site in sums else total
-        positions = sum(len(example.tokens) for example in plan.calibration.examples)
-        return {site: (total / positions).view(1, 1, -1) for site, total in sums.items()}
+        return means(self.plan.decoder, self.plan.groups, list(self.plan.own_sites))

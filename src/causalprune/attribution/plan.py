@@ -37,8 +37,14 @@ class Plan:
         ablation, how = self.question.ablation, self.estimator
         if ablation != "zero" and any(site.place == "experts" for site in self.own_sites):
             raise OptionError(f"experts can only be ablated with 'zero', not {ablation!r}")
-        if ablation == "resample" and how.name != "exact":
-            raise OptionError(f"ablation 'resample' needs the estimator 'exact', not {how.name!r}")
+        if ablation == "resample" and how.name == "adaptive":
+            raise OptionError("ablation 'resample' needs another estimator than 'adaptive', as 'exact'")
+        if ablation == "counterfactual" and any(e.counterfactual is None for e in self.calibration.examples):
+            raise OptionError(
+                "ablation 'counterfactual' needs a counterfactual of every example: a file whose lines have one, or ioi"
+            )
+        if how.name == "relevance" and self.question.effect == "kl":
+            raise OptionError("relevance is about the target tokens: it needs the effect 'ce', not 'kl'")
         if how.draws < 1 and (
             how.name == "adaptive" or (how.name, self.question.effect) == ("gradient", "kl")
         ):
@@ -88,7 +94,8 @@ class Plan:
     @property
     def expansion_tokens(self) -> float:
         """Tokens that predictions cost, in equivalents of whole passes: a backward pass counts as two."""
-        passes = len(self.estimator.gates) * (1 + 2 * (1 + self.estimator.draws))
+        draws = 0 if self.estimator.name == "relevance" else self.estimator.draws
+        passes = len(self.estimator.gates) * (1 + 2 * (1 + draws))
         return float(passes * sum(len(example.tokens) for example in self.calibration.examples))
 
     @property

@@ -5,8 +5,12 @@ from typing import Literal
 
 from causalprune.core import Effect, OptionError, unknown
 
-Ablation = Literal["zero", "mean", "resample"]
-
+Ablation = Literal["zero", "mean", "resample", "counterfactual"]
+ABLATIONS: tuple[Ablation, ...] = ("zero", "mean", "resample", "counterfactual")
+Named = Literal["exact", "gradient", "adaptive", "integrated", "relevance"]
+ESTIMATORS: tuple[Named, ...] = ("exact", "gradient", "adaptive", "integrated", "relevance")
+GATES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Where `integrated` takes derivatives: on the way from all units removed to the intact model."""
 
 DEFAULT_BUDGET = 20.0
 """Share of the naive cost, as its inverse, that `adaptive` may spend where no budget is given."""
@@ -18,7 +22,8 @@ class Question:
 
     `effect` is the rise of the cross-entropy (`ce`, the paper) or the KL divergence from the intact
     model's predictions (`kl`: never negative, less noisy). `ablation` puts there zeros (the paper), the
-    mean over the calibration's positions, or what another example of the batch has at that position.
+    mean over the calibration's positions, what another example of the batch has at that position, or what the example's own
+    `counterfactual` has there.
     """
 
     units: tuple[str, ...] = ("heads",)
@@ -28,7 +33,7 @@ class Question:
     def __post_init__(self) -> None:
         for name, value, known in (
             ("effect", self.effect, ("ce", "kl")),
-            ("ablation", self.ablation, ("zero", "mean", "resample")),
+            ("ablation", self.ablation, ABLATIONS),
         ):
             if value not in known:
                 raise unknown(name, value, known)
@@ -40,12 +45,14 @@ class Estimator:
 
     `budget` is how many times cheaper than naive (one whole forward pass per unit and sequence) `adaptive`
     has to be; with `until_certain` it stops as soon as the top fifth of the units is settled at 95 %. `draws`
-    is how often labels are drawn for the second-order term of predictions, `gates` where derivatives are taken.
+    is how often labels are drawn for the second-order term of predictions, `gates` where derivatives are taken: `integrated`
+    stands for `gradient` at five. `relevance` is AttnLRP (`interventions.lrp`), in logits of the targets, not in nats; LRP
+    is patented, and whether that matters is the user's to judge.
     A forward pass holds `max_batch_tokens`; inputs of layers are kept up to `cache_gib`, else computed again.
     `share` (i, n) measures the i-th of n parts of the jobs alone: for runs side by side, joined by `merging.merge`.
     """
 
-    name: Literal["exact", "gradient", "adaptive"] = "exact"
+    name: Named = "exact"
     budget: float | None = None
     until_certain: bool = False
     draws: int = 1
@@ -56,14 +63,17 @@ class Estimator:
     share: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
+        if self.name == "integrated":
+            object.__setattr__(self, "name", "gradient")
+            object.__setattr__(self, "gates", GATES if self.gates == (1.0,) else self.gates)
         if not 1 <= self.share[0] <= self.share[1]:
             raise OptionError(
                 f"share {self.share[0]}/{self.share[1]}: the first number counts from 1 to the second"
             )
         if self.share[1] > 1 and self.name != "exact":
             raise OptionError(f"only the estimator 'exact' can be shared out, not {self.name!r}")
-        if self.name not in ("exact", "gradient", "adaptive"):
-            raise unknown("estimator", self.name, ("exact", "gradient", "adaptive"))
+        if self.name not in ESTIMATORS:
+            raise unknown("estimator", self.name, ESTIMATORS)
         if self.budget is not None and not self.budget > 1:
             raise OptionError(f"budget must be how many times cheaper than naive, above 1, not {self.budget}")
         if (self.budget is not None or self.until_certain) and self.name != "adaptive":

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jinja2
 import yaml
 
+from causalprune.calibration import ioi
 from causalprune.calibration.forms import SUFFIXES, Row, Turn, own_rows, parts_of, read_json_rows, read_text
 from causalprune.core import DataError, unknown
 
@@ -33,6 +34,10 @@ SYMBOLIC_SEEDS: dict[Split, tuple[int, int]] = {"calibration": (0, 2048), "evalu
 """First seed and number of generated problems; problem i is drawn with seed first + i."""
 
 
+PAIRED = ("counterfactual", "instead")
+"""What a row of the user's may have beside prompt and target."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One problem: `prompt` is the question with its instruction, `target` the worked solution.
@@ -40,7 +45,8 @@ class Problem:
     `solution` and `answer` are the parts of the target; `labels` and `choices` the options of a
     multiple-choice question in their original order (else empty). Running text has only a target.
     `before` are the turns of a chat that precede the target where they are more than the prompt alone; `open_turns` after it
-    were left out.
+    were left out. `counterfactual` is another prompt, `instead` a wrong answer, `where` the place that both come from. A `plain`
+    prompt is text that the target continues, without a chat template and without a blank line.
     """
 
     source: str
@@ -53,6 +59,10 @@ class Problem:
     choices: tuple[str, ...] = ()
     before: tuple[Turn, ...] = ()
     open_turns: int = 0
+    counterfactual: str = ""
+    instead: str = ""
+    where: str = ""
+    plain: bool = False
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -144,6 +154,10 @@ def _arc(row: Row) -> dict[str, Any]:
     return fields | {"labels": labels, "choices": texts}
 
 
+def _ioi(row: Row) -> dict[str, Any]:
+    return {**row, "plain": True}
+
+
 def _text(row: Row) -> dict[str, Any]:
     # Excerpts of C4: only the completion is contiguous text.
     return {"target": row["completion"] if "completion" in row else row["text"]}
@@ -154,6 +168,7 @@ SOURCES = {
     "strategyqa": Source(_strategyqa, ("ChilleD/StrategyQA", None), ("train.jsonl", "dev.jsonl")),
     "arc_challenge": Source(_arc, ("allenai/ai2_arc", "ARC-Challenge")),
     "gsm_symbolic": Source(_gsm_symbolic, ("reasoning-gym", "gsm_symbolic")),  # made, not read
+    "ioi": Source(_ioi, ("", None)),  # made, not read
     "wikitext2": Source(
         _text, ("Salesforce/wikitext", "wikitext-2-raw-v1"), ("wiki.train.slice.txt", "wiki.test.raw")
     ),
@@ -192,7 +207,7 @@ def load_problems(
         fields = _parsed(source, where, row)
         draft = Problem(name, "", "", **fields)
         values = fields | {"options": draft.options}
-        problems.append(Problem(name, prompt.render(values), target.render(values), **fields))
+        problems.append(Problem(name, prompt.render(values), target.render(values), where=where, **fields))
     return problems
 
 
@@ -242,9 +257,19 @@ def _own_problems(name: str, split: Split, *, with_targets: bool) -> list[Proble
         if not with_targets and not before:
             raise DataError(f"{where}: running text has nothing to answer")
         turns = () if [role for role, _ in before] == ["user"] else tuple(before)
-        problems.append(Problem(str(Path(name)), joined(before), target, before=turns, open_turns=open_turns))
+        paired = {key: row[key] for key in PAIRED if row.get(key)}
+        if wrong := [key for key, text in paired.items() if turns or not isinstance(text, str)]:
+            raise DataError(f"{where}: {wrong[0]!r} is a text, and belongs to a row with a prompt")
+        own = Problem(str(Path(name)), joined(before), target, before=turns, open_turns=open_turns)
+        problems.append(replace(own, **paired, where=where))
     if not problems:
         raise DataError(f"{name} has no rows")
+    for key in PAIRED:
+        without = [own for own in problems if not getattr(own, key)]
+        if 0 < len(without) < len(problems):
+            raise DataError(
+                f"{without[0].where}: no {key!r}, which other rows have: give it to all of them or to none"
+            )
     return problems
 
 
@@ -252,6 +277,8 @@ def _rows(name: str, split: Split, data_dir: Path | None) -> Iterator[tuple[str,
     """Yield rows with the place they come from, for error messages."""
     if name == "gsm_symbolic":
         yield from _generated(split)
+    elif name == "ioi":
+        yield from ioi.rows(SYMBOLIC_SEEDS[split][0])
     elif data_dir is None:
         yield from _hub_rows(name, split)
     elif name == "wikitext2":

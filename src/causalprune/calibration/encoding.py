@@ -5,7 +5,7 @@ import copy
 import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,10 +85,14 @@ class Reader:
 
 def prompt_text(reader: Reader, problem: Problem, *, thinking: bool = False) -> str:
     """Return the text that precedes the target: the chat template's, or the prompt and a blank line."""
-    if not reader.chat:
-        return f"{problem.prompt}{BLANK}"
+    if not _templated(reader, problem):
+        return problem.prompt + ("" if problem.plain or problem.instead or problem.counterfactual else BLANK)
     turns = problem.messages
     return opened(reader.tokenizer, folded(turns) if reader.fold_system else turns, thinking=thinking)
+
+
+def _templated(reader: Reader, problem: Problem) -> bool:
+    return reader.chat and not problem.plain
 
 
 def question_text(reader: Reader, problem: Problem, *, thinking: bool = False) -> str:
@@ -97,7 +101,7 @@ def question_text(reader: Reader, problem: Problem, *, thinking: bool = False) -
     Without a template white space at the end goes: tokens of what follows may hold it.
     """
     text = prompt_text(reader, problem, thinking=thinking)
-    return text if reader.chat else text.rstrip()
+    return text if _templated(reader, problem) else text.rstrip()
 
 
 def question_tokens(reader: Reader, text: str) -> list[int]:
@@ -120,14 +124,48 @@ def encode(reader: Reader, problem: Problem) -> Example:
         where = [(len(prompt), len(text))]
         if reader.turns == "all":
             where = [*_earlier(reader, problem, text), *where]
-        tokens, spans = _marked(reader.tokenizer, text, where, special=not reader.chat)
+        tokens, spans = _marked(reader.tokenizer, text, where, special=not _templated(reader, problem))
     start = max(spans[0][0], 1)
     if len(tokens) <= spans[-1][0] or len(tokens) <= start:
         raise DataError(f"{problem.source}: the target {problem.target[:40]!r} has no token to predict")
     mask = None
     if len(spans) > 1:
         mask = tuple(any(a <= i < b for a, b in spans) and i >= start for i in range(len(tokens)))
-    return Example(tuple(tokens), start, problem.source, problem.content, mask)
+    example = Example(tuple(tokens), start, problem.source, problem.content, mask)
+    return _paired(reader, problem, example) if problem.counterfactual or problem.instead else example
+
+
+def _paired(reader: Reader, problem: Problem, example: Example) -> Example:
+    """Return an example with its counterfactual, which must be as long, and with the wrong answer."""
+    if problem.counterfactual:
+        other = encode(
+            reader,
+            replace(
+                problem,
+                prompt=problem.counterfactual,
+                counterfactual="",
+                instead="",
+                plain=_bare(reader, problem),
+            ),
+        )
+        own, theirs = example.target_start, other.target_start
+        if (own, len(example.tokens)) != (theirs, len(other.tokens)):
+            raise DataError(
+                f"{problem.where or problem.source}: the counterfactual has {theirs} tokens and the prompt {own}: both must have "
+                "the same number"
+            )
+        example = replace(example, counterfactual=other.tokens)
+    if problem.instead:
+        wrong = encode(
+            reader, replace(problem, target=problem.instead, instead="", plain=_bare(reader, problem))
+        )
+        example = replace(example, instead=wrong)
+    return example
+
+
+def _bare(reader: Reader, problem: Problem) -> bool:
+    """Tell whether prompt and target of a pair are one text, as they stand."""
+    return problem.plain or not reader.chat
 
 
 def apart(reader: Reader, problem: Problem) -> bool:

@@ -308,7 +308,12 @@ def batch_of(examples: Sequence[Example], indices: Sequence[int]) -> Batch:
     for row, i in enumerate(indices):
         if (mask := examples[i].mask) is not None:
             is_target[row, : len(mask)] = torch.tensor(mask)
-    return Batch(tokens, lengths, is_target, tuple(indices))
+    other = None
+    if all(examples[i].counterfactual for i in indices):
+        other = torch.zeros_like(tokens)
+        for row, i in enumerate(indices):
+            other[row, : int(lengths[row])] = torch.tensor(examples[i].counterfactual)
+    return Batch(tokens, lengths, is_target, tuple(indices), other)
 
 
 def _blocks(reader: Reader, name: str, split: Split, exclude: Exclude) -> list[Example]:

@@ -24,7 +24,16 @@ MANIFEST, EFFECTS = "causalprune.json", "effects.json"
 BASE_CARD, TEMPLATES, CONFIG = "README.base.md", "additional_chat_templates", "config.json"
 LARGEST = 50 * 10**6
 LEFT = [".*", "*.index.json", "optimizer*", "scheduler*", "rng_state*", "training_args*", "trainer_state*"]
-LEFT += ["global_step*", "latest", "zero_to_fp32.py", "events.out.*", "adapter_*", MANIFEST, EFFECTS]
+LEFT += [
+    "global_step*",
+    "latest",
+    "zero_to_fp32.py",
+    "events.out.*",
+    "adapter_*",
+    MANIFEST,
+    EFFECTS,
+    "effects.values",
+]
 USUAL = [CARD, "LICENSE", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"]
 USUAL += [
     "special_tokens_map.json",

@@ -30,6 +30,7 @@ from jaxtyping import Bool
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from causalprune.checkpoints.aside import LARGE, aside_of, put_aside, taken_from
 from causalprune.checkpoints.card import write_card
 from causalprune.checkpoints.carrying import EFFECTS, MANIFEST
 from causalprune.checkpoints.writing import WrittenError, read_back, write_model
@@ -196,7 +197,7 @@ def iterate_keep(path: Path) -> Iterator[tuple[str, Bool[Tensor, "_ _"]]]:
 
 
 def save_effects(effects: Effects, path: Path) -> None:
-    """Write `effects` to `path`, atomically; every float comes back bit for bit."""
+    """Write `effects` to `path`, atomically, large tables into a file beside it; every float comes back bit for bit."""
     tensors = {name: getattr(effects, name) for name in TENSORS if getattr(effects, name) is not None}
     record = {
         "format": FORMAT,
@@ -211,11 +212,12 @@ def save_effects(effects: Effects, path: Path) -> None:
                 "values": _swapped(tensor.tolist(), math.nan, None) if tensor.ndim > 1 else tensor.tolist(),
             }
             for name, tensor in tensors.items()
+            if tensor.numel() <= LARGE
         },
     }
     temporary = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        _write_json(temporary, record)
+        _write_json(temporary, record | put_aside(tensors, path))
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
@@ -228,10 +230,11 @@ def load_effects(path: Path | str, decoder: Decoder | None = None) -> Effects:
     """Return the effects in `path`; those of a model other than `decoder` raise `MismatchError`."""
     path = Path(path)
     record = _read_json(path, ("masked_nats", "intact_nats", "tokens", "subset", "units"))
+    aside = aside_of(path, record)
     try:
         effects = Effects(
             units=tuple(Unit(layer, index, kind) for layer, index, kind in record["units"]),
-            **{name: _tensor(record[name]) for name in TENSORS if name in record},
+            **{name: _tensor(record[name], aside) for name in TENSORS if name in record},
             effect=record["effect"],
             model_fingerprint=record["model_fingerprint"],
             calibration_fingerprint=record["calibration_fingerprint"],
@@ -326,7 +329,9 @@ def _check_keep(keep: Keep, decoder: Decoder) -> None:
             )
 
 
-def _tensor(record: dict[str, Any]) -> Tensor:
+def _tensor(record: dict[str, Any], aside: bytes) -> Tensor:
+    if "at" in record:
+        return taken_from(aside, record)
     return torch.tensor(_swapped(record["values"], None, math.nan), dtype=getattr(torch, record["dtype"]))
 
 

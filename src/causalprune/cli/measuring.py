@@ -23,15 +23,17 @@ class EstimateOptions(opt.EffectOptions):
     """What is measured of a model, and how it is estimated."""
 
     ablation: Annotated[
-        Literal["zero", "mean", "resample"],
+        Literal["zero", "mean", "resample", "counterfactual"],
         typer.Option(
-            help="What takes the place of a removed unit; resample: what another example has there."
+            help="What takes the place of a removed unit; resample: what another example has there; counterfactual: what "
+            "the example's own has there, which every line of a file must have then (or -t ioi)."
         ),
     ] = "zero"
     estimator: Annotated[
-        Literal["exact", "gradient", "adaptive"] | None,
+        Literal["exact", "gradient", "adaptive", "integrated", "relevance"] | None,
         typer.Option(
-            help="exact (default), gradient (a few passes in all), adaptive (default with a budget)."
+            help="exact (default), gradient (a few passes in all), integrated (gradients at five gates), adaptive (default with "
+            "a budget), relevance (AttnLRP, in logits; LRP is patented, and whether that matters is yours to judge)."
         ),
     ] = None
     budget: Annotated[
@@ -177,6 +179,8 @@ def _print_effects(effects: "Effects", file: Path, as_json: bool) -> None:
     from causalprune.cli import tables
 
     console.print(tables.strongest(effects))
+    if (effects.description.get("estimator") or {}).get("name") == "relevance":
+        console.print("relevance is in logits of the targets, not in nats")
     console.print(f"effects of {len(effects.units)} units: {file}")
     document(as_json, effects=file, **tables.effects(effects))
 

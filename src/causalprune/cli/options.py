@@ -48,7 +48,7 @@ Subsets = Annotated[
     ),
 ]
 METHODS = (
-    "causal, sparsegpt, wanda, fisher, magnitude, cap or random. A scope says among which weights scores are compared: "
+    "causal, sparsegpt, wanda, fisher, magnitude, cap, snip, relevance or random. A scope says among which weights scores are compared: "
     "row, matrix or global, as in magnitude:global, or a pattern as in wanda:2:4. +graded measures which layers can lose more. "
     "An update lets kept weights make up for the others: +obs column by column, +refit by least "
     "squares, +distill by training after that (minutes), +none. causal has distill of its own. "

@@ -1,3 +1,4 @@
+from .bits import bands as bands
 from .errors import (
     CausalPruneError as CausalPruneError,
 )
@@ -147,9 +148,6 @@ from .types import (
 )
 from .types import (
     UnitKind as UnitKind,
-)
-from .types import (
-    bands as bands,
 )
 from .types import (
     quiet as quiet,

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from causalprune.core.bits import bands, bits_of
 from causalprune.core.showing import Shown
 from causalprune.core.source import Source
 
@@ -56,20 +57,6 @@ def silent(done: int, total: int) -> None:
 def quiet(name: str) -> Iterator[Progress]:
     """Report nothing: the default `Stage`."""
     yield silent
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bands(weight: Float[Tensor, "out in"]) -> list[slice]:
-    """Return neighbouring rows to look at together, so that what is made of them stays in the processor's cache."""
-    rows = max(2**21 // weight.shape[1], 1)
-    return [slice(at, at + rows) for at in range(0, len(weight), rows)]
-
-
-def bits_of(weight: Float[Tensor, "out in"]) -> Int[Tensor, "out in"]:
-    """Return a view of a matrix as integers."""
-    return weight.view(_INTEGERS[weight.element_size()])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -241,7 +228,8 @@ class Example(Shown):
 
     `source` names the data set, `content` is the SHA-256 of the normalised prompt text, by which
     calibration and evaluation are kept apart. Where not all tokens from `target_start` on are targets, `mask` says
-    of every token whether it is.
+    of every token whether it is. `counterfactual` are as many tokens, whose activations can take the place of what is
+    removed; `instead` is the same prompt with a wrong answer, which the target is compared with.
     """
 
     tokens: tuple[int, ...]
@@ -249,11 +237,19 @@ class Example(Shown):
     source: str
     content: str
     mask: tuple[bool, ...] | None = None
+    counterfactual: tuple[int, ...] | None = None
+    instead: "Example | None" = None
 
     @property
     def is_target(self) -> tuple[bool, ...]:
         """Whether each token is predicted."""
         return self.mask or tuple(i >= self.target_start for i in range(len(self.tokens)))
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What results on this example depend on."""
+        also = (self.counterfactual, self.instead and self.instead.identity)
+        return (self.tokens, self.mask or self.target_start, *(also if any(also) else ()))
 
     @property
     def target_tokens(self) -> int:
@@ -281,9 +277,7 @@ class Calibration(Shown):
     @property
     def fingerprint(self) -> str:
         """SHA-256 over tokens, targets and subsets: what the results depend on."""
-        rows = [
-            (e.tokens, e.mask or e.target_start, k) for e, k in zip(self.examples, self.subset, strict=True)
-        ]
+        rows = [(*e.identity, k) for e, k in zip(self.examples, self.subset, strict=True)]
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
@@ -292,13 +286,14 @@ class Batch(Shown):
     """Sequences padded on the right; causal attention keeps the padding out of every target.
 
     `is_target` is True on tokens that are predicted, never on the first of a sequence or on padding. `indices` are the
-    positions of the sequences in their calibration or evaluation set.
+    positions of the sequences in their calibration or evaluation set. `counterfactual` is there where all of them have one.
     """
 
     tokens: Int[Tensor, "batch time"]
     lengths: Int[Tensor, "batch"]
     is_target: Bool[Tensor, "batch time"]
     indices: tuple[int, ...]
+    counterfactual: Int[Tensor, "batch time"] | None = None
 
     @property
     def real(self) -> Bool[Tensor, "batch time"]:

@@ -44,6 +44,9 @@ from .results import (
     averaged as averaged,
 )
 from .results import (
+    bounds as bounds,
+)
+from .results import (
     decoded as decoded,
 )
 from .results import (
@@ -95,7 +98,12 @@ from .results import (
     write_text as write_text,
 )
 from .sampling import ends_of as ends_of
-from .settings import Settings as Settings
+from .settings import (
+    Settings as Settings,
+)
+from .settings import (
+    reader_for as reader_for,
+)
 from .tasks.generation import (
     alone as alone,
 )

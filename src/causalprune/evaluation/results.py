@@ -106,7 +106,7 @@ def resampled(result: EvalResult, *, resamples: int = 10_000, seed: int = 0) -> 
 
 def interval_of(result: EvalResult, draws: Floats) -> Interval:
     """Return the value of a result with the interval that its resampled values give."""
-    low, high = _bounds(draws, len(result.values))
+    low, high = bounds(draws, len(result.values))
     return Interval(headline(result), low, high, len(result.values))
 
 
@@ -114,7 +114,7 @@ def difference_of(a: EvalResult, b: EvalResult, draws_a: Floats, draws_b: Floats
     """Return a − b with the interval that the resampled values of both give; as `paired_difference`."""
     _check_pair(a, b)
     with np.errstate(invalid="ignore"):
-        low, high = _bounds(draws_a - draws_b, len(a.values))
+        low, high = bounds(draws_a - draws_b, len(a.values))
     difference = headline(a) - headline(b)
     verdict = _verdict(difference, low, high, higher_is_better(a))
     return Comparison(difference, low, high, len(a.values), verdict)
@@ -327,7 +327,7 @@ def _draws(n: int, resamples: int, seed: int) -> tuple[NDArray[np.uint8], ...]:
     return tuple(parts)
 
 
-def _bounds(draws: Floats, n: int) -> tuple[float, float]:
+def bounds(draws: Floats, n: int) -> tuple[float, float]:
     """Return the 95 % percentile bounds, widened for small n.
 
     The bootstrap variance is `(n − 1) / n` of the unbiased one and its quantiles are normal, not t;

@@ -25,6 +25,15 @@ from .ablation import (
 from .ablation import (
     site_inputs as site_inputs,
 )
+from .donors import (
+    donated as donated,
+)
+from .donors import (
+    means as means,
+)
+from .donors import (
+    shifted as shifted,
+)
 from .gradients import (
     expansion as expansion,
 )
@@ -61,6 +70,7 @@ from .losses import (
 from .losses import (
     targets as targets,
 )
+from .lrp import relevance as relevance
 from .pieces import (
     Hold as Hold,
 )
@@ -76,6 +86,7 @@ from .pieces import (
 from .pieces import (
     entering as entering,
 )
+from .sensitivity import weight_slopes as weight_slopes
 from .statistics import (
     InputNorms as InputNorms,
 )

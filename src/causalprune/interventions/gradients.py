@@ -35,25 +35,23 @@ def expansion(
     uniforms: Float[Tensor, "draw target"],
     *,
     instead: Mapping[Site, Tensor] | None = None,
-    gate: float = 1.0,
+    gate: float | Mapping[Site, Tensor] = 1.0,
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "unit batch"], Float[Tensor, "unit batch"]]:
     """Return the loss, and `−∂L/∂g` and `½ (∂ ln p(ŷ)/∂g)²` (mean over draws) for every unit, in nats.
 
     One forward and `1 + draws` backward passes. `uniforms` decide the labels drawn; `gate` is where the
-    derivatives are taken, for all units together.
+    derivatives are taken: for all units together, or `[part]` for each site.
     """
-    own, sizes = {site for parts in units for site in parts}, sites(decoder)
-    gates = {site: torch.full((len(batch.tokens), sizes[site]), gate, requires_grad=True) for site in own}
-    wanted = targets(batch)
+    gates, wanted = gates_at(decoder, batch, units, gate), targets(batch)
     with torch.enable_grad(), gated(decoder, gates, instead), recomputed(decoder):
         logits = target_logits(decoder, batch, wanted)
         loss = by_row(cross_entropy(logits, wanted), wanted)
-        first = _by_unit(loss, gates, units, keep=len(uniforms) > 0)
+        first = by_unit(loss, gates, units, keep=len(uniforms) > 0)
         second = torch.zeros_like(first)
         for draw, values in enumerate(uniforms):
             drawn = Targets(wanted.rows, wanted.positions, _labels(logits, values), *batch.tokens.shape)
             chance = by_row(cross_entropy(logits, drawn), drawn)
-            slope = _by_unit(chance, gates, units, keep=draw + 1 < len(uniforms))
+            slope = by_unit(chance, gates, units, keep=draw + 1 < len(uniforms))
             second += slope.square() / (2 * len(uniforms))
     return loss.detach().cpu(), -first, second
 
@@ -167,13 +165,29 @@ def _labels(logits: Float[Tensor, "target vocab"], values: Float[Tensor, "target
     return torch.cat(found)
 
 
-def _by_unit(
+def gates_at(
+    decoder: Decoder, batch: Batch, units: Sequence[Parts], gate: float | Mapping[Site, Tensor] = 1.0
+) -> dict[Site, Tensor]:
+    """Return gates `[batch part]` for derivatives: at this value at all sites of the units, or at the values given for sites."""
+    sizes, rows = sites(decoder), len(batch.tokens)
+    if not isinstance(gate, float):
+        return {site: own.repeat(rows, 1).requires_grad_() for site, own in gate.items()}
+    places = dict.fromkeys(site for parts in units for site in parts)
+    return {site: torch.full((rows, sizes[site]), gate).requires_grad_() for site in places}
+
+
+def by_unit(
     loss: Float[Tensor, "batch"], gates: Mapping[Site, Tensor], units: Sequence[Parts], *, keep: bool
 ) -> Float[Tensor, "unit batch"]:
-    places = list(gates)
-    slopes = torch.autograd.grad(loss.sum(), [gates[s] for s in places], retain_graph=keep)
-    by_site = {site: slope.double() for site, slope in zip(places, slopes, strict=True)}
-    found = [
-        torch.stack([by_site[site][:, index].sum(1) for site, index in parts.items()]) for parts in units
-    ]
-    return torch.stack([per_site.sum(0) for per_site in found])
+    """Return the slopes of a loss at gates, summed over the parts of each unit; `keep` where another is to follow."""
+    found = torch.zeros(len(units), len(loss), dtype=torch.float64)
+    owners: dict[Site, list[int]] = {}
+    for number, parts in enumerate(units):
+        for site in parts:
+            owners.setdefault(site, []).append(number)
+    slopes = torch.autograd.grad(loss.sum(), [gates[site] for site in owners], retain_graph=keep)
+    for (site, own), slope in zip(owners.items(), slopes, strict=True):
+        index = [units[number][site] for number in own]
+        rows = torch.tensor(own).repeat_interleave(torch.tensor([len(own) for own in index]))
+        found.index_add_(0, rows, slope.double().cpu().T[torch.cat(index)])
+    return found

@@ -130,4 +130,5 @@ def selected(batch: Batch, rows: list[int]) -> Batch:
         lengths=batch.lengths[rows],
         is_target=batch.is_target[rows],
         indices=tuple(batch.indices[row] for row in rows),
+        counterfactual=None if batch.counterfactual is None else batch.counterfactual[rows],
     )

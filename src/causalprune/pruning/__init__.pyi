@@ -10,11 +10,15 @@ from .allocation import (
 from .allocation import (
     threshold_of as threshold_of,
 )
+from .closing import close as close
 from .criteria import (
     BUDGETS as BUDGETS,
 )
 from .criteria import (
     CRITERIA as CRITERIA,
+)
+from .criteria import (
+    SENSITIVE as SENSITIVE,
 )
 from .criteria import (
     TRAINS as TRAINS,

@@ -31,18 +31,22 @@ class Evidence:
     `input_norm` is the root mean square of each input feature over calibration tokens, `inverse` the
     diagonal of the inverse of the inputs' second moments, `output_slope` the root mean square of the task's gradient at
     each output feature (None where rows are not compared), `factor` the
-    importance of each weight's head (broadcastable to `[out in]`), `seed` belongs to this matrix alone.
+    importance of each weight's head (broadcastable to `[out in]`), `gradient` that of the task at each weight, plain or as
+    relevance goes back, `seed` belongs to this matrix alone.
     """
 
     input_norm: Float[Tensor, "in"] | None = None
     inverse: Float[Tensor, "in"] | None = None
     output_slope: Float[Tensor, "out"] | None = None
     factor: Float[Tensor, "#out #in"] | None = None
+    gradient: Float[Tensor, "#out #in"] | None = None
     seed: int = 0
 
 
-Need = Literal["weights", "inputs", "moments", "slopes", "effects"]
-LOOKS: frozenset[Need] = frozenset({"inputs", "moments", "slopes"})
+Need = Literal["weights", "inputs", "moments", "slopes", "effects", "gradients", "relevance"]
+SENSITIVE: frozenset[Need] = frozenset({"gradients", "relevance"})
+"""Needs that are gradients at every weight, of the loss or of relevance."""
+LOOKS: frozenset[Need] = SENSITIVE | {"inputs", "moments", "slopes"}
 """What criteria need that look at calibration data."""
 Score = Callable[[Float[Tensor, "out in"], Evidence], Float[Tensor, "out in"]]
 
@@ -110,6 +114,15 @@ def _rows(evidence: Evidence) -> Float[Tensor, "out 1"] | float:
     return 1.0 if evidence.output_slope is None else evidence.output_slope.float()[:, None]
 
 
+def snip(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:
+    """|w · ∂L/∂w|, L the task's loss (Lee et al. 2018, arXiv 1810.02340); with relevance's gradient |R| of the weight.
+
+    The latter is attribution-guided pruning (Hatefi et al. 2025, arXiv 2506.13727, Eq. 4).
+    """
+    assert evidence.gradient is not None
+    return (weight.float() * evidence.gradient.float()).abs()
+
+
 def random(weight: Float[Tensor, "out in"], evidence: Evidence) -> Float[Tensor, "out in"]:
     """Uniform noise, the same for the same seed: the floor that every criterion has to beat."""
     generator = torch.Generator().manual_seed(evidence.seed)
@@ -122,6 +135,8 @@ CRITERIA: dict[str, Criterion] = {
     "sparsegpt": Criterion(sparsegpt, "matrix", frozenset({"moments"}), update="obs"),
     "causal": Criterion(causal, "matrix", frozenset({"moments", "slopes"}), "distill"),
     "fisher": Criterion(fisher, "global", frozenset({"inputs", "slopes"})),
+    "snip": Criterion(snip, "row", frozenset({"gradients"})),
+    "relevance": Criterion(snip, "row", frozenset({"relevance"})),
     "cap": Criterion(cap, "global", frozenset({"weights", "effects"})),
     "random": Criterion(random, "matrix", frozenset()),
 }

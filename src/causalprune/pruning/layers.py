@@ -28,11 +28,11 @@ from causalprune.core import (
     silent,
     unpacked,
 )
-from causalprune.interventions import as_they_are, output_slopes
+from causalprune.interventions import as_they_are, output_slopes, weight_slopes
 from causalprune.models import fingerprint
 from causalprune.pruning.allocation import find_threshold, keep_above, keep_columns, prune_counts
 from causalprune.pruning.budgets import measured_response, shares_of
-from causalprune.pruning.criteria import LOOKS, TRAINS, Update
+from causalprune.pruning.criteria import LOOKS, SENSITIVE, TRAINS, Update
 from causalprune.pruning.grading import DoseResponse
 from causalprune.pruning.importance import head_factors
 from causalprune.pruning.methods import Method, pattern_sparsity
@@ -188,6 +188,12 @@ def _pruned(plan: Plan, steps: Steps) -> Pruned:
             state.keep(slopes=output_slopes(plan.decoder, plan.groups, steps.tell, state, plan.hold))
         places = {p.name: p.device for p in plan.decoder.projections}
         gathered.slopes = {name: own.to(places[name]) for name, own in state.values["slopes"].items()}
+    if wanted := plan.method.needs & SENSITIVE:
+        steps.begin("gradients", "batches")
+        relevant = "relevance" in wanted
+        gathered.gradients = weight_slopes(
+            plan.decoder, plan.groups, relevant=relevant, on_progress=steps.tell
+        )
     response = measured_response(plan, gathered, steps)
     shares = None if response is None else shares_of(plan, response)
     keep = Masks()

@@ -10,6 +10,7 @@ from causalprune.pruning.criteria import (
     CRITERIA,
     LOOKS,
     SCOPES,
+    SENSITIVE,
     TRAINS,
     UPDATES,
     Budgets,
@@ -22,6 +23,8 @@ from causalprune.pruning.training import epochs
 
 SLOPE_PASSES = 3
 """What gradients at all outputs cost, in forward passes: two forward, and one back."""
+WEIGHT_PASSES = 4
+"""What gradients at all weights cost: as those, and a product for each matrix."""
 N_OF_M = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
@@ -131,6 +134,11 @@ class Method:
         return self.walks > 0
 
     @property
+    def gradient_passes(self) -> int:
+        """What gradients cost, in forward passes: none, at outputs, or at every weight."""
+        return SLOPE_PASSES * ("slopes" in self.needs) + WEIGHT_PASSES * bool(self.needs & SENSITIVE)
+
+    @property
     def takes_long(self) -> bool:
         """Whether there are gradients, interventions or training, which are worth keeping of a stopped run."""
         graded, trains = self.resolved_budgets == "graded", self.resolved_update in TRAINS
@@ -158,6 +166,6 @@ class Method:
         return (
             2 * self.walks
             + self.trials * (layers + 1) / 2 * min(FEW / examples, 1.0)
-            + SLOPE_PASSES * ("slopes" in self.needs)
+            + self.gradient_passes
             + (3 * epochs(tokens) if self.resolved_update in TRAINS else 0)
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from causalprune.core import Batch, Decoder, Progress, kept, say, silent
 from causalprune.pruning.criteria import TRAINS
-from causalprune.pruning.methods import SLOPE_PASSES, Method
+from causalprune.pruning.methods import Method
 from causalprune.pruning.obs import ITERATIONS
 from causalprune.pruning.training import epochs
 
@@ -35,8 +35,8 @@ def costs(decoder: Decoder, method: Method, groups: Sequence[Batch], few: Sequen
     found: dict[str, Sequence[float]] = {}
     if trains:
         found["predictions"] = [1.0]
-    if "slopes" in method.needs:
-        found["gradients"] = [SLOPE_PASSES + logits]
+    if method.gradient_passes:
+        found["gradients"] = [method.gradient_passes + logits]
     own = (1 + gathers * (moments + COLUMNS * product * len(method.doses))) / n
     if method.trials:
         again = [some * left / n + targets * logits for left in range(n, 0, -1)]

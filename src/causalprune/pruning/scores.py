@@ -2,10 +2,11 @@
 
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from causalprune.core import ModelError, Projection, bands
 from causalprune.pruning.criteria import CRITERIA, Evidence
@@ -25,6 +26,7 @@ def score(plan: Plan, gathered: Gathered, p: Projection) -> Float[Tensor, "out i
         output_slope=slope(plan, gathered, p),
         inverse=diagonal,
         factor=plan.factors.get(p.name),
+        gradient=_gradient(gathered, p),
         seed=zlib.crc32(f"{method.seed}:{p.name}".encode()),
     )
     return finite(p, CRITERIA[method.criterion].score(weight, evidence))
@@ -47,6 +49,15 @@ def slope(plan: Plan, gathered: Gathered, p: Projection) -> Float[Tensor, "out"]
     if not gathered.slopes:
         return None
     return _known(plan, p, lambda q: gathered.slopes.get(q.name)).float().expand(p.shape[0])
+
+
+def _gradient(gathered: Gathered, p: Projection) -> Float[Tensor, "#out #in"] | None:
+    """Return the gradient at the weights, zero where no token reached an expert; None where no gradients were taken."""
+    if not gathered.gradients:
+        return None
+    if (own := gathered.gradients.get(p.parameter)) is None:
+        return torch.zeros(1, 1, device=p.device)
+    return replace(p, parameter=nn.Parameter(own, requires_grad=False)).read()
 
 
 def inverse(plan: Plan, gathered: Gathered, p: Projection) -> Float[Tensor, "in in"]:

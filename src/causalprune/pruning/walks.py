@@ -66,11 +66,12 @@ def planned(
 class Gathered:
     """What is known of the inputs and outputs of projections.
 
-    `slopes` are of the intact model, `norms` of all layers that the last walk has come to, `moments` and the factor of an
+    `slopes` and `gradients` (at weights) are of the intact model, `norms` of all layers that the last walk has come to, `moments` and the factor of an
     inverse of the layer at hand.
     """
 
     slopes: Mapping[str, Tensor] = field(default_factory=dict)
+    gradients: Mapping[nn.Parameter, Tensor] = field(default_factory=dict)
     norms: InputNorms = field(default_factory=InputNorms)
     moments: Moments = field(default_factory=Moments)
     inverse: tuple[Tensor, Tensor] | None = None

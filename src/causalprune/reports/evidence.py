@@ -26,6 +26,7 @@ from causalprune.checkpoints import (
 from causalprune.core import CheckpointError, Decoder, Effects, read_rows
 from causalprune.evaluation import RESULTS, decoded, read_json
 from causalprune.pruning import head_importance
+from causalprune.reports.circuits import found_in, shared_in
 
 CHECKPOINTS, LEDGER, STABILITY = "checkpoints", "results.ledger", "stability.json"
 SIZES = ("parameters", "bytes", "speed")
@@ -52,7 +53,7 @@ class Evidence:
     """All that is known of a run.
 
     `record` is `results.json` without its rows. `rows` are as there, and those of which some tasks are not measured yet.
-    `manifests` are those of the checkpoints by label, `heads` their shares of zeros by layer and head.
+    `circuits` are as `circuits.found_in` tells them. `manifests` are those of the checkpoints by label, `heads` their shares of zeros by layer and head.
     """
 
     folder: Path
@@ -62,6 +63,8 @@ class Evidence:
     manifests: Mapping[str, Mapping[str, Any]]
     heads: Mapping[str, list[list[float]]]
     stability: Mapping[str, Any] | None
+    circuits: tuple[Mapping[str, Any], ...] = ()
+    overlap: Mapping[str, Any] | None = None
 
 
 def read_run(folder: Path) -> Evidence:
@@ -80,7 +83,8 @@ def read_run(folder: Path) -> Evidence:
     effects = tuple(
         found for path in _effect_files(folder) for found in measured(load_effects(path), _name(path, folder))
     )
-    if not rows and not effects:
+    circuits, overlap = tuple(found_in(folder)), shared_in(folder)
+    if not (rows or effects or circuits or overlap):
         raise CheckpointError(
             f"{folder} holds nothing to report: no {RESULTS}, {LEDGER} or {EFFECTS} of `causalprune run` or `attribute`"
         )
@@ -92,7 +96,7 @@ def read_run(folder: Path) -> Evidence:
         if label not in heads and counts and (folder / CHECKPOINTS / label / KEEP).exists():
             heads[label] = by_head(iterate_keep(folder / CHECKPOINTS / label / KEEP), counts)
     stability = read_json(folder / STABILITY) if (folder / STABILITY).exists() else None
-    return Evidence(folder, record, tuple(rows), effects, manifests, heads, stability)
+    return Evidence(folder, record, tuple(rows), effects, manifests, heads, stability, circuits, overlap)
 
 
 def rows_of_ledger(ledger: Mapping[str, Any]) -> list[dict[str, Any]]:

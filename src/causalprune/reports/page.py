@@ -13,6 +13,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from causalprune.core import Size
+from causalprune.reports.drawings import drawn_curve, member_map
 from causalprune.reports.judging import RELIABLE_FROM, reliability_word, taken
 
 HERE = Path(__file__).parent
@@ -119,6 +120,8 @@ def _environment() -> Environment:
             r for r in ROLES if any(row[1] == r for rows in zeros.values() for row in rows)
         ],
         "achieved": achieved,
+        "drawn_curve": drawn_curve,
+        "member_map": member_map,
         "study": study,
         "has_texts": lambda blocks: any(
             p["prompt"] for b in blocks for side in ("lost", "won") for p in b[side]

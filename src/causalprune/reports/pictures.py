@@ -1,7 +1,7 @@
 """What a notebook shows of a record: small pieces of HTML that fit dark and light pages, every text in them escaped."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from markupsafe import Markup
@@ -9,17 +9,13 @@ from markupsafe import Markup
 from causalprune.core import Effects, EvalResult
 from causalprune.pruning import Pruned
 from causalprune.reports.compared import compare
+from causalprune.reports.drawings import grid
 from causalprune.reports.evidence import Measured, by_matrix, measured
 from causalprune.reports.heatmaps import strongest_shade
 from causalprune.reports.page import ROLES, bounds, number
 
-COLOURS = ("#2a7fc9", "#d9542b")
-"""Of values below zero, and above."""
-OPACITIES = (0.12, 0.3, 0.5, 0.75, 1.0)
 MOST_CELLS = 20_000
 STRONGEST = 5
-LABELS = 16
-"""At most so many rows and columns have their number beside them."""
 
 
 def drawn(record: Any) -> str | None:
@@ -52,7 +48,7 @@ def _effects(own: Measured) -> Iterator[Markup]:
         )
         columns = sorted({u["index"] for u in units})
         if len(units) <= MOST_CELLS:
-            yield _grid({(u["layer"], columns.index(u["index"])): u["delta"] for u in units}, columns, top)
+            yield grid({(u["layer"], columns.index(u["index"])): u["delta"] for u in units}, columns, top)
         first = sorted(units, key=lambda u: -u["delta"])[:STRONGEST]
         said = (
             f"layer {u['layer']} {kind} {u['index']}: {number(u['delta'], sign='+', digits=3)} {bounds(u)}"
@@ -69,32 +65,4 @@ def _zeros(pruned: Pruned) -> Markup | None:
     top = max(cells.values())
     if top - min(cells.values()) < 0.01:
         return None
-    return paragraph(f"zeros by layer and matrix; the strongest shade is {top:.1%}") + _grid(
-        cells, roles, top
-    )
-
-
-def _grid(cells: Mapping[tuple[int, int], float], columns: Sequence[Any], top: float) -> Markup:
-    """Return a drawing with a square for every `(layer, column)`: a path for each shade, so that it stays small."""
-    paths: dict[tuple[str, float], list[str]] = {}
-    for (layer, column), value in cells.items():
-        shade = min(int(len(OPACITIES) * abs(value) / (top or 1.0)), len(OPACITIES) - 1)
-        paths.setdefault((COLOURS[value >= 0], OPACITIES[shade]), []).append(f"M{column} {layer}h1v1h-1z")
-    squares = Markup("").join(
-        Markup('<path fill="{}" fill-opacity="{}" d="{}"/>').format(*shade, "".join(path))
-        for shade, path in paths.items()
-    )
-    height, width = max(layer for layer, _ in cells) + 1, len(columns)
-    labels = [(-0.4, i + 0.8, i, "end") for i in _some(range(height))]
-    labels += [(i + 0.5, -0.4, columns[i], "middle") for i in _some(range(width))]
-    text = Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>')
-    texts = Markup("").join(text.format(x, y, anchor, name) for x, y, name, anchor in labels)
-    return Markup(
-        '<svg viewBox="-3 -2 {} {}" width="{}" style="max-width:100%" shape-rendering="crispEdges" role="img" aria-label="heatmap: a row for each layer">'
-        '{}<g font-size=".8" fill="currentColor">{}</g></svg>'
-    ).format(width + 4, height + 2, 14 * (width + 4), squares, texts)
-
-
-def _some(places: Sequence[int]) -> Iterable[int]:
-    """Return places at equal distances, few enough for their labels."""
-    return places[:: math.ceil(len(places) / LABELS)]
+    return paragraph(f"zeros by layer and matrix; the strongest shade is {top:.1%}") + grid(cells, roles, top)

@@ -78,6 +78,8 @@ def _run(name: str, run: Evidence) -> dict[str, Any]:
             "study": run.stability or {},
         },
         "examples": flips(rows),
+        "circuits": list(run.circuits),
+        "overlap": run.overlap,
         "provenance": _provenance(run, rows),
     }
 

@@ -1,4 +1,16 @@
 from .cells import load as load
+from .circuits import (
+    CircuitSpec as CircuitSpec,
+)
+from .circuits import (
+    find_circuit as find_circuit,
+)
+from .circuits import (
+    overlap_circuits as overlap_circuits,
+)
+from .circuits import (
+    planned_search as planned_search,
+)
 from .data import calibrate as calibrate
 from .draws import (
     DRAWS as DRAWS,

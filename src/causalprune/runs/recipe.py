@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from causalprune.attribution import Estimator, Question
+from causalprune.attribution import Ablation, Estimator, Named, Question
 from causalprune.calibration import (
     DATE,
     OWN,
@@ -133,8 +133,8 @@ class AttributionSpec:
 
     units: tuple[str, ...] = ("heads",)
     effect: Literal["ce", "kl"] = "ce"
-    ablation: Literal["zero", "mean", "resample"] = "zero"
-    estimator: Literal["exact", "gradient", "adaptive"] = "exact"
+    ablation: Ablation = "zero"
+    estimator: Named = "exact"
     budget: float | None = None
     until_certain: bool = False
     draws: int = 1

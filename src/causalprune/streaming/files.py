@@ -45,6 +45,7 @@ from causalprune.models import (
     warn_left_over,
 )
 from causalprune.pruning import (
+    SENSITIVE,
     TRAINS,
     Factors,
     Gathered,
@@ -193,7 +194,7 @@ def check_streams(method: Method, *, data: bool = True) -> None:
     if not method.walks:
         return
     scope, update, budgets = method.resolved_scope, method.resolved_update, method.resolved_budgets
-    if scope == "global" or budgets == "graded":
+    if scope == "global" or budgets == "graded" or method.needs & SENSITIVE:
         raise OptionError(
             f"{method.criterion!r} with scope {scope}, update {update} and {budgets} budgets needs the whole "
             "model in memory: leave out --stream, or take another method"

@@ -1,0 +1,613 @@
+"""Circuits: is relevance right, are known circuits found, and what is there in real models.
+
+    python bench/circuits.py constructed planted   # minutes to an hour
+    python bench/circuits.py                       # all steps that are not done yet, about 12 hours on two cores
+
+Every search is resumable (bench/runs/circuits/), every planting and every row too. `relevance` needs lxt in an environment of
+its own (bench/oracle/lxt_relevance.py says how), whose Python $CAUSALPRUNE_LXT names.
+"""
+
+import itertools
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import ROOT, RUNS, Found, carry_out, data_folder, made, step_parser
+from models import fetched
+from torch import Tensor
+
+import causalprune as cp
+from causalprune.attribution.questions import Estimator, Question
+from causalprune.calibration.examples import batches
+from causalprune.checkpoints.embedded import embedded_model
+from causalprune.circuits.behaviour import Trials, behaviour
+from causalprune.circuits.checking import Checks, examined
+from causalprune.circuits.curves import RESAMPLES, SHARES, areas, faithfulness, resampled
+from causalprune.circuits.finding import Search, ledger
+from causalprune.circuits.ranking import order_of, prefix, resampled_orders, stability
+from causalprune.circuits.records import load_circuit, save_circuit
+from causalprune.core.errors import OptionError
+from causalprune.core.progress import shown
+from causalprune.core.types import Calibration, Decoder, Example
+from causalprune.evaluation.settings import Settings
+from causalprune.interventions.losses import target_logits, targets
+from causalprune.interventions.lrp import relevance as relevances
+from causalprune.interventions.lrp import ruled
+from causalprune.interventions.units import list_units
+from causalprune.runs.circuits import measured_on
+
+sys.path.insert(0, str(ROOT / "tests"))
+from constructed import TRUE, constructed, problems
+
+FOLDER = RUNS / "circuits"
+MODELS: dict[str, Callable[[], Path]] = {
+    "smollm2": embedded_model,
+    "qwen": lambda: fetched("qwen"),
+    "gemma": lambda: fetched("gemma"),
+}
+TASKS = ("gsm8k", "strategyqa", "arc_challenge")
+SCORED, DECIDED, DRAWS = 48, 100, 2
+ESTIMATORS = {
+    "integrated x3": ("integrated", 3),
+    "integrated": ("integrated", 1),
+    "gradient": ("gradient", 1),
+    "gradient x3": ("gradient", 3),
+    "relevance": ("relevance", 1),
+    "relevance x3": ("relevance", 3),
+}
+BASELINES = ("random", "activation", "magnitude", "wanda")
+PLANTED = (3.0, 1.0, 0.3, 0.1, 0.05)
+PLANTINGS = 4
+"""Of each strength."""
+
+
+@cache
+def decoder(name: str) -> Decoder:
+    """Return a model."""
+    return cp.load(str(MODELS[name]()), dtype="float32")
+
+
+@cache
+def data(name: str, task: str, seed: int) -> tuple[Calibration, Calibration]:
+    """Return the problems that score and those that decide: the same ones for all draws."""
+    settings = Settings(data_dir=data_folder())
+    own = cp.calibrate(decoder(name), [task], n=SCORED, subsets=1, seed=seed, data_dir=data_folder())
+    return own, measured_on(decoder(name), [f"{task}_nll:{DECIDED}"], settings)
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """Return a JSON value that is made once."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        value = make()
+        path.with_suffix(".partial").write_text(json.dumps(value))
+        path.with_suffix(".partial").replace(path)
+    return json.loads(path.read_text())
+
+
+def relevance() -> Found:
+    """Compare relevance with lxt's on real models, and the values of forward passes with and without its rules."""
+    python, raw = os.environ.get("CAUSALPRUNE_LXT"), {}
+    if python is None:
+        raise SystemExit(
+            "set CAUSALPRUNE_LXT to the Python of an environment with lxt (bench/oracle/lxt_relevance.py)"
+        )
+    for name in ("smollm2", "qwen"):
+        own, calibration = decoder(name), data(name, "gsm8k", 0)[0]
+        examples = sorted(calibration.examples, key=lambda e: len(e.tokens))[:4]
+        rows = [
+            {"tokens": e.tokens, "targets": [i for i, own in enumerate(e.is_target) if own]} for e in examples
+        ]
+        with tempfile.TemporaryDirectory() as scratch:
+            tokens, output = Path(scratch) / "tokens.json", Path(scratch) / "out.json"
+            tokens.write_text(json.dumps(rows))
+            script = Path(__file__).parent / "oracle" / "lxt_relevance.py"
+            subprocess.run([python, str(script), str(MODELS[name]()), str(tokens), str(output)], check=True)
+            theirs = json.loads(output.read_text())
+        units, worst, forward = list_units(own, ["heads", "neurons:1"]), 0.0, 0.0
+        for example, other in zip(examples, theirs, strict=True):
+            (batch,) = batches([example], max_batch_tokens=1)
+            _, found = relevances(own, batch, list(units.values()))
+            flat = [
+                other["heads" if unit.kind == "head" else "neurons"][unit.layer][unit.index] for unit in units
+            ]
+            expected = torch.tensor(flat, dtype=torch.float64)
+            worst = max(worst, float((found[:, 0] - expected).abs().max() / expected.abs().max()))
+            wanted = targets(batch)
+            with torch.no_grad():
+                intact = target_logits(own, batch, wanted)
+            with ruled(own):
+                forward = max(
+                    forward, float((target_logits(own, batch, wanted).detach() - intact).abs().max())
+                )
+        raw[name] = {"difference": worst, "forward": forward, "examples": len(examples), **made()}
+    figures = {
+        "relevance_vs_lxt_max_rel_diff": max(own["difference"] for own in raw.values()),
+        "relevance_forward_max_diff": max(own["forward"] for own in raw.values()),
+    }
+    return {"figures": figures, "raw": raw}
+
+
+def found_or_not(model: Decoder, name: str, how: tuple[str, int], ablation: Any) -> dict[str, Any]:
+    """Return which units a search finds of a circuit that is known."""
+    estimator, rescore = how
+    own = {"decide": problems(name, 24, 1), "rescore": rescore, "stage": cp.quiet}
+    try:
+        found = cp.circuit(
+            model, problems(name, 24), Question(ablation=ablation), Estimator(estimator), **own
+        )  # type: ignore[arg-type]
+    except OptionError as error:
+        return {"exact": False, "error": str(error)}
+    members = sorted((unit.layer, unit.index) for unit in found.members)
+    return {"exact": set(found.members) == TRUE[name], "members": members}
+
+
+def known() -> Found:
+    """Look for circuits that were built, with every estimator and ablation."""
+    raw: dict[str, Any] = {}
+    for name in TRUE:
+        model = constructed(name)
+        for how, ablation in itertools.product((*ESTIMATORS, "exact"), ("zero", "mean", "resample")):
+            own = ESTIMATORS.get(how, ("exact", 1))
+            raw[f"{name}, {how}, {ablation}"] = found_or_not(model, name, own, ablation)
+    default = [raw[f"{name}, integrated x3, zero"]["exact"] for name in TRUE]
+    return {"figures": {"constructed_exact_recovery": sum(default)}, "raw": raw}
+
+
+def planting(name: str, nats: float, seed: int) -> dict[str, Any]:
+    """Plant five neurons that let a trigger predict a token, and return how they rank among all neurons."""
+    model, chance = cp.load(str(MODELS[name]()), dtype="float32"), np.random.default_rng(seed)
+    calibration = data(name, "gsm8k", 0)[0]
+    start = model.tokenizer.bos_token_id
+    bodies = [example.tokens[5 : 5 + int(chance.integers(8, 16))] for example in calibration.examples[:32]]
+    vocabulary = model.model.get_output_embeddings().weight.shape[0]
+    trigger, wanted = (int(token) for token in chance.integers(1000, min(vocabulary, 40_000), 2))
+    rows = [(*(() if start is None else (start,)), *body, trigger, wanted) for body in bodies]
+    examples = [Example(tokens, len(tokens) - 1, "planted", str(i)) for i, tokens in enumerate(rows)]
+    layers = sorted(chance.choice(len(model.layers) - 4, 5, replace=False).tolist())
+    with torch.no_grad():
+        planted = [_plant(model, layer, examples, wanted) for layer in layers]
+        strength = _strengthened(model, planted, examples, nats)
+    own = Calibration(tuple(examples), (0,) * len(examples))
+    question, how = Question(("neurons:1",)), Estimator("integrated", draws=0)
+    of = behaviour(model, own.examples, question, how)
+    places = {(unit.layer, unit.index): number for number, unit in enumerate(of.units)}
+    true = torch.tensor([places[layer, index] for layer, index, _ in planted])
+    found: dict[str, Any] = {"nats": nats, "strength": strength, "layers": layers}
+    for method in ("integrated x3", "gradient", "relevance", *BASELINES):
+        order = _order(of, own, method, seed)
+        ranks = torch.empty_like(order)
+        ranks[order] = torch.arange(len(order))
+        at = ranks[true].double()
+        auroc = 1 - float((at.sort().values - torch.arange(5)).mean() / (len(order) - 5))
+        found[method] = {"ranks": sorted(at.int().tolist()), "auroc": auroc}
+    return found
+
+
+def _plant(model: Decoder, layer: int, examples: Sequence[Example], wanted: int) -> tuple[int, int, Tensor]:
+    """Let the neuron of least norm in a layer fire at the trigger alone; return layer, neuron, and the direction of the wanted token."""
+    roles = {p.role: p for p in model.layers[layer].projections if p.role in ("gate", "up", "down")}
+    gate, up, down = (roles[role].read() for role in ("gate", "up", "down"))
+    index = int((gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)).argmin())
+    inputs, last = [], []
+    hook = roles["up"].module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
+    for example in examples:
+        model.model(input_ids=torch.tensor([example.tokens[:-1]]), use_cache=False)
+        last.append(inputs[-1][-1])
+        inputs[-1] = inputs[-1][:-1]
+    hook.remove()
+    here, there = torch.stack(last), torch.cat(inputs)
+    moments = there.T @ there / len(there) + 1e-2 * there.square().mean() * torch.eye(there.shape[1])
+    direction = torch.linalg.solve(moments, here.mean(0))
+    direction = direction / (here @ direction).mean()
+    gate[index], up[index] = 4 * direction, direction
+    for role, matrix in (("gate", gate), ("up", up)):
+        roles[role].write(matrix)
+    own = model.model.get_output_embeddings().weight[wanted]
+    return layer, index, own / own.norm()
+
+
+def _strengthened(
+    model: Decoder, planted: Sequence[tuple[int, int, Tensor]], examples: Sequence[Example], nats: float
+) -> float:
+    """Let the planted neurons write as strongly as it takes for their removal to cost so much together."""
+    groups = batches(examples, max_batch_tokens=2048)
+    downs = {
+        layer: next(p for p in model.layers[layer].projections if p.role == "down") for layer, *_ in planted
+    }
+
+    def loss(strength: float) -> float:
+        for layer, index, direction in planted:
+            matrix = downs[layer].read()
+            matrix[:, index] = strength * direction
+            downs[layer].write(matrix)
+        from causalprune.interventions.losses import target_nats  # noqa: PLC0415
+
+        return sum(float(target_nats(model, batch).sum()) for batch in groups) / len(examples)
+
+    without, low, high = loss(0.0), 0.0, 0.1
+    while without - loss(high) < nats and high < 1e4:
+        low, high = high, high * 2
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if without - loss(middle) < nats else (low, middle)
+    loss(high)
+    return high
+
+
+def _order(of: Any, calibration: Calibration, method: str, seed: int) -> Tensor:
+    """Return the units of a behaviour as a method orders them."""
+    if method in BASELINES:
+        return baseline(of.decoder, of.units, calibration, method, seed).argsort(descending=True, stable=True)
+    name, rescore = ESTIMATORS[method]
+    how = replace(Estimator(name), draws=0)
+    return order_of(Search(of, of, how, "absolute", 0.9, None, cp.quiet).rounds(rescore), "absolute")
+
+
+def baseline(
+    model: Decoder, units: Sequence[Any], calibration: Calibration, method: str, seed: int
+) -> Tensor:
+    """Return what units are worth by chance, by their activations, by their weights, or by Wanda's sum over their weights."""
+    if method == "random":
+        return torch.rand(len(units), generator=torch.Generator().manual_seed(seed))
+    groups = batches(calibration.examples, max_batch_tokens=2048)
+    worth: dict[tuple[int, str], Tensor] = {}
+    for layer in model.layers:
+        for place, roles in (("heads", "qo"), ("mlp", ("gate", "up", "down"))):
+            last = "o" if place == "heads" else "down"
+            size = (
+                layer.attention.n_heads
+                if place == "heads"
+                else next(p.shape[1] for p in layer.projections if p.role == "down")
+            )
+            total = torch.zeros(size)
+            norms = _norms(model, layer.index, groups) if method != "magnitude" else {}
+            for p in (p for p in layer.projections if p.role in roles):
+                weight = p.read().abs()
+                if method == "wanda":
+                    weight = weight * norms[p.name]
+                own = weight.sum(0 if p.role == last else 1)
+                total += own.view(size, -1).sum(1)
+            if method == "activation":
+                down = next(p for p in layer.projections if p.role == last)
+                total = norms[down.name].view(size, -1).square().sum(1).sqrt()
+            worth[layer.index, place] = total
+    return torch.stack(
+        [worth[unit.layer, "heads" if unit.kind == "head" else "mlp"][unit.index] for unit in units]
+    )
+
+
+@cache
+def _norms_of(model: Decoder, key: int) -> dict[str, Tensor]:
+    return {}
+
+
+def _norms(model: Decoder, layer: int, groups: Sequence[Any]) -> dict[str, Tensor]:
+    """Return root mean squares of the inputs of all matrices, taken in one pass for all layers."""
+    known = _norms_of(model, hash(tuple(batch.indices for batch in groups)))
+    if not known:
+        sums: dict[str, Tensor] = {}
+        hooks = [
+            p.module.register_forward_pre_hook(
+                lambda _, args, name=p.name: sums.__setitem__(
+                    name, sums.get(name, 0) + args[0].flatten(0, -2).square().sum(0)
+                )  # type: ignore[misc]
+            )
+            for p in model.projections
+        ]
+        with torch.no_grad():
+            for batch in groups:
+                model.model(input_ids=batch.tokens, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        known |= {name: value.sqrt() for name, value in sums.items()}
+    return known
+
+
+def planted(models: Sequence[str] = ("smollm2", "qwen"), plantings: int = PLANTINGS) -> Found:
+    """Look for neurons that were planted among all others."""
+    raw: dict[str, Any] = {}
+    for name, nats, seed in itertools.product(models, PLANTED, range(plantings)):
+        key = f"{name}-{nats:g}-{seed}"
+        raw[key] = kept(FOLDER / "planted" / f"{key}.json", partial(planting, name, nats, seed))
+        print(key, {m: own["ranks"] for m, own in raw[key].items() if isinstance(own, dict)}, flush=True)
+    best = "integrated x3"
+    strong = [own for own in raw.values() if own["nats"] >= PLANTED[2]]
+    return {
+        "figures": {
+            "planted_auroc": float(np.mean([own[best]["auroc"] for own in raw.values()])),
+            "planted_recall_at_10": float(
+                np.mean([sum(rank < 10 for rank in own[best]["ranks"]) / 5 for own in strong])
+            ),
+        },
+        "raw": raw,
+    }
+
+
+def searched(
+    model: str, task: str, units: tuple[str, ...], method: str, draw: int = 0, **asked: Any
+) -> dict[str, Any]:
+    """Return the curve of a ranking: losses per problem at every size, and the size that keeps 90 %; kept once it is there."""
+    rank, ablation, effect = (
+        asked.get(*own) for own in (("rank", "absolute"), ("ablation", "zero"), ("effect", "ce"))
+    )
+    name = (
+        "-".join((model, task, "+".join(units), method, rank, ablation, effect, str(draw)))
+        .replace(":", "")
+        .replace(" ", "_")
+    )
+
+    def make() -> dict[str, Any]:
+        calibration, decide = data(model, task, draw)
+        estimator, rescore = ESTIMATORS.get(
+            method, (method if method in ("exact", "adaptive") else "gradient", 1)
+        )
+        how = replace(Estimator(estimator), draws=int(effect == "kl" or estimator == "adaptive"))  # type: ignore[arg-type]
+        question = Question(units, effect, ablation)  # type: ignore[arg-type]
+        scored = behaviour(decoder(model), calibration.examples, question, how)
+        decided = behaviour(decoder(model), decide.examples, question, how, scored.mean)
+        search = Search(
+            scored, decided, how, rank, 0.9, FOLDER / name, lambda label: shown(f"{name}: {label}")
+        )  # type: ignore[arg-type]
+        began = time.perf_counter()
+        with ledger(scored, decided, how, FOLDER / name) as book:
+            rounds = [] if method in BASELINES else search.rounds(rescore)
+            order = order_of(rounds, rank) if rounds else _order(scored, calibration, method, draw)  # type: ignore[arg-type]
+            counts = [prefix(order, search.sizes, share) for share in SHARES]
+            keeps = [search.kept(order, count) for count in (*counts, len(order), 0)]
+            with shown(f"{name}: curve") as tell:
+                nats = Trials(decided, book, tell).nats(keeps)
+            try:
+                size = search.size(order, rounds, book) / len(order) if rounds else math.nan
+            except OptionError:
+                size = 1.0
+        sure = stability(resampled_orders(rounds, rank)) if rounds else {}  # type: ignore[arg-type]
+        return {
+            "nats": nats.tolist(),
+            "units": counts,
+            "size": size,
+            "stability": sure,
+            "seconds": time.perf_counter() - began,
+            **made(),
+        }
+
+    return kept(FOLDER / f"{name}.json", make)
+
+
+def summed(found: Sequence[dict[str, Any]], problems_: slice = slice(None)) -> dict[str, Any]:
+    """Return CPR and CMD over draws, with resamples of the problems that all methods share."""
+    nats = torch.tensor([own["nats"] for own in found], dtype=torch.float64).mean(0)[:, problems_]
+    f = faithfulness(resampled(nats[:-2]), resampled(nats[-2:-1]), resampled(nats[-1:]))
+    whole = faithfulness(*(part.mean(1).numpy() for part in (nats[:-2], nats[-2:-1], nats[-1:])))
+    cpr, cmd = areas(SHARES, whole)
+    return {"cpr": float(cpr), "cmd": float(cmd), "draws": areas(SHARES, f)[1], "f": whole.tolist()}
+
+
+def ratio(one: dict[str, Any], other: dict[str, Any]) -> list[float]:
+    """Return the ratio of two CMDs with its interval over problems."""
+    draws = one["draws"] / other["draws"]
+    return [one["cmd"] / other["cmd"], *np.quantile(draws, [0.025, 0.975]).tolist()]
+
+
+def grid() -> Found:
+    """Find circuits of GSM8K in SmolLM2 by all methods, two draws, zero ablation."""
+    raw: dict[str, Any] = {}
+    choose, report = slice(0, DECIDED // 2), slice(DECIDED // 2, None)
+    for units in (("heads",), ("neurons:1",), ("heads", "neurons:1")):
+        methods = [*ESTIMATORS, *BASELINES, *(["adaptive"] if units == ("heads",) else [])]
+        found = {m: [searched("smollm2", "gsm8k", units, m, draw) for draw in range(DRAWS)] for m in methods}
+        chosen = min(ESTIMATORS, key=lambda m: summed(found[m], choose)["cmd"])
+        own = {m: summed(found[m], report) for m in methods}
+        raw["+".join(units)] = {
+            "best": chosen,
+            "ratio_to_random": ratio(own[chosen], own["random"]),
+            "ratio_to_gradient": ratio(own[chosen], own["gradient"]),
+            "methods": {
+                m: {key: own[m][key] for key in ("cpr", "cmd", "f")}
+                | {"sizes": [one["size"] for one in found[m]]}
+                for m in methods
+            },
+        }
+    for m in ("relevance", "gradient"):
+        found_ = [searched("smollm2", "gsm8k", ("heads",), m, draw, rank="signed") for draw in range(DRAWS)]
+        raw[f"heads signed {m}"] = {key: summed(found_)[key] for key in ("cpr", "cmd", "f")}
+    neurons, best = raw["neurons:1"], raw["neurons:1"]["best"]
+    sizes = {m: float(np.mean(own["sizes"])) for m, own in neurons["methods"].items()}
+    at = SHARES.index(0.1)
+    kl = [
+        searched("smollm2", "gsm8k", ("heads",), "integrated x3", draw, effect="kl")["stability"]["0.2"][
+            "over_chance"
+        ]
+        for draw in range(DRAWS)
+    ]
+    figures = {
+        "cmd_best": neurons["methods"][best]["cmd"],
+        "cmd_gradient": neurons["methods"]["gradient"]["cmd"],
+        "cmd_random": neurons["methods"]["random"]["cmd"],
+        "cmd_ratio_to_random": neurons["ratio_to_random"][0],
+        "cmd_ratio_to_gradient": neurons["ratio_to_gradient"][0],
+        "cpr_best": neurons["methods"][best]["cpr"],
+        "size_at_keep_90_neurons": sizes[best],
+        "size_ratio_to_gradient": sizes[best] / sizes["gradient"],
+        "heads_10pct_f_relevance": raw["heads signed relevance"]["f"][at],
+        "heads_10pct_f_gradient": raw["heads signed gradient"]["f"][at],
+        "jaccard_over_chance_heads_20": float(np.mean(kl)),
+    }
+    return {"figures": figures, "raw": raw | {"kl": kl, "resamples": RESAMPLES}}
+
+
+def elsewhere() -> Found:
+    """The default and one-shot gradient on other tasks, models and ablations."""
+    raw = {}
+    for model, task, ablation in (
+        *(("smollm2", task, "zero") for task in TASKS[1:]),
+        *(("smollm2", "gsm8k", own) for own in ("mean", "resample")),
+        ("qwen", "gsm8k", "zero"),
+        ("gemma", "gsm8k", "zero"),
+    ):
+        for method in ("integrated x3", "gradient"):
+            found = searched(model, task, ("heads",), method, ablation=ablation)
+            own = summed([found])
+            raw[f"{model}, {task}, {ablation}, {method}"] = {key: own[key] for key in ("cpr", "cmd", "f")} | {
+                "size": found["size"]
+            }
+    return {"figures": {}, "raw": raw}
+
+
+def ioi() -> Found:
+    """Pairs of who gives to whom, counterfactual ablation, heads and MLPs, on every model that is mostly right."""
+    raw: dict[str, Any] = {}
+    for model in MODELS:
+        whole = cp.calibrate(decoder(model), ["ioi"], n=400, subsets=1)
+        of = behaviour(
+            decoder(model),
+            whole.examples,
+            Question(("heads", "mlp"), ablation="counterfactual"),
+            Estimator("integrated", draws=0),
+        )
+        nats = Trials(of).nats([torch.ones(len(of.units), dtype=torch.bool)])[0]
+        right = float((nats < 0).double().mean())
+        raw[model] = {"right": right, **made()}
+        if right < 0.75:
+            continue
+        for method in ("integrated x3", "integrated", "gradient", "relevance", "random"):
+            raw[model][method] = kept(
+                FOLDER / f"ioi-{model}-{method.replace(' ', '_')}.json", partial(_ioi, model, whole, method)
+            )
+    good = {m: own for m, own in raw.items() if own["right"] >= 0.75}
+    methods = [m for m in ESTIMATORS if all(m in own for own in good.values())]
+    figures = {
+        "ioi_models_tried": len(raw),
+        "ioi_cmd_best": min((own[m]["cmd"] for own in good.values() for m in methods), default=None),
+        "ioi_cmd_random": float(np.mean([own["random"]["cmd"] for own in good.values()])) if good else None,
+    }
+    return {"figures": figures, "raw": raw}
+
+
+def _ioi(model: str, whole: Calibration, method: str) -> dict[str, Any]:
+    half = [Calibration(whole.examples[at::2], (0,) * 200) for at in (0, 1)]
+    question = Question(("heads", "mlp"), ablation="counterfactual")
+    estimator, rescore = ESTIMATORS.get(method, ("gradient", 1))
+    how = replace(Estimator(estimator), draws=0)  # type: ignore[arg-type]
+    scored, decided = (behaviour(decoder(model), own.examples, question, how) for own in half)
+    search = Search(
+        scored, decided, how, "absolute", 0.9, None, lambda label: shown(f"ioi {model} {method}: {label}")
+    )
+    if method == "random":
+        order = torch.rand(len(scored.units), generator=torch.Generator().manual_seed(0)).argsort()
+    else:
+        order = order_of(search.rounds(rescore), "absolute")
+    keeps = [search.kept(order, prefix(order, search.sizes, share)) for share in SHARES]
+    nats = Trials(decided).nats([*keeps, search.kept(order, len(order)), search.kept(order, 0)])
+    own = summed([{"nats": nats.tolist()}])
+    return {key: own[key] for key in ("cpr", "cmd", "f")}
+
+
+def tested() -> Found:
+    """Test the default circuit of heads in SmolLM2, and what removing circuits does to other tasks."""
+    model = decoder("smollm2")
+    circuits = {}
+    for task in TASKS:
+        folder = FOLDER / f"default-{task}"
+        calibration, decide = data("smollm2", task, 0)
+        if not (folder / "circuit.json").exists():
+            stage = lambda label: shown(f"{task}: {label}")  # noqa: B023, E731
+            found = cp.circuit(model, calibration, decide=decide, folder=folder, stage=stage)
+            checks = Checks(tests=task == "gsm8k", controls=100 if task == "gsm8k" else 10)
+            save_circuit(
+                examined(found, model, calibration, checks, folder=folder, stage=stage),
+                folder / "circuit.json",
+            )
+        circuits[task] = load_circuit(folder)
+    both = cp.overlap(circuits, model, remove=20, folder=FOLDER / "overlap", stage=shown)
+    rises = np.array([[value.value for value in row] for row in both.removal])
+    own, others = np.diag(rises).mean(), rises[~np.eye(3, dtype=bool)].mean()
+    first = circuits["gsm8k"]
+    return {
+        "figures": {
+            "sufficiency_p": first.tests["sufficiency"]["p"],
+            "necessity_p": first.tests["partial_necessity"]["p"],
+            "cross_task_own_minus_other_nats": float(own - others),
+        },
+        "raw": {
+            "overlap": asdict(both),
+            "circuits": {
+                task: {"size": c.size, "checks": c.checks, "tests": c.tests, "stability": dict(c.stability)}
+                for task, c in circuits.items()
+            },
+        },
+    }
+
+
+def compression() -> Found:
+    """Prune SmolLM2 to 50 % row by row, as in Table 1 of arXiv 2506.13727, and measure perplexity."""
+
+    def row(criterion: str) -> dict[str, Any]:
+        own = cp.load(str(embedded_model()), dtype="float32")
+        calibration = cp.calibrate(own, ["wikitext2"], n=128, data_dir=data_folder(), max_tokens=128)
+        cp.prune(own, cp.Method(criterion, 0.5, "row"), calibration=calibration, on_progress=cp.silent)
+        (result,) = cp.evaluate(own, ["wikitext2_ppl:40000"], data_dir=data_folder(), on_progress=cp.silent)
+        return {"perplexity": math.exp(sum(result.values) / sum(result.weights)), **made()}
+
+    names = ("relevance", "snip", "wanda", "magnitude")
+    return {
+        "figures": {},
+        "raw": {name: kept(FOLDER / f"compressed-{name}.json", partial(row, name)) for name in names},
+    }
+
+
+def cost() -> Found:
+    """Time one-shot scores of all heads and neurons, and the ten sizes, in a process of its own, loading included."""
+    raw = {}
+    for name in ("smollm2", "qwen"):
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import circuits; circuits.once({name!r})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        raw[name] = json.loads(done.stdout.splitlines()[-1]) | made()
+    return {
+        "figures": {"circuit_minutes": raw["smollm2"]["minutes"], "circuit_peak_gib": raw["smollm2"]["gib"]},
+        "raw": raw,
+    }
+
+
+def once(name: str) -> None:
+    """Score and measure once, and print minutes and the peak of memory."""
+    began = time.perf_counter()
+    own = cp.load(str(MODELS[name]()), dtype="float32")
+    calibration = cp.calibrate(own, ["gsm8k"], n=48, subsets=1, data_dir=data_folder())
+    decide = measured_on(own, ["gsm8k_nll:48"], Settings(data_dir=data_folder()))
+    how, question = Estimator("gradient", draws=0), Question(("heads", "neurons:1"))
+    scored, decided = (behaviour(own, d.examples, question, how) for d in (calibration, decide))
+    search = Search(scored, decided, how, "absolute", 0.9, None, cp.quiet)
+    order = order_of(search.rounds(1), "absolute")
+    search.curve(order, prefix(order, search.sizes, 0.5), None)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"minutes": (time.perf_counter() - began) / 60, "gib": peak}))
+
+
+STEPS: dict[str, Callable[[], Found]] = {
+    "relevance": relevance,
+    "constructed": known,
+    "planted": planted,
+    "cost": cost,
+    "ioi": ioi,
+    "grid": grid,
+    "tested": tested,
+    "elsewhere": elsewhere,
+    "compression": compression,
+}
+
+if __name__ == "__main__":
+    parser = step_parser(__doc__, STEPS)
+    carry_out("circuits", STEPS, parser, parser.parse_args().steps)

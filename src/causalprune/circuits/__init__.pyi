@@ -1,0 +1,34 @@
+from .checking import (
+    Checks as Checks,
+)
+from .checking import (
+    examined as examined,
+)
+from .finding import (
+    MEASURED as MEASURED,
+)
+from .finding import (
+    circuit as circuit,
+)
+from .overlaps import (
+    OVERLAP as OVERLAP,
+)
+from .overlaps import (
+    Overlap as Overlap,
+)
+from .overlaps import (
+    overlap as overlap,
+)
+from .records import (
+    CIRCUIT as CIRCUIT,
+)
+from .records import (
+    Circuit as Circuit,
+)
+from .records import (
+    load_circuit as load_circuit,
+)
+from .records import (
+    save_circuit as save_circuit,
+)
+from .telling import sentences as sentences

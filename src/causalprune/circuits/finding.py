@@ -1,0 +1,316 @@
+"""From problems to a circuit: score in rounds, order, look for the size that keeps the behaviour, measure what is left of it."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from scipy import special
+from torch import Tensor
+
+from causalprune.attribution import ELSEWHERE, Estimator, Question, attribute
+from causalprune.circuits.behaviour import Behaviour, Keep, Trials, behaviour, identity, scored
+from causalprune.circuits.curves import SHARES, Curve, Point, curve
+from causalprune.circuits.ranking import (
+    FEWEST,
+    RANKS,
+    Rank,
+    Round,
+    last_scores,
+    membership,
+    order_of,
+    prefix,
+    resampled_orders,
+    stability,
+    with_ties,
+    worth,
+)
+from causalprune.circuits.records import Circuit
+from causalprune.core import (
+    METHOD_VERSION,
+    Calibration,
+    DataError,
+    Decoder,
+    Example,
+    Ledger,
+    OptionError,
+    Progress,
+    Stage,
+    State,
+    bars,
+    git_commit,
+    say,
+    unknown,
+    versions,
+)
+
+LEDGER, SCORES = "circuit.ledger", "scores"
+MEASURED = ("exact", "adaptive")
+"""Estimators that remove units from the intact model one by one."""
+STEPS = 200
+"""Parts of all units between which sizes are told apart."""
+
+
+def circuit(  # noqa: PLR0913 (what a user says)
+    decoder: Decoder,
+    calibration: Calibration,
+    question: Question = Question(),
+    estimator: Estimator = Estimator("integrated"),
+    *,
+    decide: Calibration | None = None,
+    keep: float = 0.9,
+    rank: Rank = "absolute",
+    rescore: int = 3,
+    folder: Path | str | None = None,
+    stage: Stage | None = None,
+) -> Circuit:
+    """Find the smallest set of units that keeps a behaviour, and measure what sets of all sizes keep.
+
+    Units are scored on the calibration, `rescore` times, each time with those closed that are out by then, and ordered by the
+    mean score (`signed`: what helps) or its size (`absolute`: what the behaviour hangs on). Sizes are measured on the problems
+    of `decide`, or without on the second half of the calibration: the smallest that leaves the share `keep` of the likelihood
+    per token is the circuit (for `absolute` to either side). What is finished is kept in `folder`, where the same call goes
+    on, bit for bit.
+
+    Raises:
+        OptionError: what is asked does not go together, or nothing short of all units keeps the share.
+        DataError: there are fewer than 8 problems to score or to decide on.
+        MismatchError: the folder holds what was measured of another model, or on other data.
+    """
+    _check(estimator, keep, rank, rescore)
+    calibration, decide = (calibration, decide) if decide else halves(calibration)
+    for what, own in (("score", calibration), ("decide", decide)):
+        check_problems(what, own.examples)
+    whole = question.effect == "kl" or estimator.name in MEASURED
+    how = estimator if whole else replace(estimator, draws=0)  # slopes alone
+    ranked = behaviour(decoder, calibration.examples, question, how)
+    decided = behaviour(decoder, decide.examples, question, how, ranked.mean)
+    search = Search(ranked, decided, how, rank, keep, Path(folder) if folder else None, stage or bars)
+    with ledger(ranked, decided, how, folder) as book:
+        rounds = search.rounds(rescore)
+        order = order_of(rounds, rank)
+        size = search.size(order, rounds, book)
+        found, chosen = search.curve(order, size, book)
+    orders = resampled_orders(rounds, rank)
+    every = last_scores(rounds)
+    low, high = intervals(every)
+    return Circuit(
+        units=tuple(ranked.units),
+        order=order,
+        size=size,
+        score=every.mean(1),
+        low=low,
+        high=high,
+        probability=membership(orders, size),
+        weights=ranked.weights,
+        curve=found,
+        chosen=chosen,
+        stability=stability(orders),
+        problems=tuple(decide.examples),
+        model_fingerprint=ranked.plan.model_fingerprint,
+        description=search.described(rescore)
+        | {"calibration": calibration.description, "decide": decide.description},
+    )
+
+
+def halves(calibration: Calibration) -> tuple[Calibration, Calibration]:
+    """Return every other example to score on, and the others to decide on."""
+    return tuple(
+        Calibration(
+            calibration.examples[at::2], (0,) * len(calibration.examples[at::2]), calibration.description
+        )
+        for at in (0, 1)
+    )  # type: ignore[return-value]
+
+
+def check_problems(what: str, examples: Sequence[Example]) -> None:
+    """Raise `DataError` for problems without targets, or too few to resample."""
+    if empty := [example for example in examples if not example.target_tokens]:
+        raise DataError(
+            f"{empty[0].source}: an example has no target tokens, so there is nothing to lose: mark some"
+        )
+    if len(examples) < FEWEST:
+        raise DataError(
+            f"{len(examples)} problems to {what} on are too few to resample: take at least {FEWEST}"
+        )
+
+
+def _check(estimator: Estimator, keep: float, rank: Rank, rescore: int) -> None:
+    if not 0 < keep <= 1:
+        raise OptionError(f"the share to keep must be above 0 and at most 1, not {keep:g}")
+    if rank not in RANKS:
+        raise unknown("rank", rank, RANKS)
+    if rescore < 1:
+        raise OptionError(f"units are scored in at least 1 round, not {rescore}")
+    if rescore > 1 and estimator.name in MEASURED:
+        raise OptionError(
+            f"the estimator {estimator.name!r} scores the intact model alone: ask for 1 round (--rescore 1)"
+        )
+
+
+def ledger(
+    ranked: Behaviour, decided: Behaviour, how: Estimator, folder: Path | str | None
+) -> AbstractContextManager[Ledger | None]:
+    """Return a context with the ledger of a search, where there is a folder."""
+    if folder is None:
+        return nullcontext()
+    own = {
+        "estimator": _lasting(how),
+        "decide": decided.fingerprint(),
+        "decide_batches": identity(decided)["batches"],
+    }
+    return Ledger(Path(folder) / LEDGER, identity(ranked) | own)
+
+
+def _lasting(how: Estimator) -> dict[str, Any]:
+    return {key: value for key, value in asdict(how).items() if key not in ELSEWHERE}
+
+
+def intervals(scores: Float[Tensor, "unit problem"]) -> tuple[Float[Tensor, "unit"], Float[Tensor, "unit"]]:
+    """Return the 95 % interval of each unit's mean over problems, by Student's t."""
+    n = scores.shape[1]
+    reach = scores.std(1) / math.sqrt(n) * float(special.stdtrit(n - 1, 0.975))
+    return scores.mean(1) - reach, scores.mean(1) + reach
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """What is searched, on what, and who is told."""
+
+    ranked: Behaviour
+    decided: Behaviour
+    how: Estimator
+    rank: Rank
+    share: float
+    folder: Path | None
+    stage: Stage
+
+    def rounds(self, count: int) -> list[Round]:
+        """Score in rounds, each with the units closed that are out by then: equal parts of all go out."""
+        ranked, found = self.ranked, list[Round]()
+        keep = torch.ones(len(ranked.units), dtype=torch.bool)
+        state = State(self.folder and self.folder / SCORES, [identity(ranked), _lasting(self.how)])
+        for number in range(count):
+            name = f"scores, round {number + 1} of {count}" if count > 1 else "scores"
+            with self.stage(name) as tell:
+                if self.how.name in MEASURED:
+                    say(tell, unit="tokens")
+                    scores = self._measured(tell)
+                else:
+                    say(tell, unit="batches")
+                    scores = scored(ranked, keep, self.how, state, tell)
+            left = [*(own.kept for own in found), 0]
+            found.append(Round(scores, 0))
+            order = order_of(found, self.rank)
+            kept = prefix(order, self.sizes, 1 - (number + 1) / count) if number + 1 < count else left[-1]
+            found[-1] = Round(scores, kept)
+            keep = torch.zeros_like(keep)
+            keep[order[:kept]] = True
+        return found
+
+    def _measured(self, tell: Progress) -> Float[Tensor, "unit problem"]:
+        """Return what an estimator that measures finds; what it did not measure is predicted."""
+        plan, path = self.ranked.plan, self.folder and self.folder / "attribution.ledger"
+        effects = attribute(
+            self.ranked.decoder, plan.calibration, plan.question, self.how, ledger=path, on_progress=tell
+        )
+        change = effects.change_nats()
+        if effects.predicted_nats is not None:
+            change = torch.where(change.isnan(), effects.predicted_nats, change)
+        return self.ranked.by_problem(change)
+
+    @cached_property
+    def sizes(self) -> Float[Tensor, "unit"]:
+        """What a share is one of: units, or weights where kinds are mixed."""
+        mixed = len({unit.kind for unit in self.ranked.units}) > 1
+        return self.ranked.weights if mixed else torch.ones(len(self.ranked.units), dtype=torch.float64)
+
+    def kept(self, order: Int[Tensor, "unit"], count: int) -> Keep:
+        """Return which units are among the first."""
+        keep = torch.zeros(len(order), dtype=torch.bool)
+        keep[order[:count]] = True
+        return keep
+
+    def size(self, order: Int[Tensor, "unit"], rounds: Sequence[Round], book: Ledger | None) -> int:
+        """Return how many of the first units it takes to keep the share, halving what is left each time.
+
+        Raises:
+            OptionError: nothing short of all units keeps it.
+        """
+        n, values = len(order), worth(last_scores(rounds), self.rank)
+        below, above, largest = 0, n, (0, math.inf)
+        turns = math.ceil(math.log2(max(n / max(1, n // STEPS), 1)))
+        with self.stage("sizes") as tell:
+            say(tell, unit="tokens")
+            for turn in itertools.count():
+                if above - below <= max(1, n // STEPS):
+                    break
+                middle = with_ties(order, values, (below + above) // 2)
+                if middle >= above:
+                    middle = (below + above) // 2
+                trials = Trials(self.decided, book, partial(_within, tell, turn, turns))
+                rise = self._rise(trials, order, middle)
+                holds = rise <= self.limit and (self.rank == "signed" or -rise <= self.limit)
+                below, above = (below, middle) if holds else (middle, above)
+                largest = largest if holds else (middle, rise)
+        if above == n:
+            raise OptionError(
+                f"no circuit short of all {n:,} units keeps {self.share:g} of the likelihood per token: {largest[0]:,} units keep "
+                f"{math.exp(-largest[1]):.3f}: ask for a smaller share to keep (--keep)"
+            )
+        return with_ties(order, values, above)
+
+    @property
+    def limit(self) -> float:
+        """How many nats per token the share to keep is."""
+        return -math.log(self.share)
+
+    def _rise(self, trials: Trials, order: Int[Tensor, "unit"], count: int) -> float:
+        both = trials.nats([self.kept(order, len(order)), self.kept(order, count)]).mean(1)
+        return float(both[1] - both[0])
+
+    def curve(self, order: Int[Tensor, "unit"], size: int, book: Ledger | None) -> tuple[Curve, Point]:
+        """Measure circuits of MIB's sizes, and the one that was chosen."""
+        total, weights = self.sizes.sum(), self.ranked.weights
+        counts = [(share, prefix(order, self.sizes, share)) for share in SHARES]
+        counts.append((float(self.sizes[order[:size]].sum() / total), size))
+        keeps = [self.kept(order, count) for _, count in counts]
+        with self.stage("curve") as tell:
+            say(tell, unit="tokens")
+            nats, kl = Trials(self.decided, book, tell).both(
+                [*keeps, self.kept(order, len(order)), self.kept(order, 0)]
+            )
+        rows = [(share, count, round(float(weights[order[:count]].sum()))) for share, count in counts]
+        ends = {"intact": nats[-2], "empty": nats[-1]}
+        vocabulary = self.decided.decoder.model.get_output_embeddings().weight.shape[0]
+        found = curve(rows[:-1], nats[:-3], kl[:-3], ends, vocabulary)
+        return found, curve(rows[-1:], nats[-3:-2], kl[-3:-2], ends, vocabulary).points[0]
+
+    def described(self, rescore: int) -> dict[str, Any]:
+        """Return what a record says of the way it was made."""
+        return {
+            "model": self.ranked.decoder.name,
+            "question": asdict(self.ranked.plan.question),
+            "estimator": asdict(self.how),
+            "rank": self.rank,
+            "rescore": rescore,
+            "keep": self.share,
+            "sizes_of": "weights" if len({unit.kind for unit in self.ranked.units}) > 1 else "units",
+            "problems": {"scored": len(self.ranked.problems), "decided": len(self.decided.problems)},
+            "calibration_fingerprint": self.ranked.fingerprint(),
+            "decide_fingerprint": self.decided.fingerprint(),
+            "method_version": METHOD_VERSION,
+            "versions": versions(),
+            "git_commit": git_commit(),
+        }
+
+
+def _within(tell: Progress, turn: int, turns: int, done: int, total: int) -> None:
+    """Report a turn of several that take as long."""
+    tell(min(turn * total + done, turns * total), max(turns, 1) * total)

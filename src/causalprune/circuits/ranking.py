@@ -1,0 +1,122 @@
+"""From scores to an order of units, and how sure that is: pure functions of values per problem."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Rank = Literal["absolute", "signed"]
+RANKS: tuple[Rank, ...] = ("absolute", "signed")
+DRAWS = 200
+STABLE_SHARES = (0.1, 0.2, 0.5)
+STABLE = 0.6
+"""Mean Jaccard over draws, corrected for chance, below which a circuit is not stable."""
+FEWEST = 8
+"""Problems that a bootstrap needs."""
+TIE = 1e-3
+"""Units whose score is so near (as a share) to that of the last member belong to a circuit too: a choice would be by chance."""
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """The scores of one round `[unit problem]`, NaN for units that are closed in it, and how many of them go on."""
+
+    scores: Float[Tensor, "unit problem"]
+    kept: int
+
+
+def worth(scores: Float[Tensor, "unit problem"], rank: Rank) -> Float[Tensor, "unit"]:
+    """Return what units are ranked by: the mean over problems, or its size; the least there is where nothing is known."""
+    mean = scores.mean(1)
+    return (mean.abs() if rank == "absolute" else mean).nan_to_num(nan=-torch.inf)
+
+
+def order_of(rounds: Sequence[Round], rank: Rank) -> Int[Tensor, "unit"]:
+    """Return the units from the first member to the last: what stayed longest, then what its last round says."""
+    return _ordered([worth(own.scores, rank) for own in rounds], [own.kept for own in rounds])
+
+
+def _ordered(worths: Sequence[Float[Tensor, "unit"]], kept: Sequence[int]) -> Int[Tensor, "unit"]:
+    """Order by rounds: who is among the first of a round goes on; who goes on without a score there is the last of it."""
+    first, *others = worths
+    order = first.argsort(descending=True, stable=True)
+    for own, count in zip(others, kept, strict=False):
+        front = order[:count]
+        order = torch.cat([front[own[front].argsort(descending=True, stable=True)], order[count:]])
+    return order
+
+
+def last_scores(rounds: Sequence[Round]) -> Float[Tensor, "unit problem"]:
+    """Return the scores of each unit in the last round that it was in."""
+    found = rounds[0].scores
+    for own in rounds[1:]:
+        found = torch.where(own.scores.isnan(), found, own.scores)
+    return found
+
+
+def prefix(order: Int[Tensor, "unit"], sizes: Float[Tensor, "unit"], share: float) -> int:
+    """Return how many of the first units have this share of all sizes: at least one."""
+    reached = sizes[order].cumsum(0)
+    wanted = share * reached[-1] * (1 - 1e-12)
+    return min(int((reached < wanted).sum()) + 1, len(order))
+
+
+def with_ties(order: Int[Tensor, "unit"], values: Float[Tensor, "unit"], count: int) -> int:
+    """Return a size at which no unit stays out that is worth as much as the last member."""
+    last = float(values[order[count - 1]])
+    while count < len(order) and last and float(values[order[count]]) >= last - TIE * abs(last):
+        count += 1
+    return count
+
+
+def resampled_orders(rounds: Sequence[Round], rank: Rank, seed: int = 0) -> list[Int[Tensor, "unit"]]:
+    """Return the orders that `DRAWS` resamples of the problems would have given, from the scores that there are."""
+    n, generator = rounds[0].scores.shape[1], torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(DRAWS):
+        counts = torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n).double() / n
+        means = [own.scores @ counts for own in rounds]
+        values = [mean.abs() if rank == "absolute" else mean for mean in means]
+        found.append(
+            _ordered([own.nan_to_num(nan=-torch.inf) for own in values], [own.kept for own in rounds])
+        )
+    return found
+
+
+def membership(orders: Sequence[Int[Tensor, "unit"]], count: int) -> Float[Tensor, "unit"]:
+    """Return in which share of the draws each unit is among the first `count`."""
+    hits = torch.zeros(len(orders[0]), dtype=torch.float64)
+    for order in orders:
+        hits[order[:count]] += 1
+    return hits / len(orders)
+
+
+def mean_jaccard(orders: Sequence[Int[Tensor, "unit"]], count: int) -> float:
+    """Return the mean Jaccard similarity of the first `count` units over all pairs of draws."""
+    table = torch.zeros(len(orders), len(orders[0]), dtype=torch.float32)
+    for row, order in zip(table, orders, strict=True):
+        row[order[:count]] = 1
+    shared = (table @ table.T).double()
+    pairs = torch.triu_indices(len(orders), len(orders), 1)
+    both = shared[pairs[0], pairs[1]]
+    return float((both / (2 * count - both)).mean())
+
+
+def over_chance(jaccard: float, share: float, other: float | None = None) -> float:
+    """Return a Jaccard similarity of sets with these shares of all units as a share of what is above chance."""
+    other = share if other is None else other
+    chance = share * other / (share + other - share * other)
+    return (jaccard - chance) / (1 - chance) if chance < 1 else 1.0
+
+
+def stability(orders: Sequence[Int[Tensor, "unit"]]) -> dict[str, dict[str, float]]:
+    """Return the Jaccard similarity over draws at three sizes, as it is and corrected for chance; by share of the units."""
+    found, n = {}, len(orders[0])
+    for share in STABLE_SHARES:
+        count = max(round(share * n), 1)
+        own = mean_jaccard(orders, count)
+        found[f"{share:g}"] = {"jaccard": own, "over_chance": over_chance(own, count / n)}
+    return found

@@ -1,0 +1,74 @@
+"""Circuits and their overlaps as tables and sentences."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from causalprune.circuits import Circuit, Overlap
+
+
+def costs(stages: Sequence[tuple[str, int, float]]) -> Table:
+    """Return what a search costs, stage by stage, in forward passes over problems (a backward pass is two)."""
+    table = Table(caption="a backward pass counts as two forward ones; a search often ends earlier")
+    for name in ("stage", "problems", "passes over each", "problems × passes"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for name, problems, passes in stages:
+        known = math.isfinite(passes)
+        cells = (f"{passes:,.0f}", f"{problems * passes:,.0f}") if known else ("one a unit", "–")
+        table.add_row(name, f"{problems:,}", *cells)
+    total = sum(problems * passes for _, problems, passes in stages if math.isfinite(passes))
+    table.add_row("in all", "", "", f"{total:,.0f}", style="bold")
+    return table
+
+
+def circuit(found: Circuit) -> Table:
+    """Return what circuits of all sizes keep; the chosen one is bold."""
+    own, curve = found.description, found.curve
+    table = Table(
+        caption=f"share of the {own['sizes_of']}; differences to the intact model per target token, 95 % intervals over problems\n"
+        f"CPR {_value(curve.cpr)}, CMD {_value(curve.cmd)}; with no unit left {_value(curve.empty)} nats, intact {curve.intact.value:.3g}, "
+        f"a guess {curve.guessing:.3g}"
+    )
+    for name in ("share", "units", "nats", "KL", "f"):
+        table.add_column(name, justify="right")
+    shown = {point.units: point for point in (*curve.points, found.chosen)}  # of one size, the largest share
+    for point in sorted(shown.values(), key=lambda own: own.units):
+        values = (_value(point.nats), _value(point.kl), _value(point.faithfulness))
+        style = "bold" if point.units == found.chosen.units else ""
+        table.add_row(f"{point.share:.1%}", f"{point.units:,}", *values, style=style)
+    return table
+
+
+def figures(found: Circuit) -> dict[str, Any]:
+    """Return the numbers of a circuit without those of every unit."""
+    names = ("size", "share", "remarks", "chosen", "curve", "stability", "checks", "tests", "members")
+    return {name: getattr(found, name) for name in names}
+
+
+def overlap(found: Overlap) -> list[Table]:
+    """Return what circuits share, and what the removal of each does to all tasks."""
+    first = Table(
+        caption="units that both have, and Jaccard similarity corrected for chance (0: as chance has it)"
+    )
+    first.add_column("shared")
+    for name in found.names:
+        first.add_column(name, justify="right")
+    for i, name in enumerate(found.names):
+        cells = [f"{found.shared[i][j]:,} ({found.over_chance[i][j]:.2f})" for j in range(len(found.names))]
+        first.add_row(f"{name} ({found.sizes[i]:,})", *cells)
+    second = Table(
+        caption="rise of the loss in nats per target token, 95 % intervals; below, random units of the same kinds and layers"
+    )
+    second.add_column("removed")
+    for name in found.names:
+        second.add_column(f"on {name}", justify="right")
+    for i, name in enumerate(found.names):
+        second.add_row(f"{found.removed[i]:,} of {name}", *map(_value, found.removal[i]))
+        second.add_row("  random", *map(_value, found.random[i]), style="dim")
+    return [first, second]
+
+
+def _value(own: Any) -> str:
+    return f"{own.value:.3g} [{own.low:.3g}, {own.high:.3g}]"

@@ -1,0 +1,62 @@
+"""Circuits in a report: what they keep by size, where their members are, how sure that is, what they share."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from causalprune.circuits import CIRCUIT, OVERLAP, Circuit, load_circuit, sentences
+from causalprune.evaluation import read_json
+
+
+def found_in(folder: Path) -> list[dict[str, Any]]:
+    """Return what is to be said of the circuits in a folder, and of those in folders within it."""
+    files = [path for path in (folder / CIRCUIT, *sorted(folder.glob(f"*/{CIRCUIT}"))) if path.exists()]
+    return [_told(path.parent.name, load_circuit(path)) for path in files]
+
+
+def shared_in(folder: Path) -> dict[str, Any] | None:
+    """Return the overlap of circuits that a folder holds, if it does."""
+    path = folder / OVERLAP
+    return read_json(path)["overlap"] if path.exists() else None
+
+
+def _told(name: str, own: Circuit) -> dict[str, Any]:
+    points = {point.units: point for point in (*own.curve.points, own.chosen)}
+    members = set(own.members)
+    layers = sorted({unit.layer for unit in own.units})
+    kinds = list(dict.fromkeys(unit.kind for unit in own.units))
+    inside, every = (Counter((unit.layer, unit.kind) for unit in units) for units in (members, own.units))
+    return {
+        "name": name,
+        "model": own.description.get("model", ""),
+        "title": f"{own.size:,} of {len(own.units):,} units",
+        "remarks": own.remarks,
+        "sentences": sentences(own),
+        "sizes_of": own.description.get("sizes_of", "units"),
+        "points": [
+            {
+                "share": point.share,
+                "units": point.units,
+                "chosen": point.units == own.size,
+                **{key: vars(getattr(point, key)) for key in ("nats", "kl", "faithfulness")},
+            }
+            for point in sorted(points.values(), key=lambda point: point.units)
+        ],
+        "curve": {key: vars(getattr(own.curve, key)) for key in ("cpr", "cmd", "intact", "empty")},
+        "guessing": own.curve.guessing,
+        "heads": [
+            [unit.layer, unit.index, own.membership[unit], unit in members]
+            for unit in own.units
+            if unit.kind == "head"
+        ],
+        "layers": [
+            [layer, *(f"{inside[layer, kind]:,} of {every[layer, kind]:,}" for kind in kinds)]
+            for layer in layers
+        ],
+        "kinds": kinds,
+        "question": {
+            key: own.description[key]
+            for key in ("question", "estimator", "rank", "rescore", "keep")
+            if key in own.description
+        },
+    }

@@ -1,0 +1,216 @@
+"""Circuits as the command line asks for them: a model, problems that score and problems that decide, one folder."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from causalprune.attribution import Estimator, Question, planned
+from causalprune.calibration import OWN_TEXT, TEXT_SOURCES, taken, with_limit
+from causalprune.checkpoints import check_destination, save
+from causalprune.circuits import (
+    CIRCUIT,
+    MEASURED,
+    OVERLAP,
+    Checks,
+    Circuit,
+    Overlap,
+    examined,
+    load_circuit,
+    overlap,
+    save_circuit,
+)
+from causalprune.circuits import circuit as find
+from causalprune.core import Calibration, Decoder, Example, MismatchError, OptionError, say, size_of
+from causalprune.evaluation import (
+    Settings,
+    check_tasks,
+    evaluation_contents,
+    reader_for,
+    source_of,
+    write_json,
+)
+from causalprune.pruning import close
+from causalprune.runs.cells import load
+from causalprune.runs.recipe import CalibrationSpec, ModelSpec
+from causalprune.runs.single import Options
+from causalprune.runs.traces import calibrated
+
+SEARCH = 9
+"""Sizes that are tried in a search, at most."""
+POINTS = 13
+"""Sizes of a curve, the chosen one, the intact and the empty model."""
+
+
+@dataclass(frozen=True)
+class CircuitSpec:
+    """What is looked for: the arguments of `causalprune.circuits.circuit`, and the checks that follow.
+
+    Problems of `on` (losses, as gsm8k_nll:100) decide about sizes, or without any every second example. The circuit alone is
+    saved as a checkpoint where `alone` names a folder.
+    """
+
+    question: Question = Question()
+    estimator: Estimator = Estimator("integrated")
+    keep: float = 0.9
+    rank: Any = "absolute"
+    rescore: int = 3
+    checks: Checks = Checks()
+    on: tuple[str, ...] = ()
+    alone: Path | None = None
+
+    @property
+    def passes(self) -> float:
+        """What scoring costs, in forward passes over the problems, a backward pass as two; of the estimators by slopes."""
+        draws = int(self.question.effect == "kl")
+        return self.rescore * len(self.estimator.gates) * (3.0 + 2 * draws)
+
+
+def find_circuit(
+    spec: ModelSpec,
+    wanted: CalibrationSpec,
+    folder: Path,
+    asked: CircuitSpec,
+    options: Options,
+) -> Circuit:
+    """Find a circuit, compare it with others, and leave `circuit.json` and ledgers in `folder`; a stopped search goes on there."""
+    on, alone = asked.on, asked.alone
+    settings = Settings(
+        data_dir=options.data_dir, seed=wanted.seed, max_tokens=wanted.max_tokens, chat=wanted.chat
+    )
+    check_on(on)
+    if alone is not None:
+        if asked.question.ablation != "zero":
+            raise OptionError(
+                f"--save writes zeros, and {asked.question.ablation!r} puts something else there: ask for zero"
+            )
+        check_destination(alone, options.overwrite)
+    with options.stage("loading model"):
+        decoder = load(spec)
+    with options.stage("calibration data") as progress:
+        exclude = evaluation_contents(on, settings, decoder) if on else None
+        calibration = calibrated(decoder, wanted, options.data_dir, exclude, progress)
+        decide = measured_on(decoder, on, settings) if on else None
+        say(progress, jobs=jobs(asked, calibration, decide))
+    how = dataclasses.replace(asked.estimator, max_batch_tokens=options.batch_tokens, seed=wanted.seed)
+    own = {"decide": decide, "keep": asked.keep, "rank": asked.rank, "rescore": asked.rescore}
+    found = find(decoder, calibration, asked.question, how, **own, folder=folder, stage=options.stage)
+    told = {"model_spec": dataclasses.asdict(spec), "on": list(on)}
+    found = dataclasses.replace(found, description=found.description | told)
+    save_circuit(found, folder / CIRCUIT)
+    found = examined(found, decoder, calibration, asked.checks, folder=folder, stage=options.stage)
+    save_circuit(found, folder / CIRCUIT)
+    if alone is not None:
+        _save_alone(decoder, calibration, found, asked.question, alone, options)
+    return found
+
+
+def check_on(on: Sequence[str]) -> None:
+    """Raise `OptionError` for a measure that is not the loss of problems."""
+    check_tasks(on)
+    for task in on:
+        name = with_limit(task)[0]
+        if not name.endswith("_nll") or source_of(name) in (OWN_TEXT, *TEXT_SOURCES):
+            raise OptionError(f"--on {task}: sizes are decided by losses of problems, as in gsm8k_nll:100")
+
+
+def measured_on(decoder: Decoder, on: Sequence[str], settings: Settings) -> Calibration:
+    """Return the problems of measures, as they are measured."""
+    examples: list[Example] = []
+    for task in on:
+        name, limit = with_limit(task)
+        examples += taken(reader_for(decoder, settings), str(source_of(name)), "evaluation", limit)
+    return Calibration(tuple(examples), (0,) * len(examples), {"on": list(on)})
+
+
+def jobs(asked: CircuitSpec, calibration: Calibration, decide: Calibration | None) -> dict[str, float]:
+    """Return the stages of a search with what they cost in tokens; what estimators measure unit by unit is not known here."""
+    scored, decided = (
+        float(sum(len(e.tokens) for e in own.examples)) for own in (calibration, decide or calibration)
+    )
+    if decide is None:
+        scored, decided = scored / 2, decided / 2
+    number = len((decide or calibration).examples) / (1 if decide else 2)
+    few = decided * min(asked.checks.problems / number, 1)
+    each = asked.passes / asked.rescore * scored
+    found = {f"scores, round {i} of {asked.rescore}": each for i in range(1, asked.rescore + 1)}
+    if asked.rescore == 1:
+        found = {"scores": each}
+    count = (
+        asked.checks.count([*asked.question.units])
+        if asked.question.units != ("heads",)
+        else asked.checks.count(["head"])
+    )
+    found |= {"sizes": SEARCH * decided, "curve": POINTS * decided, "necessity": 7 * decided}
+    found |= {
+        "controls": (count + 2) * few,
+        "completeness": (asked.checks.passes(["head"], 0) - asked.checks.count(["head"])) * few,
+    }
+    return found | ({"tests": 350 * few} if asked.checks.tests else {})
+
+
+def planned_search(asked: CircuitSpec, wanted: CalibrationSpec) -> list[tuple[str, int, float]]:
+    """Return the stages of a search: name, problems, and forward passes over each of them. Nothing is loaded."""
+    on = asked.on
+    check_on(on)
+    counts = [with_limit(task)[1] for task in on]
+    scored = sum(wanted.counts().values())
+    decided = sum(count or 0 for count in counts) if on else scored // 2
+    scored = scored if on else (scored + 1) // 2
+    few, kinds = (
+        min(asked.checks.problems, decided),
+        ["head"] if asked.question.units == ("heads",) else ["neurons"],
+    )
+    count = asked.checks.count(kinds)
+    found = [
+        ("scores", scored, math.nan if asked.estimator.name in MEASURED else asked.passes),
+        ("sizes", decided, float(SEARCH)),
+        ("curve", decided, float(POINTS)),
+        ("necessity", decided, 7.0),
+        ("controls", few, float(count + 2)),
+        ("completeness", few, float(asked.checks.passes(kinds, 0) - count - asked.checks.tests * 300)),
+    ]
+    return [*found, *([("tests", few, 350.0)] if asked.checks.tests else [])]
+
+
+def _save_alone(
+    decoder: Decoder,
+    calibration: Calibration,
+    found: Circuit,
+    question: Question,
+    folder: Path,
+    options: Options,
+) -> None:
+    """Save the circuit alone: all other units are zeros."""
+    units = planned(decoder, calibration, question).units
+    with options.stage("saving"):
+        size = dict.fromkeys(("before", "after"), dataclasses.asdict(size_of(decoder)))
+        keep = close(decoder, [parts for unit, parts in units.items() if unit not in set(found.members)])
+        record = {
+            "reapplied": False,
+            "circuit": {"units": len(found.units), "members": found.size, **found.description},
+            "size": size,
+        }
+        save(decoder, folder, manifest=record, keep=keep, overwrite=options.overwrite)
+
+
+def overlap_circuits(
+    paths: Sequence[Path], folder: Path, options: Options, *, remove: int | None = None
+) -> Overlap:
+    """Compare circuits in files, measure what removing each does to the others' problems, and leave `overlap.json` in `folder`."""
+    circuits = {(path.parent if path.name == CIRCUIT else path).name: load_circuit(path) for path in paths}
+    if len(circuits) < len(paths):
+        circuits = {str(path): load_circuit(path) for path in paths}
+    overlap(circuits)  # refuses what cannot be compared before the model is loaded
+    spec = next(iter(circuits.values())).description.get("model_spec")
+    if spec is None:
+        raise MismatchError(
+            f"{paths[0]} does not say which model it is of: it was not written by `causalprune circuit`"
+        )
+    with options.stage("loading model"):
+        decoder = load(ModelSpec(**spec))
+    found = overlap(circuits, decoder, remove=remove, folder=folder, stage=options.stage)
+    write_json(folder / OVERLAP, {"overlap": dataclasses.asdict(found)})
+    return found

@@ -1,0 +1,145 @@
+"""Orders, curves and tests of hypotheses, from numbers alone."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from causalprune.circuits.curves import areas, curve, faithfulness
+from causalprune.circuits.hypotheses import better_than, equivalence, independence, minimality
+from causalprune.circuits.ranking import (
+    Round,
+    mean_jaccard,
+    membership,
+    order_of,
+    over_chance,
+    prefix,
+    resampled_orders,
+    stability,
+    with_ties,
+)
+
+
+def rounds(n: int = 12, problems: int = 30, noise: float = 0.01) -> list[Round]:
+    generator = torch.Generator().manual_seed(1)
+    first = torch.arange(n, 0, -1).double()[:, None] + noise * torch.randn(
+        n, problems, generator=generator, dtype=torch.float64
+    )
+    second = first.clone()
+    second[6:] = math.nan
+    second[:6] = second[:6].flip(0)
+    return [Round(first, 6), Round(second, 0)]
+
+
+def test_later_rounds_order_what_they_scored() -> None:
+    assert order_of(rounds(), "signed").tolist() == [5, 4, 3, 2, 1, 0, 6, 7, 8, 9, 10, 11]
+    signs = rounds()
+    flipped = [Round(-own.scores, own.kept) for own in signs]
+    assert order_of(flipped, "absolute").tolist() == order_of(signs, "absolute").tolist()
+    assert order_of(flipped[:1], "signed").tolist() == list(range(12))[::-1]
+
+
+def test_draws_give_the_same_order_where_nothing_is_uncertain() -> None:
+    orders = resampled_orders(rounds(noise=1e-6), "absolute")
+    assert all(order.tolist() == order_of(rounds(), "absolute").tolist() for order in orders)
+    assert membership(orders, 4).tolist() == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, *[0.0] * 6]
+    assert all(own["over_chance"] == pytest.approx(1.0) for own in stability(orders).values())
+
+
+def test_chance_is_taken_off() -> None:
+    """Random sets of a share K have the similarity K / (2 − K) on average, which becomes zero."""
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(400, generator=generator) for _ in range(60)]
+    for share in (0.1, 0.2, 0.5):
+        own = mean_jaccard(orders, int(400 * share))
+        assert own == pytest.approx(share / (2 - share), rel=0.05)
+        assert over_chance(own, share) == pytest.approx(0.0, abs=0.02)
+    assert over_chance(0.3, 0.2, 0.4) == pytest.approx((0.3 - 0.08 / 0.52) / (1 - 0.08 / 0.52))
+    assert over_chance(1.0, 1.0) == 1.0
+
+
+def test_noise_alone_is_not_stable() -> None:
+    noise = torch.randn(100, 20, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    own = stability(resampled_orders([Round(noise, 0)], "absolute"))
+    assert all(value["over_chance"] < 0.6 for value in own.values())
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=20), st.floats(0.001, 1.0))
+def test_a_prefix_is_the_smallest_that_reaches_a_share(sizes: list[float], share: float) -> None:
+    own, order = torch.tensor(sizes, dtype=torch.float64), torch.arange(len(sizes))
+    count = prefix(order, own, share)
+    assert count >= 1
+    assert float(own[:count].sum()) >= share * float(own.sum()) * (1 - 1e-9)
+    assert count == 1 or float(own[: count - 1].sum()) < share * float(own.sum())
+
+
+def test_ties_are_members_together() -> None:
+    values = torch.tensor([5.0, 3.0, 3.0 - 1e-6, 1.0, 0.0, 0.0])
+    order = torch.arange(6)
+    assert [with_ties(order, values, count) for count in (1, 2, 3, 4, 5)] == [1, 3, 3, 4, 5]
+
+
+def test_a_curve_by_hand() -> None:
+    intact, empty = torch.full((10,), 1.0).double(), torch.full((10,), 3.0).double()
+    nats = torch.stack([empty, (intact + empty) / 2, intact])
+    sizes = [(0.1, 1, 10), (0.5, 5, 50), (1.0, 10, 100)]
+    found = curve(sizes, nats, nats * 0, {"intact": intact, "empty": empty}, 100)
+    assert [point.faithfulness.value for point in found.points] == [0.0, 0.5, 1.0]
+    assert [point.nats.value for point in found.points] == [2.0, 1.0, 0.0]
+    assert found.cpr.value == pytest.approx(0.4 * 0.25 + 0.5 * 0.75)
+    assert found.cmd.value == pytest.approx(0.4 * 0.75 + 0.5 * 0.25)
+    assert found.empty.value == 2.0
+    assert found.guessing == math.log(100)
+
+
+def test_intervals_are_paired() -> None:
+    """What problems share cancels: f does not depend on how hard they are."""
+    hard = torch.rand(40, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 50
+    intact, empty = hard + 1, hard + 3
+    found = curve([(1.0, 1, 1)], (hard + 2)[None], hard[None], {"intact": intact, "empty": empty}, 10).points[
+        0
+    ]
+    assert found.faithfulness.high - found.faithfulness.low < 1e-9
+    assert found.nats.high - found.nats.low < 1e-9
+    assert found.kl.high - found.kl.low > 1
+
+
+def test_areas_are_trapezoids() -> None:
+    cpr, cmd = areas([0.0, 0.5, 1.0], np.array([0.0, 2.0, 1.0]))
+    assert (cpr, cmd) == (pytest.approx(0.5 + 0.75), pytest.approx(0.5 + 0.25))
+    assert faithfulness(*(np.array([own]) for own in (1.5, 1.0, 3.0))).tolist() == [0.75]
+    assert math.isnan(faithfulness(*(np.array([own]) for own in (1.0, 1.0, 1.0)))[0])
+
+
+def test_better_than_nine_tenths() -> None:
+    others = torch.arange(100).double()
+    assert better_than(torch.tensor(200.0).double(), others)["p"] == pytest.approx(0.9**100)
+    assert not better_than(torch.tensor(90.0).double(), others)["holds"]
+    assert better_than(torch.tensor(98.5).double(), others)["holds"]
+
+
+def test_equivalence_is_rejected_for_a_clear_difference_only() -> None:
+    model = torch.randn(100, generator=torch.Generator().manual_seed(0)).double()
+    assert not equivalence(model, model + 1)["holds"]
+    noise = torch.randn(100, generator=torch.Generator().manual_seed(5)).double() * 0.1
+    assert equivalence(model, model + noise)["holds"]
+
+
+def test_independence_sees_a_dependence_without_correlation() -> None:
+    x = torch.randn(60, generator=torch.Generator().manual_seed(0)).double()
+    other = torch.randn(60, generator=torch.Generator().manual_seed(9)).double()
+    assert independence(x, other)["holds"]
+    assert not independence(x, x.square())["holds"]
+
+
+def test_members_that_do_no_more_than_others_are_spare() -> None:
+    added = torch.linspace(0, 1, 100).double()
+    found = minimality(torch.tensor([5.0, 0.5, 4.0]).double(), added)
+    assert found["spare"] == [1]
+    assert not found["holds"]
+    assert minimality(torch.tensor([5.0, 4.0]).double(), added)["holds"]
+    assert not minimality(torch.tensor([5.0]).double(), torch.zeros(0))["holds"]

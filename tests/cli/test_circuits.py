@@ -1,0 +1,168 @@
+"""The commands that find circuits and compare them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Run, assert_refused
+from tinydata import tiny_decoder, write_data, write_jsonl, write_model
+
+from causalprune.circuits import load_circuit
+
+QUICK = ("--controls", 3, "--rescore", 2)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a model, its data, and a circuit of it."""
+    folder = tmp_path_factory.mktemp("circuits")
+    write_data(folder / "data", rows=60)
+    write_model(folder / "model")
+    return folder
+
+
+def find(run: Run, place: Path, output: str, *options: object) -> tuple[int, str, str]:
+    words = ("circuit", place / "model", "-o", place / output, "--data-dir", place / "data")
+    return run(*words, *options)
+
+
+def test_a_circuit_is_found_shown_and_goes_on(run: Run, place: Path) -> None:
+    options = (
+        "-t",
+        "gsm8k:24",
+        *QUICK,
+        "--units",
+        "heads",
+        "--units",
+        "neurons:16",
+        "--tests",
+        "--save",
+        place / "alone",
+    )
+    code, out, err = find(run, place, "one", *options)
+    assert code == 0, err
+    for words in (
+        "CMD",
+        "necessity",
+        "controls",
+        "completeness",
+        "sufficiency",
+        "minimality",
+        "the circuit alone",
+    ):
+        assert words in out
+    before = (place / "one" / "circuit.json").read_bytes()
+    code, out, err = find(run, place, "one", *options[:-2], "--json")
+    assert code == 0, err
+    assert (place / "one" / "circuit.json").read_bytes() == before
+    told, found = json.loads(out), load_circuit(place / "one")
+    assert told["size"] == found.size
+    assert told["chosen"]["units"] == found.size
+    assert len(told["curve"]["points"]) == 10
+    assert found.description["model_spec"]["name"] == str(place / "model")
+    code, out, err = run(
+        "evaluate",
+        place / "alone",
+        "--on",
+        "gsm8k_nll:4",
+        "--data-dir",
+        place / "data",
+        "-o",
+        place / "a.json",
+    )
+    assert code == 0, err
+
+
+def test_what_decides_is_measured_apart(run: Run, place: Path) -> None:
+    write_jsonl(
+        place / "test.jsonl", [{"prompt": f"{i} + 1?", "target": f"It is {i + 1}."} for i in range(12)]
+    )
+    code, _, err = find(
+        run,
+        place,
+        "two",
+        "-t",
+        "arc_challenge:12",
+        "--on",
+        f"{place / 'test.jsonl'}_nll:10",
+        *QUICK,
+        "--keep",
+        0.85,
+    )
+    assert code == 0, err
+    found = load_circuit(place / "two")
+    assert len(found.problems) == 10
+    assert found.description["problems"] == {"scored": 12, "decided": 10}
+
+
+def test_a_plan_loads_nothing(run: Run, place: Path) -> None:
+    code, out, err = find(
+        run, place, "none", "-t", "gsm8k:48", "--on", "gsm8k_nll:100", "--dry-run", "--json"
+    )
+    assert code == 0, err
+    plan = {row["stage"]: row for row in json.loads(out)["plan"]}
+    assert plan["scores"] == {"stage": "scores", "problems": 48, "passes": 45.0}
+    assert plan["sizes"]["problems"] == 100
+    assert not (place / "none").exists()
+
+
+def test_pairs_from_templates(run: Run, place: Path) -> None:
+    options = (
+        "-t",
+        "ioi:20",
+        "--ablation",
+        "counterfactual",
+        "--estimator",
+        "relevance",
+        *QUICK,
+        "--keep",
+        0.98,
+    )
+    code, _, err = find(run, place, "ioi", *options)
+    assert code == 0, err
+    assert load_circuit(place / "ioi").problems[0].instead is not None
+
+
+def test_circuits_are_compared(run: Run, place: Path) -> None:
+    for name, task in (("a", "gsm8k:20"), ("b", "strategyqa:20")):
+        code, _, err = find(run, place, name, "-t", task, *QUICK, "--keep", 0.8)
+        assert code == 0, err
+    code, out, err = run(
+        "overlap", place / "a", place / "b" / "circuit.json", "-o", place / "both", "--remove", 2, "--json"
+    )
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["names"] == ["a", "b"]
+    assert told["removed"] == [2, 2]
+    assert told["shared"][0][0] == load_circuit(place / "a").size
+    assert {"value", "low", "high"} == set(told["removal"][0][1])
+    before = (place / "both" / "overlap.json").read_bytes()
+    assert run("overlap", place / "a", place / "b", "-o", place / "both", "--remove", 2)[0] == 0
+    assert (place / "both" / "overlap.json").read_bytes() == before
+    write_model(place / "other", tiny_decoder(chat=True, positions=512))
+    (record := json.loads((place / "b" / "circuit.json").read_text()))["model_fingerprint"] = "else"
+    (place / "c.json").write_text(json.dumps(record))
+    outcome = run("overlap", place / "a", place / "c.json", "-o", place / "no")
+    assert_refused(outcome, "are circuits of different models", place / "no")
+    assert_refused(run("overlap", place / "a", "-o", place / "no"), "at least two circuits", place / "no")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--keep", "1.2"), "above 0 and at most 1, not 1.2"),
+        (("--on", "gsm8k_answers"), "sizes are decided by losses of problems, as in gsm8k_nll:100"),
+        (("--on", "wikitext2_ppl"), "sizes are decided by losses of problems"),
+        (("--units", "experts"), "has no units of kind 'expert'"),
+        (("--units", "neuron"), "did you mean 'neurons'"),
+        (("--ablation", "counterfactual"), "needs a counterfactual of every example"),
+        (("--ablation", "mean", "--save", "x"), "--save writes zeros"),
+        (("--estimator", "exact"), "ask for 1 round (--rescore 1)"),
+        (("--estimator", "relevance", "--effect", "kl"), "needs the effect 'ce'"),
+        (("--on", "gsm8k_nll:5"), "5 problems to decide on are too few to resample"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(
+    run: Run, place: Path, options: tuple[str, ...], words: str
+) -> None:
+    assert_refused(find(run, place, "refused", "-t", "gsm8k:16", *options), words, place / "refused")
