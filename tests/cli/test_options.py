@@ -19,6 +19,7 @@ PANELS = {
     "inspect": ["Model"],
     "attribute": ["Model", "Data", "Method", "Running"],
     "stability": ["Model", "Data", "Method", "Running"],
+    "circuit": ["Model", "Data", "Method", "Running"],
     "prune": ["Model", "Data", "Method", "Running", "Hub"],
     "sweep": ["Model", "Data", "Method", "Answers", "Running"],
     "shrink": ["Model", "Data", "Method", "Running", "Hub"],

@@ -84,6 +84,7 @@ def calls(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     }
     (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     given, some = ["--data-dir", data], ["-t", "gsm8k", "-n", 3]
+    own = place / "circuit"
     return {
         "run": [place / "recipe.yaml", "-o", place / "run", *given],
         "inspect": [model],
@@ -92,6 +93,8 @@ def calls(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         "merge": [place / "effects" / "effects.json", "-o", place / "merged.json", "--overwrite"],
         "effects": [place / "effects"],
         "stability": [model, "-o", place / "stability", "-t", "gsm8k", "-n", 1, "--top", 3, *given],
+        "circuit": [model, "-o", own, "-t", "ioi:16", "--controls", 0, "--rescore", 1, "--keep", 0.5],
+        "overlap": [own, own / "circuit.json", "-o", place / "both", "--remove", 1],
         "prune": [model, "-o", place / "pruned", "--method", "magnitude", "--overwrite", *given],
         "sweep": [
             model,
@@ -120,6 +123,8 @@ EXPECTED: dict[str, Callable[[Any], bool]] = {
     "merge": lambda own: {unit["kind"] for unit in own["units"]} == {"head"},
     "effects": lambda own: own["exact"] is True,
     "stability": lambda own: own["interactions"]["pairs"] == 3,
+    "circuit": lambda own: len(own["members"]) == own["size"],
+    "overlap": lambda own: own["over_chance"][0][1] == 1.0,
     "prune": lambda own: 0 < own["zeros"] < own["weights"],
     "sweep": lambda own: {"sparsity", "holds"} <= own["tried"][0].keys(),
     "shrink": lambda own: own["after"]["parameters"] < own["before"]["parameters"],

@@ -1,8 +1,8 @@
 """Commands that find circuits and compare them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,17 +16,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SearchOptions:
+class SearchOptions(opt.EffectOptions):
     """What a circuit is, and how it is looked for."""
 
-    panel: ClassVar[str] = "Method"
-
-    units: Annotated[
-        list[str],
-        typer.Option(
-            help="heads, kv_groups, attention, mlp, neurons:1 (single neurons; neurons:64: groups), experts or layers; repeatable."
-        ),
-    ] = field(default_factory=lambda: ["heads"])
     ablation: Annotated[
         Literal["zero", "mean", "resample", "counterfactual"],
         typer.Option(
@@ -41,12 +33,6 @@ class SearchOptions:
             "matters is yours to judge), exact or adaptive (both with --rescore 1)."
         ),
     ] = "integrated"
-    effect: Annotated[
-        Literal["ce", "kl"],
-        typer.Option(
-            help="Units are scored by the target's loss (ce), or by divergence from the intact model (kl)."
-        ),
-    ] = "ce"
     rank: Annotated[
         Literal["absolute", "signed"],
         typer.Option(help="absolute: what the behaviour hangs on, helpful or harmful; signed: what helps."),
@@ -71,7 +57,7 @@ class SearchOptions:
         ),
     ] = False
 
-    def spec(self, on: list[str], alone: Path | None) -> "CircuitSpec":
+    def asked(self, on: list[str], alone: Path | None) -> "CircuitSpec":
         """Return what is looked for, as runs take it."""
         from causalprune.attribution import Estimator, Question
         from causalprune.circuits import Checks
@@ -130,7 +116,7 @@ def circuit(
     from causalprune.cli import showing
     from causalprune.runs import find_circuit, planned_search
 
-    asked, wanted = search.spec(on, save), data.spec(1)
+    asked, wanted = search.asked(on, save), data.spec(1)
     costs = planned_search(asked, wanted)
     if dry_run or search.tests:
         console.print(showing.costs(costs))

@@ -252,7 +252,7 @@ class EffectOptions:
     units: Annotated[
         list[str],
         typer.Option(
-            help="heads, kv_groups, attention, mlp, neurons:64 (groups of 64; neurons:64:effect: of similar effect), "
+            help="heads, kv_groups, attention, mlp, neurons:1 (each), neurons:64 (groups; neurons:64:effect: of similar effect), "
             "experts or layers; repeatable."
         ),
     ] = field(default_factory=lambda: ["heads"])
