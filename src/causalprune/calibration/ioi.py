@@ -24,7 +24,7 @@ def rows(seed: int) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield generated rows with the place they come from: `question`, `answer`, and what they are paired with."""
     names = NAMES.split()
     for number in range(seed, seed + ROWS):
-        chance = random.Random(number)  # noqa: S311 (no secret)
+        chance = random.Random(number)  # noqa: S311  # nosec B311 (no secret)
         given, actor = chance.sample(names, 2)
         pair = dict(zip("ab", chance.sample([given, actor], 2), strict=True))
         pair |= {"place": chance.choice(PLACES), "thing": chance.choice(THINGS)}
