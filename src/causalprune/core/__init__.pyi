@@ -1,3 +1,21 @@
+from .anatomy import (
+    Layer as Layer,
+)
+from .anatomy import (
+    LeftOut as LeftOut,
+)
+from .anatomy import (
+    Mixer as Mixer,
+)
+from .anatomy import (
+    Projection as Projection,
+)
+from .anatomy import (
+    Role as Role,
+)
+from .anatomy import (
+    bands as bands,
+)
 from .errors import (
     CausalPruneError as CausalPruneError,
 )
@@ -98,9 +116,6 @@ from .source import (
     Source as Source,
 )
 from .types import (
-    Attention as Attention,
-)
-from .types import (
     Batch as Batch,
 )
 from .types import (
@@ -122,22 +137,10 @@ from .types import (
     Example as Example,
 )
 from .types import (
-    Layer as Layer,
-)
-from .types import (
-    LeftOut as LeftOut,
-)
-from .types import (
     Progress as Progress,
 )
 from .types import (
-    Projection as Projection,
-)
-from .types import (
     Remarked as Remarked,
-)
-from .types import (
-    Role as Role,
 )
 from .types import (
     Stage as Stage,
@@ -147,9 +150,6 @@ from .types import (
 )
 from .types import (
     UnitKind as UnitKind,
-)
-from .types import (
-    bands as bands,
 )
 from .types import (
     quiet as quiet,

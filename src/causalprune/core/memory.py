@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from causalprune.core.types import Effects, bands, bits_of
+from causalprune.core.anatomy import bands, bits_of
+from causalprune.core.types import Effects
 
 Found = TypeVar("Found")
 NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from causalprune.core import Decoder, Layer, ModelError, OptionError, Unit, UnitKind, unknown
 
-Place: TypeAlias = Literal["heads", "mlp", "shared", "experts"]
-"""Where a layer has gates: head outputs, MLP neurons, neurons of a shared expert, outputs of routed experts."""
+Place: TypeAlias = Literal["heads", "mixers", "mlp", "shared", "experts"]
+"""Where a layer has gates: outputs of heads, of those of other mixers, MLP neurons, those of a shared expert, routed experts."""
 
 NAMES: dict[str, UnitKind] = {
     "heads": "head",
+    "mixers": "mixer",
     "kv_groups": "kv_group",
     "attention": "attention",
     "mlp": "mlp",
@@ -53,8 +54,9 @@ def sites(decoder: Decoder) -> dict[Site, int]:
 
 
 def _size(layer: Layer, place: Place) -> int:
-    if place == "heads":
-        return layer.attention.n_heads
+    if place in ("heads", "mixers"):
+        mixer = layer.mixer(place)
+        return mixer.n_heads if mixer else 0
     if place == "experts":
         return layer.n_experts
     down = _down(layer, place)
@@ -69,8 +71,8 @@ def _down(layer: Layer, place: Place) -> tuple[nn.Module, int] | None:
 def gated_module(decoder: Decoder, site: Site) -> nn.Module:
     """Return the module whose input carries the parts of a site; for experts, what calls them."""
     layer = decoder.layers[site.layer]
-    if site.place == "heads":
-        return layer.attention.output
+    if (mixer := layer.mixer(site.place)) is not None:
+        return mixer.output
     if site.place == "experts":
         if layer.experts is None or isinstance(layer.experts, nn.ModuleList):
             raise ModelError(f"{layer.name}: experts that are modules of their own cannot be masked")
@@ -141,15 +143,18 @@ def _parts(
         parts = parts if place != "mlp" or order is None else parts[order.to(parts.device)]
         return [{site: part.sort().values} for part in parts.split(size) if len(part)]
 
-    shared = layer.attention.n_heads // layer.attention.n_kv_heads
+    attention = layer.mixer("heads")
+    shared = attention.n_heads // attention.n_kv_heads if attention else 1
+    whole, mlp = all_of("heads"), all_of("mlp", "shared", "experts")
     found: dict[UnitKind, list[Parts]] = {
         "head": split("heads", 1),
+        "mixer": split("mixers", 1),
         "kv_group": split("heads", shared),
-        "attention": [all_of("heads")],
-        "mlp": [all_of("mlp", "shared", "experts")],
+        "attention": [whole] if whole else [],
+        "mlp": [mlp] if mlp else [],
         "neurons": split("mlp", size),
         "expert": split("experts", 1),
-        "layer": [all_of("heads", "mlp", "shared", "experts")],
+        "layer": [dict(own)],
     }
     return found[kind]
 

@@ -1,7 +1,4 @@
 from .anatomy import (
-    LEFT_OUT as LEFT_OUT,
-)
-from .anatomy import (
     expert_weight as expert_weight,
 )
 from .anatomy import (
@@ -70,6 +67,9 @@ from .loading import (
 )
 from .loading import (
     wrapped as wrapped,
+)
+from .roles import (
+    LEFT_OUT as LEFT_OUT,
 )
 from .shards import (
     Entry as Entry,

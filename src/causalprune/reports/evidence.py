@@ -155,7 +155,7 @@ def achieved(decoder: Decoder, keep: Mapping[str, Bool[Tensor, "_ _"]]) -> dict[
     """Return the zeros of a pruned model: in all, by layer and matrix, and by head."""
     counted = count_zeros(decoder)
     matrices = by_matrix(counted.pop("projections"))
-    heads = [layer.attention.n_heads for layer in decoder.layers]
+    heads = [layer.n_heads for layer in decoder.layers]
     return {**counted, "matrices": matrices, "heads": by_head(keep.items(), heads)}
 
 

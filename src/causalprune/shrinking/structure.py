@@ -100,7 +100,7 @@ def column_keep(decoder: Decoder, kept: Kept) -> dict[str, Tensor]:
 
 def _configured(decoder: Decoder, kept: Kept) -> Any:
     whole = copy.deepcopy(decoder.model.config)
-    config, attention = whole.get_text_config(decoder=True), decoder.layers[0].attention
+    config = whole.get_text_config(decoder=True)
     if kept.neurons:
         names = [name for name in _WIDTHS if getattr(config, name, None) or name in config.to_dict()]
         if not names:
@@ -108,8 +108,9 @@ def _configured(decoder: Decoder, kept: Kept) -> Any:
         for name in names:
             setattr(config, name, _common(kept.neurons, "neurons"))
     if kept.kv_groups:
-        groups = _common(kept.kv_groups, "KV groups")
-        config.head_dim = attention.head_dim
+        groups, attention = _common(kept.kv_groups, "KV groups"), decoder.layers[min(kept.kv_groups)].attention
+        if not any(p.role == "kv_b" for p in decoder.projections):  # heads of latent attention have several widths
+            config.head_dim = attention.head_dim
         config.num_attention_heads = groups * (attention.n_heads // attention.n_kv_heads)
         config.num_key_value_heads = groups
     if kept.experts:
@@ -236,25 +237,23 @@ def _features(index: Tensor, width: int) -> Tensor:
 
 def _rows(layer: Layer, p: Projection, kept: Kept) -> Tensor | None:
     """Return the outputs of a projection that stay, None for all."""
-    attention, groups = layer.attention, kept.kv_groups.get(layer.index)
-    if p.role in ("k", "v"):
-        return None if groups is None else _features(groups, attention.head_dim)
-    if p.role == "q":
-        return None if groups is None else _queries(layer, groups)
+    groups = kept.kv_groups.get(layer.index)
+    if p.blocks and p.role != "o" and ".mixer." not in p.name:
+        return None if groups is None else _owned(layer, p, groups, p.shape[0])
     return kept.neurons.get(layer.index) if p.role in ("gate", "up") and _dense(p) else None
 
 
 def _columns(layer: Layer, p: Projection, kept: Kept) -> Tensor | None:
     """Return the inputs of a projection that stay, None for all."""
-    if p.role == "o":
+    if p.role == "o" and ".mixer." not in p.name:
         groups = kept.kv_groups.get(layer.index)
-        return None if groups is None else _queries(layer, groups)
+        return None if groups is None else _owned(layer, p, groups, p.shape[1])
     return kept.neurons.get(layer.index) if p.role == "down" and _dense(p) else None
 
 
-def _queries(layer: Layer, groups: Tensor) -> Tensor:
-    shared = layer.attention.n_heads // layer.attention.n_kv_heads
-    return _features(_features(groups, shared), layer.attention.head_dim)
+def _owned(layer: Layer, p: Projection, groups: Tensor, size: int) -> Tensor:
+    """Return which of so many rows or columns belong to groups of heads."""
+    return _features(_features(groups, p.blocks // layer.attention.n_kv_heads), size // p.blocks)
 
 
 def _dense(p: Projection) -> bool:
