@@ -53,7 +53,7 @@ _RULES: tuple[tuple[str, int], ...] = (
     ("mamba_dt_rank time_step_rank", 4),
     ("index_head_dim", 8),
     ("index_n_heads", 2),
-    ("index_topk", 4),
+    ("index_topk", 64),
     ("rotary_dim", 4),
     ("query_pre_attn_scalar", 8),
     ("hidden_size_per_layer_input", 12),
@@ -77,6 +77,7 @@ _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_la
 _TOKENS = ("image_token", "video_token", "audio_token", "vision_start", "vision_end", "boi_token", "eoi_token", "boa_token")
 _TOKENS += ("eoa_token", "image_start", "image_end", "video_start", "video_end", "user_token", "audio_start", "audio_end")
 _LATENT = {"num_key_value_heads": 4, "head_dim": 4}
+_GEMMA_3N = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 _GEMMA_4 = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "num_hidden_layers": 3,
@@ -84,16 +85,18 @@ _GEMMA_4 = {
     "global_head_dim": 16,
 }
 SPECIAL: dict[str, dict[str, Any]] = {
-    "blt": {"skip": True},
     "cohere_compass_text": {"rope_parameters": None},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 20, "moe_num_experts": 4, "moe_top_k": 2},
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
+    "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "deepseek_v4": {"num_key_value_heads": 1},
     "dots1": {"n_routed_experts": 4},
     "falcon": {"new_decoder_architecture": True},
+    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 1, "intermediate_size": [40] * 4, "layer_types": _GEMMA_3N,
+                     "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0]},
     "gemma4": {"text_config": _GEMMA_4},
     "gemma4_text": _GEMMA_4,
     "gemma4_unified": {"text_config": _GEMMA_4},
@@ -106,6 +109,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": 8},
     "plbart": {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
     "whisper": {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4},
     "zamba": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 4},
     "zaya": {"num_experts_per_tok": 1},
     "reformer": {"is_decoder": True},

@@ -6,7 +6,7 @@ Each check returns a number that is to be small, or raises `AssertionError` with
 import copy
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from causalprune.shrinking.removal import Shares, Shrinking, shrink
 from causalprune.streaming.files import Seen, check_streams, prune_stream
 
 SMALL = 1e-4
+SHARED: set[str] = set()
+"""Keys and values that layers hand on to others, of the model at hand."""
 GROUP = 8
 """Neurons in a unit."""
 METHODS = (
@@ -97,15 +99,20 @@ def closing_is_zeroing(decoder: Decoder) -> float:
 @contextmanager
 def owned_zero(decoder: Decoder, unit: Unit) -> Iterator[None]:
     """Set the rows and columns that a unit owns to zero for a while."""
-    before = [(p, p.read().clone()) for p in decoder.layers[unit.layer].projections]
+    before, stack = [(p, p.read().clone()) for p in decoder.layers[unit.layer].projections], ExitStack()
     try:
         for p, weight in before:
+            bias = p.module._parameters.get("down_proj_bias") if unit.kind in ("expert", "mlp", "layer") else None
+            if bias is not None and _owned(decoder, unit, p) is not None and p.role == "down":
+                stack.callback(bias[p.expert].copy_, bias[p.expert].clone())
+                bias[p.expert] = 0
             if (owned := _owned(decoder, unit, p)) is not None:
                 changed = weight.clone()
                 changed[owned] = 0
                 p.write(changed)
         yield
     finally:
+        stack.close()
         for p, weight in before:
             p.write(weight)
 
@@ -114,17 +121,16 @@ def _owned(decoder: Decoder, unit: Unit, p: Projection) -> Any:
     """Return which entries of a matrix a unit owns, written down a second time; None for none."""
     layer, everything = decoder.layers[unit.layer], (slice(None), slice(None))
     mlp, other = p.role in ("gate", "up", "down"), ".mixer." in p.name
-    if unit.kind == "layer":
-        return everything
-    if unit.kind == "mlp":
-        return everything if mlp else None
-    if unit.kind == "attention":
-        return everything if not mlp and not other else None
+    if unit.kind in ("layer", "mlp", "attention"):
+        own = {"layer": True, "mlp": mlp, "attention": not mlp and not other}[unit.kind]
+        return everything if own and (p.role in ("o", "down") or not elsewhere(p)) else None
     if unit.kind == "expert":
         return everything if f".experts.{unit.index}." in p.name else None
     if unit.kind == "neurons":
         own = slice(unit.index * GROUP, (unit.index + 1) * GROUP)
-        return None if not mlp or p.name.count(".") != 2 else (slice(None), own) if p.role == "down" else (own, slice(None))
+        normed = any("norm" in name for name, _ in layer.module.get_submodule(p.parameter_name.removeprefix(f"{layer.name}.").split(".")[0]).named_parameters())
+        normed |= bool(getattr(layer.module.get_submodule(p.parameter_name.removeprefix(f"{layer.name}.").split(".")[0]), "activation_sparsity", 0))
+        return None if not mlp or p.name.count(".") != 2 or (normed and p.role != "down") else (slice(None), own) if p.role == "down" else (own, slice(None))
     mixer = layer.mixer("mixers" if unit.kind == "mixer" else "heads")
     if mlp or not p.blocks or mixer is None or other != (unit.kind == "mixer"):
         return None
@@ -142,10 +148,17 @@ def _owned(decoder: Decoder, unit: Unit, p: Projection) -> Any:
 
 def coupled(mixer: Mixer, p: Projection) -> bool:
     """Tell whether a norm goes over the rows of several heads, or keys and values go to other layers too."""
+    own = mixer.module
+    if hasattr(own, "groupnorm") or (p.role == "v" and hasattr(own, "x_proj" if mixer.place == "mixers" else "dt_proj")):
+        return True
     wide = [w.numel() for n, w in mixer.module.named_parameters() if "norm" in n and n.endswith("weight")]
     per_unit = p.shape[0] // p.blocks
-    shares = any(getattr(mixer.module, name, False) for name in ("store_full_length_kv", "is_kv_shared_layer", "kv_sharing_mode"))
-    return any(n > max(per_unit, mixer.head_dim, 1) for n in wide) or (shares and p.role in ("k", "v"))
+    return any(n > max(per_unit, mixer.head_dim, 1) for n in wide) or elsewhere(p)
+
+
+def elsewhere(p: Projection) -> bool:
+    """Tell whether what a matrix computes goes to other layers too."""
+    return p.role in ("k", "v") and p.parameter_name in SHARED
 
 
 def gradient_is_slope(decoder: Decoder) -> float:
@@ -165,6 +178,8 @@ def gradient_is_slope(decoder: Decoder) -> float:
         errors, finite = [], torch.zeros(count)
         for step in (1e-2, 3e-3, 1e-3):  # the first where the loss is near enough to a line, and tokens keep their experts
             finite = (loss(parts, 1 - step) - loss(parts, 1 + step)) / (2 * step)
+            ahead, behind = ((loss(parts, 1 + s) - loss(parts, 1)) / -s for s in (step, -step))
+            errors += [(own - slope.double()).abs() / (1 + own.abs()) for own in (ahead, behind)]
             errors.append((finite - slope.double()).abs() / (1 + finite.abs()))
         worst = max(worst, float(torch.stack(errors).amin(0).max()))
         assert worst <= 1e-2, f"{unit}: gradient {slope.tolist()}, difference {finite.tolist()}"
@@ -330,7 +345,11 @@ def kernels_agree(make: Callable[..., Decoder]) -> float:
 
 def inspected(model: Any) -> Decoder:
     """Return what the library makes of a model."""
-    return inspect_model(model, None, name="tiny")
+    decoder = inspect_model(model, None, name="tiny")
+    for layer in decoder.layers:
+        if any(getattr(mixer.module, "store_full_length_kv", False) for mixer in layer.mixers):
+            SHARED.update(p.parameter_name for p in layer.projections)
+    return decoder
 
 
 def fresh(model: Any) -> Callable[[], Decoder]:

@@ -34,7 +34,7 @@ class Projection(Shown):
     that the stored matrix is `[in out]` (GPT-2's Conv1D), `rows` picks the rows of a fused matrix
     that belong to this projection (None: all of them). An MLP without a gate has roles `up`, `down`. The rows (for `o` the
     columns) of a mixer's matrix are cut into as many equal `blocks` as it has heads or groups of heads, which own them in order;
-    0: all heads share them.
+    0: all heads share them. `uses` are further modules, in later layers, that share the parameter.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Projection(Shown):
     rows: slice | Int[Tensor, "out"] | None = None
     expert: int | None = None
     blocks: int = 0
+    uses: tuple[nn.Module, ...] = ()
 
     def stored(self) -> Float[Tensor, "_ _"]:
         """Return the stored matrix that this one is in, as it is stored: shared, not copied."""

@@ -25,6 +25,9 @@ from .ablation import (
 from .ablation import (
     site_inputs as site_inputs,
 )
+from .carried import (
+    shares as shares,
+)
 from .gradients import (
     expansion as expansion,
 )

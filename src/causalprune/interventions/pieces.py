@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from causalprune.core import Decoder, Layer, free_bytes
+from causalprune.core import Decoder, Layer, ModelError, free_bytes
+from causalprune.interventions.carried import shares
 from causalprune.interventions.ablation import LayerInputs, capture, entered_at, residual, run_until
 
 Watch: TypeAlias = Callable[[Layer], AbstractContextManager[Any]]
@@ -28,6 +29,11 @@ class Pieces:
     def __init__(
         self, decoder: Decoder, tokens: Int[Tensor, "batch time"], watch: Watch = lambda _: nullcontext()
     ) -> None:
+        if shares(decoder):
+            raise ModelError(
+                f"{decoder.name} has layers that take keys and values of others: gradients layer by layer would lack what comes "
+                "back through them; take a method without (wanda, sparsegpt, cap), and --update obs or none"
+            )
         first = capture(decoder, tokens, stop=0)
         self._decoder, self._tokens, self._watch, self.as_tuple = decoder, tokens, watch, first.as_tuple
         self._made: list[tuple[Tensor, Tensor | None]] = []

@@ -1,5 +1,7 @@
 """What can be removed from a model, and which gates close to remove it."""
 
+import inspect
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +68,18 @@ def _size(layer: Layer, place: Place) -> int:
 def _down(layer: Layer, place: Place) -> tuple[nn.Module, int] | None:
     name = f"layers.{layer.index}.{'shared.' if place == 'shared' else ''}down"
     return next(((p.module, p.shape[1]) for p in layer.projections if p.name == name), None)
+
+
+def gated_modules(decoder: Decoder, site: Site) -> list[nn.Module]:
+    """Return the module whose input carries the parts of a site, with those of later layers that share its weights."""
+    first = gated_module(decoder, site)
+    own = (p for p in decoder.layers[site.layer].projections if p.module is first and p.role in ("o", "down"))
+    return [first, *(module for p in itertools.islice(own, 1) for module in p.uses)]
+
+
+def sees_all(experts: nn.Module) -> bool:
+    """Tell whether experts get every token, set to zero where it is not routed to them (Llama 4), rather than a choice."""
+    return len(inspect.signature(experts.forward).parameters) == 1
 
 
 def gated_module(decoder: Decoder, site: Site) -> nn.Module:

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from causalprune.core import Decoder, Layer, LeftOut, ModelError, Projection, Role
 from causalprune.models.mixing import check_mixer, mixers_of, setting
-from causalprune.models.roles import BESIDE, LEFT_OUT, MIXED, Pattern, arranged, matches
+from causalprune.models.roles import BESIDE, LEFT_OUT, MIXED, TOWER, Pattern, arranged, matches
 from causalprune.models.shards import raw_bytes
 
 _ROLES: tuple[Role, ...] = get_args(Role)
@@ -54,9 +54,11 @@ def outline(model: PreTrainedModel, tokenizer: Any, *, name: str, revision: str 
                 f"{weight} of {name!r} is quantised ({parameter.dtype}): pass the original model"
             )
     path, modules = _decoder_list(model)
+    if "shared" in (getattr(model.config.get_text_config(decoder=True), "indexer_types", None) or ()):
+        raise ModelError(f"{name!r}: layers that share the choices of an indexer with others are not understood")
     config = model.config.get_text_config(decoder=True)
     found = [_layer(config, f"{path}.{i}", i, module) for i, module in enumerate(modules)]
-    layers = tuple(layer for layer, _ in found)
+    layers = _each_once(layer for layer, _ in found)
     left_out = _left_out(
         model, layers, path, dict(itertools.chain.from_iterable(own.items() for _, own in found))
     )
@@ -164,6 +166,8 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
     if other := [own for own in config.architectures or () if own.endswith(_HEADS)]:
         raise ModelError(f"{name!r} is a {other[0]}, whose head predicts no next tokens; {_PRUNES}")
     text = config.get_text_config(decoder=True)
+    if getattr(text, "prompt_length", None):
+        raise ModelError(f"{name!r} ({config.model_type}) puts tokens of its own before a text; {_PRUNES}")
     if type(text) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text, "is_decoder", False):
         raise ModelError(f"{name!r} ({config.model_type}) is an encoder (masked language model); {_PRUNES}")
     if not getattr(text, "num_hidden_layers", None):
@@ -181,18 +185,12 @@ def _understood(layer: nn.Module) -> bool:
 
 
 def _decoder_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Return the only outermost `ModuleList` of `num_hidden_layers` modules with known parts.
-
-    Beside towers of images or sounds, the one in what transformers calls the decoder.
-    """
+    """Return the only outermost `ModuleList` of `num_hidden_layers` modules with known parts, outside towers of images or sounds."""
     text = model.config.get_text_config(decoder=True)
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     right = {n: m for n, m in lists.items() if len(m) == text.num_hidden_layers}
-    found = {n: m for n, m in right.items() if all(_understood(e) for e in m)}
+    found = {n: m for n, m in right.items() if all(_understood(e) for e in m) and not TOWER.search(n)}
     found = {n: m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)}
-    if len(found) > 1 and text is not model.config:
-        inside = {id(own) for own in model.get_decoder().modules()}
-        found = {n: m for n, m in found.items() if id(m) in inside}
     if len(found) == 1:
         return found.popitem()
     wanted = f"{text.num_hidden_layers} decoder layers"
@@ -219,6 +217,26 @@ def _layer(config: PreTrainedConfig, path: str, index: int, module: nn.Module) -
     n_experts = len({place for place, _ in found if place[0] == "experts"})
     pool, mixture = tuple(p for _, p in found), module.get_submodule(experts) if experts else None
     return Layer(index, path, module, tuple(mixed.mixers), pool, mixture, n_experts), mixed.whole
+
+
+def _each_once(layers: Iterable[Layer]) -> tuple[Layer, ...]:
+    """Return layers in which a parameter that several share is in the first alone, with the modules of the others."""
+    uses: dict[int, list[nn.Module]] = {}
+    kept = []
+    for layer in layers:
+        own = tuple(p for p in layer.projections if id(p.parameter) not in uses)
+        for p in {id(p.parameter): p for p in layer.projections}.values():
+            uses.setdefault(id(p.parameter), []).append(p.module)
+        outputs = [p.module for p in own if p.role == "o"]
+        mixers = tuple(mixer for mixer in layer.mixers if mixer.output in outputs)
+        kept.append(replace(layer, projections=own, mixers=mixers))
+    if all(len(modules) == 1 for modules in uses.values()):
+        return tuple(kept)
+    found = []
+    for layer in kept:
+        pool = tuple(replace(p, uses=tuple(uses[id(p.parameter)][1:])) for p in layer.projections)
+        found.append(replace(layer, projections=pool))
+    return tuple(found)
 
 
 def _order(p: Projection) -> tuple[bool, bool, int]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from causalprune.calibration import batches, check_positions, few
 from causalprune.core import Batch, Calibration, Decoder, Layer, Projection, State
-from causalprune.interventions import InputNorms, LayerInputs, Moments, capture, observed, run_layer
+from causalprune.interventions import InputNorms, LayerInputs, Moments, capture, observed, run_layer, shares
 from causalprune.pruning.importance import Factors
 from causalprune.pruning.methods import Method
 from causalprune.pruning.parts import Costs, Steps, costs
@@ -120,7 +120,7 @@ def walk(
 def _entering(plan: Plan, first: int, name: str) -> list[LayerInputs]:
     """Return the inputs of a layer for every batch, from the nearest layer before it whose inputs were kept."""
     decoder, known = plan.decoder, plan.state.values.pop(name, None)
-    if known is None or known["layer"] > first:
+    if known is None or known["layer"] > first or shares(decoder):
         at = 0
         inputs = [plan.hold(capture(decoder, batch.tokens, stop=0)) for batch in plan.groups]
     else:
