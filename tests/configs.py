@@ -57,7 +57,7 @@ _RULES: tuple[tuple[str, int], ...] = (
     ("rotary_dim", 4),
     ("query_pre_attn_scalar", 8),
     ("hidden_size_per_layer_input", 12),
-    ("num_kv_shared_layers", 1),
+    ("num_kv_shared_layers", 0),
     ("num_nextn_predict_layers", 0),
     ("laurel_rank", 6),
     ("adapter_rank", 4),
@@ -85,6 +85,8 @@ _GEMMA_4 = {
     "global_head_dim": 16,
 }
 SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_hidden_layers": 3},
     "cohere_compass_text": {"rope_parameters": None},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2},

@@ -235,6 +235,8 @@ def pruning_is_exact(make: Callable[[], Decoder]) -> float:
             continue
         if method.scope == "2:4" and any(p.shape[1] % 4 for p in make().projections):
             continue
+        if "slopes" in method.needs and SHARED:
+            continue
         pruned(make, method, effects)
     return 0.0
 

@@ -68,11 +68,17 @@ from .loading import (
 from .loading import (
     wrapped as wrapped,
 )
+from .mixing import (
+    setting as setting,
+)
 from .roles import (
     LEFT_OUT as LEFT_OUT,
 )
 from .shards import (
     Entry as Entry,
+)
+from .shards import (
+    Made as Made,
 )
 from .shards import (
     ShardWriter as ShardWriter,

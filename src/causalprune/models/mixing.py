@@ -142,14 +142,14 @@ def _kv_heads(block: _Block, n: int, head_dim: int) -> int:
     return found
 
 
-def setting(config: Any, name: str) -> Any:
-    """Return a field of a configuration, None where it has none, or another one for every layer."""
+def setting(config: Any, name: str, varied: Any = None) -> Any:
+    """Return a field of a configuration, None where it has none, `varied` where it has another one for every layer."""
     try:
         return getattr(config, name, None)
     except Exception as error:
         if "PerLayer" not in type(error).__name__:
             raise
-        return None
+        return varied
 
 
 def _views(

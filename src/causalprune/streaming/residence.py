@@ -96,12 +96,15 @@ class Residence:
 
     def _read_buffers(self, entries: Mapping[str, Entry]) -> None:
         """Read the buffers that files hold beside weights."""
+        from transformers.core_model_loading import revert_weight_conversion  # noqa: PLC0415  it takes long
+
         model, stored = self.decoder.model, self.decoder.model.state_dict().keys()
         prefix = f"{model.base_model_prefix}."
         for name, buffer in model.named_buffers():
             if name not in stored:
                 continue
-            names = [name, prefix + name, name.removeprefix(prefix)]
+            own = next(iter(revert_weight_conversion(model, {name: buffer})))
+            names = [name, prefix + name, name.removeprefix(prefix), own, prefix + own]
             found = next((entries[n] for n in names if n in entries), None)
             if found is None or found.shape != tuple(buffer.shape):
                 raise CheckpointError(
