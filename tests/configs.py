@@ -148,6 +148,10 @@ def _shrunk(kind: Any, special: Mapping[str, Any]) -> Any:
             fields[name] = _SMALL[name]
         elif name.startswith(_TOKENS) and isinstance(value, int) and value > 8:
             fields[name] = 90 + sum(map(ord, name)) % 5
+    rope = record.get("rope_parameters")
+    if isinstance(rope, dict) and rope.get("mrope_section"):
+        half = int((fields.get("head_dim") or 8) * rope.get("partial_rotary_factor", 1)) // 2
+        fields["rope_parameters"] = rope | {"mrope_section": [half - 2, 1, 1]}
     if record.get("kv_lora_rank"):
         fields |= {k: v for k, v in _LATENT.items() if k in record or k == "num_key_value_heads"}
     fields |= {k: v for k, v in special.items() if k not in kind.sub_configs}

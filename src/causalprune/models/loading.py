@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
@@ -76,7 +77,7 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
         source, how = _opened(name, folder, config, dtype, gguf=file is not None)
         how |= _attending(name, config, attention, device)
         with _quiet(hide_bars=local), contextlib.ExitStack() as stack:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = _class_for(config).from_pretrained(
                 folder,
                 **_spread(device_map, stack),
                 output_loading_info=True,
@@ -101,6 +102,20 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
     model.eval().requires_grad_(False)
     source = _described(name, revision, replace(source, pickles=allow_pickle, code=trust_remote_code))
     return replace(inspect_model(model, tokenizer, name=name, revision=revision), source=source)
+
+
+def _class_for(config: Any) -> Any:
+    """Return what loads a model as a whole: for images and text where its files are of that class, or there is no other."""
+    names = [own.__name__ for own in (_known(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, config),) if own]
+    other = _known(MODEL_FOR_CAUSAL_LM_MAPPING, config)
+    whole = names and (other is None or (other.__name__ not in names and bool(set(names) & set(config.architectures or ()))))
+    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
+
+
+def _known(mapping: Any, config: Any) -> Any:
+    """Return the class of a mapping for a configuration, None where it has none."""
+    found = mapping.get(type(config), None)
+    return found[0] if isinstance(found, tuple) else found
 
 
 def _opened(name: str, folder: str, config: Any, dtype: str, *, gguf: bool) -> tuple[Source, dict[str, Any]]:
@@ -285,7 +300,7 @@ def _empty(name: str, folder: str, options: dict[str, Any], dtype: torch.dtype |
         how |= {"dtype": dtype} if runs else {}
         with _quiet(hide_bars=local), place:
             trusted = options["trust_remote_code"]
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **how)
+            return _class_for(config).from_config(config, trust_remote_code=trusted, **how)
     except _LOAD_ERRORS as error:
         raise _load_error(name, error, local=local) from error
 
