@@ -84,7 +84,19 @@ _GEMMA_4 = {
     "vocab_size_per_layer_input": VOCAB,
     "global_head_dim": 16,
 }
+
+
+def _sections(*sizes: int) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sizes)}
+    return {"text_config": {"rope_parameters": rope}}
+
+
 SPECIAL: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "glmga", "ernie4_5_vl_moe"), _sections(2, 1, 1)),
+    "glm4v_moe": _sections(1, 1, 0),
+    "paddleocr_vl": _sections(2, 2, 2),
+    "mistral4": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "hunyuan_vl": {"text_config": {"head_dim": 8}},
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_hidden_layers": 3},
     "cohere_compass_text": {"rope_parameters": None},
@@ -95,7 +107,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "deepseek_v4": {"num_key_value_heads": 1},
-    "dots1": {"n_routed_experts": 4},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon": {"new_decoder_architecture": True},
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 1, "intermediate_size": [40] * 4, "layer_types": _GEMMA_3N,
                      "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0]},
@@ -108,7 +120,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "ministral": {"head_dim": 8},
-    "nemotron": {"head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "helium": {"head_dim": 8},
     "plbart": {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
     "whisper": {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4},
@@ -116,7 +129,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "reformer": {"is_decoder": True},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
-    "qwen4_exp_text": {"indexer_budget": 8, "indexer_compress_ratio": 2},
 }
 """By type: what the general rules do not say, and those that have to differ."""
 

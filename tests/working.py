@@ -5,7 +5,7 @@ Each check returns a number that is to be small, or raises `AssertionError` with
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,9 @@ def kinds(decoder: Decoder) -> list[str]:
 
 def closing_is_zeroing(decoder: Decoder) -> float:
     """(a) A closed unit, and rows and columns that it owns set to zero by hand, give the same logits; the largest difference."""
-    units, every, worst = list_units(decoder, kinds(decoder)), sites(decoder), 0.0
+    every, worst = sites(decoder), 0.0
     intact, moved = logits(decoder.model), dict[str, float]()
-    for unit, parts in units.items():
+    for unit, parts in some_units(decoder, 12):
         gates = {s: g.expand(len(TOKENS), -1) for s, g in closing([parts], every).items()}
         with gated(decoder, gates):
             closed = logits(decoder.model)
@@ -94,6 +94,15 @@ def closing_is_zeroing(decoder: Decoder) -> float:
         moved[unit.kind] = max(moved.get(unit.kind, 0.0), apart(closed, intact))
     assert min(moved.values()) > SMALL, f"nothing happens: {moved}"
     return worst
+
+
+def some_units(decoder: Decoder, most: int) -> list[tuple[Unit, Any]]:
+    """Return units of every kind with their parts, at most so many of a kind, from the first layer to the last."""
+    found = []
+    for name in kinds(decoder):
+        own = [*list_units(decoder, [name]).items()]
+        found += own[:: -(-len(own) // most)]
+    return found
 
 
 @contextmanager
@@ -151,7 +160,8 @@ def coupled(mixer: Mixer, p: Projection) -> bool:
     own = mixer.module
     if hasattr(own, "groupnorm") or (p.role == "v" and hasattr(own, "x_proj" if mixer.place == "mixers" else "dt_proj")):
         return True
-    wide = [w.numel() for n, w in mixer.module.named_parameters() if "norm" in n and n.endswith("weight")]
+    norms = [(n, w) for n, w in mixer.module.named_parameters() if "norm" in n and n.endswith("weight")]
+    wide = [w.numel() for n, w in norms if "_a_" not in n and "indexer" not in n]  # not over latents that all heads share
     per_unit = p.shape[0] // p.blocks
     return any(n > max(per_unit, mixer.head_dim, 1) for n in wide) or elsewhere(p)
 
@@ -161,10 +171,43 @@ def elsewhere(p: Projection) -> bool:
     return p.role in ("k", "v") and p.parameter_name in SHARED
 
 
+def rows_reach_their_units(decoder: Decoder) -> float:
+    """Rows that a unit owns change what it sends, and nothing of what others of its mixer send; returns how many were tried."""
+    tried = 0
+    for layer in decoder.layers:
+        for mixer in layer.mixers:
+            prefix = f"layers.{layer.index}.{'' if mixer.place == 'heads' else 'mixer.'}"
+            own = [p for p in layer.projections if p.name == prefix + p.role and p.blocks > 1 and p.role != "o"]
+            intact = _sent(decoder, mixer)
+            for p in own:
+                if p.role in ("gate", "up", "down") or coupled(mixer, p):
+                    continue
+                for block in {0, p.blocks - 1}:
+                    before, size = p.read().clone(), p.shape[0] // p.blocks
+                    after = before.clone()
+                    after[block * size : (block + 1) * size] *= -1.5
+                    p.write(after)
+                    moved = (_sent(decoder, mixer) - intact).abs().amax((0, 2)) > 1e-6
+                    p.write(before)
+                    each = mixer.n_heads // p.blocks
+                    owners = set(range(block * each, (block + 1) * each))
+                    assert set(moved.nonzero().flatten().tolist()) == owners, f"{p.name}, block {block}: {moved.tolist()}"
+                    tried += 1
+    return float(tried)
+
+
+def _sent(decoder: Decoder, mixer: Mixer) -> Tensor:
+    """Return what a mixer sends to its output projection, `[token head width]`."""
+    seen: list[Tensor] = []
+    handle = mixer.output.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    logits(decoder.model)
+    handle.remove()
+    return seen[0].reshape(-1, mixer.n_heads, mixer.head_dim)
+
+
 def gradient_is_slope(decoder: Decoder) -> float:
     """(b) The gradient at open gates is the finite difference of the loss; the largest difference in nats."""
-    names, every = kinds(decoder), sites(decoder)
-    units = [*list_units(decoder, names).items()][:: max(1, len(list_units(decoder, names)) // 24)]
+    every, units = sites(decoder), some_units(decoder, 2)
     (batch, *_) = batches(examples(2).examples, max_batch_tokens=64)
     _, first, _ = expansion(decoder, batch, [parts for _, parts in units], torch.zeros(0, int(batch.is_target[:, 1:].sum())))
     worst, count = 0.0, len(batch.tokens)
@@ -175,14 +218,15 @@ def gradient_is_slope(decoder: Decoder) -> float:
             return target_nats(decoder, batch).double()
 
     for (unit, parts), slope in zip(units, first, strict=True):
-        errors, finite = [], torch.zeros(count)
-        for step in (1e-2, 3e-3, 1e-3):  # the first where the loss is near enough to a line, and tokens keep their experts
-            finite = (loss(parts, 1 - step) - loss(parts, 1 + step)) / (2 * step)
-            ahead, behind = ((loss(parts, 1 + s) - loss(parts, 1)) / -s for s in (step, -step))
-            errors += [(own - slope.double()).abs() / (1 + own.abs()) for own in (ahead, behind)]
-            errors.append((finite - slope.double()).abs() / (1 + finite.abs()))
+        here, slope, errors = loss(parts, 1), slope.double(), list[Tensor]()
+        for step in (3e-3, 1e-2, 1e-3):  # until the loss is near enough to a line, and tokens keep their experts on one side
+            ahead, behind = (loss(parts, 1 + own) for own in (step, -step))
+            for finite in ((behind - ahead) / (2 * step), (here - ahead) / step, (behind - here) / step):
+                errors.append((finite - slope).abs() / (1 + finite.abs()))
+            if float(torch.stack(errors).amin(0).max()) <= 1e-2:
+                break
         worst = max(worst, float(torch.stack(errors).amin(0).max()))
-        assert worst <= 1e-2, f"{unit}: gradient {slope.tolist()}, difference {finite.tolist()}"
+        assert worst <= 1e-2, f"{unit}: the gradient is {slope.tolist()}, off by {worst:.1e}"
     return worst
 
 
@@ -197,8 +241,9 @@ def exact_is_naive(decoder: Decoder) -> float:
     data, names = examples(2), kinds(decoder)
     found = attribute(decoder, data, Question(tuple(names)), Estimator(max_batch_tokens=64))
     worst = 0.0
+    wanted = {unit for unit, _ in some_units(decoder, 12)}
     for i, unit in enumerate(found.units):
-        if found.masked_nats[i].isnan().any():
+        if unit not in wanted or found.masked_nats[i].isnan().any():
             continue
         with owned_zero(decoder, unit):
             own = torch.cat([target_nats(decoder, batch) for batch in batches(data.examples, max_batch_tokens=1)])
@@ -227,10 +272,10 @@ def pruned(make: Callable[[], Decoder], method: Method, effects: Effects | None)
     return decoder
 
 
-def pruning_is_exact(make: Callable[[], Decoder]) -> float:
-    """(c) for every method; returns how many were tried."""
+def pruning_is_exact(make: Callable[[], Decoder], methods: Sequence[Method] = METHODS) -> float:
+    """(c) for every method."""
     effects = effects_of(make(), examples()) if any(layer.mixers for layer in make().layers) else None
-    for method in METHODS:
+    for method in methods:
         if method.criterion == "cap" and effects is None:
             continue
         if method.scope == "2:4" and any(p.shape[1] % 4 for p in make().projections):
@@ -254,10 +299,10 @@ def reloads(model: Any, auto: Any, folder: Path) -> float:
     return error
 
 
-def streams(folder: Path) -> float:
+def streams(folder: Path, methods: Sequence[Method] = METHODS) -> float:
     """(e) Streamed and in memory are the same bytes, for every method that streams."""
     data = examples()
-    for method in METHODS:
+    for method in methods:
         if method.criterion == "cap":
             continue
         try:
@@ -339,7 +384,12 @@ def generates(decoder: Decoder) -> float:
 def kernels_agree(make: Callable[..., Decoder]) -> float:
     """Effects with eager attention and with sdpa agree; the largest difference in nats per token."""
     data = examples(2)
-    found = [effects_of(make(attn_implementation=name), data).delta_nats() for name in ("eager", "sdpa")]
+    try:
+        found = [effects_of(make(attn_implementation=name), data).delta_nats() for name in ("eager", "sdpa")]
+    except ValueError as error:
+        if "does not support" in str(error):
+            return 0.0
+        raise
     error = float((found[0] - found[1]).abs().max())
     assert error <= SMALL, f"eager and sdpa differ by {error:.1e}"
     return error
@@ -348,6 +398,7 @@ def kernels_agree(make: Callable[..., Decoder]) -> float:
 def inspected(model: Any) -> Decoder:
     """Return what the library makes of a model."""
     decoder = inspect_model(model, None, name="tiny")
+    SHARED.clear()
     for layer in decoder.layers:
         if any(getattr(mixer.module, "store_full_length_kv", False) for mixer in layer.mixers):
             SHARED.update(p.parameter_name for p in layer.projections)

@@ -27,7 +27,7 @@ class LayerInputs:
     `as_tuple` is how many values this model's layers return as a tuple, which a skipped layer must imitate; 0 for the stream alone.
     """
 
-    hidden: Mapping[int, Float[Tensor, "batch time model"]]
+    hidden: Mapping[int, Float[Tensor, "*stream batch time model"]]
     as_tuple: int
 
     def rows(self, layer: int, rows: Sequence[int], tokens: Int[Tensor, "batch time"]) -> "LayerInputs":
@@ -201,13 +201,13 @@ def run_layer(
     tokens: Int[Tensor, "batch time"],
     layer: int,
     inputs: LayerInputs,
-) -> Float[Tensor, "batch time model"]:
+) -> Float[Tensor, "*stream batch time model"]:
     """Run `layer` alone on `inputs.hidden[layer]` and return its output."""
     with entered_at(decoder, layer, inputs), kept(decoder, tokens), torch.inference_mode():
         return residual(run_until(decoder, tokens, layer))
 
 
-def residual(output: Any) -> Float[Tensor, "batch time model"]:
+def residual(output: Any) -> Float[Tensor, "*stream batch time model"]:
     """Return the residual stream in what a layer returns."""
     hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
