@@ -33,10 +33,35 @@ from causalprune.evaluation.results import read_json, write_json
 
 SECONDS = 240
 """For one check, at most."""
-NAMED = (
-    "qwen3_5 qwen3_5_moe qwen3_next deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite kimi_linear minicpm3 gemma4 gemma3n llama4 "
-    "nemotron_h granitemoehybrid falcon falcon_h1 jamba bamba zamba2 lfm2_moe minimax gptj gpt_bigcode mpt qwen3_vl mistral3 llava"
-).split()
+NAMED = [
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_next",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
+    "glm4_moe_lite",
+    "kimi_linear",
+    "minicpm3",
+    "gemma4",
+    "gemma3n",
+    "llama4",
+    "nemotron_h",
+    "granitemoehybrid",
+    "falcon",
+    "falcon_h1",
+    "jamba",
+    "bamba",
+    "zamba2",
+    "lfm2_moe",
+    "minimax",
+    "gptj",
+    "gpt_bigcode",
+    "mpt",
+    "qwen3_vl",
+    "mistral3",
+    "llava",
+]
 OTHER_KINDS = ("encoder (masked", "encoder-decoder", "cross-attention")
 
 
@@ -76,13 +101,13 @@ def _row(kind: str, name: str) -> dict[str, Any]:
     try:
         model = build()
         working.logits(model)
-    except Exception as error:  # noqa: BLE001 (whatever a type raises)
+    except Exception as error:
         return {"status": "unbuilt", "why": _said(error)}
     try:
         decoder = working.inspected(model)
     except CausalPruneError as error:
         return {"status": "refused", "why": str(error)}
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return {"status": "traceback", "why": _said(error)}
     auto = AutoModelForImageTextToText if image_text else AutoModelForCausalLM
     places = sorted({m.place for layer in decoder.layers for m in layer.mixers})
@@ -97,10 +122,12 @@ def _row(kind: str, name: str) -> dict[str, Any]:
                 return row | {"status": "wrong", "why": f"{check}: {_said(error)}"}
             except CausalPruneError as error:
                 row["checks"][check] = f"refused: {error}"
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 return row | {"status": "traceback", "why": f"{check}: {_said(error)}"}
             row.setdefault("seconds", {})[check] = round(time.perf_counter() - start, 2)
-    refused = [own for check, own in row["checks"].items() if check != "stream" and str(own).startswith("refused")]
+    refused = [
+        own for check, own in row["checks"].items() if check != "stream" and str(own).startswith("refused")
+    ]
     return row | ({"status": "refused", "why": refused[0]} if refused else {})
 
 
@@ -145,7 +172,9 @@ def figures(raw: dict[str, Any]) -> dict[str, float | None]:
     every = [*causal.values(), *image.values()]
     works = {name for rows in (causal, image) for name, row in rows.items() if row["status"] == "works"}
     known = {n: "gemma3n_text" if n == "gemma3n" else n for n in NAMED}
-    closing = [row["checks"]["closing"] for row in every if isinstance(row.get("checks", {}).get("closing"), float)]
+    closing = [
+        row["checks"]["closing"] for row in every if isinstance(row.get("checks", {}).get("closing"), float)
+    ]
     streams = [row for row in every if row["status"] == "wrong" and row["why"].startswith("stream")]
     found: dict[str, float | None] = {
         "types_known": len(causal),
@@ -163,9 +192,16 @@ def figures(raw: dict[str, Any]) -> dict[str, float | None]:
 
 def page(raw: dict[str, Any]) -> str:
     """Return the list of types as a page."""
-    lines = ["# Families", "", "Made by `python bench/families.py sweep`, which builds a tiny random model of every type that", ""]
+    lines = [
+        "# Families",
+        "",
+        "Made by `python bench/families.py sweep`, which builds a tiny random model of every type that",
+        "",
+    ]
     lines[2] += f" transformers {raw['transformers']} knows and"
-    lines[3] = "checks it end to end: closing a unit and zeroing what it owns give the same logits, gradients are slopes, pruning is"
+    lines[3] = (
+        "checks it end to end: closing a unit and zeroing what it owns give the same logits, gradients are slopes, pruning is"
+    )
     lines += [
         "exact and touches nothing else, saved folders reload, streamed ones are the same bytes, and a cache changes nothing.",
         "A type that is not here as working is refused in one line. `mixers` are the heads of linear attention and state",
@@ -175,16 +211,26 @@ def page(raw: dict[str, Any]) -> str:
     for kind, title in (("causal", "Causal language models"), ("image_text", "Image-and-text models")):
         rows = raw[kind]
         works = {name: row for name, row in rows.items() if row["status"] == "works"}
-        lines += [f"## {title}", "", f"{len(works)} of {len(rows)} types work.", "", "| type | units | streamed | shrink |"]
+        lines += [
+            f"## {title}",
+            "",
+            f"{len(works)} of {len(rows)} types work.",
+            "",
+            "| type | units | streamed | shrink |",
+        ]
         lines += ["|---|---|---|---|"]
-        lines += [f"| {name} | {_units(row)} | {_streamed(row)} | {_shrunk(row)} |" for name, row in works.items()]
+        lines += [
+            f"| {name} | {_units(row)} | {_streamed(row)} | {_shrunk(row)} |" for name, row in works.items()
+        ]
         lines += ["", "Refused, or not to be built with small settings:", "", "| type | why |", "|---|---|"]
         lines += [f"| {n} | {_why(row)} |" for n, row in rows.items() if row["status"] != "works"] + [""]
     return "\n".join(lines)
 
 
 def _units(row: dict[str, Any]) -> str:
-    return ", ".join(name for name in (own.partition(":")[0] for own in row["units"]) if name not in ("layers", "mlp"))
+    return ", ".join(
+        name for name in (own.partition(":")[0] for own in row["units"]) if name not in ("layers", "mlp")
+    )
 
 
 def _streamed(row: dict[str, Any]) -> str:
@@ -192,11 +238,18 @@ def _streamed(row: dict[str, Any]) -> str:
 
 
 def _shrunk(row: dict[str, Any]) -> str:
-    return ", ".join(kind for kind, own in row["checks"]["shrink"].items() if own == "standard").replace("_", " ") or "none"
+    return (
+        ", ".join(kind for kind, own in row["checks"]["shrink"].items() if own == "standard").replace(
+            "_", " "
+        )
+        or "none"
+    )
 
 
 def _why(row: dict[str, Any]) -> str:
-    text = row["why"].replace("|", "/").replace("refused: ", "").replace("'tiny' ", "").replace("'tiny'", "this")
+    text = (
+        row["why"].replace("|", "/").replace("refused: ", "").replace("'tiny' ", "").replace("'tiny'", "this")
+    )
     return f"cannot be built: {text}" if row["status"] == "unbuilt" else text
 
 

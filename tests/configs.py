@@ -4,7 +4,7 @@ Shapes are chosen to tell things apart: key-value heads are fewer than heads, wi
 each kind of layer that the default configuration has is there at least once.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,11 +15,17 @@ from transformers.models.auto.modeling_auto import (
 )
 
 VOCAB = 96
-CAUSAL, IMAGE_TEXT = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+CAUSAL, IMAGE_TEXT = (
+    tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+)
 _RULES: tuple[tuple[str, int], ...] = (
     ("vocab_size vocab_size_per_layer_input unpadded_vocab_size", VOCAB),
     ("hidden_size d_model n_embd dim embedding_size lru_width backbone_hidden_size emb_dim", 32),
-    ("intermediate_size intermediate_size_mlp n_inner ffn_dim ffn_hidden_size dim_ff dff d_ff dense_intermediate_size", 40),
+    (
+        "intermediate_size intermediate_size_mlp n_inner ffn_dim ffn_hidden_size dim_ff dff d_ff dense_intermediate_size",
+        40,
+    ),
     ("moe_intermediate_size expert_ffn_hidden_size", 20),
     ("shared_expert_intermediate_size shared_intermediate_size shared_experts_intermediate_size", 24),
     ("moe_shared_expert_intermediate_size share_expert_dim", 24),
@@ -43,7 +49,10 @@ _RULES: tuple[tuple[str, int], ...] = (
     ("linear_num_value_heads linear_num_heads", 4),
     ("linear_key_head_dim linear_head_dim", 8),
     ("linear_value_head_dim", 6),
-    ("sliding_window local_attention sliding_window_size attention_window_size attention_chunk_size window_size", 8),
+    (
+        "sliding_window local_attention sliding_window_size attention_window_size attention_chunk_size window_size",
+        8,
+    ),
     ("mamba_n_heads mamba_num_heads n_mamba_heads", 4),
     ("mamba_d_head mamba_head_dim mamba_headdim", 16),
     ("mamba_d_ssm", 64),
@@ -61,7 +70,10 @@ _RULES: tuple[tuple[str, int], ...] = (
     ("num_nextn_predict_layers", 0),
     ("laurel_rank", 6),
     ("adapter_rank", 4),
-    ("conv_L_cache linear_conv_kernel_dim short_conv_kernel_size conv_kernel conv_kernel_size mamba_d_conv", 3),
+    (
+        "conv_L_cache linear_conv_kernel_dim short_conv_kernel_size conv_kernel conv_kernel_size mamba_d_conv",
+        3,
+    ),
     ("bos_token_id eos_token_id cls_token_id sep_token_id decoder_start_token_id", 2),
     ("pad_token_id", 0),
     # towers of images and sounds
@@ -74,8 +86,26 @@ _RULES: tuple[tuple[str, int], ...] = (
 )
 _SMALL = {name: value for names, value in _RULES for name in names.split()}
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "layers")
-_TOKENS = ("image_token", "video_token", "audio_token", "vision_start", "vision_end", "boi_token", "eoi_token", "boa_token")
-_TOKENS += ("eoa_token", "image_start", "image_end", "video_start", "video_end", "user_token", "audio_start", "audio_end")
+_TOKENS = (
+    "image_token",
+    "video_token",
+    "audio_token",
+    "vision_start",
+    "vision_end",
+    "boi_token",
+    "eoi_token",
+    "boa_token",
+)
+_TOKENS += (
+    "eoa_token",
+    "image_start",
+    "image_end",
+    "video_start",
+    "video_end",
+    "user_token",
+    "audio_start",
+    "audio_end",
+)
 _LATENT = {"num_key_value_heads": 4, "head_dim": 4}
 _GEMMA_3N = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 _GEMMA_4 = {
@@ -92,13 +122,19 @@ def _sections(*sizes: int) -> dict[str, Any]:
 
 
 SPECIAL: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "glmga", "ernie4_5_vl_moe"), _sections(2, 1, 1)),
+    **dict.fromkeys(
+        ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "glmga", "ernie4_5_vl_moe"),
+        _sections(2, 1, 1),
+    ),
     "glm4v_moe": _sections(1, 1, 0),
     "paddleocr_vl": _sections(2, 2, 2),
     "mistral4": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}},
     "hunyuan_vl": {"text_config": {"head_dim": 8}},
     "bamba": {"attn_layer_indices": [1]},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_hidden_layers": 3},
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_hidden_layers": 3,
+    },
     "cohere_compass_text": {"rope_parameters": None},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2},
@@ -109,8 +145,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v4": {"num_key_value_heads": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon": {"new_decoder_architecture": True},
-    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 1, "intermediate_size": [40] * 4, "layer_types": _GEMMA_3N,
-                     "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0]},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 1,
+        "intermediate_size": [40] * 4,
+        "layer_types": _GEMMA_3N,
+        "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0],
+    },
     "gemma4": {"text_config": _GEMMA_4},
     "gemma4_text": _GEMMA_4,
     "gemma4_unified": {"text_config": _GEMMA_4},
@@ -124,11 +165,22 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "helium": {"head_dim": 8},
     "plbart": {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
     "whisper": {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4},
-    "zamba": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 4},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_hidden_layers": 4,
+    },
+    "zamba": {
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"],
+        "num_hidden_layers": 4,
+    },
     "zaya": {"num_experts_per_tok": 1},
     "reformer": {"is_decoder": True},
-    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+    "jamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+    },
 }
 """By type: what the general rules do not say, and those that have to differ."""
 
@@ -140,45 +192,42 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 
 def _shrunk(kind: Any, special: Mapping[str, Any]) -> Any:
     default = kind()
-    record, names = default.to_dict(), {old: new for old, new in (default.attribute_map or {}).items()}
-    layers, keep = _kept_layers(default, record)
+    record, names = default.to_dict(), dict(default.attribute_map or {})
+    count, keep = _kept_layers(default, record)
     fields: dict[str, Any] = {}
     for name, value in record.items():
-        if name in kind.sub_configs:
-            own = getattr(default, name, None)
-            if own is not None and kind.sub_configs[name].__name__ != "AutoConfig":
-                fields[name] = _shrunk(type(own), special.get(name, {})).to_dict()
-            elif own is not None:
-                fields[name] = _shrunk(type(own), special.get(name, {})).to_dict()
-        elif isinstance(value, bool) or name in ("id2label", "label2id"):
-            continue
-        elif isinstance(value, list) and len(value) == layers and keep:
-            fields[name] = [value[i] for i in keep]
-        elif name in _COUNTS and isinstance(value, int):
-            fields[name] = len(keep)
-        elif name in _SMALL and isinstance(value, int):
-            fields[name] = _SMALL[name]
-        elif name.startswith(_TOKENS) and isinstance(value, int) and value > 8:
-            fields[name] = 90 + sum(map(ord, name)) % 5
-    rope = record.get("rope_parameters")
-    if isinstance(rope, dict) and rope.get("mrope_section"):
-        half = int((fields.get("head_dim") or 8) * rope.get("partial_rotary_factor", 1)) // 2
-        fields["rope_parameters"] = rope | {"mrope_section": [half - 2, 1, 1]}
+        if name not in kind.sub_configs:
+            fields |= _small(name, value, count, keep)
+        elif (own := getattr(default, name, None)) is not None:
+            fields[name] = _shrunk(type(own), special.get(name, {})).to_dict()
     if record.get("kv_lora_rank"):
         fields |= {k: v for k, v in _LATENT.items() if k in record or k == "num_key_value_heads"}
     fields |= {k: v for k, v in special.items() if k not in kind.sub_configs}
-    for old in names:
-        if old in fields and names[old] in fields and old not in special:
-            fields.pop(old)
-    return kind(**{k: v for k, v in fields.items() if v is not _ABSENT})
+    twice = {old for old, new in names.items() if old in fields and new in fields and old not in special}
+    return kind(**{k: v for k, v in fields.items() if k not in twice})
 
 
-_ABSENT = object()
+def _small(name: str, value: Any, count: int, keep: list[int]) -> dict[str, Any]:
+    """Return a field with a small value, nothing where the default is kept."""
+    if name == "rope_parameters" and isinstance(value, dict) and value.get("mrope_section"):
+        half = int(8 * value.get("partial_rotary_factor", 1)) // 2
+        return {name: value | {"mrope_section": [half - 2, 1, 1]}}
+    if isinstance(value, list) and len(value) == count:
+        return {name: [value[i] for i in keep]}
+    if not isinstance(value, int) or isinstance(value, bool):
+        return {}
+    if name in _COUNTS:
+        return {name: len(keep)}
+    if name.startswith(_TOKENS) and value > 8:
+        return {name: 90 + sum(map(ord, name)) % 5}
+    return {name: _SMALL[name]} if name in _SMALL else {}
 
 
 def _kept_layers(default: Any, record: Mapping[str, Any]) -> tuple[int, list[int]]:
     """Return the number of layers by default, and those that show each kind at least once."""
-    count = next((record[n] for n in _COUNTS if isinstance(record.get(n), int)), 0) or getattr(default, "num_hidden_layers", 0)
+    count = next((record[n] for n in _COUNTS if isinstance(record.get(n), int)), 0) or getattr(
+        default, "num_hidden_layers", 0
+    )
     rows = [v for v in record.values() if isinstance(v, list) and len(v) == count and count > 2]
     keep: list[int] = []
     seen: set[tuple[int, str]] = set()
@@ -202,7 +251,7 @@ def build(config: PreTrainedConfig, *, image_text: bool = False, **options: Any)
     auto: Any = AutoModelForImageTextToText if image_text else AutoModelForCausalLM
     model = auto.from_config(config, dtype=torch.float32, **options)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             spread = 0.2 if parameter.ndim > 1 else 0.1
             own = parameter if parameter.ndim == 1 else 0
             parameter.copy_(torch.randn_like(parameter) * spread + own)

@@ -17,7 +17,7 @@ from causalprune.attribution.estimators import attribute
 from causalprune.attribution.questions import Estimator, Question
 from causalprune.calibration.examples import batches
 from causalprune.checkpoints.saving import save
-from causalprune.core.anatomy import Mixer, Projection
+from causalprune.core.anatomy import Layer, Mixer, Projection
 from causalprune.core.errors import ModelError, OptionError
 from causalprune.core.types import Calibration, Decoder, Effects, Example, Unit
 from causalprune.interventions.ablation import gated
@@ -48,8 +48,13 @@ METHODS = (
 
 def examples(n: int = 3, length: int = 13) -> Calibration:
     """Return random token sequences of several lengths."""
-    rows = [torch.randint(3, 80, (length - i % 2,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(n)]
-    return Calibration(tuple(Example(tuple(row), 5, "random", str(i)) for i, row in enumerate(rows)), (0,) * n)
+    rows = [
+        torch.randint(3, 80, (length - i % 2,), generator=torch.Generator().manual_seed(i)).tolist()
+        for i in range(n)
+    ]
+    return Calibration(
+        tuple(Example(tuple(row), 5, "random", str(i)) for i, row in enumerate(rows)), (0,) * n
+    )
 
 
 TOKENS = torch.randint(3, 80, (2, 13), generator=torch.Generator().manual_seed(9))
@@ -111,11 +116,11 @@ def owned_zero(decoder: Decoder, unit: Unit) -> Iterator[None]:
     before, stack = [(p, p.read().clone()) for p in decoder.layers[unit.layer].projections], ExitStack()
     try:
         for p, weight in before:
-            bias = p.module._parameters.get("down_proj_bias") if unit.kind in ("expert", "mlp", "layer") else None
-            if bias is not None and _owned(decoder, unit, p) is not None and p.role == "down":
+            owned, bias = _owned(decoder, unit, p), getattr(p.module, "down_proj_bias", None)
+            if owned is not None and bias is not None and p.role == "down":
                 stack.callback(bias[p.expert].copy_, bias[p.expert].clone())
                 bias[p.expert] = 0
-            if (owned := _owned(decoder, unit, p)) is not None:
+            if owned is not None:
                 changed = weight.clone()
                 changed[owned] = 0
                 p.write(changed)
@@ -128,42 +133,58 @@ def owned_zero(decoder: Decoder, unit: Unit) -> Iterator[None]:
 
 def _owned(decoder: Decoder, unit: Unit, p: Projection) -> Any:
     """Return which entries of a matrix a unit owns, written down a second time; None for none."""
-    layer, everything = decoder.layers[unit.layer], (slice(None), slice(None))
-    mlp, other = p.role in ("gate", "up", "down"), ".mixer." in p.name
-    if unit.kind in ("layer", "mlp", "attention"):
-        own = {"layer": True, "mlp": mlp, "attention": not mlp and not other}[unit.kind]
-        return everything if own and (p.role in ("o", "down") or not elsewhere(p)) else None
-    if unit.kind == "expert":
-        return everything if f".experts.{unit.index}." in p.name else None
-    if unit.kind == "neurons":
-        own = slice(unit.index * GROUP, (unit.index + 1) * GROUP)
-        normed = any("norm" in name for name, _ in layer.module.get_submodule(p.parameter_name.removeprefix(f"{layer.name}.").split(".")[0]).named_parameters())
-        normed |= bool(getattr(layer.module.get_submodule(p.parameter_name.removeprefix(f"{layer.name}.").split(".")[0]), "activation_sparsity", 0))
-        return None if not mlp or p.name.count(".") != 2 or (normed and p.role != "down") else (slice(None), own) if p.role == "down" else (own, slice(None))
-    mixer = layer.mixer("mixers" if unit.kind == "mixer" else "heads")
-    if mlp or not p.blocks or mixer is None or other != (unit.kind == "mixer"):
+    everything, mlp, other = (slice(None), slice(None)), p.role in ("gate", "up", "down"), ".mixer." in p.name
+    whole = {
+        "layer": True,
+        "mlp": mlp,
+        "attention": not mlp and not other,
+        "expert": f".experts.{unit.index}." in p.name,
+    }
+    if unit.kind in whole:
+        return everything if whole[unit.kind] and (p.role in ("o", "down") or not elsewhere(p)) else None
+    size = GROUP if unit.kind == "neurons" else _share(decoder.layers[unit.layer], unit, p)
+    if not size or (
+        unit.kind == "neurons" and (not mlp or p.name.count(".") != 2 or mlp_coupled(decoder, p))
+    ):
         return None
-    per_group = mixer.n_heads // mixer.n_kv_heads
-    units = mixer.n_kv_heads if unit.kind == "kv_group" else mixer.n_heads
-    if p.blocks % units:
-        return None  # shared with other units
-    if p.role != "o" and coupled(mixer, p):
-        return None
-    assert unit.kind != "kv_group" or units * per_group == mixer.n_heads
-    size = p.shape[p.role == "o"] // units
     own = slice(unit.index * size, (unit.index + 1) * size)
-    return (slice(None), own) if p.role == "o" else (own, slice(None))
+    return (slice(None), own) if p.role in ("o", "down") else (own, slice(None))
+
+
+def _share(layer: Layer, unit: Unit, p: Projection) -> int:
+    """Return how many rows (columns of `o`) of a matrix a unit of a mixer owns, 0 where it shares them."""
+    other, mixer = ".mixer." in p.name, layer.mixer("mixers" if unit.kind == "mixer" else "heads")
+    if p.role in ("gate", "up", "down") or not p.blocks or mixer is None or other != (unit.kind == "mixer"):
+        return 0
+    units = mixer.n_kv_heads if unit.kind == "kv_group" else mixer.n_heads
+    if p.blocks % units or (p.role != "o" and coupled(mixer, p)):
+        return 0
+    return p.shape[p.role == "o"] // units
+
+
+def mlp_coupled(decoder: Decoder, p: Projection) -> bool:
+    """Tell whether rows of an MLP have a say in what others send: a norm over all, or a cut by their spread."""
+    if p.role == "down":
+        return False
+    layer = decoder.layers[p.layer]
+    module = layer.module.get_submodule(p.parameter_name.removeprefix(f"{layer.name}.").split(".")[0])
+    normed = any("norm" in name for name, _ in module.named_parameters())
+    return normed or bool(getattr(module, "activation_sparsity", 0))
 
 
 def coupled(mixer: Mixer, p: Projection) -> bool:
     """Tell whether a norm goes over the rows of several heads, or keys and values go to other layers too."""
     own = mixer.module
-    if hasattr(own, "groupnorm") or (p.role == "v" and hasattr(own, "x_proj" if mixer.place == "mixers" else "dt_proj")):
+    if hasattr(own, "groupnorm") or (
+        p.role == "v" and hasattr(own, "x_proj" if mixer.place == "mixers" else "dt_proj")
+    ):
         return True
     norms = [(n, w) for n, w in mixer.module.named_parameters() if "norm" in n and n.endswith("weight")]
-    wide = [w.numel() for n, w in norms if "_a_" not in n and "indexer" not in n]  # not over latents that all heads share
+    own_norms = [
+        w for n, w in norms if "_a_" not in n and "indexer" not in n
+    ]  # not of latents that all heads share
     per_unit = p.shape[0] // p.blocks
-    return any(n > max(per_unit, mixer.head_dim, 1) for n in wide) or elsewhere(p)
+    return any(w.numel() > max(per_unit, mixer.head_dim, 1) for w in own_norms) or elsewhere(p)
 
 
 def elsewhere(p: Projection) -> bool:
@@ -177,7 +198,9 @@ def rows_reach_their_units(decoder: Decoder) -> float:
     for layer in decoder.layers:
         for mixer in layer.mixers:
             prefix = f"layers.{layer.index}.{'' if mixer.place == 'heads' else 'mixer.'}"
-            own = [p for p in layer.projections if p.name == prefix + p.role and p.blocks > 1 and p.role != "o"]
+            own = [
+                p for p in layer.projections if p.name == prefix + p.role and p.blocks > 1 and p.role != "o"
+            ]
             intact = _sent(decoder, mixer)
             for p in own:
                 if p.role in ("gate", "up", "down") or coupled(mixer, p):
@@ -191,7 +214,9 @@ def rows_reach_their_units(decoder: Decoder) -> float:
                     p.write(before)
                     each = mixer.n_heads // p.blocks
                     owners = set(range(block * each, (block + 1) * each))
-                    assert set(moved.nonzero().flatten().tolist()) == owners, f"{p.name}, block {block}: {moved.tolist()}"
+                    assert set(moved.nonzero().flatten().tolist()) == owners, (
+                        f"{p.name}, block {block}: {moved.tolist()}"
+                    )
                     tried += 1
     return float(tried)
 
@@ -209,7 +234,9 @@ def gradient_is_slope(decoder: Decoder) -> float:
     """(b) The gradient at open gates is the finite difference of the loss; the largest difference in nats."""
     every, units = sites(decoder), some_units(decoder, 2)
     (batch, *_) = batches(examples(2).examples, max_batch_tokens=64)
-    _, first, _ = expansion(decoder, batch, [parts for _, parts in units], torch.zeros(0, int(batch.is_target[:, 1:].sum())))
+    _, first, _ = expansion(
+        decoder, batch, [parts for _, parts in units], torch.zeros(0, int(batch.is_target[:, 1:].sum()))
+    )
     worst, count = 0.0, len(batch.tokens)
 
     def loss(parts: Any, gate: float) -> Tensor:
@@ -218,11 +245,15 @@ def gradient_is_slope(decoder: Decoder) -> float:
             return target_nats(decoder, batch).double()
 
     for (unit, parts), slope in zip(units, first, strict=True):
-        here, slope, errors = loss(parts, 1), slope.double(), list[Tensor]()
-        for step in (3e-3, 1e-2, 1e-3):  # until the loss is near enough to a line, and tokens keep their experts on one side
+        here, errors = loss(parts, 1), list[Tensor]()
+        for step in (
+            3e-3,
+            1e-2,
+            1e-3,
+        ):  # until the loss is near enough to a line, and tokens keep their experts on one side
             ahead, behind = (loss(parts, 1 + own) for own in (step, -step))
             for finite in ((behind - ahead) / (2 * step), (here - ahead) / step, (behind - here) / step):
-                errors.append((finite - slope).abs() / (1 + finite.abs()))
+                errors.append((finite - slope.double()).abs() / (1 + finite.abs()))
             if float(torch.stack(errors).amin(0).max()) <= 1e-2:
                 break
         worst = max(worst, float(torch.stack(errors).amin(0).max()))
@@ -246,7 +277,9 @@ def exact_is_naive(decoder: Decoder) -> float:
         if unit not in wanted or found.masked_nats[i].isnan().any():
             continue
         with owned_zero(decoder, unit):
-            own = torch.cat([target_nats(decoder, batch) for batch in batches(data.examples, max_batch_tokens=1)])
+            own = torch.cat(
+                [target_nats(decoder, batch) for batch in batches(data.examples, max_batch_tokens=1)]
+            )
         worst = max(worst, float((found.masked_nats[i] - own).abs().max()))
         assert worst <= 1e-3, f"{unit}: {found.masked_nats[i].tolist()} instead of {own.tolist()}"
     return worst
@@ -256,13 +289,17 @@ def pruned(make: Callable[[], Decoder], method: Method, effects: Effects | None)
     """(c) Prune a fresh model, and check that the sparsity is the one asked for, and that only prunable tensors differ."""
     decoder = make()
     before = {name: p.detach().clone() for name, p in decoder.model.named_parameters()}
-    result = prune(decoder, method, calibration=examples(), effects=effects if "effects" in method.needs else None)
+    result = prune(
+        decoder, method, calibration=examples(), effects=effects if "effects" in method.needs else None
+    )
     count, zeros = 0, 0
     for p in decoder.projections:
         keep = result.keep[p.name]
         count, zeros = count + keep.numel(), zeros + int((~keep).sum())
         assert not bool(p.read()[~keep].any()), p.name
-    slack = len(decoder.projections) + sum(p.shape[0] for p in decoder.projections) * (method.criterion == "wanda")
+    slack = len(decoder.projections) + sum(p.shape[0] for p in decoder.projections) * (
+        method.criterion == "wanda"
+    )
     assert abs(zeros - method.sparsity * count) <= slack / 2, f"{method}: {zeros} of {count}"
     prunable = {p.parameter_name for p in decoder.projections}
     tied = getattr(decoder.model, "all_tied_weights_keys", None) or {}
@@ -279,8 +316,6 @@ def pruning_is_exact(make: Callable[[], Decoder], methods: Sequence[Method] = ME
         if method.criterion == "cap" and effects is None:
             continue
         if method.scope == "2:4" and any(p.shape[1] % 4 for p in make().projections):
-            continue
-        if "slopes" in method.needs and SHARED:
             continue
         pruned(make, method, effects)
     return 0.0
@@ -322,7 +357,9 @@ def streams(folder: Path, methods: Sequence[Method] = METHODS) -> float:
 
 
 def _files(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    found: dict[str, Any] = {
+        str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
     found.pop("README.md", None)
     manifest = json.loads(found["causalprune.json"])
     manifest.pop("created")
@@ -333,11 +370,14 @@ def _files(folder: Path) -> dict[str, Any]:
 def shrinks(make: Callable[[], Decoder], auto: Any, folder: Path) -> dict[str, str]:
     """(f) A standard configuration that loads with stock transformers, or why there is none, by kind of unit."""
     found = {}
-    for kind, shares in {"neurons": Shares(neurons=0.5), "kv_groups": Shares(kv_groups=0.5), "layers": Shares(layers=0.4)}.items():
+    for kind, shares in {
+        "neurons": Shares(neurons=0.5),
+        "kv_groups": Shares(kv_groups=0.5),
+        "layers": Shares(layers=0.4),
+    }.items():
         try:
             result = shrink(make(), shares, examples(), Shrinking(by="magnitude", update="none"))
         except (ModelError, OptionError) as error:
-            assert "\n" not in str(error)
             found[kind] = str(error)
             continue
         kept = getattr(result.kept, kind)
@@ -347,7 +387,12 @@ def shrinks(make: Callable[[], Decoder], auto: Any, folder: Path) -> dict[str, s
             for site, n in sites(base).items():
                 if site.place == place and site.layer in kept:
                     own = torch.zeros(n)
-                    own[(kept[site.layer][:, None] * (n // _count(base, site.layer, kind)) + torch.arange(n // _count(base, site.layer, kind))).flatten()] = 1
+                    own[
+                        (
+                            kept[site.layer][:, None] * (n // _count(base, site.layer, kind))
+                            + torch.arange(n // _count(base, site.layer, kind))
+                        ).flatten()
+                    ] = 1
                     gates[site] = own.expand(len(TOKENS), -1)
             with gated(base, gates):
                 closed = logits(base.model)
@@ -363,7 +408,11 @@ def shrinks(make: Callable[[], Decoder], auto: Any, folder: Path) -> dict[str, s
 
 def _count(decoder: Decoder, layer: int, kind: str) -> int:
     own = decoder.layers[layer]
-    return own.attention.n_kv_heads if kind == "kv_groups" else next(p.shape[1] for p in own.projections if p.name == f"layers.{layer}.down")
+    return (
+        own.attention.n_kv_heads
+        if kind == "kv_groups"
+        else next(p.shape[1] for p in own.projections if p.name == f"layers.{layer}.down")
+    )
 
 
 def generates(decoder: Decoder) -> float:

@@ -41,7 +41,9 @@ def of_another_type() -> Any:
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [
-        pytest.param(of_another_type, "qkv_proj.*order of fused roles in phi9", id="fused in an unknown order"),
+        pytest.param(
+            of_another_type, "qkv_proj.*order of fused roles in phi9", id="fused in an unknown order"
+        ),
         pytest.param(
             lambda: tiny(RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2)),
             "no list of 2 decoder layers, each with a known output projection",

@@ -5,17 +5,43 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import working
 from configs import build, tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging as hf_logging
 
+from causalprune.calibration.examples import batches
+from causalprune.interventions.gradients import output_slopes
+from causalprune.interventions.losses import cross_entropy, target_logits, targets
 from causalprune.pruning.methods import Method
 
-TYPES = (
-    "qwen3_5_text qwen3_5_moe_text qwen3_next deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite kimi_linear minicpm3 gemma4_text "
-    "gemma3n_text llama4_text nemotron_h granitemoehybrid falcon falcon_h1 jamba bamba zamba2 lfm2_moe minimax gptj gpt_bigcode mpt"
-).split()
+TYPES = [
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "qwen3_next",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
+    "glm4_moe_lite",
+    "kimi_linear",
+    "minicpm3",
+    "gemma4_text",
+    "gemma3n_text",
+    "llama4_text",
+    "nemotron_h",
+    "granitemoehybrid",
+    "falcon",
+    "falcon_h1",
+    "jamba",
+    "bamba",
+    "zamba2",
+    "lfm2_moe",
+    "minimax",
+    "gptj",
+    "gpt_bigcode",
+    "mpt",
+]
 IMAGE_TEXT = ("qwen3_vl", "mistral3", "llava", "qwen3_5")
 METHODS = (Method("sparsegpt", 0.5), Method("cap", 0.5))
 SHARED_BLOCKS = ("zamba2",)
@@ -23,7 +49,7 @@ SHARED_BLOCKS = ("zamba2",)
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """transformers warns of token ids that tiny vocabularies lack."""
+    """Transformers warns of token ids that tiny vocabularies lack."""
     before = hf_logging.get_verbosity()
     hf_logging.set_verbosity(50)
     yield
@@ -45,7 +71,24 @@ def test_a_type_works(name: str, tmp_path: Path) -> None:
         working.streams(tmp_path, (Method("wanda", 0.5),))
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "gemma3n_text", "llama4_text", "zamba2", "glm4_moe_lite"])
+def test_slopes_come_back_through_keys_that_are_handed_on() -> None:
+    decoder = working.inspected(build(tiny_config("gemma3n_text")))
+    groups = batches(working.examples(2).examples, max_batch_tokens=64)
+    found, (batch,) = output_slopes(decoder, groups), groups
+    p = next(p for p in decoder.projections if p.parameter_name in working.SHARED and p.role == "v")
+    outputs: list[torch.Tensor] = []
+    handle = p.module.register_forward_hook(lambda *own: outputs.append(own[2].requires_grad_()))
+    with torch.enable_grad():
+        wanted = targets(batch)
+        loss = cross_entropy(target_logits(decoder, batch, wanted), wanted).sum()
+    handle.remove()
+    (slope,) = torch.autograd.grad(loss, outputs)
+    torch.testing.assert_close(
+        found[p.name].float(), (slope.flatten(0, 1).square().sum(0) / int(batch.real.sum())).sqrt()
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "gemma3n_text", "llama4_text", "zamba2"])
 def test_effects_and_gradients_are_what_they_say(name: str) -> None:
     decoder = working.inspected(build(tiny_config(name)))
     assert working.exact_is_naive(decoder) <= 1e-3

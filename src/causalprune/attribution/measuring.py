@@ -91,7 +91,10 @@ class Passes:
         self._intact_logits, self._intact_logits_of = logits, number
         real = batch.real.flatten()
         counts = {
-            str(site.layer): x.cpu()[real].flatten().bincount(minlength=plan.sites[site])[: plan.sites[site]].tolist()
+            str(site.layer): x.cpu()[real]
+            .flatten()
+            .bincount(minlength=plan.sites[site])[: plan.sites[site]]
+            .tolist()
             for site, x in chosen.items()
         }
         return found | ({"reached": counts} if experts else {})

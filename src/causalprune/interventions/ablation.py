@@ -121,7 +121,9 @@ def site_inputs(decoder: Decoder, places: Sequence[Site]) -> Iterator[dict[Site,
             if site.place != "experts":
                 seen[site] = args[0]
             else:
-                seen[site] = args[1] if len(args) > 1 else _chosen(args[0], decoder.layers[site.layer].n_experts)
+                seen[site] = (
+                    args[1] if len(args) > 1 else _chosen(args[0], decoder.layers[site.layer].n_experts)
+                )
 
         return hook
 
@@ -130,7 +132,9 @@ def site_inputs(decoder: Decoder, places: Sequence[Site]) -> Iterator[dict[Site,
             module, *others = gated_modules(decoder, site)
             if others:
                 name = decoder.layers[site.layer].name
-                raise ModelError(f"{name}: {site.place} used by several layers can only be ablated with 'zero'")
+                raise ModelError(
+                    f"{name}: {site.place} used by several layers can only be ablated with 'zero'"
+                )
             stack.callback(module.register_forward_pre_hook(keep(site)).remove)
         yield seen
 

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from causalprune.core import Decoder, Layer, ModelError, free_bytes
-from causalprune.interventions.carried import shares
+from causalprune.core import Decoder, Layer, free_bytes
 from causalprune.interventions.ablation import LayerInputs, capture, entered_at, residual, run_until
+from causalprune.interventions.carried import Handed, Handing
 
 Watch: TypeAlias = Callable[[Layer], AbstractContextManager[Any]]
 SHARE = 0.5
@@ -29,46 +29,51 @@ class Pieces:
     def __init__(
         self, decoder: Decoder, tokens: Int[Tensor, "batch time"], watch: Watch = lambda _: nullcontext()
     ) -> None:
-        if shares(decoder):
-            raise ModelError(
-                f"{decoder.name} has layers that take keys and values of others: gradients layer by layer would lack what comes "
-                "back through them; take a method without (wanda, sparsegpt, cap), and --update obs or none"
-            )
         first = capture(decoder, tokens, stop=0)
+        self._handing = Handing(decoder)
         self._decoder, self._tokens, self._watch, self.as_tuple = decoder, tokens, watch, first.as_tuple
-        self._made: list[tuple[Tensor, Tensor | None]] = []
-        """Input of every layer, and its output where the way back from there is held."""
+        self._made: list[tuple[Tensor, tuple[Tensor, Handed] | None]] = []
+        """Input of every layer, and what it sends on where the way back from there is held."""
         hidden, holds = first.hidden[0].clone(), not decoder.offloaded
         for layer in decoder.layers:
             leaf = hidden.detach().requires_grad_()
             with torch.set_grad_enabled(holds), _counted(layer.module) as saved:
-                output = self._run(layer, leaf)
+                output, handed = self._run(layer, leaf)
             hidden = output.detach()
-            self._made.append((leaf, output if holds else None))
+            self._handing.take(handed)
+            self._made.append((leaf, (output, handed) if holds else None))
             holds = holds and sum(saved) * (len(decoder.layers) - layer.index) < SHARE * free_bytes(
                 hidden.device
             )
-        self.last: Float[Tensor, "batch time model"] = hidden
+        self.last: Float[Tensor, "*stream batch time model"] = hidden
 
     def back(
-        self, layer: int, parameters: Sequence[nn.Parameter], slope: Float[Tensor, "batch time model"]
-    ) -> tuple[Float[Tensor, "batch time model"], list[Tensor | None]]:
+        self, layer: int, parameters: Sequence[nn.Parameter], slope: Float[Tensor, "*stream batch time model"]
+    ) -> tuple[Float[Tensor, "*stream batch time model"], list[Tensor | None]]:
         """Return the slopes at the input of a layer and at these weights of it, given that at its output.
 
         Goes through the layers from the last to the first, once.
         """
-        leaf, output = self._made.pop()
-        if output is None:
+        leaf, sent = self._made.pop()
+        if sent is None:
             with torch.enable_grad():
-                output = self._run(self._decoder.layers[layer], leaf)
-        found = torch.autograd.grad(output, [leaf, *parameters], slope, allow_unused=True)
+                sent = self._run(self._decoder.layers[layer], leaf)
+        output, (others, slopes) = sent[0], self._handing.back(sent[1])
+        inputs = [leaf, *parameters, *self._handing.tensors]
+        found = torch.autograd.grad([output, *others], inputs, [slope, *slopes], allow_unused=True)
         assert found[0] is not None
-        return found[0], list(found[1:])
+        self._handing.add(found[1 + len(parameters) :])
+        return found[0], list(found[1 : 1 + len(parameters)])
 
-    def _run(self, layer: Layer, leaf: Tensor) -> Tensor:
+    def _run(self, layer: Layer, leaf: Tensor) -> tuple[Tensor, Handed]:
         own = LayerInputs({layer.index: leaf}, self.as_tuple)
-        with entered_at(self._decoder, layer.index, own), self._watch(layer):
-            return residual(run_until(self._decoder, self._tokens, layer.index))
+        with (
+            entered_at(self._decoder, layer.index, own),
+            self._watch(layer),
+            self._handing.through(layer) as handed,
+        ):
+            output = residual(run_until(self._decoder, self._tokens, layer.index))
+        return output, handed
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,6 +19,8 @@ See = Callable[
 """Gets a projection, its inputs and outputs in a forward pass, and False for every token that is padding."""
 Slope = Callable[[Projection, Float[Tensor, "token out"]], None]
 """Gets a projection and the gradient at its outputs in a backward pass."""
+
+_Between: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(eq=False)
@@ -159,7 +161,7 @@ def _one_by_one(
         yield
 
 
-def _activation(module: Any, experts: Iterable[dict[str, Projection]]) -> Callable[[Tensor], Tensor]:
+def _activation(module: Any, experts: Iterable[dict[str, Projection]]) -> _Between:
     """Return what experts do between their matrices: what transformers says of them, or what Llama 4 does."""
     for own in experts:
         fused = own.get("gate") and own["gate"].parameter is own["up"].parameter
@@ -168,10 +170,10 @@ def _activation(module: Any, experts: Iterable[dict[str, Projection]]) -> Callab
         if not (fused or plain) or not known or getattr(module, "has_post_expert_norm", False):
             raise ModelError(f"what happens inside the experts of a {type(module).__name__} is not known")
     if not getattr(module, "has_gate", True):
-        return lambda inner: module.act_fn(inner)  # type: ignore[no-any-return]
+        return cast("_Between", module.act_fn)
     if hasattr(module, "_apply_gate"):
-        return lambda inner: module._apply_gate(inner)  # type: ignore[no-any-return]  # noqa: SLF001
-    return lambda inner: module.act_fn(inner.chunk(2, -1)[0]) * inner.chunk(2, -1)[1]  # type: ignore[no-any-return]
+        return cast("_Between", module._apply_gate)  # noqa: SLF001
+    return lambda inner: cast("Tensor", module.act_fn(inner.chunk(2, -1)[0]) * inner.chunk(2, -1)[1])
 
 
 def _rows(outputs: Float[Tensor, "token fused"], projection: Projection) -> Float[Tensor, "token out"]:

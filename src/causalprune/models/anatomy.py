@@ -55,7 +55,9 @@ def outline(model: PreTrainedModel, tokenizer: Any, *, name: str, revision: str 
             )
     path, modules = _decoder_list(model)
     if "shared" in (getattr(model.config.get_text_config(decoder=True), "indexer_types", None) or ()):
-        raise ModelError(f"{name!r}: layers that share the choices of an indexer with others are not understood")
+        raise ModelError(
+            f"{name!r}: layers that share the choices of an indexer with others are not understood"
+        )
     config = model.config.get_text_config(decoder=True)
     found = [_layer(config, f"{path}.{i}", i, module) for i, module in enumerate(modules)]
     layers = _each_once(layer for layer, _ in found)

@@ -19,7 +19,10 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
@@ -108,7 +111,9 @@ def _class_for(config: Any) -> Any:
     """Return what loads a model as a whole: for images and text where its files are of that class, or there is no other."""
     names = [own.__name__ for own in (_known(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, config),) if own]
     other = _known(MODEL_FOR_CAUSAL_LM_MAPPING, config)
-    whole = names and (other is None or (other.__name__ not in names and bool(set(names) & set(config.architectures or ()))))
+    whole = names and (
+        other is None or (other.__name__ not in names and bool(set(names) & set(config.architectures or ())))
+    )
     return AutoModelForImageTextToText if whole else AutoModelForCausalLM
 
 

@@ -161,5 +161,7 @@ def groups_of(layer: Layer, *, fused: bool) -> list[tuple[Projection, ...]]:
 
 def _group(p: Projection) -> str:
     """Return a name that matrices have in common that engines fuse: those of a mixer or an MLP that read its input."""
-    fused = "gate up" if p.role in MLP[:2] else "down" if p.role == "down" else "o" if p.role == "o" else "qkv"
+    fused = (
+        "gate up" if p.role in MLP[:2] else "down" if p.role == "down" else "o" if p.role == "o" else "qkv"
+    )
     return f"mixer {fused}" if ".mixer." in p.name else fused

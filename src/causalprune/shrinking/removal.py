@@ -326,7 +326,9 @@ def _magnitude(layer: Layer, kind: Kind, n: int) -> Float[Tensor, "unit"]:
             found += squares.sum().cpu()
         elif kind == "experts" and ".experts." in p.name:
             found[int(p.name.split(".")[3])] += squares.sum().cpu()
-        elif dense and (kind == "kv_groups" and p.blocks or kind == "neurons" and p.role in ("gate", "up", "down")):
+        elif dense and (
+            (kind == "kv_groups" and p.blocks) or (kind == "neurons" and p.role in ("gate", "up", "down"))
+        ):
             found += squares.sum(0 if p.role in ("o", "down") else 1).view(n, -1).sum(1).cpu()
     return found
 

@@ -103,18 +103,14 @@ def column_keep(decoder: Decoder, kept: Kept) -> dict[str, Tensor]:
 def _configured(decoder: Decoder, kept: Kept) -> Any:
     whole = copy.deepcopy(decoder.model.config)
     config = whole.get_text_config(decoder=True)
-    if kept.neurons and any(getattr(config, "activation_sparsity_pattern", None) or ()):
-        raise ModelError(f"neurons of {config.model_type} are cut off by the mean and spread of all: none can go")
     if kept.neurons:
-        names = [name for name in _WIDTHS if getattr(config, name, None) or name in config.to_dict()]
-        if not names:
-            raise ModelError(f"{config.model_type} does not state the width of its MLP as one of {_WIDTHS}")
-        for name in names:
-            own, left = getattr(config, name), _common(kept.neurons, "neurons")
-            setattr(config, name, [left] * len(own) if isinstance(own, list) else left)
+        _narrower(config, _common(kept.neurons, "neurons"))
     if kept.kv_groups:
-        groups, attention = _common(kept.kv_groups, "KV groups"), decoder.layers[min(kept.kv_groups)].attention
-        if not any(p.role == "kv_b" for p in decoder.projections):  # heads of latent attention have several widths
+        groups = _common(kept.kv_groups, "KV groups")
+        attention = decoder.layers[min(kept.kv_groups)].attention
+        if all(
+            p.role != "kv_b" for p in decoder.projections
+        ):  # heads of latent attention have several widths
             _state(config, "head_dim", attention.head_dim)
         config.num_attention_heads = groups * (attention.n_heads // attention.n_kv_heads)
         config.num_key_value_heads = groups
@@ -134,13 +130,29 @@ def _configured(decoder: Decoder, kept: Kept) -> Any:
     return whole
 
 
+def _narrower(config: Any, width: int) -> None:
+    """State another width of the MLPs."""
+    if any(getattr(config, "activation_sparsity_pattern", None) or ()):
+        raise ModelError(
+            f"neurons of {config.model_type} are cut off by the mean and spread of all: none can go"
+        )
+    names = [name for name in _WIDTHS if getattr(config, name, None) or name in config.to_dict()]
+    if not names:
+        raise ModelError(f"{config.model_type} does not state the width of its MLP as one of {_WIDTHS}")
+    for name in names:
+        own = getattr(config, name)
+        setattr(config, name, [width] * len(own) if isinstance(own, list) else width)
+
+
 def _state(config: Any, name: str, value: int) -> None:
     """Set a field of a configuration, unless what it computes for it is the same."""
     if setting(config, name, varied=value) != value:
         try:
             setattr(config, name, value)
         except AttributeError as cause:
-            raise ModelError(f"{config.model_type} cannot state {name}: it follows from other sizes") from cause
+            raise ModelError(
+                f"{config.model_type} cannot state {name}: it follows from other sizes"
+            ) from cause
 
 
 def _validate(config: Any) -> None:

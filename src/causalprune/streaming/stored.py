@@ -125,7 +125,9 @@ def find_sources(bare: Decoder, entries: Mapping[str, Entry]) -> Sources:
     """Find the values of every parameter: under its name, with or without the prefix of the base model, or in parts."""
     found: dict[str, Sequence[Entry]] = {}
     if shared := next((p for p in bare.projections if p.uses), None):
-        raise CheckpointError(f"{shared.parameter_name} is used by several layers: prune it in memory, without --stream")
+        raise CheckpointError(
+            f"{shared.parameter_name} is used by several layers: prune it in memory, without --stream"
+        )
     if other := wrapped(entries.keys() - dict(bare.model.named_parameters()).keys()):
         raise CheckpointError(f"{bare.name!r} {other}")
     for name, parameter in bare.model.named_parameters():
@@ -181,11 +183,17 @@ def _converted(bare: Decoder, name: str, entries: Mapping[str, Entry]) -> list[E
 
     def found(parts: Mapping[str, Tensor]) -> list[Entry]:
         own = [next((entries[n] for n in (part, prefix + part) if n in entries), None) for part in parts]
-        return [e for e, part in zip(own, parts.values(), strict=True) if e is not None and e.shape == tuple(part.shape)]
+        return [
+            e
+            for e, part in zip(own, parts.values(), strict=True)
+            if e is not None and e.shape == tuple(part.shape)
+        ]
 
     apart = revert_weight_conversion(bare.model, {name: value})
     known = found(apart)
-    if len(known) < len(apart) or any(p.parameter_name == name for p in bare.projections) and len(apart) > 1:
+    if len(known) < len(apart) or (
+        any(p.parameter_name == name for p in bare.projections) and len(apart) > 1
+    ):
         return []
     if len(apart) == 1:
         return known if next(iter(apart.values())) is value else []
@@ -195,7 +203,9 @@ def _converted(bare: Decoder, name: str, entries: Mapping[str, Entry]) -> list[E
         return []
     size = sum(e.stop - e.start for e in known)
     first = known[0]
-    return [Made(name, first.file, first.dtype, tuple(value.shape), 0, size, parts=tuple(known), unpack=_joined)]
+    return [
+        Made(name, first.file, first.dtype, tuple(value.shape), 0, size, parts=tuple(known), unpack=_joined)
+    ]
 
 
 def _joined(*parts: Tensor) -> Tensor:
