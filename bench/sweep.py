@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 sys.path.insert(0, str(ROOT / "tests"))
 
 import configs
+import finishing
 import working
 
 from causalprune.core.errors import CausalPruneError
@@ -79,7 +80,7 @@ def sweep() -> dict[str, Any]:
 
 
 def _kept(path: Path, kind: str, name: str) -> dict[str, Any]:
-    files = [Path(own.__file__ or "") for own in (configs, working)]
+    files = [Path(own.__file__ or "") for own in (configs, working, finishing)]
     made = [transformers.__version__, *(hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files)]
     if path.exists() and (row := read_json(path))["made"] == made:
         return dict(row["row"])
@@ -138,13 +139,13 @@ def _checks(
     yield "rows", lambda: working.rows_reach_their_units(decoder)
     yield "gradient", lambda: working.gradient_is_slope(decoder)
     yield "exact", lambda: working.exact_is_naive(decoder)
-    yield "pruning", lambda: working.pruning_is_exact(working.fresh(model))
-    yield "reload", lambda: working.reloads(model, auto, place)
-    yield "stream", lambda: working.streams(place)
-    yield "shrink", lambda: working.shrinks(working.fresh(model), auto, place / "shrunk")
-    yield "generation", lambda: working.generates(decoder)
+    yield "pruning", lambda: finishing.pruning_is_exact(working.fresh(model))
+    yield "reload", lambda: finishing.reloads(model, auto, place)
+    yield "stream", lambda: finishing.streams(place)
+    yield "shrink", lambda: finishing.shrinks(working.fresh(model), auto, place / "shrunk")
+    yield "generation", lambda: finishing.generates(decoder)
     if any(layer.mixers for layer in decoder.layers):
-        yield "kernels", lambda: working.kernels_agree(lambda **own: working.inspected(build(**own)))
+        yield "kernels", lambda: finishing.kernels_agree(lambda **own: working.inspected(build(**own)))
 
 
 @contextlib.contextmanager

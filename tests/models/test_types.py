@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import finishing
 import pytest
 import torch
 import working
@@ -64,11 +65,11 @@ def test_a_type_works(name: str, tmp_path: Path) -> None:
     decoder = working.inspected(model)
     assert working.closing_is_zeroing(decoder) <= working.SMALL
     assert working.rows_reach_their_units(decoder) > 0
-    assert working.generates(decoder) <= 1e-3
-    working.pruning_is_exact(working.fresh(model), METHODS)
-    assert working.reloads(model, auto, tmp_path) <= 1e-6
+    assert finishing.generates(decoder) <= 1e-3
+    finishing.pruning_is_exact(working.fresh(model), METHODS)
+    assert finishing.reloads(model, auto, tmp_path) <= 1e-6
     if kind not in SHARED_BLOCKS:
-        working.streams(tmp_path, (Method("wanda", 0.5),))
+        finishing.streams(tmp_path, (Method("wanda", 0.5),))
 
 
 def test_slopes_come_back_through_keys_that_are_handed_on() -> None:

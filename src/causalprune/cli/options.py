@@ -247,8 +247,8 @@ class EffectOptions:
     units: Annotated[
         list[str],
         typer.Option(
-            help="heads, kv_groups, attention, mlp, neurons:64 (groups of 64; neurons:64:effect: of similar effect), "
-            "experts or layers; repeatable."
+            help="heads, mixers (heads of linear attention and state spaces), kv_groups, attention, mlp, neurons:64 (groups of "
+            "64; neurons:64:effect: of similar effect), experts or layers; repeatable."
         ),
     ] = field(default_factory=lambda: ["heads"])
     effect: Annotated[

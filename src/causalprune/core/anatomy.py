@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from causalprune.core.errors import ModelError
 from causalprune.core.showing import Shown
 
 Role = Literal["q_a", "q_b", "kv_a", "kv_b", "q", "k", "v", "g", "o", "gate", "up", "down"]
@@ -133,8 +134,14 @@ class Layer(Shown):
 
     @property
     def attention(self) -> Mixer:
-        """The attention, which most layers have."""
-        return next(own for own in self.mixers if own.place == "heads")
+        """The attention, which most layers have.
+
+        Raises:
+            ModelError: this one has none.
+        """
+        if (own := self.mixer("heads")) is None:
+            raise ModelError(f"{self.name} has no attention")
+        return own
 
     @property
     def n_heads(self) -> int:

@@ -16,10 +16,10 @@ from .anatomy import (
 from .anatomy import (
     outline as outline,
 )
-from .anatomy import (
-    summary as summary,
-)
 from .context import positions as positions
+from .converting import (
+    as_saved as as_saved,
+)
 from .folders import (
     TOKENIZER_FILES as TOKENIZER_FILES,
 )
@@ -52,6 +52,9 @@ from .loading import (
 )
 from .loading import (
     load as load,
+)
+from .loading import (
+    outlined as outlined,
 )
 from .loading import (
     read_shape as read_shape,
@@ -88,4 +91,7 @@ from .shards import (
 )
 from .shards import (
     raw_bytes as raw_bytes,
+)
+from .summaries import (
+    summary as summary,
 )

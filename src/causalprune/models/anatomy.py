@@ -123,44 +123,6 @@ def expert_weight(path: str) -> tuple[int, Role] | None:
     return int(hit[1]["expert"]), hit[0].roles[0]
 
 
-def summary(decoder: Decoder) -> dict[str, Any]:
-    """Return what a user wants to know of a model before pruning it: shapes, counts, what stays."""
-    parameters = list(decoder.model.parameters())
-    by_role = {role: sum(p.size for p in decoder.projections if p.role == role) for role in _ROLES}
-    reasons: dict[str, dict[str, int]] = {}
-    for left in decoder.left_out:
-        entry = reasons.setdefault(left.reason, {"parameters": 0, "weights": 0})
-        entry["parameters"] += 1
-        entry["weights"] += left.size
-    widths = {p.name.split(".")[2]: p.shape[1] for p in decoder.projections if p.role == "down"}
-    first, head = (
-        {m.place: m for layer in reversed(decoder.layers) for m in layer.mixers},
-        decoder.model.get_output_embeddings(),
-    )
-    attention, other = first.get("heads"), first.get("mixers")
-    return {
-        "name": decoder.name,
-        "model_type": decoder.model.config.model_type,
-        "layers": len(decoder.layers),
-        "heads": attention and attention.n_heads,
-        "kv_heads": attention and attention.n_kv_heads,
-        "head_width": attention and attention.head_dim,
-        **({"mixers": other.n_heads, "mixer_width": other.head_dim} if other else {}),
-        "mlp_width": widths.get("down"),
-        "experts": max(layer.n_experts for layer in decoder.layers),
-        "expert_width": widths.get("experts"),
-        "shared_expert_width": widths.get("shared"),
-        "total_parameters": sum(p.numel() for p in parameters),
-        "prunable_weights": sum(by_role.values()),
-        "prunable_by_role": {role: size for role, size in by_role.items() if size},
-        "left_out": reasons,
-        "dtype": str(parameters[0].dtype).removeprefix("torch."),
-        "device": str(decoder.device),
-        "tied_embeddings": head is not None and head.weight is decoder.model.get_input_embeddings().weight,
-        "fingerprint": decoder.fingerprint,
-    }
-
-
 def check_config(config: PreTrainedConfig, name: str) -> None:
     """Raise `ModelError` for a model that is not a decoder with attention heads."""
     if getattr(config, "is_encoder_decoder", False):

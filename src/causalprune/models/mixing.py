@@ -111,7 +111,9 @@ def _block(config: Any, path: str, index: int, layer: nn.Module, output: str) ->
 
 def _mixer(block: _Block, output: nn.Module, name: str) -> Mixer:
     """Return the mixer of a block, its units counted by what its module, its shapes and the configuration say."""
-    (columns,) = [p.shape[1] for pattern, p in block.stored.values() if pattern.roles == ("o",)]
+    columns, *others = [p.shape[1] for pattern, p in block.stored.values() if pattern.roles == ("o",)]
+    if others:
+        raise ModelError(f"{name} is not the only output projection of {block.path}")
     heads = setting(block.config, "num_attention_heads")
     if block.place == "heads":
         n = block.number("num_heads", "num_attention_heads", "n_heads", "n_head") or heads or 0

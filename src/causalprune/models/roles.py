@@ -5,6 +5,7 @@ A family needs a row only for a name, or an order of fused rows, that no other f
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -100,7 +101,8 @@ LINEAR = re.compile(r"(?:forget_gate\.)?A_log|(?:conv1d|conv_1d|conv|output_gate
 """Paths in a mixer of parameters that attention never has."""
 
 
-def matches(parameter_name: str) -> list[tuple[Pattern, re.Match[str]]]:
+@cache
+def matches(parameter_name: str) -> Sequence[tuple[Pattern, re.Match[str]]]:
     """Return all rows of the table that a path in a layer fits, which differ in where they apply."""
     path = parameter_name.removesuffix(".weight")
     return [(p, hit) for p in PATTERNS if (hit := re.fullmatch(p.path, path))]

@@ -56,7 +56,7 @@ def head_factors(decoder: Decoder, effects: Effects | None, found: str | None) -
         raise MismatchError(f"the effects were measured on another model or revision than {decoder.name}")
     heads, mixers = effects.of("head", "mixer"), [mixer for layer in decoder.layers for mixer in layer.mixers]
     if len(heads.units) != sum(mixer.n_heads for mixer in mixers):
-        places = ",".join(sorted({mixer.place for mixer in mixers}))
+        places = " --units ".join(sorted({mixer.place for mixer in mixers}))
         raise OptionError(
             f"method 'cap' needs the effects of all heads, and these hold {len(heads.units)}: measure with --units {places}"
         )

@@ -176,7 +176,7 @@ def by_head(keep: Iterable[tuple[str, Bool[Tensor, "_ _"]]], heads: list[int]) -
     sizes = [0] * len(heads)
     for name, mask in keep:
         _, layer, *_, role = name.split(".")
-        if role not in ("q", "o"):
+        if role not in ("q", "o") or ".mixer." in name:
             continue
         at, own = int(layer), ~(mask if role == "q" else mask.T)
         each = own.reshape(heads[at], -1).sum(1, dtype=torch.float64).tolist()

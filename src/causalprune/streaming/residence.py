@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from causalprune.core import CheckpointError, Decoder, Layer, Projection, room
 from causalprune.interventions import LayerInputs, replaced_forward
-from causalprune.models import Entry, raw_bytes
+from causalprune.models import Entry, as_saved, raw_bytes
 from causalprune.streaming.stored import Sources
 
 Leave: TypeAlias = Callable[[Layer], None]
@@ -96,14 +96,12 @@ class Residence:
 
     def _read_buffers(self, entries: Mapping[str, Entry]) -> None:
         """Read the buffers that files hold beside weights."""
-        from transformers.core_model_loading import revert_weight_conversion  # noqa: PLC0415  it takes long
-
         model, stored = self.decoder.model, self.decoder.model.state_dict().keys()
         prefix = f"{model.base_model_prefix}."
         for name, buffer in model.named_buffers():
             if name not in stored:
                 continue
-            own = next(iter(revert_weight_conversion(model, {name: buffer})))
+            own = next(iter(as_saved(model, {name: buffer})))
             names = [name, prefix + name, name.removeprefix(prefix), own, prefix + own]
             found = next((entries[n] for n in names if n in entries), None)
             if found is None or found.shape != tuple(buffer.shape):

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from causalprune.core import CheckpointError, Decoder, Layer, Progress, Projection, say
-from causalprune.models import Entry, Made, ShardWriter, expert_weight, raw_bytes, wrapped
+from causalprune.models import Entry, Made, ShardWriter, as_saved, expert_weight, raw_bytes, wrapped
 
 Sources: TypeAlias = Mapping[str, Sequence[Entry]]
 """Where the values of each parameter of a model are, in their order."""
@@ -177,8 +177,6 @@ def untie(bare: Decoder, entries: Mapping[str, Entry]) -> None:
 
 def _converted(bare: Decoder, name: str, entries: Mapping[str, Entry]) -> list[Entry]:
     """Return what transformers makes a parameter of: one tensor under another name, or blocks of rows of one left whole."""
-    from transformers.core_model_loading import revert_weight_conversion  # noqa: PLC0415  it takes long
-
     prefix, value = f"{bare.model.base_model_prefix}.", bare.model.get_parameter(name).data.to("meta")
 
     def found(parts: Mapping[str, Tensor]) -> list[Entry]:
@@ -189,7 +187,7 @@ def _converted(bare: Decoder, name: str, entries: Mapping[str, Entry]) -> list[E
             if e is not None and e.shape == tuple(part.shape)
         ]
 
-    apart = revert_weight_conversion(bare.model, {name: value})
+    apart = as_saved(bare.model, {name: value})
     known = found(apart)
     if len(known) < len(apart) or (
         any(p.parameter_name == name for p in bare.projections) and len(apart) > 1
@@ -198,7 +196,7 @@ def _converted(bare: Decoder, name: str, entries: Mapping[str, Entry]) -> list[E
     if len(apart) == 1:
         return known if next(iter(apart.values())) is value else []
     numbers = torch.arange(value.numel()).view(value.shape)
-    again = revert_weight_conversion(bare.model, {name: numbers})
+    again = as_saved(bare.model, {name: numbers})
     if not torch.equal(torch.cat(list(again.values())), numbers):
         return []
     size = sum(e.stop - e.start for e in known)
