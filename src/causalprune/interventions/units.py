@@ -79,7 +79,8 @@ def gated_modules(decoder: Decoder, site: Site) -> list[nn.Module]:
 
 def sees_all(experts: nn.Module) -> bool:
     """Tell whether experts get every token, set to zero where it is not routed to them (Llama 4), rather than a choice."""
-    return len(inspect.signature(experts.forward).parameters) == 1
+    given = [own.kind for own in inspect.signature(experts.forward).parameters.values()]
+    return given == [inspect.Parameter.POSITIONAL_OR_KEYWORD]
 
 
 def gated_module(decoder: Decoder, site: Site) -> nn.Module:
