@@ -1,7 +1,6 @@
 """Which types of models work, and attribution on two other families with real weights; each part is kept.
 
 python bench/families.py         # all that is not there yet (about an hour on two cores)
-python bench/families.py experts # SparseGPT on small experts, in batches and one by one
 python bench/families.py inspect # a configuration of 700 billion weights
 python bench/families.py sweep   # every type of the installed transformers as a tiny model, and docs/families.md
 python bench/families.py qwen    # Qwen2.5-Coder-0.5B-Instruct: 336 heads within a budget, on two draws
@@ -9,10 +8,8 @@ python bench/families.py gemma   # Gemma 3 270M: one KV head for four heads, sli
 """
 
 import argparse
-import copy
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,12 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import RUNS, data_folder, record, write_figures
 from models import fetched
 from sweep import figures as sweep_figures
 from sweep import sweep, write_page
-from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
+from transformers import DeepseekV3Config
 
 from causalprune.attribution.estimators import attribute
 from causalprune.attribution.questions import Estimator, Question
@@ -33,13 +29,9 @@ from causalprune.attribution.uncertainty import estimate, reliability, spearman,
 from causalprune.calibration.examples import calibrate
 from causalprune.checkpoints.saving import load_effects, save_effects
 from causalprune.core.progress import shown
-from causalprune.core.types import Calibration, Decoder, Effects, Example, silent
+from causalprune.core.types import Calibration, Decoder, Effects
 from causalprune.evaluation.results import read_json, write_json
-from causalprune.models.anatomy import inspect_model
 from causalprune.models.loading import load
-from causalprune.pruning import stacks
-from causalprune.pruning.layers import prune
-from causalprune.pruning.methods import Method
 
 FOLDER = RUNS / "families"
 EXAMPLES = 8
@@ -124,40 +116,6 @@ def gemma() -> dict[str, Any]:
     return {"problems": EXAMPLES, "estimators": rows}
 
 
-def experts() -> dict[str, Any]:
-    """Time SparseGPT on 64 experts in 4 layers, in batches and one by one, in turns, and compare what stays of the first layer."""
-    shape = {
-        "hidden_size": 256,
-        "intermediate_size": 256,
-        "moe_intermediate_size": 128,
-        "num_hidden_layers": 4,
-    }
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 512}
-    config = Qwen3MoeConfig(**shape, **heads, num_experts=64, num_experts_per_tok=8)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    rows = [
-        torch.randint(0, 512, (100,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(20)
-    ]
-    data = Calibration(
-        tuple(Example(tuple(row), 1, "random", str(i)) for i, row in enumerate(rows)), (0,) * 20
-    )
-    seconds: dict[str, list[float]] = {"batches": [], "one_by_one": []}
-    keeps: dict[str, Any] = {}
-    whole = stacks.AT_ONCE
-    for _ in range(3):
-        for name, at_once in (("batches", whole), ("one_by_one", 0)):
-            stacks.AT_ONCE = at_once
-            decoder = inspect_model(copy.deepcopy(model), None, name="experts")
-            start = time.perf_counter()
-            keeps[name] = prune(decoder, Method("sparsegpt", 0.5), calibration=data, on_progress=silent).keep
-            seconds[name].append(time.perf_counter() - start)
-    stacks.AT_ONCE = whole
-    first = [n for n in keeps["batches"] if n.startswith("layers.0.experts.")]
-    same = [float((keeps["batches"][n] == keeps["one_by_one"][n]).float().mean()) for n in first]
-    return {"seconds": seconds, "equal_decisions_first_layer": sum(same) / len(same)}
-
-
 def whole_configuration() -> dict[str, Any]:
     """Time `inspect` of a mixture of 700 billion weights from its configuration alone, with the memory that it takes."""
     config = DeepseekV3Config()
@@ -179,16 +137,12 @@ def whole_configuration() -> dict[str, Any]:
     return {"seconds": seconds, "gib": peak, "found": json.loads(done.stdout)}
 
 
-STEPS = {"sweep": sweep, "experts": experts, "inspect": whole_configuration, "qwen": qwen, "gemma": gemma}
+STEPS = {"sweep": sweep, "inspect": whole_configuration, "qwen": qwen, "gemma": gemma}
 
 
 def figures(done: dict[str, Any]) -> dict[str, float | None]:
     """Return what each family's ranking costs and how it agrees with another draw, or with exact effects."""
     found: dict[str, float | None] = sweep_figures(done["sweep"]) if "sweep" in done else {}
-    if own := done.get("experts"):
-        medians = {name: statistics.median(own["seconds"][name]) for name in own["seconds"]}
-        found["experts_speedup_over_before"] = medians["one_by_one"] / medians["batches"]
-        found["experts_equal_decisions"] = own["equal_decisions_first_layer"]
     if own := done.get("inspect"):
         found |= {"inspect_700b_seconds": own["seconds"], "inspect_700b_gib": own["gib"]}
     for effect, own in done.get("qwen", {}).items():

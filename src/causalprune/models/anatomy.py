@@ -31,6 +31,8 @@ _Placed: TypeAlias = tuple[tuple[str, int], Projection]
 Whole: TypeAlias = Mapping[str, tuple[int, str]]
 """How many weights of a parameter that is pruned in part stay whole, and why."""
 _HEADS = ("Classification", "QuestionAnswering", "RewardModel")
+_OTHER = {"paligemma": "lets a prompt see what follows in it", "shieldgemma2": "is a classifier of images"}
+"""Types that are something else than their classes say."""
 _PRUNES = "causalprune prunes decoder-only language models"
 
 
@@ -53,6 +55,10 @@ def outline(model: PreTrainedModel, tokenizer: Any, *, name: str, revision: str 
             raise ModelError(
                 f"{weight} of {name!r} is quantised ({parameter.dtype}): pass the original model"
             )
+    if type(model).__name__.endswith(_HEADS):
+        raise ModelError(
+            f"{name!r} is a {type(model).__name__}, whose head predicts no next tokens; {_PRUNES}"
+        )
     path, modules = _decoder_list(model)
     if "shared" in (getattr(model.config.get_text_config(decoder=True), "indexer_types", None) or ()):
         raise ModelError(
@@ -130,6 +136,10 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
     if other := [own for own in config.architectures or () if own.endswith(_HEADS)]:
         raise ModelError(f"{name!r} is a {other[0]}, whose head predicts no next tokens; {_PRUNES}")
     text = config.get_text_config(decoder=True)
+    if why := _OTHER.get(config.model_type):
+        raise ModelError(f"{name!r} ({config.model_type}) {why}; {_PRUNES}")
+    if getattr(text, "cross_attention_layers", None):
+        raise ModelError(f"{name!r} ({config.model_type}) is a decoder with cross-attention; {_PRUNES}")
     if getattr(text, "prompt_length", None):
         raise ModelError(f"{name!r} ({config.model_type}) puts tokens of its own before a text; {_PRUNES}")
     if type(text) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text, "is_decoder", False):
@@ -287,10 +297,10 @@ def _left_out(model: Any, layers: tuple[Layer, ...], path: str, whole: Whole) ->
         if pool[name] == parameter.numel():
             continue
         if pool[name]:
-            size, reason = whole.get(name, (0, ""))
+            size, why = whole.get(name, (0, ""))
             if pool[name] + size != parameter.numel():
                 raise ModelError(f"{name}: {pool[name]} of its {parameter.numel()} weights understood")
-            left_out.append(LeftOut(name, size, reason))
+            left_out.append(LeftOut(name, size, why))
             continue
         reason = reasons.get(id(parameter)) or next((r for p, r in LEFT_OUT if re.search(p, name)), None)
         reason = reason or _stays_whole(name, mixers)

@@ -95,7 +95,7 @@ BESIDE = (
     (r"\.(?:attn_hc|ffn_hc)\.fn$", "hyper-connection"),
 )
 """What stays whole in a layer beside mixers and feed-forwards."""
-TOWER = re.compile(r"(?:^|\.)\w*(?:vision|visual|image|img|audio|speech|video)\w*\.")
+TOWER = re.compile(r"(?:^|\.)\w*(?:vision|visual|image|img|audio|speech|video|resampler)\w*\.")
 """Paths of what is made for images and sounds, beside the language model."""
 LINEAR = re.compile(r"(?:forget_gate\.)?A_log|(?:conv1d|conv_1d|conv|output_gate)\.weight")
 """Paths in a mixer of parameters that attention never has."""

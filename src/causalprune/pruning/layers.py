@@ -41,7 +41,6 @@ from causalprune.pruning.parts import Steps
 from causalprune.pruning.pruned import Pruned
 from causalprune.pruning.rules import RULES
 from causalprune.pruning.scores import finite, inverse, score, score_blocks, slope
-from causalprune.pruning.stacks import Solved, Stacks
 from causalprune.pruning.training import Lesson, distill, lessons
 from causalprune.pruning.walks import Gathered, Plan, planned, unrouted, walk
 
@@ -219,14 +218,9 @@ def prune_layers(
     walked = walk(plan, gathered, steps, advance_pruned=True, moments=moments, first=first)
     for layer in walked if walks else plan.decoder.layers[first:]:
         kept = {}
-
-        def choose(p: Projection) -> Choose:
-            return partial(keep_columns, method.resolved_scope, by_name[p.name], p.shape)
-
-        stacks = Stacks(plan, gathered, layer, choose) if looks and "moments" in method.needs else None
         for p in layer.projections:
-            done = None if stacks is None else stacks.take(p)
-            weight, keep = _solved(plan, gathered, p, choose(p), None if fixed is None else next(fixed), done)
+            choose = partial(keep_columns, method.resolved_scope, by_name[p.name], p.shape)
+            weight, keep = _solved(plan, gathered, p, choose, None if fixed is None else next(fixed))
             if weight is None:
                 p.erase(keep)
             else:
@@ -298,21 +292,11 @@ def _keep_globally(plan: Plan, gathered: Gathered, steps: Steps) -> Iterator[Ten
 
 
 def _solved(
-    plan: Plan,
-    gathered: Gathered,
-    p: Projection,
-    choose: Choose,
-    keep: Tensor | None,
-    done: Solved | None = None,
+    plan: Plan, gathered: Gathered, p: Projection, choose: Choose, keep: Tensor | None
 ) -> tuple[Tensor | None, Tensor]:
-    """Return the weights of a matrix after the update, if it had any, and what stays: `keep` where it is known.
-
-    `done` is what SparseGPT has made of it together with others.
-    """
+    """Return the weights of a matrix after the update, if it had any, and what stays: `keep` where it is known."""
     method, moments, weight, solved = plan.method, gathered.moments, p.read(), None
-    if done is not None:
-        solved, keep = done
-    elif keep is None and "moments" in method.needs:
+    if keep is None and "moments" in method.needs:
         rows, upper = slope(plan, gathered, p), inverse(plan, gathered, p)
         solved, keep = sparsegpt(weight, upper, choose, group=method.group, rows=rows)
     stays = choose(score(plan, gathered, p), 0) if keep is None else keep
