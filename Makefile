@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 DOCUMENTED := .venv/.documented
 BROWSED := .venv/.browsed
 
-.PHONY: demo test slow fuzz check static docs examples browser bench clean
+.PHONY: demo test slow sweep fuzz check static docs examples browser bench clean
 
 demo: $(INSTALLED)  ## prune a small model end to end on this machine
 	$(BIN)/causalprune demo
@@ -38,6 +38,9 @@ static: $(INSTALLED)  ## format, lint, types and bandit
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/bandit -q -r src -c pyproject.toml
+
+sweep: $(INSTALLED)  ## every type of model that transformers knows, tiny, from end to end (about an hour)
+	$(BIN)/python bench/families.py sweep
 
 bench: $(INSTALLED)  ## all measurements, one after the other (many hours; what is finished is kept)
 	set -e; for name in $(BENCHES); do echo "== $$name"; $(BIN)/python bench/$$name.py; done

@@ -1,17 +1,27 @@
-"""Attribution on two other families with real weights; each part is kept, so a stopped bench goes on.
+"""Which types of models work, and attribution on two other families with real weights; each part is kept.
 
-python bench/families.py         # both (about half an hour on two cores)
+python bench/families.py         # all that is not there yet (about an hour on two cores)
+python bench/families.py inspect # a configuration of 700 billion weights
+python bench/families.py sweep   # every type of the installed transformers as a tiny model, and docs/families.md
 python bench/families.py qwen    # Qwen2.5-Coder-0.5B-Instruct: 336 heads within a budget, on two draws
 python bench/families.py gemma   # Gemma 3 270M: one KV head for four heads, sliding windows: exact and cheaper
 """
 
 import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from common import RUNS, data_folder, record, write_figures
 from models import fetched
+from sweep import figures as sweep_figures
+from sweep import sweep, write_page
+from transformers import DeepseekV3Config
 
 from causalprune.attribution.estimators import attribute
 from causalprune.attribution.questions import Estimator, Question
@@ -106,12 +116,35 @@ def gemma() -> dict[str, Any]:
     return {"problems": EXAMPLES, "estimators": rows}
 
 
-STEPS = {"qwen": qwen, "gemma": gemma}
+def whole_configuration() -> dict[str, Any]:
+    """Time `inspect` of a mixture of 700 billion weights from its configuration alone, with the memory that it takes."""
+    config = DeepseekV3Config()
+    with tempfile.TemporaryDirectory() as folder:
+        config.architectures = ["DeepseekV3ForCausalLM"]
+        config.save_pretrained(folder)
+        command = [
+            sys.executable,
+            "-c",
+            "from causalprune.cli.app import main; main()",
+            "inspect",
+            folder,
+            "--json",
+        ]
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    return {"seconds": seconds, "gib": peak, "found": json.loads(done.stdout)}
+
+
+STEPS = {"sweep": sweep, "inspect": whole_configuration, "qwen": qwen, "gemma": gemma}
 
 
 def figures(done: dict[str, Any]) -> dict[str, float | None]:
     """Return what each family's ranking costs and how it agrees with another draw, or with exact effects."""
-    found: dict[str, float | None] = {}
+    found: dict[str, float | None] = sweep_figures(done["sweep"]) if "sweep" in done else {}
+    if own := done.get("inspect"):
+        found |= {"inspect_700b_seconds": own["seconds"], "inspect_700b_gib": own["gib"]}
     for effect, own in done.get("qwen", {}).items():
         found[f"qwen_{effect}_spearman_between_draws"] = own["spearman_between_draws"]
         found[f"qwen_{effect}_share_of_naive_tokens"] = own["draws"][0]["share_of_naive_tokens"]
@@ -132,6 +165,8 @@ def main() -> None:
     done: dict[str, Any] = record("families")["raw"]
     for name in parser.parse_args().steps or [name for name in STEPS if name not in done]:
         done[name] = STEPS[name]()
+        if name == "sweep":
+            write_page(done[name])
         print(write_figures("families", figures(done), done, seeds=[0]))
 
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
+from shapes import check_shapes
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "src" / "causalprune"
@@ -20,7 +20,7 @@ CHECKED = [
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network; read when huggingface_hub is imported
 torch.set_num_threads(1)  # tiny matrices: threads cost more than they bring
-install_import_hook(CHECKED, "beartype.beartype")  # before the first import of the package
+check_shapes(CHECKED)  # before the first import of the package
 
 
 def unavailable(reason: str) -> NoReturn:

@@ -16,8 +16,8 @@ from causalprune.evaluation.measures import evaluate
 from causalprune.interventions.ablation import LayerInputs, capture, entered_at, gated
 from causalprune.interventions.losses import target_nats
 from causalprune.interventions.units import Site
-from causalprune.models.anatomy import summary
 from causalprune.models.loading import load
+from causalprune.models.summaries import summary
 from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
 

@@ -14,8 +14,9 @@ from torch.nn import functional
 from transformers import BloomConfig, GptOssConfig, PreTrainedModel
 
 from causalprune.core.types import Decoder
-from causalprune.models.anatomy import inspect_model, summary
+from causalprune.models.anatomy import inspect_model
 from causalprune.models.loading import load
+from causalprune.models.summaries import summary
 
 FUSED = ("gpt2", "gpt_neox", "phi3")
 MIXTURES = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from causalprune.core.types import Role
+from causalprune.core.anatomy import Role
 from causalprune.pruning.importance import head_importance, weight_factor
 
 deltas = st.lists(st.floats(-100, 100), min_size=1, max_size=40).map(
@@ -60,7 +60,8 @@ def test_factors_by_hand_with_grouped_queries() -> None:
     importance = torch.tensor([1.0, 2.0, 4.0, 10.0])  # heads 0, 1 share key-value head 0; heads 2, 3 head 1
 
     def factor(role: Role) -> torch.Tensor:
-        return weight_factor(importance, role, n_kv_heads=2, head_dim=3)
+        shape = {"o": (5, 12), "q": (12, 5)}.get(role, (6, 5))
+        return weight_factor(importance, role, shape, {"q": 4, "o": 4, "k": 2, "v": 2}.get(role, 0))
 
     per_head = [1.0] * 3 + [2.0] * 3 + [4.0] * 3 + [10.0] * 3
     assert factor("q").tolist() == [[f] for f in per_head]
@@ -72,5 +73,5 @@ def test_factors_by_hand_with_grouped_queries() -> None:
 
 @pytest.mark.parametrize(("n_kv_heads", "shared"), [(1, [3.0, 3.0, 3.0, 3.0]), (4, [1.0, 2.0, 3.0, 6.0])])
 def test_key_value_heads_from_one_to_all(n_kv_heads: int, shared: list[float]) -> None:
-    factor = weight_factor(torch.tensor([1.0, 2.0, 3.0, 6.0]), "k", n_kv_heads=n_kv_heads, head_dim=1)
+    factor = weight_factor(torch.tensor([1.0, 2.0, 3.0, 6.0]), "k", (n_kv_heads, 7), n_kv_heads)
     assert factor[:, 0].tolist() == shared[:n_kv_heads]

@@ -69,9 +69,9 @@ class Passes:
         donated: Mapping[Site, Tensor],
     ) -> Float[Tensor, "effect cell"]:
         """Return the losses of cells in one forward pass."""
-        decoder, batch, hidden = self.plan.decoder, self.plan.groups[number], inputs.hidden[layer]
+        decoder, batch = self.plan.decoder, self.plan.groups[number]
         parts, rows = zip(*cells, strict=True)
-        stacked = LayerInputs({layer: hidden[list(rows)]}, inputs.as_tuple)
+        stacked = inputs.rows(layer, rows, batch.tokens)
         part = selected(batch, list(rows))
         wanted, gates = targets(part), closing(parts, self.plan.sites)
         instead = {s: x if len(x) == 1 else x[list(rows)] for s, x in donated.items() if s in gates}
@@ -95,7 +95,10 @@ class Passes:
         self._intact_logits, self._intact_logits_of = logits, number
         real = batch.real.flatten()
         counts = {
-            str(site.layer): x.cpu()[real].flatten().bincount(minlength=plan.sites[site]).tolist()
+            str(site.layer): x.cpu()[real]
+            .flatten()
+            .bincount(minlength=plan.sites[site])[: plan.sites[site]]
+            .tolist()
             for site, x in chosen.items()
         }
         return found | ({"reached": counts} if experts else {})

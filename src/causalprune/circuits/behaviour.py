@@ -87,8 +87,7 @@ class Behaviour:
         """Weights that each unit has: a head's shares of q, k, v and o, a neuron's rows and column, an expert's matrices."""
         sizes = dict.fromkeys(self.places, 0)
         for p in self.decoder.projections:
-            kind = p.name.split(".")[2] if p.name.count(".") > 2 else "heads" if p.role in "qkvo" else "mlp"
-            site = Site(p.layer, kind)  # type: ignore[arg-type]
+            site = Site(p.layer, p.place)
             if site in sizes:
                 sizes[site] += p.size
         found = torch.zeros(len(self.plan.units), dtype=torch.float64)

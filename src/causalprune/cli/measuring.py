@@ -110,17 +110,26 @@ class DrawOptions(opt.CalibrationOptions):
 @grouped
 def inspect(
     model: opt.ModelOptions,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Load the model too, count its zeros and show its fingerprint.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what was found in a model: layers, heads, what is prunable, what is left out and why."""
-    from causalprune.checkpoints import unknown_tensors
+    """Show what was found in a model: layers, units, what is prunable, what is left out and why, what pruning takes.
+
+    Reads the configuration alone, unless --weights is given.
+    """
+    from causalprune.checkpoints import count_zeros, unknown_tensors
     from causalprune.cli import tables
     from causalprune.models import summary
-    from causalprune.runs import load
+    from causalprune.runs import load, outlined
 
     spec = model.spec()
-    decoder = load(spec)
+    decoder = load(spec) if weights else outlined(spec)
     found = summary(decoder)
+    if weights:
+        counted = count_zeros(decoder)
+        found["zeros"], found["sparsity"] = counted["zeros"], round(counted["sparsity"], 6)
     if unknown := unknown_tensors(decoder):
         sizes = {"parameters": len(unknown), "weights": sum(math.prod(entry.shape) for entry in unknown)}
         found["left_out"]["unknown to the class"] = sizes

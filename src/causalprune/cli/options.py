@@ -252,8 +252,8 @@ class EffectOptions:
     units: Annotated[
         list[str],
         typer.Option(
-            help="heads, kv_groups, attention, mlp, neurons:1 (each), neurons:64 (groups; neurons:64:effect: of similar effect), "
-            "experts or layers; repeatable."
+            help="heads, mixers (heads of linear attention and state spaces), kv_groups, attention, mlp, neurons:1 (each), "
+            "neurons:64 (groups; neurons:64:effect: of similar effect), experts or layers; repeatable."
         ),
     ] = field(default_factory=lambda: ["heads"])
     effect: Annotated[

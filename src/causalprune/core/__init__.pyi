@@ -1,3 +1,21 @@
+from .anatomy import (
+    Layer as Layer,
+)
+from .anatomy import (
+    LeftOut as LeftOut,
+)
+from .anatomy import (
+    Mixer as Mixer,
+)
+from .anatomy import (
+    Place as Place,
+)
+from .anatomy import (
+    Projection as Projection,
+)
+from .anatomy import (
+    Role as Role,
+)
 from .bits import bands as bands
 from .errors import (
     CausalPruneError as CausalPruneError,
@@ -99,9 +117,6 @@ from .source import (
     Source as Source,
 )
 from .types import (
-    Attention as Attention,
-)
-from .types import (
     Batch as Batch,
 )
 from .types import (
@@ -123,22 +138,10 @@ from .types import (
     Example as Example,
 )
 from .types import (
-    Layer as Layer,
-)
-from .types import (
-    LeftOut as LeftOut,
-)
-from .types import (
     Progress as Progress,
 )
 from .types import (
-    Projection as Projection,
-)
-from .types import (
     Remarked as Remarked,
-)
-from .types import (
-    Role as Role,
 )
 from .types import (
     Stage as Stage,

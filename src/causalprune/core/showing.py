@@ -43,7 +43,7 @@ def _fields(own: Any) -> str:
 
 
 def _decoder(own: Any) -> str:
-    heads = sorted({layer.attention.n_heads for layer in own.layers})
+    heads = sorted({sum(mixer.n_heads for mixer in layer.mixers) for layer in own.layers})
     total, pool = sum(p.numel() for p in own.model.parameters()), sum(p.size for p in own.projections)
     name = own.name if len(own.name) <= NAME else f"…{own.name[1 - NAME :]}"
     dtype = str(own.projections[0].parameter.dtype).removeprefix("torch.")

@@ -22,13 +22,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from causalprune.core.bits import bands, bits_of
+from causalprune.core.anatomy import Layer, LeftOut, Projection
 from causalprune.core.showing import Shown
 from causalprune.core.source import Source
-
-Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 Progress = Callable[[int, int], None]
 """Called with the work done and the work in all, in units proportional to time."""
@@ -57,111 +55,6 @@ def silent(done: int, total: int) -> None:
 def quiet(name: str) -> Iterator[Progress]:
     """Report nothing: the default `Stage`."""
     yield silent
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Projection(Shown):
-    """One prunable weight matrix, seen as `[out in]` however the model stores it.
-
-    `parameter` is the stored tensor; `expert` picks one matrix of a 3-D stack, `transposed` says
-    that the stored matrix is `[in out]` (GPT-2's Conv1D), `rows` picks the rows of a fused matrix
-    that belong to this projection (None: all of them). An MLP without a gate has roles `up`, `down`.
-    """
-
-    name: str
-    layer: int
-    role: Role
-    parameter_name: str
-    parameter: nn.Parameter
-    module: nn.Module
-    transposed: bool = False
-    rows: slice | Int[Tensor, "out"] | None = None
-    expert: int | None = None
-
-    def stored(self) -> Float[Tensor, "_ _"]:
-        """Return the stored matrix that this one is in, as it is stored: shared, not copied."""
-        return self.parameter.data if self.expert is None else self.parameter.data[self.expert]
-
-    def read(self) -> Float[Tensor, "out in"]:
-        """Return the matrix: a view of the stored weights, or a copy where `rows` is an index."""
-        stored = self.stored().T if self.transposed else self.stored()
-        return stored if self.rows is None else stored[self.rows]
-
-    def write(self, weight: Float[Tensor, "out in"]) -> None:
-        """Store `weight` in the model, in place, cast to the stored dtype."""
-        stored = self.stored().T if self.transposed else self.stored()
-        stored[slice(None) if self.rows is None else self.rows] = weight.to(stored)
-
-    def erase(self, keep: Bool[Tensor, "out in"]) -> None:
-        """Set weights to zero but where `keep` is True, in place.
-
-        By multiplying the bits with 0 or 1, some rows at a time: ten times faster than a masked assignment.
-        """
-        weight = self.read()
-        bits = bits_of(weight)
-        for band in bands(weight):
-            bits[band].mul_(keep[band])
-        if isinstance(self.rows, Tensor):  # what was read is a copy
-            self.write(weight)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(out, in)`."""
-        out, into = self.parameter.shape[-2:][::-1] if self.transposed else self.parameter.shape[-2:]
-        if isinstance(self.rows, slice):
-            out = len(range(*self.rows.indices(out)))
-        elif self.rows is not None:
-            out = len(self.rows)
-        return out, into
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where `read` gives the matrix: the CPU, while it is on disk."""
-        return torch.device("cpu") if self.parameter.is_meta else self.parameter.device
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Attention(Shown):
-    """The attention block of a layer; `output` is the module of its output projection (`W_o`).
-
-    The input of `output` is the concatenation of the heads, `n_heads * head_dim` wide.
-    """
-
-    module: nn.Module
-    output: nn.Module
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Layer(Shown):
-    """One decoder layer: its module, attention block and prunable projections, in a fixed order.
-
-    `experts` is the module that holds a mixture of experts, None for a dense MLP.
-    """
-
-    index: int
-    name: str
-    module: nn.Module
-    attention: Attention
-    projections: tuple[Projection, ...]
-    experts: nn.Module | None = None
-    n_experts: int = 0
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A parameter that is never pruned, and why."""
-
-    parameter_name: str
-    size: int
-    reason: str
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -204,7 +97,7 @@ class Decoder(Shown):
         return any(p.parameter.is_meta for p in self.projections)
 
 
-UnitKind = Literal["head", "kv_group", "attention", "mlp", "neurons", "expert", "layer"]
+UnitKind = Literal["head", "mixer", "kv_group", "attention", "mlp", "neurons", "expert", "layer"]
 Effect = Literal["ce", "kl"]
 """Rise of the cross-entropy of the target tokens, or KL divergence from the intact model's predictions there."""
 
@@ -213,7 +106,8 @@ Effect = Literal["ce", "kl"]
 class Unit:
     """A part of the model that an intervention can remove: by default attention head `index` of layer `layer`.
 
-    A `kv_group` is the query heads that share a key-value head, `neurons` a group of MLP neurons, a
+    A `mixer` is a head (or a group of channels) of a linear attention, state space or convolution. A `kv_group` is the query heads
+    that share a key-value head, `neurons` a group of MLP neurons, a
     `layer` its attention and its MLP (or experts) together.
     """
 

@@ -25,6 +25,9 @@ from .ablation import (
 from .ablation import (
     site_inputs as site_inputs,
 )
+from .carried import (
+    shares as shares,
+)
 from .donors import (
     donated as donated,
 )
@@ -82,6 +85,9 @@ from .pieces import (
 )
 from .pieces import (
     as_they_are as as_they_are,
+)
+from .pieces import (
+    differentiable as differentiable,
 )
 from .pieces import (
     entering as entering,

@@ -15,19 +15,26 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from causalprune.core import Batch, Decoder
-from causalprune.interventions.units import Gates, Site, gated_module
+from causalprune.core import Batch, Decoder, ModelError
+from causalprune.interventions.carried import handed_on, kept
+from causalprune.interventions.units import Gates, Site, gated_modules, sees_all
 
 
 @dataclass(frozen=True, eq=False)
 class LayerInputs:
     """Residual stream `[batch time model]` at the input of layers, by layer index.
 
-    `as_tuple` tells whether this model's layers return a tuple, which a skipped layer must imitate.
+    `as_tuple` is how many values this model's layers return as a tuple, which a skipped layer must imitate; 0 for the stream alone.
     """
 
-    hidden: Mapping[int, Float[Tensor, "batch time model"]]
-    as_tuple: bool
+    hidden: Mapping[int, Float[Tensor, "*stream batch time model"]]
+    as_tuple: int
+
+    def rows(self, layer: int, rows: Sequence[int], tokens: Int[Tensor, "batch time"]) -> "LayerInputs":
+        """Return the input of a layer in these rows, which may repeat, of the batch with these tokens."""
+        hidden = self.hidden[layer]
+        axis = 0 if hidden.shape[:2] == tokens.shape else 1  # Gemma 3n has several streams, side by side
+        return LayerInputs({layer: hidden[list(rows)] if axis == 0 else hidden[:, list(rows)]}, self.as_tuple)
 
 
 class _LeftModelError(Exception):
@@ -51,11 +58,14 @@ def gated(
     """
     with ExitStack() as stack:
         for site, gate in gates.items():
-            if site.place == "experts":
-                hook = _routing_hook(gate)
-            else:
-                hook = _gate_hook(gate, (instead or {}).get(site))
-            stack.callback(gated_module(decoder, site).register_forward_pre_hook(hook).remove)
+            for module in gated_modules(decoder, site):
+                if site.place == "experts" and sees_all(module):
+                    handle = module.register_forward_hook(_output_hook(gate))
+                elif site.place == "experts":
+                    handle = module.register_forward_pre_hook(_routing_hook(gate))
+                else:
+                    handle = module.register_forward_pre_hook(_gate_hook(gate, (instead or {}).get(site)))
+                stack.callback(handle.remove)
         yield
 
 
@@ -81,20 +91,51 @@ def _routing_hook(gate: Tensor) -> Any:
     return hook
 
 
+def _output_hook(gate: Tensor) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        parts = output.reshape(gate.shape[1], len(gate), -1, output.shape[-1])
+        return (parts * gate.to(parts).T[:, :, None, None]).reshape(output.shape)
+
+    return hook
+
+
+def _chosen(routed: Float[Tensor, "_ model"], n_experts: int) -> Int[Tensor, "token expert"]:
+    """Return the experts that every token reaches, `n_experts` in the place of each that it does not."""
+    reached = routed.reshape(n_experts, -1, routed.shape[-1]).abs().amax(-1).T > 0
+    return torch.where(reached, torch.arange(n_experts, device=routed.device), n_experts)
+
+
 @contextmanager
 def site_inputs(decoder: Decoder, places: Sequence[Site]) -> Iterator[dict[Site, Float[Tensor, "..."]]]:
-    """Collect what forward passes in the block send to each site; the last pass wins."""
+    """Collect what forward passes in the block send to each site; the last pass wins.
+
+    For experts that is the choice `[token rank]` among them.
+
+    Raises:
+        ModelError: a site has its weights in several layers, which get different inputs.
+    """
     seen: dict[Site, Tensor] = {}
 
     def keep(site: Site) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[site] = args[1] if site.place == "experts" else args[0]
+            if site.place != "experts":
+                seen[site] = args[0]
+            else:
+                seen[site] = (
+                    args[1] if len(args) > 1 else _chosen(args[0], decoder.layers[site.layer].n_experts)
+                )
 
         return hook
 
     with ExitStack() as stack:
         for site in places:
-            stack.callback(gated_module(decoder, site).register_forward_pre_hook(keep(site)).remove)
+            module, *others = gated_modules(decoder, site)
+            if others:
+                name = decoder.layers[site.layer].name
+                raise ModelError(
+                    f"{name}: {site.place} used by several layers can only be ablated with 'zero'"
+                )
+            stack.callback(module.register_forward_pre_hook(keep(site)).remove)
         yield seen
 
 
@@ -116,11 +157,12 @@ def capture(decoder: Decoder, tokens: Int[Tensor, "batch time"], *, stop: int) -
     with ExitStack() as stack:
         for layer in decoder.layers[: stop + 1]:
             stack.enter_context(layer.module.register_forward_pre_hook(keep(layer.index), with_kwargs=True))
+        stack.enter_context(kept(decoder, tokens))
         stack.enter_context(torch.inference_mode())
         output = run_until(decoder, tokens, last)
     if stop > last:
         hidden[stop] = residual(output)
-    return LayerInputs(hidden, as_tuple=isinstance(output, tuple))
+    return LayerInputs(hidden, values_of(output))
 
 
 def last_hidden(decoder: Decoder, batch: Batch) -> LayerInputs:
@@ -128,7 +170,7 @@ def last_hidden(decoder: Decoder, batch: Batch) -> LayerInputs:
     after = len(decoder.layers)
     with torch.inference_mode():
         output = run_until(decoder, batch.tokens, after - 1)
-    return LayerInputs({after: residual(output)}, as_tuple=isinstance(output, tuple))
+    return LayerInputs({after: residual(output)}, values_of(output))
 
 
 @contextmanager
@@ -141,7 +183,7 @@ def entered_at(decoder: Decoder, layer: int, inputs: LayerInputs) -> Iterator[No
     hidden = inputs.hidden[layer]
 
     def skip(*args: Any, **kwargs: Any) -> Any:
-        return (hidden,) if inputs.as_tuple else hidden
+        return (hidden, *[None] * (inputs.as_tuple - 1)) if inputs.as_tuple else hidden
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
@@ -151,6 +193,7 @@ def entered_at(decoder: Decoder, layer: int, inputs: LayerInputs) -> Iterator[No
     with ExitStack() as stack:
         for earlier in decoder.layers[:layer]:
             stack.enter_context(replaced_forward(earlier.module, skip))
+        stack.enter_context(handed_on(decoder, layer))
         if layer < len(decoder.layers):
             module = decoder.layers[layer].module
             stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
@@ -162,16 +205,21 @@ def run_layer(
     tokens: Int[Tensor, "batch time"],
     layer: int,
     inputs: LayerInputs,
-) -> Float[Tensor, "batch time model"]:
+) -> Float[Tensor, "*stream batch time model"]:
     """Run `layer` alone on `inputs.hidden[layer]` and return its output."""
-    with entered_at(decoder, layer, inputs), torch.inference_mode():
+    with entered_at(decoder, layer, inputs), kept(decoder, tokens), torch.inference_mode():
         return residual(run_until(decoder, tokens, layer))
 
 
-def residual(output: Any) -> Float[Tensor, "batch time model"]:
+def residual(output: Any) -> Float[Tensor, "*stream batch time model"]:
     """Return the residual stream in what a layer returns."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
+
+
+def values_of(output: Any) -> int:
+    """Return how many values a layer returns as a tuple, 0 where it returns the residual stream alone."""
+    return len(output) if isinstance(output, tuple | list) else 0
 
 
 def run_until(decoder: Decoder, tokens: Int[Tensor, "batch time"], stop: int) -> Any:

@@ -129,7 +129,7 @@ def _go_back(decoder: Decoder, pieces: Pieces, groups: Sequence[Batch]) -> None:
         slopes, _ = pieces.back(layer.index, (), slopes)
 
 
-def _slope(decoder: Decoder, batch: Batch, last: LayerInputs) -> Float[Tensor, "batch time model"]:
+def _slope(decoder: Decoder, batch: Batch, last: LayerInputs) -> Float[Tensor, "*stream batch time model"]:
     """Return the slope of a batch's target loss, summed, at the last layer's output."""
     after, wanted = len(decoder.layers), targets(batch)
     leaf = last.hidden[after].clone().requires_grad_()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from causalprune.core import Batch, Decoder, Layer, ModelError, Projection
+from causalprune.core import Batch, Decoder, Layer, Mixer, ModelError, Projection
 from causalprune.interventions.ablation import gated, recomputed
 from causalprune.interventions.gradients import by_unit, gates_at
 from causalprune.interventions.losses import Targets, by_row, cross_entropy, target_logits, targets
@@ -172,7 +172,10 @@ def _probed(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, bool]:
 
 def _products(layer: Layer) -> Iterator[tuple[nn.Module, Any]]:
     """Yield the modules of a layer before or after which a product of two activations is, with what hooks its shares."""
-    yield from _of_attention(layer)
+    for mixer in layer.mixers:
+        if mixer.place != "heads" or any(p.role in ("q_a", "kv_a") for p in layer.projections):
+            raise _no_rule(layer.name, mixer.module)
+        yield from _of_attention(layer, mixer)
     parts: dict[str, dict[str, Projection]] = {}
     for p in layer.projections:
         parts.setdefault(p.name.rpartition(".")[0], {})[p.role] = p
@@ -196,9 +199,9 @@ KNOWN_GATES = ("_default_apply_gate",)
 """How transformers joins the two halves of what experts make of their inputs; a model's own way has no rule."""
 
 
-def _of_attention(layer: Layer) -> Iterator[tuple[nn.Module, Any]]:
+def _of_attention(layer: Layer, attention: Mixer) -> Iterator[tuple[nn.Module, Any]]:
     """Yield what makes q, k and v, and what makes gates of the heads' outputs."""
-    attention, rows = layer.attention, dict[nn.Module, dict[str, Projection]]()
+    rows = dict[nn.Module, dict[str, Projection]]()
     config = getattr(attention.module, "config", None)
     if getattr(attention.module, "attn_logit_softcapping", None) and (
         getattr(config, "_attn_implementation", "eager") != "eager"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -11,11 +12,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from causalprune.core import Batch, Decoder, Layer, free_bytes
 from causalprune.interventions.ablation import LayerInputs, capture, entered_at, residual, run_until
+from causalprune.interventions.carried import Handed, Handing
 
 Watch: TypeAlias = Callable[[Layer, Batch], AbstractContextManager[Any]]
 Hold: TypeAlias = Callable[[LayerInputs], LayerInputs]
 Told: TypeAlias = Callable[[], None]
-Slopes: TypeAlias = Sequence[Float[Tensor, "_ _ model"]]
+Slopes: TypeAlias = Sequence[Float[Tensor, "*stream _ _ model"]]
 SHARE = 0.5
 """Of the memory that is free, for activations of a pass."""
 
@@ -44,20 +46,22 @@ class Pieces:
         told: Told = lambda: None,
     ) -> None:
         self._decoder, self._batches, self._watch, self._told = decoder, batches, watch, told
-        self._made: list[list[tuple[LayerInputs, tuple[Tensor, Tensor] | None]]] = []
-        """By layer and batch its input, and where the way back from there is held its input and output."""
+        self._handing = [Handing(decoder) for _ in batches]
+        self._made: list[list[tuple[LayerInputs, _Sent | None]]] = []
+        """By layer and batch its input, and what it sends on where the way back from there is held."""
         holds = not decoder.offloaded
         inputs = list(entering(decoder, batches, hold))
         for layer in decoder.layers:
-            made: list[tuple[LayerInputs, tuple[Tensor, Tensor] | None]] = []
+            made: list[tuple[LayerInputs, _Sent | None]] = []
             for number, own in enumerate(inputs):
                 leaf = own.hidden[layer.index].detach().requires_grad_()
                 with torch.set_grad_enabled(holds), _counted(layer.module) as saved:
-                    output = self._run(layer, number, leaf, own.as_tuple)
-                made.append((own, (leaf, output) if holds else None))
+                    sent = self._run(layer, number, leaf, own.as_tuple)
+                self._handing[number].take(sent.handed)
+                made.append((own, sent if holds else None))
                 left = (len(decoder.layers) - layer.index) * len(batches) - number
                 holds = holds and sum(saved) * left < SHARE * free_bytes(leaf.device)
-                inputs[number] = hold(LayerInputs({layer.index + 1: output.detach()}, own.as_tuple))
+                inputs[number] = hold(LayerInputs({layer.index + 1: sent.output.detach()}, own.as_tuple))
             self._made.append(made)
             told()
         self.last: Sequence[LayerInputs] = inputs
@@ -71,25 +75,43 @@ class Pieces:
         """
         found, sums = list[Tensor](), list[Tensor | None]([None] * len(parameters))
         for number, (own, held) in enumerate(self._made.pop()):
-            if held is not None:
-                leaf, output = held
-            else:
+            if (sent := held) is None:
                 leaf = own.hidden[layer].detach().requires_grad_()
                 with torch.enable_grad():
-                    output = self._run(self._decoder.layers[layer], number, leaf, own.as_tuple)
+                    sent = self._run(self._decoder.layers[layer], number, leaf, own.as_tuple)
+            handing = self._handing[number]
+            others, also = handing.back(sent.handed)
             slope, *gradients = torch.autograd.grad(
-                output, [leaf, *parameters], slopes[number], allow_unused=True
+                [sent.output, *others],
+                [sent.leaf, *parameters, *handing.tensors],
+                [slopes[number], *also],
+                allow_unused=True,
             )
             assert slope is not None
             found.append(slope)
-            sums = [_added(a, b) for a, b in zip(sums, gradients, strict=True)]
+            handing.add(gradients[len(parameters) :])
+            sums = [_added(a, b) for a, b in zip(sums, gradients[: len(parameters)], strict=True)]
         self._told()
         return found, sums
 
-    def _run(self, layer: Layer, number: int, leaf: Tensor, as_tuple: bool) -> Tensor:
+    def _run(self, layer: Layer, number: int, leaf: Tensor, as_tuple: int) -> "_Sent":
         own, batch = LayerInputs({layer.index: leaf}, as_tuple), self._batches[number]
-        with entered_at(self._decoder, layer.index, own), self._watch(layer, batch):
-            return residual(run_until(self._decoder, batch.tokens, layer.index))
+        with (
+            entered_at(self._decoder, layer.index, own),
+            self._watch(layer, batch),
+            self._handing[number].through(layer) as handed,
+        ):
+            output = residual(run_until(self._decoder, batch.tokens, layer.index))
+        return _Sent(leaf, output, handed)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sent:
+    """What a layer made of its input: its output, and what it hands on beside it."""
+
+    leaf: Tensor
+    output: Tensor
+    handed: Handed
 
 
 def entering(decoder: Decoder, batches: Sequence[Batch], hold: Hold = as_they_are) -> Iterator[LayerInputs]:
@@ -97,6 +119,19 @@ def entering(decoder: Decoder, batches: Sequence[Batch], hold: Hold = as_they_ar
     for batch in batches:
         own = capture(decoder, batch.tokens, stop=0)
         yield hold(LayerInputs({0: own.hidden[0].clone()}, own.as_tuple))
+
+
+@contextmanager
+def differentiable(decoder: Decoder, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let these parameters have gradients, and no others."""
+    before, chosen = {p: p.requires_grad for p in decoder.model.parameters()}, set(parameters)
+    try:
+        for parameter in before:
+            parameter.requires_grad_(parameter in chosen)
+        yield
+    finally:
+        for parameter, own in before.items():
+            parameter.requires_grad_(own)
 
 
 def _added(total: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Gradients of a task at all weights, plain or as relevance goes back."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from causalprune.core import Batch, Decoder, Progress, silent
 from causalprune.interventions.ablation import LayerInputs, entered_at
 from causalprune.interventions.losses import cross_entropy, target_logits, targets
 from causalprune.interventions.lrp import prominence, ruled
-from causalprune.interventions.pieces import Pieces, Slopes
+from causalprune.interventions.pieces import Pieces, Slopes, differentiable
 
 
 def weight_slopes(
@@ -24,7 +24,8 @@ def weight_slopes(
     """
     found: dict[nn.Parameter, Tensor] = {}
     after, own = len(decoder.layers), list(dict.fromkeys(p.parameter for p in decoder.projections))
-    with ruled(decoder) if relevant else nullcontext(), _differentiable(own):
+    chosen = set(own)
+    with ruled(decoder) if relevant else nullcontext(), differentiable(decoder, own):
         for number, batch in enumerate(groups):
             pieces, wanted = Pieces(decoder, [batch]), targets(batch)
             (last,) = pieces.last
@@ -34,23 +35,10 @@ def weight_slopes(
                 total = prominence(logits, wanted).sum() if relevant else cross_entropy(logits, wanted).sum()
             slopes: Slopes = torch.autograd.grad(total, [leaf])
             for layer in reversed(decoder.layers):
-                parameters = list(dict.fromkeys(p.parameter for p in layer.projections))
+                parameters = [p for p in layer.module.parameters() if p in chosen]
                 slopes, gradients = pieces.back(layer.index, parameters, slopes)
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     if gradient is not None:  # None: an expert that no token reached
                         found[parameter] = found.get(parameter, 0) + gradient.float()
             on_progress(number + 1, len(groups))
     return found
-
-
-@contextmanager
-def _differentiable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let these parameters have gradients for a while."""
-    before = [parameter.requires_grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, own in zip(parameters, before, strict=True):
-            parameter.requires_grad_(own)

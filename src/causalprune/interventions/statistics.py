@@ -1,9 +1,9 @@
 """What projections see and send while a layer runs: norms and second moments of inputs, gradients of outputs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from causalprune.core import Layer, ModelError, Projection
 from causalprune.interventions.ablation import replaced_forward
+from causalprune.interventions.units import sees_all
 
 See = Callable[
     [Projection, Float[Tensor, "token in"], Float[Tensor, "token out"], Bool[Tensor, "token"]], None
@@ -18,6 +19,8 @@ See = Callable[
 """Gets a projection, its inputs and outputs in a forward pass, and False for every token that is padding."""
 Slope = Callable[[Projection, Float[Tensor, "token out"]], None]
 """Gets a projection and the gradient at its outputs in a backward pass."""
+
+_Between: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(eq=False)
@@ -121,31 +124,56 @@ def _one_by_one(
     for projection in projections:
         assert projection.expert is not None
         by_expert.setdefault(projection.expert, {})[projection.role] = projection
-    for own in by_expert.values():
-        fused = own.get("gate") and own["gate"].parameter is own["up"].parameter
-        if not fused or not hasattr(module, "_apply_gate"):
-            raise ModelError(f"what happens inside the experts of a {type(module).__name__} is not known")
+    apply = _activation(module, by_expert.values())
+
+    def run(expert: int, inputs: Tensor, at: Tensor) -> Tensor:
+        own = by_expert[expert]
+        first = [own[role] for role in ("gate", "up") if role in own]
+        inner = inputs @ _stored(first[0]).T + _bias(module, "gate_up_proj_bias", expert)
+        gated = apply(inner)
+        outer = gated @ _stored(own["down"]).T + _bias(module, "down_proj_bias", expert)
+        _follow(inner, first, slope)
+        _follow(outer, [own["down"]], slope)
+        for p in first:
+            see(p, inputs, _rows(inner, p), at)
+        see(own["down"], gated, outer, at)
+        return outer
 
     def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        if len(args) + len(kwargs) == 1:  # every expert has a row for every token
+            blocks = args[0].view(len(by_expert), -1, args[0].shape[-1])
+            found = []
+            for expert, block in enumerate(blocks):
+                (token,) = torch.where(block.abs().amax(-1) > 0)
+                outer = run(expert, block[token], real.to(token.device)[token].cpu())
+                found.append(torch.zeros_like(block).index_add(0, token, outer))
+            return torch.stack(found).flatten(0, 1)
         hidden, chosen, weights = (*args, *kwargs.values())
         flat = hidden.flatten(0, -2)
         total = torch.zeros_like(flat)
-        for expert, own in by_expert.items():
+        for expert in by_expert:
             token, rank = torch.where(chosen == expert)
-            inputs, at = flat[token], real.to(token.device)[token].cpu()
-            inner = inputs @ _stored(own["gate"]).T + _bias(module, "gate_up_proj_bias", expert)
-            gated: Tensor = module._apply_gate(inner)  # noqa: SLF001
-            outer = gated @ _stored(own["down"]).T + _bias(module, "down_proj_bias", expert)
-            _follow(inner, [own["gate"], own["up"]], slope)
-            _follow(outer, [own["down"]], slope)
-            see(own["gate"], inputs, _rows(inner, own["gate"]), at)
-            see(own["up"], inputs, _rows(inner, own["up"]), at)
-            see(own["down"], gated, outer, at)
+            outer = run(expert, flat[token], real.to(token.device)[token].cpu())
             total = total.index_add(0, token, (outer * weights[token, rank, None]).to(total.dtype))
         return total.view_as(hidden)
 
     with replaced_forward(module, forward):
         yield
+
+
+def _activation(module: Any, experts: Iterable[dict[str, Projection]]) -> _Between:
+    """Return what experts do between their matrices: what transformers says of them, or what Llama 4 does."""
+    for own in experts:
+        fused = own.get("gate") and own["gate"].parameter is own["up"].parameter
+        plain = "gate" not in own and not getattr(module, "has_gate", True)
+        known = hasattr(module, "_apply_gate") or sees_all(module)
+        if not (fused or plain) or not known or getattr(module, "has_post_expert_norm", False):
+            raise ModelError(f"what happens inside the experts of a {type(module).__name__} is not known")
+    if not getattr(module, "has_gate", True):
+        return cast("_Between", module.act_fn)
+    if hasattr(module, "_apply_gate"):
+        return cast("_Between", module._apply_gate)  # noqa: SLF001
+    return lambda inner: cast("Tensor", module.act_fn(inner.chunk(2, -1)[0]) * inner.chunk(2, -1)[1])
 
 
 def _rows(outputs: Float[Tensor, "token fused"], projection: Projection) -> Float[Tensor, "token out"]:

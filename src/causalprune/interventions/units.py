@@ -1,21 +1,21 @@
 """What can be removed from a model, and which gates close to remove it."""
 
+import inspect
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import TypeAlias, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from causalprune.core import Decoder, Layer, ModelError, OptionError, Unit, UnitKind, unknown
-
-Place: TypeAlias = Literal["heads", "mlp", "shared", "experts"]
-"""Where a layer has gates: head outputs, MLP neurons, neurons of a shared expert, outputs of routed experts."""
+from causalprune.core import Decoder, Layer, ModelError, OptionError, Place, Unit, UnitKind, unknown
 
 NAMES: dict[str, UnitKind] = {
     "heads": "head",
+    "mixers": "mixer",
     "kv_groups": "kv_group",
     "attention": "attention",
     "mlp": "mlp",
@@ -53,8 +53,9 @@ def sites(decoder: Decoder) -> dict[Site, int]:
 
 
 def _size(layer: Layer, place: Place) -> int:
-    if place == "heads":
-        return layer.attention.n_heads
+    if place in ("heads", "mixers"):
+        mixer = layer.mixer(place)
+        return mixer.n_heads if mixer else 0
     if place == "experts":
         return layer.n_experts
     down = _down(layer, place)
@@ -66,11 +67,24 @@ def _down(layer: Layer, place: Place) -> tuple[nn.Module, int] | None:
     return next(((p.module, p.shape[1]) for p in layer.projections if p.name == name), None)
 
 
+def gated_modules(decoder: Decoder, site: Site) -> list[nn.Module]:
+    """Return the module whose input carries the parts of a site, with those of later layers that share its weights."""
+    first = gated_module(decoder, site)
+    own = (p for p in decoder.layers[site.layer].projections if p.module is first and p.role in ("o", "down"))
+    return [first, *(module for p in itertools.islice(own, 1) for module in p.uses)]
+
+
+def sees_all(experts: nn.Module) -> bool:
+    """Tell whether experts get every token, set to zero where it is not routed to them (Llama 4), rather than a choice."""
+    given = [own.kind for own in inspect.signature(experts.forward).parameters.values()]
+    return given == [inspect.Parameter.POSITIONAL_OR_KEYWORD]
+
+
 def gated_module(decoder: Decoder, site: Site) -> nn.Module:
     """Return the module whose input carries the parts of a site; for experts, what calls them."""
     layer = decoder.layers[site.layer]
-    if site.place == "heads":
-        return layer.attention.output
+    if (mixer := layer.mixer(site.place)) is not None:
+        return mixer.output
     if site.place == "experts":
         if layer.experts is None or isinstance(layer.experts, nn.ModuleList):
             raise ModelError(f"{layer.name}: experts that are modules of their own cannot be masked")
@@ -141,15 +155,18 @@ def _parts(
         parts = parts if place != "mlp" or order is None else parts[order.to(parts.device)]
         return [{site: part.sort().values} for part in parts.split(size) if len(part)]
 
-    shared = layer.attention.n_heads // layer.attention.n_kv_heads
+    attention = layer.mixer("heads")
+    shared = attention.n_heads // attention.n_kv_heads if attention else 1
+    whole, mlp = all_of("heads"), all_of("mlp", "shared", "experts")
     found: dict[UnitKind, list[Parts]] = {
         "head": split("heads", 1),
+        "mixer": split("mixers", 1),
         "kv_group": split("heads", shared),
-        "attention": [all_of("heads")],
-        "mlp": [all_of("mlp", "shared", "experts")],
+        "attention": [whole] if whole else [],
+        "mlp": [mlp] if mlp else [],
         "neurons": split("mlp", size),
         "expert": split("experts", 1),
-        "layer": [all_of("heads", "mlp", "shared", "experts")],
+        "layer": [dict(own)],
     }
     return found[kind]
 

@@ -1,7 +1,4 @@
 from .anatomy import (
-    LEFT_OUT as LEFT_OUT,
-)
-from .anatomy import (
     expert_weight as expert_weight,
 )
 from .anatomy import (
@@ -19,10 +16,10 @@ from .anatomy import (
 from .anatomy import (
     outline as outline,
 )
-from .anatomy import (
-    summary as summary,
-)
 from .context import positions as positions
+from .converting import (
+    as_saved as as_saved,
+)
 from .folders import (
     TOKENIZER_FILES as TOKENIZER_FILES,
 )
@@ -57,6 +54,9 @@ from .loading import (
     load as load,
 )
 from .loading import (
+    outlined as outlined,
+)
+from .loading import (
     read_shape as read_shape,
 )
 from .loading import (
@@ -71,8 +71,17 @@ from .loading import (
 from .loading import (
     wrapped as wrapped,
 )
+from .mixing import (
+    setting as setting,
+)
+from .roles import (
+    LEFT_OUT as LEFT_OUT,
+)
 from .shards import (
     Entry as Entry,
+)
+from .shards import (
+    Made as Made,
 )
 from .shards import (
     ShardWriter as ShardWriter,
@@ -82,4 +91,7 @@ from .shards import (
 )
 from .shards import (
     raw_bytes as raw_bytes,
+)
+from .summaries import (
+    summary as summary,
 )

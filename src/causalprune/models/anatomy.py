@@ -1,6 +1,6 @@
 """Find the layers, attention heads and prunable weights of a model in memory.
 
-There is no file per architecture: layers are found by structure, weights by `PATTERNS`, and every
+There is no file per architecture: layers are found by structure, weights by the table in `roles`, and every
 assumption is checked against shapes. What is not understood is an error, never a silent omission.
 """
 
@@ -8,67 +8,32 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
-from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from causalprune.core import Attention, Decoder, Layer, LeftOut, ModelError, Projection, Role
+from causalprune.core import Decoder, Layer, LeftOut, ModelError, Projection, Role
+from causalprune.models.mixing import check_mixer, mixers_of, setting
+from causalprune.models.roles import BESIDE, LEFT_OUT, MIXED, TOWER, Pattern, arranged, matches
 from causalprune.models.shards import raw_bytes
 
-
-class Pattern(NamedTuple):
-    """One row of `PATTERNS`: which roles the parameters whose path in a layer matches play.
-
-    Several roles share one matrix either in blocks of rows (`blocks`) or cut per head into
-    `[heads roles head_dim]` (`per head`). Such an order cannot be read off the shapes, so fused
-    attention is accepted only for the model types it was checked for.
-    """
-
-    path: str
-    roles: tuple[Role, ...]
-    layout: Literal["blocks", "per head"] = "blocks"
-    model_types: frozenset[str] | None = None
-
-
-_ATTENTION = r"(?:self_attn|attn|attention|self_attention)\.(?:attention\.)?"
-_MLP = r"(?:(?:mlp|feed_forward|ffn|block_sparse_moe|moe)\.)?"
-_MLP += r"(?:(?P<group>experts|shared_experts?)\.(?:(?P<expert>\d+)\.)?)?"
-_PER_HEAD = frozenset({"gpt_neox", "bloom", "persimmon"})
-PATTERNS = (
-    Pattern(_ATTENTION + r"q_proj", ("q",)),
-    Pattern(_ATTENTION + r"k_proj", ("k",)),
-    Pattern(_ATTENTION + r"v_proj", ("v",)),
-    Pattern(_ATTENTION + r"(?:o_proj|out_proj|c_proj|dense)", ("o",)),
-    Pattern(_ATTENTION + r"qkv_proj", ("q", "k", "v"), "blocks", frozenset({"phi3"})),
-    Pattern(_ATTENTION + r"c_attn", ("q", "k", "v"), "blocks", frozenset({"gpt2"})),
-    Pattern(_ATTENTION + r"query_key_value", ("q", "k", "v"), "per head", _PER_HEAD),
-    Pattern(_MLP + r"(?:gate_proj|w1)", ("gate",)),
-    Pattern(_MLP + r"(?:up_proj|w3|c_fc|fc1|dense_h_to_4h)", ("up",)),
-    Pattern(_MLP + r"gate_up_proj", ("gate", "up")),
-    Pattern(_MLP + r"(?:down_proj|w2|c_proj|fc2|dense_4h_to_h)", ("down",)),
-)
-
-LEFT_OUT = (
-    (r"bias$", "bias"),
-    (r"(?:norm\w*|(?:^|\.)ln_\w+)\.weight$", "norm"),
-    (r"(?:^|\.)(?:gate|router|shared_expert_gate)\.(?:\w+\.)?weight$", "router"),
-)
-
-_ROLES: tuple[Role, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+_ROLES: tuple[Role, ...] = get_args(Role)
 _SHAPE_FIELDS = ["model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"]
 _SHAPE_FIELDS += ["hidden_size", "intermediate_size", "vocab_size"]
-Rows: TypeAlias = slice | Int[Tensor, "out"] | None
 _Placed: TypeAlias = tuple[tuple[str, int], Projection]
+Whole: TypeAlias = Mapping[str, tuple[int, str]]
+"""How many weights of a parameter that is pruned in part stay whole, and why."""
 _HEADS = ("Classification", "QuestionAnswering", "RewardModel")
-_PRUNES = "causalprune prunes decoder-only language models with attention heads"
+_OTHER = {"paligemma": "lets a prompt see what follows in it", "shieldgemma2": "is a classifier of images"}
+"""Types that are something else than their classes say."""
+_PRUNES = "causalprune prunes decoder-only language models"
 
 
 def inspect_model(
@@ -90,10 +55,21 @@ def outline(model: PreTrainedModel, tokenizer: Any, *, name: str, revision: str 
             raise ModelError(
                 f"{weight} of {name!r} is quantised ({parameter.dtype}): pass the original model"
             )
+    if type(model).__name__.endswith(_HEADS):
+        raise ModelError(
+            f"{name!r} is a {type(model).__name__}, whose head predicts no next tokens; {_PRUNES}"
+        )
     path, modules = _decoder_list(model)
+    if "shared" in (getattr(model.config.get_text_config(decoder=True), "indexer_types", None) or ()):
+        raise ModelError(
+            f"{name!r}: layers that share the choices of an indexer with others are not understood"
+        )
     config = model.config.get_text_config(decoder=True)
-    layers = tuple(_layer(config, f"{path}.{i}", i, module) for i, module in enumerate(modules))
-    left_out = _left_out(model, layers, path)
+    found = [_layer(config, f"{path}.{i}", i, module) for i, module in enumerate(modules)]
+    layers = _each_once(layer for layer, _ in found)
+    left_out = _left_out(
+        model, layers, path, dict(itertools.chain.from_iterable(own.items() for _, own in found))
+    )
     for layer in layers:
         _check_layer(layer)
     return Decoder(model, tokenizer, name, revision, layers, left_out, fingerprint="")
@@ -128,7 +104,7 @@ def _present(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> Tens
 def fingerprint_of(model: PreTrainedModel, parts: Iterable[tuple[str, torch.dtype, Iterable[Any]]]) -> str:
     """Return the fingerprint of weights that are given by name, in sorted order, with dtype and bytes in pieces."""
     config = model.config.get_text_config(decoder=True)
-    digest = hashlib.sha256(repr([(f, getattr(config, f, None)) for f in _SHAPE_FIELDS]).encode())
+    digest = hashlib.sha256(repr([(f, setting(config, f)) for f in _SHAPE_FIELDS]).encode())
     for name, dtype, pieces in parts:
         digest.update(f"{name} {dtype} {tuple(model.get_parameter(name).shape)}\n".encode())
         for piece in pieces:
@@ -153,39 +129,6 @@ def expert_weight(path: str) -> tuple[int, Role] | None:
     return int(hit[1]["expert"]), hit[0].roles[0]
 
 
-def summary(decoder: Decoder) -> dict[str, Any]:
-    """Return what a user wants to know of a model before pruning it: shapes, counts, what stays."""
-    parameters = list(decoder.model.parameters())
-    by_role = {role: sum(p.size for p in decoder.projections if p.role == role) for role in _ROLES}
-    reasons: dict[str, dict[str, int]] = {}
-    for left in decoder.left_out:
-        entry = reasons.setdefault(left.reason, {"parameters": 0, "weights": 0})
-        entry["parameters"] += 1
-        entry["weights"] += left.size
-    widths = {p.name.split(".")[2]: p.shape[1] for p in decoder.projections if p.role == "down"}
-    attention, head = decoder.layers[0].attention, decoder.model.get_output_embeddings()
-    return {
-        "name": decoder.name,
-        "model_type": decoder.model.config.model_type,
-        "layers": len(decoder.layers),
-        "heads": attention.n_heads,
-        "kv_heads": attention.n_kv_heads,
-        "head_width": attention.head_dim,
-        "mlp_width": widths.get("down"),
-        "experts": max(layer.n_experts for layer in decoder.layers),
-        "expert_width": widths.get("experts"),
-        "shared_expert_width": widths.get("shared"),
-        "total_parameters": sum(p.numel() for p in parameters),
-        "prunable_weights": sum(by_role.values()),
-        "prunable_by_role": {role: size for role, size in by_role.items() if size},
-        "left_out": reasons,
-        "dtype": str(parameters[0].dtype).removeprefix("torch."),
-        "device": str(decoder.device),
-        "tied_embeddings": head is not None and head.weight is decoder.model.get_input_embeddings().weight,
-        "fingerprint": decoder.fingerprint,
-    }
-
-
 def check_config(config: PreTrainedConfig, name: str) -> None:
     """Raise `ModelError` for a model that is not a decoder with attention heads."""
     if getattr(config, "is_encoder_decoder", False):
@@ -193,70 +136,89 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
     if other := [own for own in config.architectures or () if own.endswith(_HEADS)]:
         raise ModelError(f"{name!r} is a {other[0]}, whose head predicts no next tokens; {_PRUNES}")
     text = config.get_text_config(decoder=True)
+    if why := _OTHER.get(config.model_type):
+        raise ModelError(f"{name!r} ({config.model_type}) {why}; {_PRUNES}")
+    if getattr(text, "cross_attention_layers", None):
+        raise ModelError(f"{name!r} ({config.model_type}) is a decoder with cross-attention; {_PRUNES}")
+    if getattr(text, "prompt_length", None):
+        raise ModelError(f"{name!r} ({config.model_type}) puts tokens of its own before a text; {_PRUNES}")
     if type(text) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text, "is_decoder", False):
         raise ModelError(f"{name!r} ({config.model_type}) is an encoder (masked language model); {_PRUNES}")
-    for field in ("num_hidden_layers", "num_attention_heads"):
-        if not getattr(text, field, None):
-            raise ModelError(f"{name!r} ({config.model_type}) has no {field}; {_PRUNES}")
+    if not getattr(text, "num_hidden_layers", None):
+        raise ModelError(f"{name!r} ({config.model_type}) has no num_hidden_layers; {_PRUNES}")
 
 
 def _match(parameter_name: str) -> tuple[Pattern, re.Match[str]] | None:
-    path = parameter_name.removesuffix(".weight")
-    return next(((p, match) for p in PATTERNS if (match := re.fullmatch(p.path, path))), None)
+    """Return the row of the table for a matrix of a feed-forward."""
+    return next(((p, hit) for p, hit in matches(parameter_name) if "mixer" not in hit.groupdict()), None)
 
 
-def _output_name(layer: nn.Module) -> str:
-    """Return the path of the attention output projection in a layer, empty where there is none."""
-    names = (n for n, _ in layer.named_parameters() if (hit := _match(n)) and "o" in hit[0].roles)
-    return next(names, "").removesuffix(".weight")
+def _understood(layer: nn.Module) -> bool:
+    """Tell whether something in a layer is known to send to the residual stream."""
+    return any(p.roles[-1] in ("o", "down") for name, _ in layer.named_parameters() for p, _ in matches(name))
 
 
 def _decoder_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Return the only outermost `ModuleList` of `num_hidden_layers` modules with attention."""
-    n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    """Return the only outermost `ModuleList` of `num_hidden_layers` modules with known parts, outside towers of images or sounds."""
+    text = model.config.get_text_config(decoder=True)
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    right = {n: m for n, m in lists.items() if len(m) == n_layers}
-    found = {n: m for n, m in right.items() if all(_output_name(e) for e in m)}
+    right = {n: m for n, m in lists.items() if len(m) == text.num_hidden_layers}
+    found = {n: m for n, m in right.items() if all(_understood(e) for e in m) and not TOWER.search(n)}
     found = {n: m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)}
     if len(found) == 1:
         return found.popitem()
+    wanted = f"{text.num_hidden_layers} decoder layers"
     if found:
-        raise ModelError(f"ambiguous: {', '.join(found)} each hold {n_layers} layers with attention")
+        raise ModelError(f"ambiguous: {', '.join(found)} each hold {wanted}")
     seen = ", ".join(f"{n} ({len(m)})" for n, m in list(lists.items())[:8]) or "none"
     weights = ", ".join(n for m in right.values() for n, _ in m[0].named_parameters())[:400] or "none"
-    wanted = f"{n_layers} decoder layers, each with known attention"
+    wanted += ", each with a known output projection"
     raise ModelError(f"{type(model).__name__} has no list of {wanted}; lists: {seen}; weights: {weights}")
 
 
-def _layer(config: PreTrainedConfig, path: str, index: int, module: nn.Module) -> Layer:
-    """Return a layer with its projections in the fixed order; their shapes are checked later."""
-    output_name, n_heads = _output_name(module), int(config.num_attention_heads)
-    output: Any = module.get_submodule(output_name)
-    head_dim = output.weight.shape[0 if isinstance(output, Conv1D) else 1] // n_heads
-    n_kv_heads = int(getattr(config, "num_key_value_heads", None) or n_heads)
-    block = module.get_submodule(output_name.rpartition(".")[0])
-    attention = Attention(block, output, n_heads, n_kv_heads, head_dim)
-    found: list[_Placed] = []
+def _layer(config: PreTrainedConfig, path: str, index: int, module: nn.Module) -> tuple[Layer, Whole]:
+    """Return a layer with its projections in the fixed order, and what of its parameters stays whole in part."""
+    mixed = mixers_of(config, path, index, module)
+    found: list[_Placed] = [(("", 0), p) for p in mixed.projections]
     for name, parameter in module.named_parameters():
-        if (hit := _match(name)) is None:
-            continue
-        pattern, match = hit
-        if pattern.model_types and config.model_type not in pattern.model_types:
-            raise ModelError(f"{path}.{name}: the order of fused roles in {config.model_type} is unknown")
-        owner = module.get_submodule(name.rpartition(".")[0])
-        stored = Projection("", index, pattern.roles[0], f"{path}.{name}", parameter, owner)
-        found += _views(pattern, match, attention, stored)
-    found.sort(key=lambda placed: (placed[0], _ROLES.index(placed[1].role)))
+        if (hit := _match(name)) is not None:
+            owner = module.get_submodule(name.rpartition(".")[0])
+            stored = Projection("", index, hit[0].roles[0], f"{path}.{name}", parameter, owner)
+            found += _views(*hit, stored)
+    found.sort(key=lambda placed: (placed[0], *_order(placed[1])))
     routed = [p.parameter_name for (group, _), p in found if group == "experts"]
     experts = routed[0].removeprefix(f"{path}.").partition("experts.")[0] + "experts" if routed else None
     n_experts = len({place for place, _ in found if place[0] == "experts"})
     pool, mixture = tuple(p for _, p in found), module.get_submodule(experts) if experts else None
-    return Layer(index, path, module, attention, pool, mixture, n_experts)
+    return Layer(index, path, module, tuple(mixed.mixers), pool, mixture, n_experts), mixed.whole
 
 
-def _views(
-    pattern: Pattern, match: re.Match[str], attention: Attention, stored: Projection
-) -> Iterator[_Placed]:
+def _each_once(layers: Iterable[Layer]) -> tuple[Layer, ...]:
+    """Return layers in which a parameter that several share is in the first alone, with the modules of the others."""
+    uses: dict[int, list[nn.Module]] = {}
+    kept = []
+    for layer in layers:
+        own = tuple(p for p in layer.projections if id(p.parameter) not in uses)
+        for p in {id(p.parameter): p for p in layer.projections}.values():
+            uses.setdefault(id(p.parameter), []).append(p.module)
+        outputs = [p.module for p in own if p.role == "o"]
+        mixers = tuple(mixer for mixer in layer.mixers if mixer.output in outputs)
+        kept.append(replace(layer, projections=own, mixers=mixers))
+    if all(len(modules) == 1 for modules in uses.values()):
+        return tuple(kept)
+    found = []
+    for layer in kept:
+        pool = tuple(replace(p, uses=tuple(uses[id(p.parameter)][1:])) for p in layer.projections)
+        found.append(replace(layer, projections=pool))
+    return tuple(found)
+
+
+def _order(p: Projection) -> tuple[bool, bool, int]:
+    """Return what projections of a place are sorted by: attention, other mixers, feed-forward."""
+    return p.role in ("gate", "up", "down"), p.place == "mixers", _ROLES.index(p.role)
+
+
+def _views(pattern: Pattern, match: re.Match[str], stored: Projection) -> Iterator[_Placed]:
     """Yield the projections that share one stored parameter: its roles, for each expert of a stack."""
     group, expert = (match.groupdict().get(key) or "" for key in ("group", "expert"))
     group = "shared" if group.startswith("shared") else group
@@ -264,60 +226,62 @@ def _views(
     stacked = group == "experts" and not expert
     if len(shape) != 2 + stacked or not (stacked or isinstance(module, nn.Linear | Conv1D)):
         raise ModelError(f"{name} of shape {list(shape)} in a {type(module).__name__} is not known")
-    # transformers' `use_experts_implementation` marks stacks that are `[in out]` or interleaved
-    transposed = bool(getattr(module, "is_transposed", False)) if stacked else isinstance(module, Conv1D)
-    layout = pattern.layout if getattr(module, "is_concatenated", True) else "interleaved"
-    rows = _rows(pattern.roles, layout, attention, shape[-1 if transposed else -2])
+    transposed = _transposed(module) if stacked else isinstance(module, Conv1D)
+    n_rows = shape[-1 if transposed else -2]
+    # transformers' `use_experts_implementation` marks stacks that are interleaved
+    plain = len(pattern.roles) == 1 or getattr(module, "is_concatenated", True)
+    sizes, times = ([n_rows // len(pattern.roles)], 1) if plain else ([1], n_rows // 2)
+    rows = arranged(pattern.roles, sizes * len(pattern.roles), times)
     for e in range(shape[0]) if stacked else [int(expert or 0)]:
         place = {"": "", "experts": f"experts.{e}."}.get(group, f"{group}.")
         for role in pattern.roles:
-            view = replace(stored, name=f"layers.{stored.layer}.{place}{role}", role=role, rows=rows[role])
+            own = rows[role] if len(pattern.roles) > 1 else None
+            view = replace(stored, name=f"layers.{stored.layer}.{place}{role}", role=role, rows=own)
             yield (group, e), replace(view, transposed=transposed, expert=e if stacked else None)
 
 
-def _rows(roles: tuple[Role, ...], layout: str, attention: Attention, n_rows: int) -> dict[Role, Rows]:
-    """Return which rows of the stored matrix belong to each role; their shapes are checked later."""
-    if len(roles) == 1:
-        return {roles[0]: None}
-    n, width, kv = attention.n_heads, attention.head_dim, attention.n_kv_heads * attention.head_dim
-    if layout == "per head":
-        index = torch.arange(n * len(roles) * width).view(n, len(roles), width)
-        return {role: index[:, i].flatten() for i, role in enumerate(roles)}
-    if layout == "interleaved":
-        return {role: slice(i, n_rows, len(roles)) for i, role in enumerate(roles)}
-    sizes = (n * width, kv, kv) if "q" in roles else (n_rows // 2, n_rows // 2)
-    ends = itertools.accumulate(sizes)
-    return {role: slice(end - size, end) for role, size, end in zip(roles, sizes, ends, strict=True)}
+def _transposed(experts: Any) -> bool:
+    """Tell whether stacked experts are stored as `[in out]`: as they are marked, or by which widths they share."""
+    if hasattr(experts, "is_transposed") or not hasattr(experts, "gate_up_proj"):
+        return bool(getattr(experts, "is_transposed", False))
+    inner, outer = experts.gate_up_proj.shape[-2:], experts.down_proj.shape[-2:]
+    return bool(inner[1] == 2 * outer[0] and inner[0] == outer[1])
 
 
 def _check_layer(layer: Layer) -> None:
-    """Check that q, k, v, o and every MLP or expert are complete and of consistent shapes."""
-    attention, parts = layer.attention, dict[str, dict[Role, Projection]]()
+    """Check that mixers and every MLP or expert are complete and of consistent shapes."""
+    parts = dict[str, dict[Role, Projection]]()
     for projection in layer.projections:
-        part = "attention" if projection.role in "qkvo" else projection.name.rpartition(".")[0]
+        place, part = projection.name.rpartition(".")[0], "attention"
+        if projection.role in ("gate", "up", "down") or place.endswith(".mixer"):
+            part = place
         other = parts.setdefault(part, {}).setdefault(projection.role, projection)
         if other is not projection:
             raise ModelError(
                 f"{projection.parameter_name} and {other.parameter_name} are both {other.role!r}"
             )
-    wide, narrow = attention.n_heads * attention.head_dim, attention.n_kv_heads * attention.head_dim
-    model = parts["attention"]["o"].shape[0]
+    width = next((p.shape[0] for p in layer.projections if p.role in ("o", "down")), 0)
+    for mixer in layer.mixers:
+        part = "attention" if mixer.place == "heads" else f"layers.{layer.index}.mixer"
+        check_mixer(mixer, parts.pop(part), layer.name, width)
     for part, roles in parts.items():
-        if set(roles) - {"gate"} not in ({"q", "k", "v", "o"}, {"up", "down"}):
-            raise ModelError(f"{layer.name}: {part} is not q, k, v, o or (gate), up, down but {[*roles]}")
-        inner = roles["down"].shape[1] if "down" in roles else 0
-        shapes = {"q": (wide, model), "k": (narrow, model), "v": (narrow, model), "o": (model, wide)}
-        shapes |= {"gate": (inner, model), "up": (inner, model), "down": (model, inner)}
+        if set(roles) - {"gate"} != {"up", "down"}:
+            raise ModelError(f"{layer.name}: {part} is not (gate), up, down but {[*roles]}")
+        model, inner = roles["up"].shape[1], roles["down"].shape[1]
+        shapes: dict[Role, tuple[int, int]] = {
+            "gate": (inner, model),
+            "up": (inner, model),
+            "down": (width, inner),
+        }
         for role, projection in roles.items():
             if projection.shape != shapes[role]:
-                name, n, n_kv = projection.parameter_name, attention.n_heads, attention.n_kv_heads
-                mismatch = f"{name}, as {role}, is {projection.shape} [out in] instead of {shapes[role]}"
-                raise ModelError(f"{mismatch}: {n} heads, {n_kv} of keys, width {attention.head_dim}")
-    if len(parts) == 1:
-        raise ModelError(f"{layer.name} has attention, but no MLP or experts that causalprune knows")
+                name, wanted = projection.parameter_name, shapes[role]
+                raise ModelError(f"{name}, as {role}, is {projection.shape} [out in] instead of {wanted}")
+    if not layer.projections:
+        raise ModelError(f"{layer.name} has nothing that causalprune knows")
 
 
-def _left_out(model: Any, layers: tuple[Layer, ...], path: str) -> tuple[LeftOut, ...]:
+def _left_out(model: Any, layers: tuple[Layer, ...], path: str, whole: Whole) -> tuple[LeftOut, ...]:
     """Return every parameter outside the pool with its reason; a matrix without one is an error."""
     pool: Counter[str] = Counter()
     for projection in (p for layer in layers for p in layer.projections):
@@ -327,12 +291,19 @@ def _left_out(model: Any, layers: tuple[Layer, ...], path: str) -> tuple[LeftOut
     reasons = {id(p): "output head" for p in (head.parameters() if head is not None else ())}
     reasons |= {id(p): "embedding" for p in embedding.parameters()}
     left_out = []
+    names = {id(module): name for name, module in model.named_modules()}
+    mixers = [f"{names[id(mixer.module)]}." for layer in layers for mixer in layer.mixers]
     for name, parameter in _parameters(model):
         if pool[name] == parameter.numel():
             continue
         if pool[name]:
-            raise ModelError(f"{name}: {pool[name]} of its {parameter.numel()} weights understood")
+            size, why = whole.get(name, (0, ""))
+            if pool[name] + size != parameter.numel():
+                raise ModelError(f"{name}: {pool[name]} of its {parameter.numel()} weights understood")
+            left_out.append(LeftOut(name, size, why))
+            continue
         reason = reasons.get(id(parameter)) or next((r for p, r in LEFT_OUT if re.search(p, name)), None)
+        reason = reason or _stays_whole(name, mixers)
         reason = None if reason == "router" and not name.startswith(routed) else reason
         if reason is None and not name.startswith(f"{path}."):
             reason = "embedding" if re.search(r"embed|wpe", name) else "outside the decoder layers"
@@ -340,3 +311,12 @@ def _left_out(model: Any, layers: tuple[Layer, ...], path: str) -> tuple[LeftOut
             raise ModelError(f"{name} {list(parameter.shape)} is known neither to be pruned nor to be left")
         left_out.append(LeftOut(name, parameter.numel(), reason or "vector"))
     return tuple(left_out)
+
+
+def _stays_whole(name: str, mixers: list[str]) -> str | None:
+    """Return why a matrix in a layer is left alone, None where that is not known."""
+    place = next((own for own in mixers if name.startswith(own)), None)
+    if place is not None:
+        inner = name.removeprefix(place)
+        return next((reason for pattern, reason in MIXED if re.search(pattern, inner)), None)
+    return next((reason for pattern, reason in BESIDE if re.search(pattern, name)), None)

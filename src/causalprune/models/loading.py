@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from causalprune.core import CheckpointError, Decoder, ModelError, OptionError, Source, unknown
 from causalprune.models.anatomy import check_config, inspect_model, outline
+from causalprune.models.classes import class_for
 from causalprune.models.context import positions
 from causalprune.models.folders import PICKLE, TOKENIZER_FILES, stored_in, warn_left_over, weight_files
 from causalprune.models.gguf import Gguf, gguf_config, read_gguf
+from causalprune.models.mixing import setting
 from causalprune.models.packing import packing
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -76,7 +78,7 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
         source, how = _opened(name, folder, config, dtype, gguf=file is not None)
         how |= _attending(name, config, attention, device)
         with _quiet(hide_bars=local), contextlib.ExitStack() as stack:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = class_for(config).from_pretrained(
                 folder,
                 **_spread(device_map, stack),
                 output_loading_info=True,
@@ -219,13 +221,28 @@ def read_shape(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[int, int, int]:
     """Return layers, heads per layer and parameters of a model, from its configuration alone."""
+    model = _absent(name, revision, trust_remote_code=trust_remote_code)
+    text = model.config.get_text_config(decoder=True)
+    heads = setting(text, "num_attention_heads") or 0
+    return text.num_hidden_layers, heads, sum(p.numel() for p in model.parameters())
+
+
+def outlined(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Decoder:
+    """Return what can be pruned in a model, from its configuration alone: it has no weights, and cannot run."""
+    model = _absent(name, revision, trust_remote_code=trust_remote_code)
+    own, folder = outline(model, None, name=name, revision=revision), _source(name)[0]
+    with contextlib.suppress(CheckpointError):  # a configuration alone will do
+        if weight_files(Path(folder))[0][0].suffix == PICKLE:
+            return own
+        form = packing(getattr(model.config, "quantization_config", None), name)
+        return replace(own, source=Source(Path(folder), torch.bfloat16, form))
+    return own
+
+
+def _absent(name: str, revision: str | None, *, trust_remote_code: bool) -> Any:
     folder, gguf = _source(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if gguf is not None:
-        options["gguf_file"] = gguf
-    model = _empty(name, folder, options)
-    text = model.config.get_text_config(decoder=True)
-    return text.num_hidden_layers, text.num_attention_heads, sum(p.numel() for p in model.parameters())
+    return _empty(name, folder, options | ({} if gguf is None else {"gguf_file": gguf}))
 
 
 def skeleton(folder: Path, *, dtype: torch.dtype | None = None) -> Decoder:
@@ -285,7 +302,7 @@ def _empty(name: str, folder: str, options: dict[str, Any], dtype: torch.dtype |
         how |= {"dtype": dtype} if runs else {}
         with _quiet(hide_bars=local), place:
             trusted = options["trust_remote_code"]
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **how)
+            model = class_for(config).from_config(config, trust_remote_code=trusted, **how)
         if runs:
             model.tie_weights()  # accelerate has made two of what is one
     except _LOAD_ERRORS as error:

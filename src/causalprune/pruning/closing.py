@@ -13,7 +13,7 @@ from causalprune.interventions import Parts, Site, sites
 def close(decoder: Decoder, units: Iterable[Parts]) -> Masks:
     """Set all weights of units to zero, in place, and return what stays: the model does what it did with their gates closed.
 
-    Keys and values go where all heads that share them do.
+    What heads share, as keys and values of a group, goes where all of them do.
     """
     gone = {site: torch.zeros(size, dtype=torch.bool) for site, size in sites(decoder).items()}
     for parts in units:
@@ -30,13 +30,11 @@ def close(decoder: Decoder, units: Iterable[Parts]) -> Masks:
 
 def _gone(layer: Layer, p: Projection, gone: dict[Site, Tensor]) -> Bool[Tensor, "#out #in"]:
     """Return which weights of a projection belong to units that go, broadcastable."""
-    if p.role in ("q", "k", "v", "o"):
-        heads, attention = gone[Site(layer.index, "heads")], layer.attention
-        if p.role in ("k", "v"):
-            heads = heads.view(attention.n_kv_heads, -1).all(1)
-        features = heads.repeat_interleave(attention.head_dim)
+    units = gone[Site(layer.index, p.place)]
+    if p.place in ("heads", "mixers"):
+        blocks = units.view(p.blocks or 1, -1).all(1)  # those that share a block all have to go
+        features = blocks.repeat_interleave(p.shape[p.role == "o"] // len(blocks))
         return features[None] if p.role == "o" else features[:, None]
-    if ".experts." in p.name:
-        return gone[Site(layer.index, "experts")][int(p.name.split(".")[3])].view(1, 1)
-    neurons = gone[Site(layer.index, "shared" if ".shared." in p.name else "mlp")]
-    return neurons[None] if p.role == "down" else neurons[:, None]
+    if p.place == "experts":
+        return units[int(p.name.split(".")[3])].view(1, 1)
+    return units[None] if p.role == "down" else units[:, None]

@@ -29,6 +29,7 @@ DOSES = (0.6, 1.0, 1.4)
 """Sparsities at which a group is pruned, in multiples of the one that is wanted."""
 MOST = 0.95
 """No group loses more, but where so much is wanted of all: then half of what that leaves may go."""
+MLP = ("gate", "up", "down")
 FUSED = 4
 """Groups of a layer where a pattern decides: matrices that inference engines fuse are sparse together or not at all."""
 
@@ -152,6 +153,15 @@ def _tried(
 
 def groups_of(layer: Layer, *, fused: bool) -> list[tuple[Projection, ...]]:
     """Return the matrices of a layer's attention, and those of its MLP with all experts; `fused`, as inference engines fuse them."""
-    roles = ("q k v", "o", "gate up", "down") if fused else ("q k v o", "gate up down")
-    found = [tuple(p for p in layer.projections if p.role in own.split()) for own in roles]
-    return [group for group in found if group]
+    found: dict[str, list[Projection]] = {}
+    for p in layer.projections:
+        found.setdefault(_group(p) if fused else "mlp" if p.role in MLP else "mixer", []).append(p)
+    return [tuple(group) for group in found.values()]
+
+
+def _group(p: Projection) -> str:
+    """Return a name that matrices have in common that engines fuse: those of a mixer or an MLP that read its input."""
+    fused = (
+        "gate up" if p.role in MLP[:2] else "down" if p.role == "down" else "o" if p.role == "o" else "qkv"
+    )
+    return f"mixer {fused}" if p.place == "mixers" else fused

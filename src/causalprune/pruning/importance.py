@@ -9,6 +9,8 @@ from torch import Tensor
 from causalprune.attribution import scores
 from causalprune.core import Decoder, Effects, MismatchError, OptionError, Role
 
+KINDS = {"heads": "head", "mixers": "mixer"}
+"""Kinds of the units of mixers, by place."""
 Factors = Mapping[str, Float[Tensor, "_ _"]]  # by projection; each broadcasts to its own [out in]
 
 
@@ -27,24 +29,24 @@ def head_importance(delta_nats: Float[Tensor, "unit"]) -> Float[Tensor, "unit"]:
 
 
 def weight_factor(
-    importance: Float[Tensor, "heads"], role: Role, *, n_kv_heads: int, head_dim: int
+    importance: Float[Tensor, "heads"], role: Role, shape: tuple[int, int], blocks: int
 ) -> Float[Tensor, "#out #in"]:
     """Return the factor on a projection's weights, broadcastable to `[out in]`.
 
     Rows of q and columns of o take the importance of their head, rows of k and v the mean over the
-    query heads that share the key-value head, MLP weights the mean over the heads of their layer.
+    query heads that share the key-value head, other weights (`blocks` 0) the mean over the heads of their layer.
     """
-    if role == "q":
-        return importance.repeat_interleave(head_dim)[:, None]
-    if role == "o":
-        return importance.repeat_interleave(head_dim)[None, :]
-    if role in ("k", "v"):
-        return importance.view(n_kv_heads, -1).mean(1).repeat_interleave(head_dim)[:, None]
-    return importance.mean().view(1, 1)
+    if not blocks:
+        return importance.mean().view(1, 1)
+    factor = importance.view(blocks, -1).mean(1).repeat_interleave(shape[role == "o"] // blocks)
+    return factor[None, :] if role == "o" else factor[:, None]
 
 
 def head_factors(decoder: Decoder, effects: Effects | None, found: str | None) -> Factors:
-    """Return the factor on the weights of every matrix (method §2).
+    """Return the factor on the weights of every matrix (method §2); the heads of all mixers are scaled together.
+
+    Weights of a layer that no head owns take the mean over the heads of whatever mixers it has, those of a layer without any
+    the mean over all.
 
     `found` is the fingerprint of the weights now, None where the caller compares it with that of the effects later.
     """
@@ -52,18 +54,20 @@ def head_factors(decoder: Decoder, effects: Effects | None, found: str | None) -
         raise OptionError("method 'cap' needs effects: measure them first (`causalprune attribute`)")
     if found is not None and effects.model_fingerprint != found:
         raise MismatchError(f"the effects were measured on another model or revision than {decoder.name}")
-    heads = effects.of("head")
-    if len(heads.units) != sum(layer.attention.n_heads for layer in decoder.layers):
+    heads, mixers = effects.of("head", "mixer"), [mixer for layer in decoder.layers for mixer in layer.mixers]
+    if len(heads.units) != sum(mixer.n_heads for mixer in mixers):
+        places = " --units ".join(sorted({mixer.place for mixer in mixers}))
         raise OptionError(
-            f"method 'cap' needs the effects of all heads, and these hold {len(heads.units)}: measure with --units heads"
+            f"method 'cap' needs the effects of all heads, and these hold {len(heads.units)}: measure with --units {places}"
         )
     importance = head_importance(scores(heads)).float()
+    by_place = {place: [unit.kind == kind for unit in heads.units] for place, kind in KINDS.items()}
     layers = torch.tensor([unit.layer for unit in heads.units])
     factors = {}
     for layer in decoder.layers:
-        own = importance[layers == layer.index]
+        inside = layers == layer.index
+        whole = importance[inside] if bool(inside.any()) else importance
         for p in layer.projections:
-            shape = layer.attention.n_kv_heads, layer.attention.head_dim
-            factors[p.name] = weight_factor(own, p.role, n_kv_heads=shape[0], head_dim=shape[1])
-            factors[p.name] = factors[p.name].to(p.device)
+            own = importance[inside & torch.tensor(by_place[p.place])] if p.blocks else whole
+            factors[p.name] = weight_factor(own, p.role, p.shape, p.blocks).to(p.device)
     return factors

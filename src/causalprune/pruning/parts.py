@@ -31,7 +31,9 @@ def costs(decoder: Decoder, method: Method, groups: Sequence[Batch], few: Sequen
     through = tokens * size  # multiplications of a pass
     product, update = sum(p.size * p.shape[1] for p in pool) / through, method.resolved_update
     gathers, trains = "moments" in method.needs, update in TRAINS
-    moments = tokens * sum(p.shape[1] ** 2 for p in pool if p.role in ("q", "o", "up", "down")) / through
+    moments = (
+        tokens * sum(p.shape[1] ** 2 for p in pool if p.role in ("q", "kv_a", "o", "up", "down")) / through
+    )
     found: dict[str, Sequence[float]] = {}
     if trains:
         found["predictions"] = [1.0]

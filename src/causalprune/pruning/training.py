@@ -35,6 +35,7 @@ from causalprune.interventions import (
     Pieces,
     Slopes,
     as_they_are,
+    differentiable,
     divergence_slope,
     entered_at,
     entering,
@@ -172,7 +173,7 @@ def distill(
     each: int = own["batches"]
     total = last * each
     on_step(first * each + own["steps"], total)
-    with _learning(decoder, run.parameters):
+    with differentiable(decoder, run.parameters):
         for epoch in range(first, last):
             own |= {"epoch": epoch, "epochs": last, "scales": run.scales, "generator": generator.get_state()}
             order = torch.randperm(len(followed), generator=generator).tolist()
@@ -199,19 +200,6 @@ def _nothing(number: int) -> Iterator[Callable[[Layer], None]]:
 
 def _unheard(layer: Layer) -> None:
     """Let a layer move without a word."""
-
-
-@contextmanager
-def _learning(decoder: Decoder, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let these parameters have gradients, and no others."""
-    before, chosen = {p: p.requires_grad for p in decoder.model.parameters()}, set(parameters)
-    try:
-        for parameter in before:
-            parameter.requires_grad_(parameter in chosen)
-        yield
-    finally:
-        for parameter, own in before.items():
-            parameter.requires_grad_(own)
 
 
 @dataclass(eq=False)
@@ -251,7 +239,7 @@ class _Run:
             for lesson, last in zip(lessons, pieces.last, strict=True)
         ]
         for layer in reversed(self.decoder.layers):
-            own = list(dict.fromkeys(p.parameter for p in layer.projections))
+            own = [parameter for parameter in layer.module.parameters() if parameter in self.first]
             if not all(bool(slope.isfinite().all()) for slope in slopes):
                 raise ModelError(
                     f"training step {number}: slopes at the output of {layer.name} are not finite"
@@ -305,7 +293,7 @@ def _rate(part: float, total: int) -> float:
 
 def _last_slope(
     decoder: Decoder, lesson: Lesson, last: LayerInputs, count: int
-) -> Float[Tensor, "batch time model"]:
+) -> Float[Tensor, "*stream batch time model"]:
     """Return the slope of the divergence summed over all positions of a batch, over `count`, at the last layer's output.
 
     Some positions at a time.

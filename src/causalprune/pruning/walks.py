@@ -16,6 +16,7 @@ from causalprune.interventions import (
     capture,
     observed,
     run_layer,
+    shares,
 )
 from causalprune.pruning.importance import Factors
 from causalprune.pruning.methods import Method
@@ -126,7 +127,7 @@ def walk(
 def _entering(plan: Plan, first: int, name: str) -> list[LayerInputs]:
     """Return the inputs of a layer for every batch, from the nearest layer before it whose inputs were kept."""
     decoder, known, hold = plan.decoder, plan.state.values.pop(name, None), plan.hold or as_they_are
-    if known is None or known["layer"] > first:
+    if known is None or known["layer"] > first or shares(decoder):
         at = 0
         inputs = [hold(capture(decoder, batch.tokens, stop=0)) for batch in plan.groups]
     else:

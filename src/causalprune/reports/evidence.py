@@ -159,7 +159,7 @@ def achieved(decoder: Decoder, keep: Mapping[str, Bool[Tensor, "_ _"]]) -> dict[
     """Return the zeros of a pruned model: in all, by layer and matrix, and by head."""
     counted = count_zeros(decoder)
     matrices = by_matrix(counted.pop("projections"))
-    heads = [layer.attention.n_heads for layer in decoder.layers]
+    heads = [layer.n_heads for layer in decoder.layers]
     return {**counted, "matrices": matrices, "heads": by_head(keep.items(), heads)}
 
 
@@ -180,7 +180,7 @@ def by_head(keep: Iterable[tuple[str, Bool[Tensor, "_ _"]]], heads: list[int]) -
     sizes = [0] * len(heads)
     for name, mask in keep:
         _, layer, *_, role = name.split(".")
-        if role not in ("q", "o"):
+        if role not in ("q", "o") or ".mixer." in name:
             continue
         at, own = int(layer), ~(mask if role == "q" else mask.T)
         each = own.reshape(heads[at], -1).sum(1, dtype=torch.float64).tolist()

@@ -18,7 +18,7 @@ from causalprune.reports.judging import RELIABLE_FROM, reliability_word, taken
 
 HERE = Path(__file__).parent
 MOST_UNITS = 1500
-ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+ROLES = ("q_a", "q_b", "kv_a", "kv_b", "q", "k", "v", "g", "o", "gate", "up", "down")
 MARKS = {"better": "▲ better", "worse": "▼ worse", "no difference shown": "= no difference shown"}
 """Verdicts against the dense model; those against Wanda have other words."""
 BESIDE_WANDA = {

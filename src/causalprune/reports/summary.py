@@ -299,7 +299,7 @@ def _doses(run: Evidence) -> dict[str, dict[str, Any]]:
             groups = []
             for members, nats in zip(own["members"], own["nats"], strict=True):
                 _, layer, *_, role = members[0].split(".")
-                part = "attention" if role in ("q", "k", "v", "o") else "mlp"
+                part = "mlp" if role in ("gate", "up", "down") else "attention"
                 roles = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in members))
                 groups.append({"layer": int(layer), "part": part, "matrices": roles, "nats": nats})
             curves[label] = {"sparsities": own["sparsities"], "groups": groups}

@@ -1,4 +1,5 @@
 from .cells import load as load
+from .cells import outlined as outlined
 from .circuits import (
     CircuitSpec as CircuitSpec,
 )

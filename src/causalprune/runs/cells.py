@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from causalprune import checkpoints
+from causalprune import checkpoints, models
 from causalprune.checkpoints import MANIFEST, count_zeros, describe, read_manifest, save
 from causalprune.core import (
     Calibration,
@@ -42,6 +42,13 @@ def load(spec: ModelSpec) -> Decoder:
     """Load the model that a recipe or the command line names."""
     arguments = asdict(spec)
     return checkpoints.load(arguments.pop("name"), **arguments)
+
+
+def outlined(spec: ModelSpec) -> Decoder:
+    """Return what can be pruned in the model that the command line names, from its configuration alone."""
+    name = checkpoints.resolve(spec.name)
+    own = models.outlined(name, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    return dataclasses.replace(own, name=spec.name)
 
 
 def load_intact(spec: ModelSpec) -> Decoder:

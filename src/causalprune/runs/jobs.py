@@ -47,7 +47,7 @@ def run_jobs(
     tasks, cells, found = task_jobs(recipe.on, settings), list(recipe.cells().items()), dict[str, float]()
     tokens = float(calibration.description["tokens"])
     if any(isinstance(method, Method) and "effects" in method.needs for _, method in cells):
-        shape = Shape(len(decoder.layers), decoder.layers[0].attention.n_heads, 0.0)
+        shape = Shape(len(decoder.layers), max(layer.n_heads for layer in decoder.layers), 0.0)
         found["attribution"] = tokens * attribution_passes(recipe, shape)
     cells += [(f"{number} more", cells[-1][1]) for number in range(1, coming.further + 1)]
     for name, method in cells:

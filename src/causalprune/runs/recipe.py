@@ -222,7 +222,7 @@ class Recipe:
 
         And `OptionError` where it cannot lose as many parameters as a method of the recipe removes.
         """
-        layers, heads = len(decoder.layers), decoder.layers[0].attention.n_heads
+        layers, heads = len(decoder.layers), max(layer.n_heads for layer in decoder.layers)
         if self.shape is not None and (layers, heads) != (self.shape.layers, self.shape.heads):
             raise MismatchError(
                 f"{decoder.name} has {layers} layers of {heads} heads, the recipe says "

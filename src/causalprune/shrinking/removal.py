@@ -310,7 +310,7 @@ def _count(layer: Layer, kind: Kind) -> int:
     dense = [p.shape[1] for p in layer.projections if p.name == f"layers.{layer.index}.down"]
     counts: Mapping[Kind, int] = {
         "neurons": dense[0] if dense else 0,
-        "kv_groups": layer.attention.n_kv_heads,
+        "kv_groups": mixer.n_kv_heads if (mixer := layer.mixer("heads")) else 0,
         "experts": layer.n_experts,
         "layers": 1,
     }
@@ -319,15 +319,16 @@ def _count(layer: Layer, kind: Kind) -> int:
 
 def _magnitude(layer: Layer, kind: Kind, n: int) -> Float[Tensor, "unit"]:
     """Return the sum of squares of the weights of every unit of a layer."""
-    roles: Mapping[Kind, str] = {"neurons": "gate up down", "kv_groups": "q k v o"}
     found = torch.zeros(n)
     for p in layer.projections:
         squares, dense = p.read().float().square(), p.name.count(".") == 2
         if kind == "layers":
             found += squares.sum().cpu()
-        elif kind == "experts" and ".experts." in p.name:
+        elif kind == "experts" and p.place == "experts":
             found[int(p.name.split(".")[3])] += squares.sum().cpu()
-        elif kind in roles and p.role in roles[kind].split() and dense:
+        elif dense and (
+            (kind == "kv_groups" and p.blocks) or (kind == "neurons" and p.role in ("gate", "up", "down"))
+        ):
             found += squares.sum(0 if p.role in ("o", "down") else 1).view(n, -1).sum(1).cpu()
     return found
 

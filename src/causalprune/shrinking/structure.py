@@ -15,13 +15,15 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from causalprune.core import Decoder, Layer, ModelError, OptionError, Projection
-from causalprune.models import LEFT_OUT, inspect_model
+from causalprune.models import LEFT_OUT, inspect_model, setting
 
 Indices: TypeAlias = Mapping[int, Int[Tensor, "_"]]
 """What stays of every layer, in ascending order, by the number of the layer."""
 
 _WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_UNFIT = (ValueError, RuntimeError, TypeError, LookupError, AttributeError)
+"""What configurations and modules raise where sizes do not fit each other."""
 _ROUTER = next(pattern for pattern, reason in LEFT_OUT if reason == "router")
 
 
@@ -48,7 +50,7 @@ def smaller(decoder: Decoder, kept: Kept) -> Decoder:
     config = _configured(decoder, kept)
     try:
         model = type(decoder.model)._from_config(config, dtype=decoder.model.dtype)  # noqa: SLF001
-    except ValueError as cause:
+    except _UNFIT as cause:
         raise ModelError(f"a smaller {config.model_type} cannot be: {cause}") from cause
     wanted, found = model.state_dict(), dict(_cut(decoder, kept))
     for name, weight in wanted.items():
@@ -72,9 +74,9 @@ def _check_runs(model: Any) -> None:
     try:
         with torch.inference_mode():
             model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
-    except RuntimeError as cause:
+    except _UNFIT as cause:
         raise ModelError(
-            f"a smaller {model.config.model_type} does not run ({cause}): this architecture cannot lose such units"
+            f"a smaller {model.config.model_type} does not run ({type(cause).__name__}: {cause}): this architecture cannot lose such units"
         ) from cause
 
 
@@ -100,16 +102,16 @@ def column_keep(decoder: Decoder, kept: Kept) -> dict[str, Tensor]:
 
 def _configured(decoder: Decoder, kept: Kept) -> Any:
     whole = copy.deepcopy(decoder.model.config)
-    config, attention = whole.get_text_config(decoder=True), decoder.layers[0].attention
+    config = whole.get_text_config(decoder=True)
     if kept.neurons:
-        names = [name for name in _WIDTHS if getattr(config, name, None) or name in config.to_dict()]
-        if not names:
-            raise ModelError(f"{config.model_type} does not state the width of its MLP as one of {_WIDTHS}")
-        for name in names:
-            setattr(config, name, _common(kept.neurons, "neurons"))
+        _narrower(config, _common(kept.neurons, "neurons"))
     if kept.kv_groups:
         groups = _common(kept.kv_groups, "KV groups")
-        config.head_dim = attention.head_dim
+        attention = decoder.layers[min(kept.kv_groups)].attention
+        if all(
+            p.role != "kv_b" for p in decoder.projections
+        ):  # heads of latent attention have several widths
+            _state(config, "head_dim", attention.head_dim)
         config.num_attention_heads = groups * (attention.n_heads // attention.n_kv_heads)
         config.num_key_value_heads = groups
     if kept.experts:
@@ -126,6 +128,31 @@ def _configured(decoder: Decoder, kept: Kept) -> Any:
     _validate(whole)
     _validate(config)
     return whole
+
+
+def _narrower(config: Any, width: int) -> None:
+    """State another width of the MLPs."""
+    if any(getattr(config, "activation_sparsity_pattern", None) or ()):
+        raise ModelError(
+            f"neurons of {config.model_type} are cut off by the mean and spread of all: none can go"
+        )
+    names = [name for name in _WIDTHS if getattr(config, name, None) or name in config.to_dict()]
+    if not names:
+        raise ModelError(f"{config.model_type} does not state the width of its MLP as one of {_WIDTHS}")
+    for name in names:
+        own = getattr(config, name)
+        setattr(config, name, [width] * len(own) if isinstance(own, list) else width)
+
+
+def _state(config: Any, name: str, value: int) -> None:
+    """Set a field of a configuration, unless what it computes for it is the same."""
+    if setting(config, name, varied=value) != value:
+        try:
+            setattr(config, name, value)
+        except AttributeError as cause:
+            raise ModelError(
+                f"{config.model_type} cannot state {name}: it follows from other sizes"
+            ) from cause
 
 
 def _validate(config: Any) -> None:
@@ -236,25 +263,23 @@ def _features(index: Tensor, width: int) -> Tensor:
 
 def _rows(layer: Layer, p: Projection, kept: Kept) -> Tensor | None:
     """Return the outputs of a projection that stay, None for all."""
-    attention, groups = layer.attention, kept.kv_groups.get(layer.index)
-    if p.role in ("k", "v"):
-        return None if groups is None else _features(groups, attention.head_dim)
-    if p.role == "q":
-        return None if groups is None else _queries(layer, groups)
+    groups = kept.kv_groups.get(layer.index)
+    if p.blocks and p.role != "o" and p.place != "mixers":
+        return None if groups is None else _owned(layer, p, groups, p.shape[0])
     return kept.neurons.get(layer.index) if p.role in ("gate", "up") and _dense(p) else None
 
 
 def _columns(layer: Layer, p: Projection, kept: Kept) -> Tensor | None:
     """Return the inputs of a projection that stay, None for all."""
-    if p.role == "o":
+    if p.role == "o" and p.place != "mixers":
         groups = kept.kv_groups.get(layer.index)
-        return None if groups is None else _queries(layer, groups)
+        return None if groups is None else _owned(layer, p, groups, p.shape[1])
     return kept.neurons.get(layer.index) if p.role == "down" and _dense(p) else None
 
 
-def _queries(layer: Layer, groups: Tensor) -> Tensor:
-    shared = layer.attention.n_heads // layer.attention.n_kv_heads
-    return _features(_features(groups, shared), layer.attention.head_dim)
+def _owned(layer: Layer, p: Projection, groups: Tensor, size: int) -> Tensor:
+    """Return which of so many rows or columns belong to groups of heads."""
+    return _features(_features(groups, p.blocks // layer.attention.n_kv_heads), size // p.blocks)
 
 
 def _dense(p: Projection) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from causalprune.core import CheckpointError, Decoder, Layer, Projection, room
 from causalprune.interventions import LayerInputs, replaced_forward
-from causalprune.models import Entry, raw_bytes
+from causalprune.models import Entry, as_saved, raw_bytes
 from causalprune.streaming.stored import Sources
 
 Leave: TypeAlias = Callable[[Layer], None]
@@ -126,7 +126,8 @@ class Residence:
         for name, buffer in model.named_buffers():
             if name not in stored:
                 continue
-            names = [name, prefix + name, name.removeprefix(prefix)]
+            own = next(iter(as_saved(model, {name: buffer})))
+            names = [name, prefix + name, name.removeprefix(prefix), own, prefix + own]
             found = next((entries[n] for n in names if n in entries), None)
             if found is None or found.shape != tuple(buffer.shape):
                 raise CheckpointError(

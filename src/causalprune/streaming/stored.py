@@ -1,5 +1,6 @@
 """Where the weights of a model are among the tensors of its files, and projections that are read from there."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from causalprune.core import CheckpointError, Decoder, Layer, Progress, Projection, say
-from causalprune.models import Entry, ShardWriter, expert_weight, raw_bytes, wrapped
+from causalprune.models import Entry, Made, ShardWriter, as_saved, expert_weight, raw_bytes, wrapped
 
 Sources: TypeAlias = Mapping[str, Sequence[Entry]]
 """Where the values of each parameter of a model are, in their order."""
@@ -118,6 +119,10 @@ class StoredProjection(Projection):
 def find_sources(bare: Decoder, entries: Mapping[str, Entry]) -> Sources:
     """Find the values of every parameter: under its name, with or without the prefix of the base model, or in parts."""
     found: dict[str, Sequence[Entry]] = {}
+    if shared := next((p for p in bare.projections if p.uses), None):
+        raise CheckpointError(
+            f"{shared.parameter_name} is used by several layers: prune it in memory, without --stream"
+        )
     if other := wrapped(entries.keys() - dict(bare.model.named_parameters()).keys()):
         raise CheckpointError(f"{bare.name!r} {other}")
     for name, parameter in bare.model.named_parameters():
@@ -129,7 +134,7 @@ def find_sources(bare: Decoder, entries: Mapping[str, Entry]) -> Sources:
             continue
         shape = tuple(bare.model.get_parameter(name).shape)
         left = {n: entry for n, entry in entries.items() if n not in taken}
-        found[name] = _renamed(bare.layers, name, shape, left)
+        found[name] = _converted(bare, name, entries) or _renamed(bare.layers, name, shape, left)
         if not found[name]:
             raise CheckpointError(
                 f"{name} {list(shape)} is not in the checkpoint under a name that can be streamed: "
@@ -165,13 +170,50 @@ def untie(bare: Decoder, entries: Mapping[str, Entry]) -> None:
             )
 
 
+def _converted(bare: Decoder, name: str, entries: Mapping[str, Entry]) -> list[Entry]:
+    """Return what transformers makes a parameter of: one tensor under another name, or blocks of rows of one left whole."""
+    prefix, value = f"{bare.model.base_model_prefix}.", bare.model.get_parameter(name).data.to("meta")
+
+    def found(parts: Mapping[str, Tensor]) -> list[Entry]:
+        own = [next((entries[n] for n in (part, prefix + part) if n in entries), None) for part in parts]
+        return [
+            e
+            for e, part in zip(own, parts.values(), strict=True)
+            if e is not None and e.shape == tuple(part.shape)
+        ]
+
+    apart = as_saved(bare.model, {name: value})
+    known = found(apart)
+    if len(known) < len(apart) or (
+        any(p.parameter_name == name for p in bare.projections) and len(apart) > 1
+    ):
+        return []
+    if len(apart) == 1:
+        return known if next(iter(apart.values())) is value else []
+    numbers = torch.arange(value.numel()).view(value.shape)
+    again = as_saved(bare.model, {name: numbers})
+    if not torch.equal(torch.cat(list(again.values())), numbers):
+        return []
+    size = sum(e.stop - e.start for e in known)
+    first = known[0]
+    return [
+        Made(name, first.file, first.dtype, tuple(value.shape), 0, size, parts=tuple(known), unpack=_joined)
+    ]
+
+
+def _joined(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)
+
+
 def _renamed(
     layers: Sequence[Layer], name: str, shape: tuple[int, ...], entries: Mapping[str, Entry]
 ) -> list[Entry]:
     """Find a parameter under another name: in its layer, or as the only one of its shape outside all layers."""
     for layer in layers:
         if name.startswith(f"{layer.name}."):
-            own = {n: entry for n, entry in entries.items() if n.startswith(f"{layer.name}.")}
+            ending = ".".join(layer.name.split(".")[-2:])  # what stands before may be called otherwise
+            found = (re.match(rf"(?:.*\.)?{re.escape(ending)}\.", n) for n in entries)
+            own = {hit.string[hit.end() :]: entries[hit.string] for hit in found if hit}
             return _in_layer(layer, name, shape, own)
     outside = [e for n, e in entries.items() if not any(n.startswith(f"{layer.name}.") for layer in layers)]
     alike = [entry for entry in outside if entry.shape == shape]
@@ -182,7 +224,7 @@ def _in_layer(layer: Layer, name: str, shape: tuple[int, ...], entries: Mapping[
     """Return the matrices that a stack of experts is saved as, or the one tensor that was only renamed."""
     views = [p for p in layer.projections if p.parameter_name == name]
     if views and views[0].expert is not None:
-        paths = {expert_weight(n.removeprefix(f"{layer.name}.")): e for n, e in entries.items()}
+        paths = {expert_weight(n): e for n, e in entries.items()}
         parts = [paths.get((p.expert or 0, p.role)) for p in views]
         plain = not any(p.transposed or (isinstance(p.rows, slice) and p.rows.step) for p in views)
         fit = [e for e, p in zip(parts, views, strict=True) if e is not None and e.shape == p.shape]
