@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 DOCUMENTED := .venv/.documented
 BROWSED := .venv/.browsed
 
-.PHONY: demo test slow sweep fuzz check static docs examples browser bench clean
+.PHONY: demo test slow thorough sweep fuzz check static docs examples browser bench clean
 
 demo: $(INSTALLED)  ## prune a small model end to end on this machine
 	$(BIN)/causalprune demo
@@ -18,6 +18,9 @@ test: $(INSTALLED)  ## the tests, but for those that take minutes
 
 slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/pytest -q -m slow
+
+thorough: $(INSTALLED)  ## of those, the ones that take seconds each, which CI runs too (minutes)
+	$(BIN)/pytest -q -m thorough -n auto --dist loadgroup
 
 fuzz: $(INSTALLED)  ## 10,000 cases of every kind of broken file (minutes)
 	CAUSALPRUNE_FUZZ=10000 $(BIN)/pytest -q -n auto --dist loadgroup tests/test_fuzz.py

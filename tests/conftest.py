@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import pytest
 import torch
-from shapes import check_shapes
+from checkedshapes import check_shapes
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "src" / "causalprune"
@@ -21,6 +21,24 @@ CHECKED = [
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network; read when huggingface_hub is imported
 torch.set_num_threads(1)  # tiny matrices: threads cost more than they bring
 check_shapes(CHECKED)  # before the first import of the package
+
+
+OFTEN = ("llama3", "gemma3", "gpt2", "qwen3_moe")
+"""Families that differ most: of a test on many families the others are `thorough`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests of one more family `thorough`, where the same test is there for one of `OFTEN`; and all of these `slow`."""
+    cases = {item: getattr(item, "callspec", None) for item in items}
+    family = {item: case.params.get("family") for item, case in cases.items() if case}
+    tried = {item.function for item, own in family.items() if own in OFTEN}  # type: ignore[attr-defined]
+    for item in items:
+        own = family.get(item)
+        seldom = own and own not in OFTEN and item.function in tried  # type: ignore[attr-defined]
+        if seldom and item.get_closest_marker("slow") is None:
+            item.add_marker("thorough")
+        if item.get_closest_marker("thorough"):
+            item.add_marker("slow")
 
 
 def unavailable(reason: str) -> NoReturn:

@@ -135,6 +135,7 @@ def test_finished_attributions_are_not_measured_again(done: Callable[..., str]) 
     assert MARK in read("stopped/attributed/effects.json")["intact_nats"]["values"]
 
 
+@pytest.mark.thorough
 def test_a_stopped_run_goes_on(done: Callable[..., str]) -> None:
     expected = values(read("finished/results.json")["rows"])
     assert len(values(read("stopped/run/results.json")["rows"])) < len(expected)
@@ -182,6 +183,7 @@ def test_results_are_reported(done: Callable[..., str]) -> None:
     assert read("page.json")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("words", "found"),
     [

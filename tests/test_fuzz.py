@@ -98,6 +98,7 @@ def read_or_refused(read: object, *arguments: object) -> object:
         return None
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:.* is an old word")
 @fuzzed
 @given(
@@ -191,6 +192,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.thorough
 @fuzzed
 @given(which=st.integers(0, 9), changes=edits, cut=st.sampled_from([0, 0, 1, 50]))
 def test_damaged_models_are_pruned_whole_or_not_at_all(

@@ -26,6 +26,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(decoder, tmp_path_factory.mktemp("pruned") / "out", pruned)
 
 
+@pytest.mark.thorough
 def test_transformers_needs_nothing_of_ours(pruned: Path, tmp_path: Path) -> None:
     script = (
         "import sys, torch\n"

@@ -59,7 +59,7 @@ def test_pickles_on_the_hub_are_refused_too(monkeypatch: pytest.MonkeyPatch) -> 
 
     config = FAMILIES["llama2"]().config
     monkeypatch.setattr("causalprune.models.loading.AutoConfig.from_pretrained", lambda *_, **__: config)
-    monkeypatch.setattr("causalprune.models.loading.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
     with pytest.raises(ModelError, match=r"somebody/model.*no weights as safetensors: pass --allow-pickle"):
         load("somebody/model")
     assert given["use_safetensors"] is True

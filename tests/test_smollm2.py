@@ -35,6 +35,7 @@ def problems(decoder: Decoder, data_dir: Path) -> Calibration:
     return calibrate(decoder.tokenizer, ["gsm8k"], n=3, data_dir=data_dir)
 
 
+@pytest.mark.thorough
 def test_what_is_found(decoder: Decoder) -> None:
     found = summary(decoder)
     assert (found["layers"], found["heads"], found["kv_heads"], found["head_width"]) == (30, 9, 3, 64)
@@ -65,6 +66,7 @@ def naive_nats(decoder: Decoder, layer: int, head: int, tokens: list[int], start
     )
 
 
+@pytest.mark.thorough
 def test_a_resumed_pass_is_a_full_pass(decoder: Decoder, problems: Calibration) -> None:
     (batch,) = batches(problems.examples[:1], max_batch_tokens=2048)
     example = problems.examples[0]
@@ -79,6 +81,7 @@ def test_a_resumed_pass_is_a_full_pass(decoder: Decoder, problems: Calibration) 
         assert resumed == pytest.approx(naive, abs=1e-5 * example.target_tokens)
 
 
+@pytest.mark.thorough
 def test_pruned_checkpoint_is_what_it_says(
     smollm2: Path, data_dir: Path, problems: Calibration, tmp_path: Path
 ) -> None:

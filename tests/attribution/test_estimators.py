@@ -60,6 +60,7 @@ def test_the_gradient_is_the_finite_difference(family: str, gate: float) -> None
     assert float(slope.abs().max()) > 0.05, "nothing happened: the test is blind"
 
 
+@pytest.mark.thorough
 def test_the_fisher_term_is_the_divergence_of_a_small_step() -> None:
     decoder, draws, step = shared("llama3"), 600, 3e-2
     examples = calibration(((14, 5),)).examples

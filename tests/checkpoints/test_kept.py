@@ -57,6 +57,7 @@ def train(model: Any, folder: Path, callbacks: list[Any]) -> None:
     Trainer(model, arguments, train_dataset=data, callbacks=callbacks).train()
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")  # the trainer has warnings of its own
 def test_the_trainer_keeps_zeros_with_the_callback_and_loses_them_without(
     pruned: Path, tmp_path: Path

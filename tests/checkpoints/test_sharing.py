@@ -86,6 +86,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 WAYS = {"prune": ("--method", "magnitude", "--sparsity", "0.5"), "shrink": ("--layers", "0.5", "-n", "4")}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("command", WAYS)
 def test_a_checkpoint_is_pushed_privately(
     run: Run, model: Path, data: Path, tmp_path: Path, hub: dict[str, Any], command: str

@@ -172,6 +172,7 @@ save_circuit(examined(found, decoder, scored, Checks(10), folder={folder!r}, sta
 """
 
 
+@pytest.mark.thorough
 def test_a_killed_search_goes_on_bit_for_bit(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     decoder, scored = constructed("and"), problems("and", 24)
@@ -211,6 +212,7 @@ def test_a_search_survives_kills(tmp_path: Path) -> None:
     assert (folders[0] / "circuit.json").read_bytes() == (folders[1] / "circuit.json").read_bytes()
 
 
+@pytest.mark.thorough
 def test_another_question_does_not_continue_a_ledger(tmp_path: Path) -> None:
     decoder, own = constructed("and"), (problems("and", 24), problems("and", 24, 1))
     find(decoder, *own, folder=tmp_path, rescore=1)
@@ -269,6 +271,7 @@ def test_a_share_that_only_everything_keeps_says_how_near_it_came() -> None:
         find(constructed("suppressor"), problems("suppressor", 24), problems("suppressor", 24, 1), keep=1.0)
 
 
+@pytest.mark.thorough
 def test_a_record_comes_back(tmp_path: Path) -> None:
     decoder, scored = constructed("chain"), problems("chain", 24)
     found = find(decoder, scored, problems("chain", 24, 1))
@@ -290,6 +293,7 @@ def test_a_record_comes_back(tmp_path: Path) -> None:
         cp.load_circuit(tmp_path / "again.json")
 
 
+@pytest.mark.thorough
 def test_checks_tell_a_circuit_from_chance() -> None:
     decoder, scored = constructed("chain"), problems("chain", 24)
     found = examined(

@@ -73,6 +73,7 @@ def test_a_circuit_is_found_shown_and_goes_on(run: Run, place: Path) -> None:
     assert code == 0, err
 
 
+@pytest.mark.thorough
 def test_what_decides_is_measured_apart(run: Run, place: Path) -> None:
     write_jsonl(
         place / "test.jsonl", [{"prompt": f"{i} + 1?", "target": f"It is {i + 1}."} for i in range(12)]
@@ -106,6 +107,7 @@ def test_a_plan_loads_nothing(run: Run, place: Path) -> None:
     assert not (place / "none").exists()
 
 
+@pytest.mark.thorough
 def test_pairs_from_templates(run: Run, place: Path) -> None:
     options = (
         "-t",
@@ -123,6 +125,7 @@ def test_pairs_from_templates(run: Run, place: Path) -> None:
     assert load_circuit(place / "ioi").problems[0].instead is not None
 
 
+@pytest.mark.thorough
 def test_circuits_are_compared(run: Run, place: Path) -> None:
     for name, task in (("a", "gsm8k:20"), ("b", "strategyqa:20")):
         code, _, err = find(run, place, name, "-t", task, *QUICK, "--keep", 0.8)

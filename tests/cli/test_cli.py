@@ -12,8 +12,8 @@ from tinydata import tiny_decoder, write_jsonl
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    MambaConfig,
-    MambaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -80,6 +80,7 @@ def test_the_next_command_can_be_pasted(run: Run, model: Path, data: Path, tmp_p
     assert (tmp_path / "a model.json").exists()
 
 
+@pytest.mark.thorough
 def test_other_units_effects_and_estimators(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
     common = ("-t", "gsm8k", "-n", "4", "--data-dir", data)
     ways = {
@@ -190,13 +191,15 @@ def foreign(folder: Path, kind: str) -> Path:
         "t5": lambda: T5ForConditionalGeneration(
             T5Config(vocab_size=20, d_model=8, d_ff=8, num_layers=1, num_heads=2)
         ),
-        "mamba": lambda: MambaForCausalLM(MambaConfig(**small, state_size=4)),
+        "rwkv": lambda: RwkvForCausalLM(
+            RwkvConfig(**(small | {"num_hidden_layers": 2}), attention_hidden_size=8, context_length=8)
+        ),
     }
     built[kind]().save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("kind", ["bert", "t5", "mamba"])
+@pytest.mark.parametrize("kind", ["bert", "t5", "rwkv"])
 def test_models_that_are_not_decoders(run: Run, tmp_path: Path, kind: str) -> None:
     assert_refused(
         run("prune", foreign(tmp_path / kind, kind), "-o", tmp_path / "out"), kind, tmp_path / "out"

@@ -62,6 +62,7 @@ def test_choices_of_shrink_are_checked_before_a_model_is_loaded(
     assert_refused(outcome, option[0], tmp_path / "out")
 
 
+@pytest.mark.thorough
 def test_a_run_needs_a_folder(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
     recipe = {
         "model": {"name": str(model)},
@@ -93,6 +94,7 @@ def test_a_task_file_without_data(run: Run, model: Path, tmp_path: Path) -> None
     assert_refused(outcome, "names its data", tmp_path / "out.json")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("option", "text"),
     [(("--preserve", "wikitext2"), 2), (("--preserve", "wikitext2:3"), 3), (("--preserve", "none"), 0)],

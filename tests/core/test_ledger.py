@@ -120,6 +120,7 @@ def test_a_second_opener_is_refused(tmp_path: Path) -> None:
     assert finish(path) == JOBS
 
 
+@pytest.mark.thorough
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     script = (

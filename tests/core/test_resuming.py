@@ -59,6 +59,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, stop: str = "", after: int = 0) -> 
     return count
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [

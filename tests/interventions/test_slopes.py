@@ -201,6 +201,7 @@ def same_masks(one: Method, other: Method, monkeypatch: pytest.MonkeyPatch, slop
     return all(torch.equal(keep, kept[1][name]) for name, keep in kept[0].items())
 
 
+@pytest.mark.thorough
 def test_causal_is_sparsegpt_where_gradients_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         for scope in (None, "global"):

@@ -28,6 +28,7 @@ def divergence(decoder: Decoder, unit: Unit, one: Example) -> float:
     return float((p.exp() * (p - q)).sum())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_is_the_naive_ablation(family: str) -> None:
     decoder = shared(family)

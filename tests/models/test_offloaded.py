@@ -136,7 +136,7 @@ def test_a_map_is_given_as_json_on_the_command_line(run: Run, tmp_path: Path) ->
         assert code == 0, err
     found = [(tmp_path / name / "effects.json").read_bytes() for name in ("plain", "spread")]
     assert found[0] == found[1]
-    code, _, err = run("inspect", tmp_path / "model", "--device-map", "{")
+    code, _, err = run("inspect", tmp_path / "model", "--weights", "--device-map", "{")
     assert code == 2
     assert "is no JSON object" in err
 

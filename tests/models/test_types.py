@@ -89,6 +89,7 @@ def test_slopes_come_back_through_keys_that_are_handed_on() -> None:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name",
     [

@@ -78,6 +78,7 @@ def test_spread_is_even_and_complete(count: int, n_rows: int) -> None:
     assert max(rows) - min(rows) <= 1
 
 
+@pytest.mark.thorough
 @settings(max_examples=200, deadline=None)
 @given(st.data(), matrices())
 def test_a_threshold_over_many_matrices_is_a_stable_sort_of_them_all(

@@ -89,6 +89,7 @@ def test_some_groups_may_lose_more_than_the_others_however_much_all_lose() -> No
         assert low < middle == sparsity < high < 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "text", ["causal+graded", "wanda+graded", "magnitude+graded+refit", "wanda:matrix+graded"]
 )

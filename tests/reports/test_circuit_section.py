@@ -22,6 +22,7 @@ def circuit() -> Circuit:
     return examined(found, decoder, scored, Checks(4, tests=True), stage=cp.quiet)
 
 
+@pytest.mark.thorough
 def test_a_circuit_alone_makes_a_report(circuit: Circuit, tmp_path: Path) -> None:
     save_circuit(circuit, tmp_path / "circuit.json")
     (page,) = cp.report(tmp_path)

@@ -253,6 +253,7 @@ def test_several_runs_make_one_page(folder: Path, tmp_path: Path) -> None:
     assert len({run["name"] for run in summary([read_run(folder), read_run(alike)])["runs"]}) == 2
 
 
+@pytest.mark.thorough
 def test_machines_get_json_csv_and_figures(run: Run, folder: Path, tmp_path: Path) -> None:
     files = (
         "--json",

@@ -26,6 +26,7 @@ def recipe(model: Path) -> Recipe:
     return Recipe(ModelSpec(str(model)), calibration, ("wanda",), (0.5,), on, general_text="none")
 
 
+@pytest.mark.thorough
 def test_means_are_over_draws_and_intervals_over_problems(recipe: Recipe, data: Path, tmp_path: Path) -> None:
     draws.run_draws(recipe, 3, tmp_path, data_dir=data)
     names = [f"seed-{seed}" for seed in (3, 4, 5)]
@@ -47,6 +48,7 @@ def test_means_are_over_draws_and_intervals_over_problems(recipe: Recipe, data: 
     assert mean.n == 4
 
 
+@pytest.mark.thorough
 def test_draws_go_on_where_they_were(
     recipe: Recipe, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +79,7 @@ def counted(calls: list[str]) -> Any:
     return evaluates
 
 
+@pytest.mark.thorough
 def test_the_command_shows_means_and_plans_as_many_runs(
     run: Run, model: Path, data: Path, tmp_path: Path
 ) -> None:

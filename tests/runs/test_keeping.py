@@ -35,6 +35,7 @@ def kept(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
+@pytest.mark.thorough
 def test_only_the_recommended_checkpoint_stays(model: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for methods in (("random",), ("random", "magnitude"), ("random", "magnitude", "wanda", "sparsegpt")):
@@ -49,6 +50,7 @@ def test_only_the_recommended_checkpoint_stays(model: Path, data: Path, tmp_path
     assert len(kept(tmp_path / "all")) == 2, "what `save` kept is the user's"
 
 
+@pytest.mark.thorough
 def test_the_methods_that_a_recipe_saves_are_kept_beside_the_best(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -105,6 +107,7 @@ def test_a_full_disk_does_not_stop_a_run(
     assert found.checkpoint is None
 
 
+@pytest.mark.thorough
 def test_smaller_models_stand_beside_sparse_ones(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,7 @@ def test_a_run_records_what_a_report_shows(model: Path, data: Path, tmp_path: Pa
     assert again["attribution"] == record["attribution"]
 
 
+@pytest.mark.thorough
 def test_stopped_run_goes_on_with_the_same_results(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +157,7 @@ def test_a_stopped_prune_goes_on(
     assert all(torch.equal(weight, own[name]) for name, weight in calm.items())
 
 
+@pytest.mark.thorough
 def test_what_pruning_had_finished_stays_until_its_cell_is_measured(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +178,7 @@ def raised(error: type[BaseException]) -> None:
     raise error
 
 
+@pytest.mark.thorough
 def test_one_model_is_in_memory_at_a_time(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +313,7 @@ def test_another_attribution_in_the_same_folder_is_refused(model: Path, data: Pa
         running.run(other, tmp_path / "run", data_dir=data)
 
 
+@pytest.mark.thorough
 def test_a_broken_model_does_not_stop_the_run(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,6 +101,7 @@ def test_a_pattern_with_dense_matrices_is_sought_below_its_own_sparsity() -> Non
     assert len(recipe.cells()) == 15
 
 
+@pytest.mark.thorough
 def test_the_checkpoint_of_the_highest_sparsity_that_holds_is_kept(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

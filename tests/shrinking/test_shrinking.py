@@ -152,6 +152,7 @@ def test_what_was_measured_is_kept(tmp_path: Path) -> None:
     assert all(torch.equal(a, again.kept.kv_groups[i]) for i, a in first.kept.kv_groups.items())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "shares"), [("llama3", Shares(0.5)), ("qwen3_moe", Shares(experts=0.5))])
 def test_a_stopped_update_goes_on(
     name: str, shares: Shares, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -289,6 +290,7 @@ def test_the_command_leaves_a_model_that_loads(run: Run, tmp_path: Path) -> None
     assert (code, "leave the other shares out" in err) == (2, True)
 
 
+@pytest.mark.thorough
 def test_a_smaller_model_is_measured_on_the_text_of_the_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,17 +67,20 @@ def check_same(source: Path, method: Method, where: Path, seen: Seen = SEEN, **o
     assert verify(where / "stream").ok
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_pruned_as_in_memory(family: str, method: str, tmp_path: Path) -> None:
     check_same(saved(family, tmp_path / "source"), METHODS[method], tmp_path)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", [*OFTEN, *SELDOM])
 def test_every_family_is_trained_as_in_memory(family: str, tmp_path: Path) -> None:
     check_same(saved(family, tmp_path / "source"), METHODS["causal"], tmp_path)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("family", "limit_gib"), [("llama3", 0.0), ("gemma3", 4e-6), ("llama3", 1.0)])
 def test_training_in_half_precision_with_inputs_anywhere(
     family: str, limit_gib: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -89,6 +92,7 @@ def test_training_in_half_precision_with_inputs_anywhere(
         check_same(saved(family, tmp_path / "source", torch.bfloat16), METHODS["causal"], tmp_path, seen)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["adam", "fisher"])
 def test_other_rules_and_scores_are_streamed(method: str, tmp_path: Path) -> None:
     check_same(saved("llama3", tmp_path / "source"), METHODS[method], tmp_path)
@@ -212,6 +216,7 @@ class StoppedError(BaseException):
     """Stands for a kill."""
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["llama3", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_a_streamed_run_that_is_stopped_anywhere_ends_with_the_same_bytes(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
