@@ -143,6 +143,7 @@ def test_a_stopped_run_goes_on(done: Callable[..., str]) -> None:
     same(values(read("stopped/run/results.json")["rows"]), expected)
 
 
+@pytest.mark.thorough
 def test_finished_rows_of_a_run_are_not_measured_again(done: Callable[..., str]) -> None:
     begun = marked("stopped/run/results.ledger", "dense/gsm8k_nll:4")
     done("run", *RUN, "-o", "stopped/run")
@@ -150,6 +151,7 @@ def test_finished_rows_of_a_run_are_not_measured_again(done: Callable[..., str])
     assert values(read("stopped/run/results.json")["rows"])["dense", "gsm8k_nll"][0] == MARK
 
 
+@pytest.mark.thorough
 def test_a_finished_run_stays_as_it_is(done: Callable[..., str]) -> None:
     rows = read("finished/results.json")["rows"]
     done("run", *RUN, "-o", "finished")
@@ -174,6 +176,7 @@ def test_results_are_compared(done: Callable[..., str]) -> None:
         assert f"{sum(one['values']) / sum(one['weights']):.4g}" in table
 
 
+@pytest.mark.thorough
 def test_results_are_reported(done: Callable[..., str]) -> None:
     done("report", "finished", "stopped/run", "-o", "page.html", "--json", "page.json", "--csv", "page.csv")
     page, table = Path("page.html").read_text("utf-8"), Path("page.csv").read_text("utf-8")

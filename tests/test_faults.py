@@ -94,6 +94,7 @@ def test_a_folder_without_permission_is_refused(disturbed: dict[str, Any], stage
     assert found["resumed"]
 
 
+@pytest.mark.thorough
 def test_a_run_folder_in_use_is_refused(run: Run, tmp_path: Path) -> None:
     model, own = tmp_path / "model", tmp_path / "own.jsonl"
     decoder = tiny_decoder()
@@ -135,6 +136,7 @@ def test_of_two_that_save_to_one_folder_the_first_stays(
     assert read_manifest(tmp_path / "out")["run"] == {"run": "the other"}
 
 
+@pytest.mark.thorough
 def test_a_flipped_bit_in_a_header_is_noticed_on_loading(tmp_path: Path) -> None:
     FAMILIES["llama3"]().save_pretrained(tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"

@@ -127,6 +127,7 @@ def test_recipes_of_any_bytes(content: bytes, tmp_path: Path) -> None:
 rows = st.one_of(trees, st.fixed_dictionaries({"prompt": trees, "target": trees}))
 
 
+@pytest.mark.thorough
 @fuzzed
 @given(
     lines=st.lists(

@@ -111,6 +111,7 @@ def test_the_command_line_has_no_second_bar(model: Path, data: Path, tmp_path: P
     assert "%|" not in err
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("always")
 def test_a_run_takes_plain_things_and_shows_its_verdict(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -147,6 +148,7 @@ def test_a_recipe_may_be_a_file_a_name_or_a_dictionary(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_a_sweep_takes_a_dictionary_without_sparsities(model: Path, data: Path, tmp_path: Path) -> None:
     wanted = {key: value for key, value in recipe(model).items() if key != "sparsities"}
     tried = cp.sweep(wanted, 0.9, str(tmp_path / "sweep"), data_dir=data, stage=cp.quiet)

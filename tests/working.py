@@ -67,11 +67,11 @@ def kinds(decoder: Decoder) -> list[str]:
     return found
 
 
-def closing_is_zeroing(decoder: Decoder) -> float:
+def closing_is_zeroing(decoder: Decoder, most: int = 12) -> float:
     """(a) A closed unit, and rows and columns that it owns set to zero by hand, give the same logits; the largest difference."""
     every, worst = sites(decoder), 0.0
     intact, moved = logits(decoder.model), dict[str, float]()
-    for unit, parts in some_units(decoder, 12):
+    for unit, parts in some_units(decoder, most):
         gates = {s: g.expand(len(TOKENS), -1) for s, g in closing([parts], every).items()}
         with gated(decoder, gates):
             closed = logits(decoder.model)

@@ -121,6 +121,7 @@ def test_the_first_cells_of_a_unit_are_the_first_of_the_order() -> None:
     assert {sequence for _, sequence in next_cells(effects, plan, 500.0)} == set(order)
 
 
+@pytest.mark.thorough
 def test_adaptive_keeps_to_its_budget_and_approaches_exact(tmp_path: Path) -> None:
     decoder = shared("gemma2")
     exact = attribute(decoder, EXAMPLES, UNITS)

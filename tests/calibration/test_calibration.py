@@ -301,6 +301,7 @@ def test_content_ignores_case_and_white_space_only() -> None:
     assert with_instruction.content == content_hash("why?")
 
 
+@pytest.mark.thorough
 def test_gsm_symbolic_needs_no_files_and_splits_are_disjoint(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("reasoning_gym")
     monkeypatch.setattr(data, "SYMBOLIC_SEEDS", {"calibration": (0, 300), "evaluation": (1_000_000, 100)})
@@ -336,6 +337,7 @@ def test_an_example_beyond_the_batch_limit_goes_alone() -> None:
     assert [b.indices for b in batches(examples, max_batch_tokens=12)] == [(0,), (1, 2)]
 
 
+@pytest.mark.thorough
 def test_real_data_calibrates_apart_from_evaluation(data_dir: Path) -> None:
     sources = ["gsm8k", "strategyqa", "arc_challenge"]
     found = calibrate(byte_tokenizer(), sources, n=96, max_tokens=3000, data_dir=data_dir)

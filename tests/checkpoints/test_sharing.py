@@ -107,6 +107,7 @@ def test_a_checkpoint_is_pushed_privately(
     assert own["files"].keys() == written.keys(), "what the repository held before is gone"
 
 
+@pytest.mark.thorough
 def test_nothing_is_shown_to_all_by_accident(
     run: Run, model: Path, tmp_path: Path, hub: dict[str, Any]
 ) -> None:

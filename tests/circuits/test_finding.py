@@ -33,6 +33,7 @@ def find(decoder: Decoder, scored: Calibration, decide: Calibration | None = Non
     return cp.circuit(decoder, scored, decide=decide, stage=cp.quiet, **{**how, **own})  # type: ignore[arg-type]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", TRUE)
 def test_the_default_returns_exactly_what_was_built(name: str) -> None:
     found = find(constructed(name), problems(name, 24), problems(name, 24, 1))
@@ -46,6 +47,7 @@ def test_the_default_returns_exactly_what_was_built(name: str) -> None:
     assert found.curve.points[-1].kl.value == pytest.approx(0.0, abs=1e-9)
 
 
+@pytest.mark.thorough
 def test_removal_of_single_units_misses_what_either_of_two_will_do() -> None:
     decoder = constructed("or")
     effects = cp.attribute(
@@ -57,6 +59,7 @@ def test_removal_of_single_units_misses_what_either_of_two_will_do() -> None:
     assert set(found.members) != TRUE["or"]
 
 
+@pytest.mark.thorough
 def test_a_suppressor_does_not_help() -> None:
     decoder, both = constructed("suppressor"), (problems("suppressor", 24), problems("suppressor", 24, 1))
     helping = find(decoder, *both, rank="signed")
@@ -264,6 +267,7 @@ def test_problems_without_targets_are_refused() -> None:
         find(shared("llama2"), empty, PROBLEMS)
 
 
+@pytest.mark.thorough
 def test_a_share_that_only_everything_keeps_says_how_near_it_came() -> None:
     with pytest.raises(
         OptionError, match=r"no circuit short of all 16 units keeps 1 .* 15 units keep 0\.\d+"
@@ -321,6 +325,7 @@ def test_checks_tell_a_circuit_from_chance() -> None:
         examined(found, decoder, problems("chain", 24, 5), stage=cp.quiet)
 
 
+@pytest.mark.thorough
 def test_half_of_a_circuit_of_alternatives_is_incomplete() -> None:
     decoder, scored = constructed("or"), problems("or", 24)
     whole = find(decoder, scored, problems("or", 24, 1))

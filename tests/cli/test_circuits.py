@@ -26,6 +26,7 @@ def find(run: Run, place: Path, output: str, *options: object) -> tuple[int, str
     return run(*words, *options)
 
 
+@pytest.mark.thorough
 def test_a_circuit_is_found_shown_and_goes_on(run: Run, place: Path) -> None:
     options = (
         "-t",

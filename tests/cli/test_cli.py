@@ -134,6 +134,7 @@ def test_stability_prints_its_tables(run: Run, model: Path, data: Path, tmp_path
     assert read_json(tmp_path / "stability" / "stability.json")["interactions"]["pairs"] == 3
 
 
+@pytest.mark.thorough
 def test_run_prints_the_table_and_keeps_results(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "own.yaml"
     recipe.write_text(yaml.safe_dump(recipe_for(model)))
@@ -152,6 +153,7 @@ def test_run_prints_the_table_and_keeps_results(run: Run, model: Path, data: Pat
     assert f"causalprune run {recipe} -o" in page
 
 
+@pytest.mark.thorough
 def test_paper_recipes_can_be_planned_without_the_model(run: Run, data_dir: Path, tmp_path: Path) -> None:
     for name in ("llama3-8b-paper", "mistral-7b-paper"):
         code, out, err = run("run", name, "-o", tmp_path / "run", "--dry-run", "--data-dir", data_dir)
@@ -330,6 +332,7 @@ def test_bad_recipes(
     assert_refused(run("run", path, "-o", out, "--data-dir", data, *mode), words, out)
 
 
+@pytest.mark.thorough
 def test_more_examples_than_there_are_is_a_line_in_plan_and_run(
     run: Run, model: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -381,22 +384,3 @@ def test_json_of_inspect_is_json(run: Run, model: Path) -> None:
     code, out, _ = run("inspect", model, "--json")
     assert code == 0
     assert json.loads(out)["heads"] == 4
-
-
-def test_shares_are_measured_apart_and_merged(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
-    common = ("-t", "gsm8k", "-n", 3, "--data-dir", data)
-    for shard in ("1/2", "2/2"):
-        code, out, err = run("attribute", model, "-o", tmp_path / "out", *common, "--shard", shard)
-        assert code == 0, err
-        assert f"share {shard}" in out
-    shares = [tmp_path / "out" / f"effects.{i}-of-2.json" for i in (1, 2)]
-    code, out, err = run("merge", *shares, "-o", tmp_path / "merged.json")
-    assert code == 0, err
-    assert run("attribute", model, "-o", tmp_path / "whole", *common)[0] == 0
-    values = [
-        json.loads(p.read_text())["masked_nats"]
-        for p in (tmp_path / "merged.json", tmp_path / "whole/effects.json")
-    ]
-    assert values[0] == values[1]
-    assert run("merge", shares[0], "-o", tmp_path / "half.json")[0] == 2
-    assert run("attribute", model, "-o", tmp_path / "bad", *common, "--shard", "half")[0] == 2

@@ -15,6 +15,7 @@ from causalprune.pruning.methods import Method
 from causalprune.runs.recipe import CalibrationSpec
 
 
+@pytest.mark.thorough
 def test_a_folder_without_a_tokenizer(run: Run, data: Path, tmp_path: Path) -> None:
     tiny_decoder().model.save_pretrained(tmp_path / "bare")
     common = ("--data-dir", data, "-o")
@@ -137,6 +138,7 @@ def stop() -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("warned")
 def test_old_words_are_hidden_and_warned_of_in_one_line(
     run: Run, model: Path, data: Path, tmp_path: Path
@@ -151,6 +153,7 @@ def test_old_words_are_hidden_and_warned_of_in_one_line(
     assert line.startswith("warning: --general is an old word")
 
 
+@pytest.mark.thorough
 def test_evaluate_takes_its_old_word_without_a_word(
     run: Run, model: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ def test_the_version_alone_by_the_module_and_soon() -> None:
     assert "torch" not in done.stderr
 
 
+@pytest.mark.thorough
 def test_completion_knows_commands_and_options() -> None:
     code = "import sys; sys.argv[0] = 'causalprune'; from causalprune.cli.app import main; main()"
     for typed, expected in (
@@ -234,3 +235,22 @@ def test_every_command_stands_in_the_reference() -> None:
     page = (REPOSITORY / "docs" / "reference.md").read_text(encoding="utf-8")
     assert [row for row in re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) if row in COMMANDS]
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) >= set(COMMANDS)
+
+
+def test_shares_are_measured_apart_and_merged(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
+    common = ("-t", "gsm8k", "-n", 3, "--data-dir", data)
+    for shard in ("1/2", "2/2"):
+        code, out, err = run("attribute", model, "-o", tmp_path / "out", *common, "--shard", shard)
+        assert code == 0, err
+        assert f"share {shard}" in out
+    shares = [tmp_path / "out" / f"effects.{i}-of-2.json" for i in (1, 2)]
+    code, out, err = run("merge", *shares, "-o", tmp_path / "merged.json")
+    assert code == 0, err
+    assert run("attribute", model, "-o", tmp_path / "whole", *common)[0] == 0
+    values = [
+        json.loads(p.read_text())["masked_nats"]
+        for p in (tmp_path / "merged.json", tmp_path / "whole/effects.json")
+    ]
+    assert values[0] == values[1]
+    assert run("merge", shares[0], "-o", tmp_path / "half.json")[0] == 2
+    assert run("attribute", model, "-o", tmp_path / "bad", *common, "--shard", "half")[0] == 2

@@ -32,6 +32,7 @@ def finish(path: Path) -> dict[str, list[float]]:
         return dict(ledger.rows)
 
 
+@pytest.mark.thorough
 def test_a_cut_at_every_byte_is_mended(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     rows = finish(path)

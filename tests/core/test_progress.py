@@ -101,6 +101,7 @@ def test_what_is_over_at_once_is_not_worth_a_line(monkeypatch: pytest.MonkeyPatc
     assert not written(own)
 
 
+@pytest.mark.thorough
 def test_a_live_line_moves_while_nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     own = console(terminal=True)
     monkeypatch.setattr(progress, "console", own)

@@ -114,6 +114,7 @@ def test_a_stopped_pruning_goes_on(
     assert again["divergence"] <= 4 + 6  # of the group that was at work: three sparsities, so many batches
 
 
+@pytest.mark.thorough
 def test_what_is_kept_of_another_pruning_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "out.pruning"
     counted(monkeypatch, "refit", 1)
@@ -186,6 +187,7 @@ def test_where_what_is_kept_is_needed_no_room_is_an_error(
     assert State(tmp_path / "kept", ["a"]).values == {"one": 1}
 
 
+@pytest.mark.thorough
 def test_what_is_kept_with_other_effects_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method, file = Method("cap", 0.5, update="distill"), tmp_path / "out.pruning"
     effects = attribute(fresh("llama3"), EXAMPLES)
@@ -200,6 +202,7 @@ def test_what_is_kept_with_other_effects_is_refused(tmp_path: Path, monkeypatch:
     prune(fresh("llama3"), method, effects=effects, **given)
 
 
+@pytest.mark.thorough
 def test_without_room_it_goes_on_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(values: Any, path: Path) -> None:
         path.write_bytes(b"half")

@@ -119,6 +119,7 @@ def test_a_text_is_written_once_and_comes_out_the_same(cache: Path, monkeypatch:
         own_text(decoder, "own_ppl", 100, 1)
 
 
+@pytest.mark.thorough
 def test_a_stopped_or_damaged_text_is_written_to_its_end(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -232,6 +232,7 @@ def test_integrated_is_the_gradient_at_five_gates() -> None:
     assert torch.equal(one.predicted_nats, other.predicted_nats)
 
 
+@pytest.mark.thorough
 def test_resampled_and_counterfactual_slopes_go_towards_the_donor() -> None:
     """Where the donor is the sequence itself nothing is removed; else the slope is that of the step towards it."""
     decoder = shared("llama2")

@@ -81,6 +81,7 @@ def test_estimates_too(family: str, estimator: str, tmp_path: Path) -> None:
     equal(*(attribute(decoder, calibration(), Question(), how) for decoder in decoders))
 
 
+@pytest.mark.thorough
 def test_means_and_neurons_by_effect(tmp_path: Path) -> None:
     decoders = both("llama2", tmp_path)
     question = Question(("neurons:8:effect",), ablation="mean")

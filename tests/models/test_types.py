@@ -63,7 +63,7 @@ def test_a_type_works(name: str, tmp_path: Path) -> None:
     auto: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
     model = build(tiny_config(kind), image_text=bool(images))
     decoder = working.inspected(model)
-    assert working.closing_is_zeroing(decoder) <= working.SMALL
+    assert working.closing_is_zeroing(decoder, most=4) <= working.SMALL
     assert working.rows_reach_their_units(decoder) > 0
     assert finishing.generates(decoder) <= 1e-3
     finishing.pruning_is_exact(working.fresh(model), METHODS)

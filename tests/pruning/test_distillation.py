@@ -172,6 +172,7 @@ def test_nothing_is_written_where_inputs_are_not_numbers(family: str) -> None:
         prune(decoder, Method("magnitude", 0.5, update="refit"), calibration=EXAMPLES)
 
 
+@pytest.mark.thorough
 def test_two_runs_are_identical() -> None:
     one, two = fresh("qwen3_moe"), fresh("qwen3_moe")
     for decoder in (one, two):

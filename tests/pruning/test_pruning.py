@@ -117,6 +117,7 @@ def test_each_scope_has_its_own_budget_everywhere(family: str, criterion: str, s
             assert (~keep).sum(1).tolist() == spread(count, len(keep)).tolist()
 
 
+@pytest.mark.thorough
 @every_criterion
 def test_two_runs_are_identical(criterion: str) -> None:
     for scope in (None, "global"):
@@ -339,6 +340,7 @@ def test_a_sparsity_of_nearly_nothing_changes_no_bit(criterion: str) -> None:
             assert all(torch.equal(p, before[name]) for name, p in decoder.model.named_parameters())
 
 
+@pytest.mark.thorough
 def test_a_bfloat16_model_keeps_its_bits() -> None:
     for criterion in CRITERIA:
         decoder = fresh("llama3")

@@ -45,6 +45,7 @@ def test_a_circuit_alone_makes_a_report(circuit: Circuit, tmp_path: Path) -> Non
     assert [point["chosen"] for point in own["points"]].count(True) == 1
 
 
+@pytest.mark.thorough
 def test_circuits_in_folders_and_what_they_share(circuit: Circuit, tmp_path: Path) -> None:
     (tmp_path / "<b>one").mkdir()
     odd = replace(circuit, chosen=replace(circuit.chosen, faithfulness=Value(*[float("nan")] * 3)))

@@ -85,6 +85,7 @@ def test_values_and_differences_are_those_of_the_results(folder: Path) -> None:
     assert all(cell["wanda"] is None for cell in models["wanda-row-0.2"]["cells"].values())
 
 
+@pytest.mark.thorough
 def test_the_recommended_model_is_the_sparsest_that_holds(tmp_path: Path) -> None:
     def unharmed(label: str, result: Any) -> Any:
         from dataclasses import replace

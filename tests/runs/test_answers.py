@@ -55,6 +55,7 @@ def recipe(model: Path, own: Path, **changes: Any) -> Recipe:
     return Recipe(**{**values, **changes})
 
 
+@pytest.mark.thorough
 def test_a_run_measures_answers_and_scores(model: Path, data: Path, tmp_path: Path, run: Run) -> None:
     own, folder = own_file(tmp_path, ["10", "11", "12", "13"]), tmp_path / "run"
     wanted = recipe(model, own)

@@ -104,6 +104,7 @@ def test_a_model_that_cannot_write_is_measured_on_the_rest(
         running.run(recipe(model, on=OWN), tmp_path / "named", data_dir=data)
 
 
+@pytest.mark.thorough
 def test_the_model_of_a_run_is_intact_whatever_it_was_made_from(data: Path, tmp_path: Path) -> None:
     """Models that are read again from their checkpoint are measured on the text of the run's model too."""
     base = embedded.load(str(write_model(tmp_path / "base")))

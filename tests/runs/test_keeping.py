@@ -195,6 +195,7 @@ def test_a_plan_counts_two_checkpoints_or_all(model: Path, data: Path, tmp_path:
     assert some.jobs[1].count == 1
 
 
+@pytest.mark.thorough
 def test_both_models_are_timed_in_turns() -> None:
     whole = tiny_decoder()
     state = {name: value.clone() for name, value in whole.model.state_dict().items()}

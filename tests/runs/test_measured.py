@@ -39,6 +39,7 @@ def rows(path: Path, numbers: range) -> Path:
     )
 
 
+@pytest.mark.thorough
 def test_a_day_later_all_is_as_it_was(
     run: Run, dated: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

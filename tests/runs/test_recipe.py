@@ -148,6 +148,7 @@ def test_recipes_that_come_with_the_package_can_be_read(path: Path) -> None:
     assert read_recipe(find_recipe(path.stem)).cells()
 
 
+@pytest.mark.thorough
 def test_a_plan_counts_what_the_estimator_costs(tmp_path: Path) -> None:
     data, model = write_data(tmp_path / "data"), tmp_path / "model"
     tiny_decoder().model.save_pretrained(model)

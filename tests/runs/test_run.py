@@ -66,6 +66,7 @@ def test_run_measures_dense_and_every_method(model: Path, data: Path, tmp_path: 
     assert read_manifest(checkpoint)["run"]["calibration"]["sources"] == {"gsm8k": 6}
 
 
+@pytest.mark.thorough
 def test_results_name_the_model_that_was_measured(model: Path, data: Path, tmp_path: Path) -> None:
     record = running.run(
         recipe(model, methods=("wanda", "shrink:0.1"), save=True), tmp_path / "run", data_dir=data
@@ -80,6 +81,7 @@ def test_results_name_the_model_that_was_measured(model: Path, data: Path, tmp_p
         assert {read_manifest(places[name])["base"]["fingerprint"]} == found["dense"]
 
 
+@pytest.mark.thorough
 def test_a_run_records_what_a_report_shows(model: Path, data: Path, tmp_path: Path) -> None:
     wanted = recipe(model, methods=("cap", "wanda+graded"), on=("gsm8k_nll:4", "strategyqa"))
     record = running.run(wanted, tmp_path / "run", data_dir=data, command="as typed")
@@ -285,6 +287,7 @@ def test_checkpoints_of_an_earlier_run_are_replaced(model: Path, data: Path, tmp
     assert found[0]["fingerprint"] != found[1]["fingerprint"]
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_of_an_earlier_run_is_not_measured_for_this_one(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

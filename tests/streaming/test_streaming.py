@@ -88,6 +88,7 @@ def test_streaming_is_pruning_in_memory(family: str, dtype: torch.dtype, method:
     check_same(source, Method(criterion, 0.37, scope), tmp_path, effects)
 
 
+@pytest.mark.thorough
 def test_patterns_and_ties(tmp_path: Path) -> None:
     source = saved("llama3", tmp_path / "source", torch.bfloat16)
     for file in source.glob("*.safetensors"):
