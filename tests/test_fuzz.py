@@ -168,6 +168,7 @@ def test_damaged_tensors(changes: list[tuple[int, bytes]], cut: int, valid: byte
     read_or_refused(opened, tmp_path)
 
 
+@pytest.mark.thorough
 @fuzzed
 @given(
     header=st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), trees), data=st.binary(max_size=60)
@@ -178,6 +179,7 @@ def test_headers(header: dict[str, object], data: bytes, tmp_path: Path) -> None
     read_or_refused(opened, tmp_path)
 
 
+@pytest.mark.thorough
 @fuzzed
 @given(index=st.one_of(trees, st.fixed_dictionaries({"weight_map": trees})))
 def test_indices(index: object, valid: bytes, tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ def test_progress_reaches_its_end_in_steps() -> None:
     assert done == tuple(round(float(sum(costs[: i + 1]))) for i in range(len(costs)))
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_is_the_undisturbed_one_and_repeats_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

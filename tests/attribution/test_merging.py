@@ -21,6 +21,7 @@ def part(index: int, parts: int, family: str = "llama3", question: Question = Qu
     return attribute(shared(family), EXAMPLES, question, Estimator(max_batch_tokens=28, share=(index, parts)))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("effect", ["ce", "kl"])
 @pytest.mark.parametrize("parts", [2, 3, 40])
 def test_merged_shares_are_the_whole(parts: int, effect: str, tmp_path: Path) -> None:

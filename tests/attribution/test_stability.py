@@ -87,6 +87,7 @@ def test_draws_agree_as_far_as_their_noise_allows() -> None:
     assert quiet_draws["problems_per_draw"] == 8
 
 
+@pytest.mark.thorough
 def test_a_whole_run_is_resumed(tmp_path: Path) -> None:
     decoder = shared("llama3")
     calibrations = {"a/own": EXAMPLES, "b/own": Calibration(EXAMPLES.examples[::-1], EXAMPLES.subset)}

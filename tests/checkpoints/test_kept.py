@@ -113,6 +113,7 @@ def test_what_a_merge_lost_comes_back(pruned: Path, tmp_path: Path) -> None:
 TARGETS = {"llama3": ["q_proj", "down_proj"], "gpt_neox": ["query_key_value"]}
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")  # peft has warnings of its own
 @pytest.mark.parametrize("family", TARGETS)
 def test_zeros_that_a_merged_adapter_loses_are_named_and_come_back(

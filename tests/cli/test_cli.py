@@ -125,6 +125,7 @@ def test_effects_without_heads_cannot_drive_cap(run: Run, model: Path, data: Pat
     assert_refused(run("prune", model, "-o", tmp_path / "out", *effects), "--units heads", tmp_path / "out")
 
 
+@pytest.mark.thorough
 def test_stability_prints_its_tables(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
     sources = ("-t", "gsm8k", "-t", "strategyqa", "-n", "1", "--top", "3", "--data-dir", data)
     code, out, err = run("stability", model, "-o", tmp_path / "stability", *sources)

@@ -55,6 +55,7 @@ def test_help_shows_own_options_and_then_panels(run: Run, command: str) -> None:
     assert re.findall(r"─ (\w+) ─", out) == ["Arguments", "Options", *PANELS[command]]
 
 
+@pytest.mark.thorough
 def test_a_new_line_in_a_group_reaches_every_command_that_takes_it(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "causalprune", ignore=shutil.ignore_patterns("__pycache__"))
     file = tmp_path / "causalprune" / "cli" / "options.py"

@@ -33,6 +33,7 @@ def own_process(*words: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.thorough
 def test_the_version_alone_by_the_module_and_soon() -> None:
     done = own_process("-X", "importtime", "-m", "causalprune", "--version")
     assert (done.returncode, done.stdout) == (0, f"{causalprune.__version__}\n")

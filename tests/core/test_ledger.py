@@ -187,6 +187,7 @@ def bits(values: list[float]) -> bytes:
     return struct.pack(f"{len(values)}d", *values)
 
 
+@pytest.mark.thorough
 @settings(max_examples=50, deadline=None)
 @given(values=st.lists(st.floats(allow_nan=False, allow_infinity=False)), key=st.text())
 def test_float64_values_return_bit_for_bit(
@@ -199,6 +200,7 @@ def test_float64_values_return_bit_for_bit(
         assert bits(ledger.rows[key]) == bits(values)
 
 
+@pytest.mark.thorough
 @settings(max_examples=50, deadline=None)
 @given(values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
 def test_float32_tensors_return_bit_for_bit(

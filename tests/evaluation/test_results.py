@@ -68,6 +68,7 @@ def test_ratio_is_resampled_jointly() -> None:
     assert (found.low, found.value, found.high) == pytest.approx((2.0, 2.0, 2.0))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("n", [8, 40])
 def test_intervals_cover_the_truth_as_often_as_they_say(n: int) -> None:
     random = np.random.default_rng(n)

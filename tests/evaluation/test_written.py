@@ -196,6 +196,7 @@ def test_what_the_intact_model_makes_of_it_is_made_anew_where_it_is_damaged(cach
     assert evaluate(pruned(tiny_decoder()), TASKS[1:])[0].values == expected
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_is_measured_on_the_text_of_its_base(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     base = embedded.load(str(model))

@@ -212,6 +212,7 @@ def test_causal_is_sparsegpt_where_gradients_are_equal(monkeypatch: pytest.Monke
     assert any(not torch.equal(keep, other[name]) for name, keep in kept.items())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scope", ["row", "2:4"])
 def test_no_gradients_are_taken_where_rows_are_not_compared(
     scope: str, monkeypatch: pytest.MonkeyPatch
@@ -257,6 +258,7 @@ def test_streaming_says_that_gradients_need_the_model(tmp_path: Any) -> None:
         prune_stream(tmp_path / "model", tmp_path / "out", Method("fisher", 0.5), seen=Seen(EXAMPLES))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_that_run_again_and_all_batches_together_give_the_same_slopes(
     family: str, monkeypatch: pytest.MonkeyPatch

@@ -59,6 +59,7 @@ def equal(one: Any, other: Any) -> None:
     assert one.units == other.units
 
 
+@pytest.mark.thorough
 @every_family
 def test_exact_effects_are_those_of_the_model_in_memory(family: str, tmp_path: Path) -> None:
     plain, offloaded = both(family, tmp_path)
@@ -73,6 +74,7 @@ def test_exact_effects_are_those_of_the_model_in_memory(family: str, tmp_path: P
     equal(*(attribute(decoder, calibration(), question, how) for decoder in (plain, offloaded)))
 
 
+@pytest.mark.thorough
 @every_family
 @pytest.mark.parametrize("estimator", ["gradient", "adaptive"])
 def test_estimates_too(family: str, estimator: str, tmp_path: Path) -> None:

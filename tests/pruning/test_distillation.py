@@ -197,6 +197,7 @@ def test_steps_smaller_than_bfloat16_can_hold_add_up(monkeypatch: pytest.MonkeyP
     assert distances[1] < 0.7 * distances[0]
 
 
+@pytest.mark.thorough
 def test_steps_are_as_large_as_weights_are() -> None:
     """The same function from MLP weights a sixteenth as large is trained in the same way."""
     one, two = fresh("llama3"), fresh("llama3")

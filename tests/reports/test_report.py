@@ -226,6 +226,7 @@ def test_nothing_and_damage_are_refused(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.thorough
 def test_estimates_stand_beside_exact_values(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     save_effects(made_effects(3, 4, estimated=True), run / "effects.json")

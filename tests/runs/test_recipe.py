@@ -172,6 +172,7 @@ def test_a_plan_counts_what_the_estimator_costs(tmp_path: Path) -> None:
     assert tokens["adaptive"] == pytest.approx(8 / 1.5 * whole, rel=0.01)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "dtype", "each"),
     [("embedded", "auto", 4), ("x.gguf", "auto", 4), ("embedded", "bfloat16", 2), ("org/x", "auto", 2)],

@@ -123,6 +123,7 @@ def test_stopped_run_goes_on_with_the_same_results(
     assert values(resumed) == values(calm)
 
 
+@pytest.mark.thorough
 def test_a_saved_checkpoint_is_measured_further_without_pruning_again(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +200,7 @@ def test_one_model_is_in_memory_at_a_time(
     assert len(seen) == 3
 
 
+@pytest.mark.thorough
 def test_methods_may_be_added_to_a_finished_run(model: Path, data: Path, tmp_path: Path) -> None:
     first = running.run(recipe(model, methods=("magnitude",)), tmp_path / "run", data_dir=data)
     more = running.run(recipe(model, methods=("magnitude", "random")), tmp_path / "run", data_dir=data)
@@ -275,6 +277,7 @@ def values(record: dict[str, Any]) -> list[Any]:
     return [(row["label"], [result["values"] for result in row["results"]]) for row in record["rows"]]
 
 
+@pytest.mark.thorough
 def test_checkpoints_of_an_earlier_run_are_replaced(model: Path, data: Path, tmp_path: Path) -> None:
     """As after a refusal, whose advice is to delete the ledger."""
     folder, found = tmp_path / "run", []

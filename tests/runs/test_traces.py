@@ -140,6 +140,7 @@ def test_what_is_preserved_comes_after_the_task(data: Path) -> None:
     assert all(e.target_start == 1 for e in text)
 
 
+@pytest.mark.thorough
 def test_own_text_is_a_share_of_the_tokens(data: Path) -> None:
     decoder = tiny_decoder()
     alone = CalibrationSpec(("gsm8k",), n=8, subsets=2, max_tokens=200, preserve=())

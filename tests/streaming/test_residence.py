@@ -98,22 +98,26 @@ def test_other_rules_and_scores_are_streamed(method: str, tmp_path: Path) -> Non
     check_same(saved("llama3", tmp_path / "source"), METHODS[method], tmp_path)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "olmoe"])
 def test_in_half_precision(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     check_same(saved(family, tmp_path / "source", dtype), METHODS["wanda"], tmp_path)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["wanda:2:4+refit", "magnitude+obs"])
 def test_patterns_and_updates(method: str, tmp_path: Path) -> None:
     check_same(saved("llama3", tmp_path / "source"), METHODS[method], tmp_path)
 
 
+@pytest.mark.thorough
 def test_effects_and_an_update(tmp_path: Path) -> None:
     source = saved("llama3", tmp_path / "source")
     check_same(source, Method("cap", 0.5, "row", update="obs"), tmp_path, effects=effects_of(source))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("limit_gib", [0.0, 2e-6])
 def test_hidden_states_that_do_not_fit_are_on_disk_and_it_is_said(limit_gib: float, tmp_path: Path) -> None:
     source = saved("qwen2", tmp_path / "source", torch.bfloat16)

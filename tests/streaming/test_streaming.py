@@ -98,6 +98,7 @@ def test_patterns_and_ties(tmp_path: Path) -> None:
     check_same(source, Method("magnitude", 0.5, "global"), tmp_path / "ties")
 
 
+@pytest.mark.thorough
 def test_memory_is_that_of_a_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = saved("olmoe", tmp_path / "source")
     sizes = []
