@@ -2,6 +2,8 @@
 
 python bench/families.py         # all that is not there yet (about an hour on two cores)
 python bench/families.py inspect # a configuration of 700 billion weights
+python bench/families.py experts # SparseGPT on stacks of experts, against the build before
+python bench/families.py wanda   # loading and Wanda on two real models, against the build before
 python bench/families.py sweep   # every type of the installed transformers as a tiny model, and docs/families.md
 python bench/families.py qwen    # Qwen2.5-Coder-0.5B-Instruct: 336 heads within a budget, on two draws
 python bench/families.py gemma   # Gemma 3 270M: one KV head for four heads, sliding windows: exact and cheaper
@@ -9,15 +11,18 @@ python bench/families.py gemma   # Gemma 3 270M: one KV head for four heads, sli
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from common import RUNS, data_folder, record, write_figures
+from before import alternate, before
+from common import ROOT, RUNS, data_folder, record, write_figures
 from models import fetched
 from sweep import figures as sweep_figures
 from sweep import sweep, write_page
@@ -27,6 +32,7 @@ from causalprune.attribution.estimators import attribute
 from causalprune.attribution.questions import Estimator, Question
 from causalprune.attribution.uncertainty import estimate, reliability, spearman, top_overlap
 from causalprune.calibration.examples import calibrate
+from causalprune.checkpoints.embedded import embedded_model
 from causalprune.checkpoints.saving import load_effects, save_effects
 from causalprune.core.progress import shown
 from causalprune.core.types import Calibration, Decoder, Effects
@@ -35,6 +41,7 @@ from causalprune.models.loading import load
 
 FOLDER = RUNS / "families"
 EXAMPLES = 8
+PAIRS = 5
 QWEN = {"ce": 20.0, "kl": 50.0}
 """Budget of each effect on Qwen: the share of a whole pass per head and problem is one over it."""
 GEMMA = {"exact": Estimator(), "gradient": Estimator("gradient"), "10x": Estimator("adaptive", budget=10.0)}
@@ -137,7 +144,67 @@ def whole_configuration() -> dict[str, Any]:
     return {"seconds": seconds, "gib": peak, "found": json.loads(done.stdout)}
 
 
-STEPS = {"sweep": sweep, "inspect": whole_configuration, "qwen": qwen, "gemma": gemma}
+def experts() -> dict[str, Any]:
+    """Time SparseGPT on 64 experts in each of four layers in both builds, in turn, and compare what stays."""
+    pythons, rows = {"ours": sys.executable, "theirs": str(before())}, list[dict[str, Any]]()
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(PAIRS):
+            found = {}
+            for name, python in pythons.items():
+                path = Path(folder) / f"{name}.json"
+                env = {**os.environ, "PYTHONPATH": str(ROOT / "src") if name == "ours" else ""}
+                subprocess.run(
+                    [python, str(ROOT / "bench" / "experts.py"), str(path)],
+                    env=env,
+                    check=True,
+                    capture_output=True,
+                )
+                found[name] = read_json(path)
+            rows.append({name: own["seconds"] for name, own in found.items()})
+    ours, theirs = (
+        [
+            (model, name, i)
+            for model, own in enumerate(found[build]["stays"])
+            for name in own
+            for i in own[name]
+        ]
+        for build in pythons
+    )
+    return {"seconds": rows, "kept": len(theirs), "kept_alike": len(set(ours) & set(theirs))}
+
+
+def wanda() -> dict[str, Any]:
+    """Time loading and Wanda on two real models in both builds, in turn, in the environment of the build before."""
+    found, python = {}, str(before())
+    for name, folder in {"smollm2": embedded_model(), "qwen": fetched("qwen")}.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            output = Path(scratch) / "output"
+            command = [
+                python,
+                "-c",
+                "from causalprune.cli import main; main()",
+                "prune",
+                str(folder),
+                "-o",
+                str(output),
+            ]
+            command += ["--method", "wanda", "-t", "gsm8k", "-n", "16"]
+            data = {"CAUSALPRUNE_DATA": str(data_folder())}
+            env = {"ours": {**data, "PYTHONPATH": str(ROOT / "src")}, "theirs": data}
+            how = {"caches": [output, output.with_name("output.pruning")], "cwd": Path(scratch), "env": env}
+            alternate(command, command, 1, **how)  # type: ignore[arg-type]
+            found[name] = alternate(command, command, PAIRS, **how)  # type: ignore[arg-type]
+    return found
+
+
+STEPS = {
+    "sweep": sweep,
+    "inspect": whole_configuration,
+    "experts": experts,
+    "wanda": wanda,
+    "qwen": qwen,
+    "gemma": gemma,
+}
 
 
 def figures(done: dict[str, Any]) -> dict[str, float | None]:
@@ -145,6 +212,11 @@ def figures(done: dict[str, Any]) -> dict[str, float | None]:
     found: dict[str, float | None] = sweep_figures(done["sweep"]) if "sweep" in done else {}
     if own := done.get("inspect"):
         found |= {"inspect_700b_seconds": own["seconds"], "inspect_700b_gib": own["gib"]}
+    if own := done.get("experts"):
+        found["experts_speedup_over_before"] = median(row["theirs"] / row["ours"] for row in own["seconds"])
+        found["experts_kept_alike"] = own["kept_alike"] / own["kept"]
+    for name, own in done.get("wanda", {}).items():
+        found[f"wanda_time_over_before_{name}"] = own["ours_over_theirs"]["wall"]["median"]
     for effect, own in done.get("qwen", {}).items():
         found[f"qwen_{effect}_spearman_between_draws"] = own["spearman_between_draws"]
         found[f"qwen_{effect}_share_of_naive_tokens"] = own["draws"][0]["share_of_naive_tokens"]

@@ -7,7 +7,7 @@ from torch import Tensor
 from causalprune.core.errors import ModelError
 from causalprune.pruning import obs
 from causalprune.pruning.allocation import keep_matrix, keep_n_of_m, keep_rows
-from causalprune.pruning.obs import inverse_factor, refit, sparsegpt
+from causalprune.pruning.obs import inverse_factor, refit, sparsegpt, sparsegpt_stack
 
 
 def random_case(seed: int = 0, out: int = 6, into: int = 24, tokens: int = 200) -> tuple[Tensor, Tensor]:
@@ -157,3 +157,18 @@ def test_groups_are_chosen_by_updated_weights() -> None:
     updated, _ = sparsegpt(weight, upper, fixed(open_end), group=8)  # type: ignore[arg-type]
     torch.testing.assert_close(seen[1], (updated[:, 8:16] / upper.diagonal()[8:16]).square())
     assert not torch.allclose(seen[1], (weight[:, 8:16] / upper.diagonal()[8:16]).square())
+
+
+@pytest.mark.parametrize("group", [obs.BLOCK, 4])
+def test_matrices_together_are_matrices_alone(group: int) -> None:
+    cases = [random_case(seed, out=24, into=160, tokens=400) for seed in range(5)]
+    uppers = [inverse_factor(hessian, 0.01, "w") for _, hessian in cases]
+    rows = [torch.rand(24, generator=torch.Generator().manual_seed(seed)) + 0.1 for seed in range(5)]
+    weights = torch.stack([weight for weight, _ in cases])
+    found, keep = sparsegpt_stack(
+        weights, torch.stack(uppers), [half] * 5, group=group, rows=torch.stack(rows)
+    )
+    for own, stays, weight, upper, row in zip(found, keep, weights, uppers, rows, strict=True):
+        alone, same = sparsegpt(weight, upper, half, group=group, rows=row)
+        assert torch.equal(stays, same)
+        torch.testing.assert_close(own, alone, atol=1e-4, rtol=1e-4)

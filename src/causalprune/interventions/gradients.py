@@ -8,8 +8,9 @@ positions are independent, so squaring the sum over positions adds nothing but n
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +27,9 @@ from causalprune.interventions.losses import Targets, by_row, chunk, cross_entro
 from causalprune.interventions.pieces import Hold, Pieces, Slopes, as_they_are
 from causalprune.interventions.statistics import observed
 from causalprune.interventions.units import Parts, Site, sites
+
+Value: TypeAlias = Callable[[Float[Tensor, "target vocab"], Targets], Float[Tensor, "target"]]
+"""What every target is worth, from its logits."""
 
 
 def expansion(
@@ -124,18 +128,20 @@ def output_slopes(
 
 def _go_back(decoder: Decoder, pieces: Pieces, groups: Sequence[Batch]) -> None:
     """Go back from the summed target loss of every batch through all layers."""
-    slopes: Slopes = [_slope(decoder, *each) for each in zip(groups, pieces.last, strict=True)]
+    slopes: Slopes = [last_slope(decoder, *each) for each in zip(groups, pieces.last, strict=True)]
     for layer in reversed(decoder.layers):
         slopes, _ = pieces.back(layer.index, (), slopes)
 
 
-def _slope(decoder: Decoder, batch: Batch, last: LayerInputs) -> Float[Tensor, "*stream batch time model"]:
-    """Return the slope of a batch's target loss, summed, at the last layer's output."""
+def last_slope(
+    decoder: Decoder, batch: Batch, last: LayerInputs, value: Value = cross_entropy
+) -> Float[Tensor, "*stream batch time model"]:
+    """Return the slope of what targets are worth, summed over a batch, at the last layer's output."""
     after, wanted = len(decoder.layers), targets(batch)
     leaf = last.hidden[after].clone().requires_grad_()
     with torch.enable_grad(), entered_at(decoder, after, LayerInputs({after: leaf}, last.as_tuple)):
-        loss = cross_entropy(target_logits(decoder, batch, wanted), wanted).sum()
-    (slope,) = torch.autograd.grad(loss, [leaf])
+        total = value(target_logits(decoder, batch, wanted), wanted).sum()
+    (slope,) = torch.autograd.grad(total, [leaf])
     return slope
 
 

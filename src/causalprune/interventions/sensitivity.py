@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from causalprune.core import Batch, Decoder, Progress, silent
-from causalprune.interventions.ablation import LayerInputs, entered_at
-from causalprune.interventions.losses import cross_entropy, target_logits, targets
+from causalprune.interventions.gradients import last_slope
+from causalprune.interventions.losses import cross_entropy
 from causalprune.interventions.lrp import prominence, ruled
 from causalprune.interventions.pieces import Pieces, Slopes, differentiable
 
@@ -23,17 +22,12 @@ def weight_slopes(
     forward passes, four where activations do not fit, and holds as much as the prunable weights in float32.
     """
     found: dict[nn.Parameter, Tensor] = {}
-    after, own = len(decoder.layers), list(dict.fromkeys(p.parameter for p in decoder.projections))
-    chosen = set(own)
+    own = list(dict.fromkeys(p.parameter for p in decoder.projections))
+    chosen, value = set(own), prominence if relevant else cross_entropy
     with ruled(decoder) if relevant else nullcontext(), differentiable(decoder, own):
         for number, batch in enumerate(groups):
-            pieces, wanted = Pieces(decoder, [batch]), targets(batch)
-            (last,) = pieces.last
-            leaf = last.hidden[after].clone().requires_grad_()
-            with torch.enable_grad(), entered_at(decoder, after, LayerInputs({after: leaf}, last.as_tuple)):
-                logits = target_logits(decoder, batch, wanted)
-                total = prominence(logits, wanted).sum() if relevant else cross_entropy(logits, wanted).sum()
-            slopes: Slopes = torch.autograd.grad(total, [leaf])
+            pieces = Pieces(decoder, [batch])
+            slopes: Slopes = [last_slope(decoder, batch, pieces.last[0], value)]
             for layer in reversed(decoder.layers):
                 parameters = [p for p in layer.module.parameters() if p in chosen]
                 slopes, gradients = pieces.back(layer.index, parameters, slopes)

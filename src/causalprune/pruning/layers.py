@@ -41,6 +41,7 @@ from causalprune.pruning.parts import Steps
 from causalprune.pruning.pruned import Pruned
 from causalprune.pruning.rules import RULES
 from causalprune.pruning.scores import finite, inverse, score, score_blocks, slope
+from causalprune.pruning.stacks import Stacks
 from causalprune.pruning.training import Around, Lesson, Training, distill, lessons
 from causalprune.pruning.walks import Gathered, Plan, planned, unrouted, walk
 
@@ -221,7 +222,10 @@ def prune_layers(
     if fixed is not None and method.walks:
         fixed = iter(list(fixed))  # scores are about the intact model: none may wait for pruned inputs
     counts = prune_counts([p.size for p in pool], shares or method.sparsity)
-    by_name = {p.name: count for p, count in zip(pool, counts, strict=True)}
+    choose: dict[str, Choose] = {
+        p.name: partial(keep_columns, method.resolved_scope, count, p.shape)
+        for p, count in zip(pool, counts, strict=True)
+    }
     looks = fixed is None and bool(method.needs & LOOKS)
     moments = method.resolved_update != "none" or (looks and "moments" in method.needs)
     steps.begin("layers", "layers")
@@ -231,9 +235,10 @@ def prune_layers(
     walked = walk(plan, gathered, steps, advance_pruned=True, moments=moments, first=first)
     for layer in walked if walks else plan.decoder.layers[first:]:
         kept = {}
+
+        stacks = Stacks(plan, gathered, layer, choose, fixed)
         for p in layer.projections:
-            choose = partial(keep_columns, method.resolved_scope, by_name[p.name], p.shape)
-            weight, keep = _solved(plan, gathered, p, choose, None if fixed is None else next(fixed))
+            weight, keep = _solved(plan, gathered, p, choose[p.name], stacks.take(p))
             if weight is None:
                 p.erase(keep)
             else:
@@ -308,10 +313,13 @@ def _keep_globally(plan: Plan, gathered: Gathered, steps: Steps) -> Iterator[Ten
 
 
 def _solved(
-    plan: Plan, gathered: Gathered, p: Projection, choose: Choose, keep: Tensor | None
+    plan: Plan, gathered: Gathered, p: Projection, choose: Choose, done: tuple[Tensor | None, Tensor | None]
 ) -> tuple[Tensor | None, Tensor]:
-    """Return the weights of a matrix after the update, if it had any, and what stays: `keep` where it is known."""
-    method, moments, weight, solved = plan.method, gathered.moments, p.read(), None
+    """Return the weights of a matrix after the update, if it had any, and what stays.
+
+    `done` is what SparseGPT has made of it together with others, and what stays, where that is known.
+    """
+    method, moments, weight, (solved, keep) = plan.method, gathered.moments, p.read(), done
     if keep is None and "moments" in method.needs:
         rows, upper = slope(plan, gathered, p), inverse(plan, gathered, p)
         solved, keep = sparsegpt(weight, upper, choose, group=method.group, rows=rows)

@@ -4,7 +4,7 @@ All three functions see a linear map `y = W x` and second moments of its inputs 
 `H = Σ x xᵀ`. They are pure, and work in float32 on the device of their arguments.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -92,6 +92,40 @@ def sparsegpt(
         block.masked_fill_(~stays, 0.0)
         found[start + width :].addmm_(own[:, start + width :].T, errors, alpha=-1)
     return found.T.contiguous(), keep.T.contiguous()
+
+
+def sparsegpt_stack(
+    weights: Float[Tensor, "expert out in"],
+    uppers: Float[Tensor, "expert in in"],
+    choose: Sequence[Choose],
+    *,
+    group: int = BLOCK,
+    rows: Float[Tensor, "expert out"] | None = None,
+) -> tuple[Float[Tensor, "expert out in"], Bool[Tensor, "expert out in"]]:
+    """Prune small matrices as `sparsegpt` does, several at once: a column of each is one piece of work."""
+    found = weights.float().mT.contiguous()
+    keep = torch.ones_like(found, dtype=torch.bool)
+    diagonals = uppers.diagonal(dim1=1, dim2=2)
+    width = BLOCK // group * group if group < BLOCK else group
+    for start in range(0, found.shape[1], width):
+        block, stays = found[:, start : start + width], keep[:, start : start + width]
+        own, scale = uppers[:, start : start + width], diagonals[:, start : start + width, None]
+        errors, dropped = torch.empty_like(block), torch.empty_like(block)
+        for j in range(block.shape[1]):
+            if j % group == 0:
+                at = slice(j, j + group)
+                scores = (block[:, at] / scale[:, at]).square()
+                scores = scores if rows is None else scores * rows[:, None]
+                for stay, score, chosen in zip(stays, scores, choose, strict=True):
+                    stay[at] = chosen(score.T, start + j).T
+                dropped[:, at] = ~stays[:, at] / scale[:, at]
+            torch.mul(block[:, j], dropped[:, j], out=errors[:, j])
+            ahead = own[:, j, start + j + 1 : start + width, None]
+            block[:, j + 1 :].addcmul_(ahead, errors[:, j, None], value=-1)
+        block.masked_fill_(~stays, 0.0)
+        for rest, upper, error in zip(found[:, start + width :], own, errors, strict=True):
+            rest.addmm_(upper[:, start + width :].T, error, alpha=-1)
+    return found.mT.contiguous(), keep.mT.contiguous()
 
 
 def incomplete(keep: Bool[Tensor, "out in"]) -> bool:

@@ -12,10 +12,7 @@ from causalprune.models import check_options, device_of, read_shape
 from causalprune.pruning import Method
 from causalprune.runs.plans import memory_bytes, size_bytes
 from causalprune.runs.recipe import ModelSpec, Shape
-from causalprune.streaming import check_streams
-
-COPIES = 3
-"""Checkpoints that streamed training has on disk: two of the weights at work, and the output."""
+from causalprune.streaming import COPIES, check_streams
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,8 @@ def place(spec: ModelSpec, method: Method, batch_tokens: int, *, stream: bool | 
     elif stream:
         check_stored(spec)
         check_streams(method)
-    copies = COPIES if stream and method.takes_long else 1
-    return Place(bool(stream), needed, free, copies * size)
+    copies = COPIES if stream and method.takes_long else 0
+    return Place(bool(stream), needed, free, (1 + copies) * size)
 
 
 def check_stored(spec: ModelSpec) -> None:

@@ -1,3 +1,4 @@
+from .copies import COPIES as COPIES
 from .files import (
     Seen as Seen,
 )

@@ -11,6 +11,8 @@ from causalprune.core import Decoder, Layer, OptionError, State
 from causalprune.streaming.residence import Residence
 
 TURNS = "even", "odd"
+COPIES = len(TURNS)
+"""Copies of the prunable weights that are on disk while training goes on, at most."""
 
 
 class Copies:

@@ -60,7 +60,7 @@ from causalprune.pruning import (
     prune_layers,
     unrouted,
 )
-from causalprune.streaming.copies import Copies, check_unshared
+from causalprune.streaming.copies import COPIES, Copies, check_unshared
 from causalprune.streaming.residence import HiddenStates, Leave, Pair, Residence
 from causalprune.streaming.spectra import Spectra
 from causalprune.streaming.stored import Sources, Store, StoredProjection, find_sources, untie, with_stored
@@ -118,7 +118,7 @@ def prune_stream(
         decoder, sources, spectra = _checked(source, stored, store, method, effects)
         factors, found = spectra.factors, decoder.fingerprint
         with checkpoints.complete(output, overwrite) as folder, ExitStack() as stack:
-            _check_room(folder, decoder, size, copies=2 if method.takes_long else 0)
+            _check_room(folder, decoder, size, copies=COPIES if method.takes_long else 0)
             if calibration is not None:
                 residence = stack.enter_context(_residence(source, sources, stored, head=method.takes_long))
                 hidden = stack.enter_context(closing(HiddenStates(seen.cache_gib * 2**30, folder)))
