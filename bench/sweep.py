@@ -30,8 +30,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import configs
 import finishing
+import sources
 import working
 
+from causalprune import Method, load, prune, save
 from causalprune.core.errors import CausalPruneError
 from causalprune.evaluation.results import read_json, write_json
 
@@ -79,7 +81,28 @@ def sweep() -> dict[str, Any]:
     found: dict[str, Any] = {"transformers": transformers.__version__}
     for kind, names in kinds.items():
         found[kind] = {name: _kept(place / f"{kind}-{name}.json", kind, name) for name in names}
+    found["packed"] = packed()
     return found
+
+
+def packed() -> dict[str, Any]:
+    """Return what the checks say of a gpt-oss whose experts are MXFP4, as it is published."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source = sources.mxfp4(Path(scratch) / "source").model
+        pruned, out = load(str(source)), Path(scratch) / "out"
+        save(pruned, out, prune(pruned, Method("magnitude", 0.5)))
+        again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        error = working.apart(working.logits(again), working.logits(pruned.model.float()))
+        if error > working.SMALL:
+            raise SystemExit(f"gpt-oss in MXFP4: the saved model differs by {error:.1e}")
+        decoder = working.inspected(load(str(source), dtype="float32").model)
+        return {
+            "closing": working.closing_is_zeroing(decoder),
+            "gradient": working.gradient_is_slope(decoder),
+            "reload": error,
+            "pruning": finishing.pruning_is_exact(working.fresh(decoder.model)),
+            "stream": finishing.streams(Path(scratch)),
+        }
 
 
 def _kept(path: Path, kind: str, name: str) -> dict[str, Any]:
@@ -191,6 +214,7 @@ def figures(raw: dict[str, Any]) -> dict[str, float | None]:
         "hook_vs_owned_max": max(closing, default=None),
         "stream_differs_types": len(streams),
     }
+    found["works_gpt_oss_mxfp4"] = int("packed" in raw)
     return found | {f"works_{name}": int(own in works) for name, own in known.items()}
 
 

@@ -260,7 +260,7 @@ def figures(raw: dict[str, Any]) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     if rows := raw.get("sources"):
         written = [row for row in rows.values() if "refused" not in row]
-        kinds = ("tensors_lost", "tensors_changed_unasked", "files_lost", "stream_differs")
+        kinds = ("tensors_lost", "tensors_changed_unasked", "settings_lost", "files_lost", "stream_differs")
         found |= {kind: sum(len(row.get(kind, ())) for row in written) for kind in kinds}
         found |= {"sources": len(rows), "sources_refused": len(rows) - len(written)}
         found["sources_refused_as_wanted"] = sum(row.get("as_wanted", False) for row in rows.values())

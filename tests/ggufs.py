@@ -1,12 +1,21 @@
 """GGUF files of tiny models, written by the `gguf` package alone as llama.cpp's converter writes them."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import gguf
+import torch
 from torch import Tensor
 
 SPECIAL = {"bos": 1, "eos": 2}
+SCALED = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+"""How Llama 3 scales rotary frequencies."""
 
 
 def write_gguf(
@@ -76,3 +85,16 @@ def _write_tokenizer(writer: Any, size: int) -> None:
     writer.add_token_merges(["! $"])
     for name, token in SPECIAL.items():
         getattr(writer, f"add_{name}_token_id")(token)
+
+
+def factors(width: int, base: float, found: dict[str, Any]) -> Tensor:
+    """Return what llama.cpp's converter divides the frequencies of Llama 3 by (conversion/llama.py)."""
+    frequencies = 1.0 / (base ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
+    positions, low, high = (
+        found[key] for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    )
+    own = []
+    for wave in (2 * math.pi / frequencies).tolist():
+        share = min(max((positions / wave - low) / (high - low), 0), 1)
+        own.append(1 / ((1 - share) / found["factor"] + share))
+    return torch.tensor(own, dtype=torch.float32)

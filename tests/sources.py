@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 from families import tiny
+from ggufs import SCALED, factors, write_gguf
 from safetensors.torch import load_file, save_file
 from tinydata import TEMPLATE, byte_tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import GptOssConfig, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 
 Tensors = dict[str, Tensor]
 SHAPE: dict[str, Any] = {
@@ -31,7 +31,10 @@ BLOCK = 128
 
 @dataclass
 class Made:
-    """A checkpoint: what is passed as MODEL and with it, files that stay behind, and tensors where files hold others."""
+    """A checkpoint: what is passed as MODEL and with it, files that stay behind, and tensors where files hold others.
+
+    `settings` are those that no configuration holds.
+    """
 
     model: Path
     left: set[str] = field(default_factory=set)
@@ -39,6 +42,7 @@ class Made:
     tensors: Tensors | None = None
     refused: str = ""
     streams: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def llama(**changes: Any) -> PreTrainedModel:
@@ -199,41 +203,21 @@ def half(folder: Path) -> Made:
 
 
 def gguf_file(folder: Path) -> Made:
-    """Write a Llama of two layers, with the tensor by which Llama 3 scales its rotary frequencies, all ones."""
+    """Write a Llama whose rotary frequencies are scaled by a tensor, as Llama 3 has it."""
     folder.mkdir(parents=True)
-    path, vocab = folder / "tiny.gguf", 64
-    writer = gguf.GGUFWriter(path, "llama")
-    numbers = {"block_count": 2, "context_length": 64, "embedding_length": 32, "feed_forward_length": 48}
-    numbers |= {"head_count": 4, "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 10000.0}
-    numbers |= {"rope_dimension_count": 8, "vocab_size": vocab, "bos_token_id": 1, "eos_token_id": 2}
-    for name, value in numbers.items():
-        getattr(writer, f"add_{name}")(value)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([chr(ord("!") + i) for i in range(vocab - 1)] + ["!$"])
-    writer.add_token_types([1] * vocab)
-    writer.add_token_scores([0.0] * vocab)
-    writer.add_token_merges(["! $"])
-    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
-    shapes |= {
-        "ffn_gate": (48, 32),
-        "ffn_up": (48, 32),
-        "ffn_down": (32, 48),
-        "attn_norm": (32,),
-        "ffn_norm": (32,),
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, **SCALED}
+    changes = {
+        "vocab_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 256,
     }
-    tensors: dict[str, tuple[int, ...]] = {
-        f"blk.{i}.{n}": shape for i in range(2) for n, shape in shapes.items()
-    }
-    random = torch.Generator().manual_seed(0)
-    for name, shape in (tensors | {"token_embd": (vocab, 32), "output_norm": (32,)}).items():
-        writer.add_tensor(f"{name}.weight", torch.randn(shape, generator=random).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name)
-    tensors_of = {name: weight.bfloat16() for name, weight in model.named_parameters()}
-    return Made(path, left={path.name}, tensors=tensors_of, streams=False)
+    config = LlamaConfig(**SHAPE | changes, rope_parameters=rope)
+    model = tiny(config)
+    scaling = {"rope_freqs.weight": factors(16, 500.0, SCALED)}
+    path = write_gguf(folder / "tiny.gguf", model, tensors=scaling, rope__dimension_count=16)
+    held = {name: weight.bfloat16() for name, weight in model.named_parameters()}
+    return Made(path, left={path.name}, tensors=held, streams=False, settings={"rope_parameters": rope})
 
 
 def sentencepiece(folder: Path) -> Made:
@@ -344,8 +328,9 @@ def compared(made: Made, out: Path) -> dict[str, list[str]]:
     before = made.tensors if made.tensors is not None else tensors_in(made.model)
     after = tensors_in(out)
     changed = [name for name in before if name in after and not _as_asked(name, before[name], after[name])]
-    files = fates(made, out)
+    files, config = fates(made, out), json.loads((out / "config.json").read_text())
     return {
+        "settings_lost": sorted(name for name, own in made.settings.items() if config.get(name) != own),
         "tensors_lost": sorted(before.keys() - after.keys()),
         "tensors_new": sorted(after.keys() - before.keys()),
         "tensors_changed_unasked": sorted(changed),

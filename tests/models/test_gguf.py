@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import VOCAB, tiny
-from ggufs import SPECIAL, write_gguf
-from torch import Tensor
+from ggufs import SCALED, SPECIAL, factors, write_gguf
 from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, Phi3Config, Qwen3Config
 
 from causalprune.checkpoints.saving import save
@@ -27,12 +26,6 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 64,
     "pad_token_id": None,
 }
-SCALED = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 128,
-}
 
 
 def llama(**fields: Any) -> Any:
@@ -41,19 +34,6 @@ def llama(**fields: Any) -> Any:
 
 def rope(kind: str, **fields: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **fields}}
-
-
-def factors(width: int, base: float, found: dict[str, Any]) -> Tensor:
-    """Return what llama.cpp's converter divides the frequencies of Llama 3 by (conversion/llama.py)."""
-    frequencies = 1.0 / (base ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
-    positions, low, high = (
-        found[key] for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-    )
-    own = []
-    for wave in (2 * math.pi / frequencies).tolist():
-        share = min(max((positions / wave - low) / (high - low), 0), 1)
-        own.append(1 / ((1 - share) / found["factor"] + share))
-    return torch.tensor(own, dtype=torch.float32)
 
 
 CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
