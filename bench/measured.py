@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from before import before, median_interval
 from common import ROOT, Found, carry_out, data_folder, step_parser
+from models import MODELS, fetched
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT / "tests" / "calibration"))
@@ -79,10 +81,13 @@ def problems(source: str = "gsm8k", count: int = ROWS) -> list[Problem]:
 def border() -> Found:
     """Compare the tokens of rows, and where targets begin, with what the tokenizer makes of the whole text."""
     own = {"SmolLM2": load("embedded").tokenizer}
+    own |= {name: AutoTokenizer.from_pretrained(fetched(name)) for name in MODELS}
     wrong = {}
     for name in [*own, *words.KINDS]:
         for chat in (False, True):
             tokenizer = own.get(name) or words.tokenizer(name, chat=chat)
+            if chat and not tokenizer.chat_template:
+                continue
             reader = Reader(tokenizer, chat, 9999)
             wrong[f"{name}, {'chat' if chat else 'plain'}"] = sum(not _whole(reader, p) for p in problems())
     return {"figures": {"border_tokens_differ": sum(wrong.values())}, "raw": wrong}

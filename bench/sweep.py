@@ -125,9 +125,13 @@ def _row(kind: str, name: str) -> dict[str, Any]:
     def build(**options: Any) -> Any:
         return configs.build(configs.tiny_config(name), image_text=image_text, **options)
 
+    auto = AutoModelForImageTextToText if image_text else AutoModelForCausalLM
     try:
         model = build()
         working.logits(model)
+        with tempfile.TemporaryDirectory() as own:
+            model.save_pretrained(own)
+            auto.from_pretrained(own)  # transformers itself
     except Exception as error:
         return {"status": "unbuilt", "why": _said(error)}
     try:
@@ -136,7 +140,6 @@ def _row(kind: str, name: str) -> dict[str, Any]:
         return {"status": "refused", "why": str(error)}
     except Exception as error:
         return {"status": "traceback", "why": _said(error)}
-    auto = AutoModelForImageTextToText if image_text else AutoModelForCausalLM
     places = sorted({m.place for layer in decoder.layers for m in layer.mixers})
     row: dict[str, Any] = {"status": "works", "units": working.kinds(decoder), "mixers": places, "checks": {}}
     with tempfile.TemporaryDirectory() as scratch:

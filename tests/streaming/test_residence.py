@@ -276,3 +276,20 @@ def test_a_matrix_that_layers_share_is_not_trained_from_files(tmp_path: Path) ->
     )
     with pytest.raises(OptionError, match=r"shared by layers 0 and 2.*without --stream"):
         check_unshared(replace(decoder, layers=(*decoder.layers[:-1], layer)))
+
+
+def test_weights_begin_where_cache_lines_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, fill, at = saved("llama3", tmp_path / "source"), Residence._fill, list[int]()
+    headers = [int.from_bytes(file.read_bytes()[:8], "little") for file in source.glob("*.safetensors")]
+    assert any((header + 8) % 64 for header in headers), "or else the test is blind"
+
+    def watched(self: Residence, name: str, parameter: Any, newer: Any = None) -> Any:
+        absent = fill(self, name, parameter, newer)
+        at.append(parameter.data_ptr() % 64)
+        return absent
+
+    monkeypatch.setattr(Residence, "_fill", watched)
+    prune_stream(source, tmp_path / "out", METHODS["wanda"], seen=SEEN)
+    assert at
+    assert not any(at)
+    assert not any(parameter.data_ptr() % 64 for parameter in load(str(source)).model.parameters())

@@ -110,6 +110,9 @@ from .examples import (
     taken as taken,
 )
 from .examples import (
+    usable as usable,
+)
+from .examples import (
     with_limit as with_limit,
 )
 from .templates import (

@@ -170,28 +170,37 @@ def draw(
     Lazy: what is not asked for is neither tokenised nor counted.
     """
     seen = set() if seen is None else seen
-    skipped = reader.skipped
     candidates: Iterable[Problem | Example]
     if name in TEXT_SOURCES:
         candidates = _blocks(reader, name, split, exclude)
     else:
         candidates = load_problems(name, split, data_dir=reader.data_dir)
     for candidate in shuffled(candidates, reader.seed):
-        content, target = candidate.content, getattr(candidate, "target", "")
-        if content in exclude:
-            skipped.excluded += 1
-            if isinstance(exclude, Mapping):
-                skipped.also_in[exclude[content]] += 1
-        elif (content, target) in seen:
-            skipped.duplicate += 1
-        else:
-            example = encode(reader, candidate) if isinstance(candidate, Problem) else candidate
-            if len(example.tokens) > reader.limit:
-                skipped.too_long += 1
-            else:
-                seen.add((content, target))
-                skipped.open_turns += getattr(candidate, "open_turns", 0)
-                yield example
+        example = candidate if isinstance(candidate, Example) else None
+        if (found := usable(reader, candidate, exclude, seen, example)) is not None:
+            yield found
+
+
+def usable(
+    reader: Reader, row: Problem | Example, exclude: Exclude, seen: Seen, example: Example | None = None
+) -> Example | None:
+    """Return what is made of a row (`example`, if that is known), or count it as skipped and return None."""
+    skipped, key = reader.skipped, (row.content, getattr(row, "target", ""))
+    if row.content in exclude:
+        skipped.excluded += 1
+        if isinstance(exclude, Mapping):
+            skipped.also_in[exclude[row.content]] += 1
+    elif key in seen:
+        skipped.duplicate += 1
+    else:
+        example = encode(reader, row) if example is None and isinstance(row, Problem) else example
+        assert example is not None
+        if len(example.tokens) <= reader.limit:
+            seen.add(key)
+            skipped.open_turns += getattr(row, "open_turns", 0)
+            return example
+        skipped.too_long += 1
+    return None
 
 
 def taken(

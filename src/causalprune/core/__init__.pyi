@@ -57,6 +57,9 @@ from .memory import (
     Masks as Masks,
 )
 from .memory import (
+    aligned as aligned,
+)
+from .memory import (
     free_bytes as free_bytes,
 )
 from .memory import (

@@ -16,6 +16,7 @@ from causalprune.core.bits import bands, bits_of
 from causalprune.core.types import Effects
 
 Found = TypeVar("Found")
+CACHE_LINE = 64
 NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 """What errors of CUDA, of torch on a CPU, and of cuBLAS say."""
 
@@ -42,6 +43,14 @@ def zeros_in(weight: Float[Tensor, "out in"]) -> int:
     unsigned = torch.iinfo(bits.dtype).max
     rest = (int(np.count_nonzero((bits[band] & unsigned).cpu().numpy())) for band in bands(weight))
     return weight.numel() - sum(rest)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return the same values at an address where cache lines begin, a copy if need be.
+
+    The last bits of a product depend on the address (MKL), and files begin tensors anywhere.
+    """
+    return tensor.clone() if tensor.data_ptr() % CACHE_LINE else tensor
 
 
 def packed(keep: Bool[Tensor, "out in"]) -> Any:

@@ -23,7 +23,7 @@ from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
-from causalprune.core import CheckpointError, Decoder, ModelError, OptionError, Source, unknown
+from causalprune.core import CheckpointError, Decoder, ModelError, OptionError, Source, aligned, unknown
 from causalprune.models.anatomy import check_config, inspect_model, outline
 from causalprune.models.classes import class_for
 from causalprune.models.context import positions
@@ -92,6 +92,8 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
             tokenizer = AutoTokenizer.from_pretrained(folder, **options) if known else None
             if device_map is None:
                 model.to(device)
+                for parameter in model.parameters():
+                    parameter.data = aligned(parameter.data)
             weakref.finalize(model, stack.pop_all().close)
     except _LOAD_ERRORS as error:
         raise _load_error(name, error, local=local) from error

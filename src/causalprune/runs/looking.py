@@ -17,6 +17,7 @@ from causalprune.calibration import (
     encode,
     load_problems,
     on_date,
+    usable,
     with_limit,
 )
 from causalprune.checkpoints import resolve
@@ -80,22 +81,13 @@ def _looked(
 ) -> Looked:
     if not 1 <= row <= len(problems):
         raise OptionError(f"{name} has {len(problems)} rows: there is no row {row}")
-    examples, out, seen = [encode(reader, problem) for problem in problems], reader.skipped, set()
+    examples, seen = [encode(reader, problem) for problem in problems], set[tuple[str, str]]()
     for problem, example in zip(problems, examples, strict=True):
-        key = problem.content, problem.target
-        out.open_turns += problem.open_turns
-        if problem.content in elsewhere:
-            out.excluded += 1
-            out.also_in[elsewhere[problem.content]] += 1
-        elif key in seen:
-            out.duplicate += 1
-        elif len(example.tokens) > reader.limit:
-            out.too_long += 1
-        seen.add(key)
+        usable(reader, problem, elsewhere, seen, example)
     return Looked(
         name,
         len(problems),
-        out,
+        reader.skipped,
         _spread([len(example.tokens) for example in examples]),
         _spread([example.target_tokens for example in examples]),
         tuple(_pieces(reader.tokenizer, examples[row - 1])),

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from causalprune.core import CheckpointError, Decoder, Layer, Projection, room
+from causalprune.core import CheckpointError, Decoder, Layer, Projection, aligned, room
 from causalprune.interventions import LayerInputs, replaced_forward
 from causalprune.models import Entry, as_saved, raw_bytes
 from causalprune.streaming.stored import Sources
@@ -105,7 +105,7 @@ class Residence:
             if newer is not None:
                 values = newer.clone()
             elif len(parts) == 1:
-                values = parts[0].read().to(self._dtype)
+                values = aligned(parts[0].read().to(self._dtype))
             else:
                 values = torch.empty(parameter.shape, dtype=self._dtype)
                 for p, entry in zip(self.views(name), parts, strict=True):
