@@ -127,7 +127,9 @@ def _configured(decoder: Decoder, kept: Kept) -> Any:
         _fewer_layers(config, kept.layers)
     _validate(whole)
     _validate(config)
-    return whole
+    again = type(whole).from_dict(whole.to_dict())  # as it will be loaded: not every field comes back
+    again._attn_implementation = whole._attn_implementation  # noqa: SLF001
+    return again
 
 
 def _narrower(config: Any, width: int) -> None:
