@@ -4,6 +4,7 @@ python bench/families.py         # all that is not there yet (about an hour on t
 python bench/families.py inspect # a configuration of 700 billion weights
 python bench/families.py experts # SparseGPT on stacks of experts, against the build before
 python bench/families.py wanda   # loading and Wanda on two real models, against the build before
+python bench/families.py hybrids # two hybrids trained here, pruned by four methods (an hour)
 python bench/families.py sweep   # every type of the installed transformers as a tiny model, and docs/families.md
 python bench/families.py qwen    # Qwen2.5-Coder-0.5B-Instruct: 336 heads within a budget, on two draws
 python bench/families.py gemma   # Gemma 3 270M: one KV head for four heads, sliding windows: exact and cheaper
@@ -23,6 +24,7 @@ from typing import Any
 
 from before import alternate, before
 from common import ROOT, RUNS, data_folder, record, write_figures
+from hybrids import hybrids
 from models import fetched
 from sweep import figures as sweep_figures
 from sweep import sweep, write_page
@@ -202,6 +204,7 @@ STEPS = {
     "inspect": whole_configuration,
     "experts": experts,
     "wanda": wanda,
+    "hybrids": hybrids,
     "qwen": qwen,
     "gemma": gemma,
 }

@@ -37,7 +37,7 @@ from causalprune import Method, load, prune, save
 from causalprune.core.errors import CausalPruneError
 from causalprune.evaluation.results import read_json, write_json
 
-SECONDS = 240
+SECONDS = 600
 """For one check, at most."""
 NAMED = [
     "qwen3_5",
