@@ -69,6 +69,9 @@ from .sharing import (
     reserve as reserve,
 )
 from .verification import (
+    Finding as Finding,
+)
+from .verification import (
     Verification as Verification,
 )
 from .verification import (

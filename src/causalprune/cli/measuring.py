@@ -1,5 +1,6 @@
 """Commands that look at a model, measure it and compare what was measured."""
 
+import contextlib
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,12 +11,12 @@ import typer
 from causalprune.cli import options as opt
 from causalprune.cli.groups import grouped
 from causalprune.cli.options import app
-from causalprune.cli.output import AsJson, console, document
-from causalprune.core import OptionError
+from causalprune.cli.output import AsJson, console, document, voice
+from causalprune.core import ModelError, OptionError
 
 if TYPE_CHECKING:
     from causalprune.core import Effects
-    from causalprune.runs import AttributionSpec, Options
+    from causalprune.runs import AttributionSpec, ModelSpec, Options
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def inspect(
 ) -> None:
     """Show what was found in a model: layers, units, what is prunable, what is left out and why, what pruning takes.
 
-    Reads the configuration alone, unless --weights is given.
+    Reads the configuration alone, unless --weights is given. Of a GGUF file it shows what is in that: types, bytes, zeros.
     """
     from causalprune.checkpoints import count_zeros, unknown_tensors
     from causalprune.cli import tables
@@ -125,6 +126,9 @@ def inspect(
     from causalprune.runs import load, outlined
 
     spec = model.spec()
+    if spec.name.endswith(".gguf"):
+        _show_file(spec, weights, as_json)
+        return
     decoder = load(spec) if weights else outlined(spec)
     found = summary(decoder)
     if weights:
@@ -135,6 +139,21 @@ def inspect(
         found["left_out"]["unknown to the class"] = sizes
     console.print(tables.inspection(spec.name, found))
     document(as_json, **found)
+
+
+def _show_file(spec: "ModelSpec", weights: bool, as_json: bool) -> None:
+    """Show what is in a GGUF file, and what can be pruned in it where transformers reads it."""
+    from causalprune.cli import tables
+    from causalprune.models import summary
+    from causalprune.runs import outlined
+    from causalprune.shipping import looked_into
+
+    with voice.stage("reading") as progress:
+        held = looked_into(Path(spec.name).expanduser(), zeros=weights, progress=progress)
+    with contextlib.suppress(ModelError):  # llama.cpp runs more than transformers reads
+        held = summary(outlined(spec)) | held
+    console.print(tables.inspection(spec.name, {k: v for k, v in held.items() if k != "tensors"}))
+    document(as_json, **held)
 
 
 @app.command()

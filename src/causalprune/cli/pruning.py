@@ -341,7 +341,12 @@ def shrink(
 @app.command()
 @grouped
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint written by causalprune, or made from one.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="A checkpoint written by causalprune, or made from one: a folder, or a GGUF file."
+        ),
+    ],
     against: Annotated[
         Path | None,
         typer.Option(help="The pruned checkpoint that FOLDER was made from (fine-tuned, merged)."),
@@ -349,11 +354,19 @@ def verify(
     loading: opt.LoadingOptions = opt.LoadingOptions(device="cpu"),
     as_json: AsJson = False,
 ) -> None:
-    """Recount the zeros of a checkpoint and compare its files with the manifest; exit code 1 if zeros were lost, not for a file that changed."""
+    """Recount the zeros of a checkpoint and compare its files with the manifest; exit code 1 if zeros were lost, not for a file that changed.
+
+    Zeros of a GGUF file are those that come out of its types, compared with what was there before it was quantised.
+    """
     from causalprune.checkpoints import verify as check
     from causalprune.cli import tables
+    from causalprune.shipping import verify_file
 
-    report = check(folder, against=against, **asdict(loading))
+    if folder.suffix == ".gguf":
+        with voice.stage("counting zeros") as progress:
+            report = verify_file(folder, against=against, progress=progress)
+    else:
+        report = check(folder, against=against, **asdict(loading))
     console.print(tables.verification(report), soft_wrap=True, highlight=False, markup=False)
     document(as_json, **vars(report), ok=report.ok, sparsity_holds=report.sparsity_holds)
     if not report.sparsity_holds:

@@ -1,6 +1,8 @@
 """Tables of results, as rich renderables and as Markdown: nothing here measures anything."""
 
 import math
+import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +16,7 @@ from causalprune.core import Effects, EvalResult, unknown
 from causalprune.evaluation import Row, Tried, answered, headline, interval, of_task, paired_difference
 from causalprune.reports import RELIABLE_FROM, SPEED_OF_ZEROS, Verdict, measured, reliability_word
 from causalprune.runs import Looked, Outcome, Plan
+from causalprune.shipping import Written
 
 STYLES = {"better": "green", "worse": "red"}
 STRONGEST = 10
@@ -294,3 +297,23 @@ def verification(report: Verification) -> str:
     if report.ok:
         return f"{head}; as the manifest says"
     return "\n".join([head, *(f"  {finding.message}" for finding in report.findings)])
+
+
+def shipped(made: Written) -> str:
+    """Return what became of a checkpoint as a file, a line each: size, types, zeros, where it is, and how to run it."""
+    types = Counter[str]()
+    for own in made.matrices:
+        types[own.type] += own.weights
+    total = sum(types.values())
+    shares = ", ".join(f"{kind} {n / total:.1%}" for kind, n in types.most_common())
+    zeros = f"{made.kept:,} of {made.zeros_before:,} weights that were zero are in the file ({made.zeros:,} with those made by rounding)"
+    lost = made.kept < 0.99 * made.zeros_before
+    return "\n".join(
+        [
+            f"size: {made.bytes / 1e6:.1f} MB ({made.mix}: {shares} of the weights in matrices)",
+            f"zeros: {zeros}"
+            + ("; types with an offset for each block, as Q4_K, do not keep them" if lost else ""),
+            f"saved: {made.file}",
+            f"next: llama-cli -m {shlex.quote(str(made.file))}",
+        ]
+    )

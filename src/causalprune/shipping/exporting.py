@@ -1,0 +1,81 @@
+"""A checkpoint as one GGUF file: converted, quantised, and its tokens compared with those of the checkpoint."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from causalprune.core import CheckpointError, ModelError, Stage, quiet, unknown
+from causalprune.models import tokenizer_of
+from causalprune.shipping.converting import convert
+from causalprune.shipping.files import Importance, Written, quantise
+from causalprune.shipping.mixtures import MIXES
+from causalprune.shipping.running import running, same_tokens
+
+
+@dataclass(frozen=True)
+class Exporting:
+    """How a file is made: the rule by which texts are cut, where the converter does not know it, and whether a file is replaced.
+
+    `check` loads the file in llama.cpp and compares how it cuts some texts with what the checkpoint's tokenizer does.
+    """
+
+    pre_tokenizer: str = ""
+    trust_remote_code: bool = False
+    overwrite: bool = False
+    check: bool = True
+
+
+def check_export(folder: Path, target: Path, mix: str, how: Exporting = Exporting()) -> None:
+    """Raise a `CausalPruneError` for what would fail later: a type that is none, a file that is there, a disk without room."""
+    if mix not in MIXES:
+        raise unknown("GGUF type", mix, MIXES)
+    if target.exists() and not how.overwrite:
+        raise CheckpointError(f"{target} exists: --overwrite replaces it")
+    if target.suffix != ".gguf":
+        raise CheckpointError(f"{target} is to be a GGUF file: give it a name that ends in .gguf")
+    place = next(path for path in (target.absolute().parent, *target.absolute().parents) if path.is_dir())
+    size, free = (
+        sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        shutil.disk_usage(place).free,
+    )
+    if 2 * size > free:
+        raise CheckpointError(
+            f"{place} has {free / 1e9:.1f} GB of room, and it takes up to {2 * size / 1e9:.1f} GB to convert {folder.name}"
+        )
+
+
+def export(
+    folder: Path,
+    target: Path,
+    mix: str,
+    importance: Importance | None = None,
+    how: Exporting = Exporting(),
+    stage: Stage = quiet,
+) -> Written:
+    """Write the checkpoint in a folder as a GGUF file of a mix, with its tokenizer and chat template.
+
+    Raises:
+        ModelError: llama.cpp's converter does not know the family or the tokenizer, or the file cuts texts otherwise.
+        OptionError: the mix is none, or needs an importance matrix.
+        CheckpointError: the file cannot be written.
+    """
+    check_export(folder, target, mix, how)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".gguf-") as scratch:
+        whole, made = Path(scratch) / "whole.gguf", Path(scratch) / "made.gguf"
+        with stage("converting"):
+            convert(folder, whole, pre_tokenizer=how.pre_tokenizer, trust_remote_code=how.trust_remote_code)
+        with stage(f"quantising to {mix}") as progress:
+            written = quantise(whole, made, mix, importance, progress)
+        whole.unlink()
+        if how.check:
+            with stage("comparing tokens"), running(made, context=256) as run:
+                other = same_tokens(run, tokenizer_of(folder))
+            if other is not None:
+                raise ModelError(
+                    f"the tokenizer of {str(folder)!r} cuts {other!r} otherwise than the file does in llama.cpp: nothing is "
+                    "written; --pre-tokenizer names another rule"
+                )
+        made.replace(target)
+    return Written(target, mix, written.bytes, written.matrices, written.zeros_before)

@@ -1,0 +1,108 @@
+"""Tiny models of families that llama.cpp runs, with tokenizers trained on the spot, as folders."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from families import tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    BloomConfig,
+    CohereConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OlmoeConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    StableLmConfig,
+    Starcoder2Config,
+)
+
+PRE = {"qwen2": "qwen2"}
+"""How tokenizers of a family cut texts, by llama.cpp's name for it, where transformers gives them a class of their own; else gpt-2."""
+SIZE, ROWS = 400, 416
+"""Tokens, and rows of the embedding: more, as in most models."""
+TEXT = (
+    "Ann has 3 pears and gets 14 more. How many pears has she now? She has 3+14=17 pears. The quick brown fox jumps over "
+    "13 lazy dogs, x = [3.14, 42]; print(x) for i in range(10): naïve café. "
+)
+_SHAPE: dict[str, Any] = {
+    "vocab_size": ROWS,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GROUPED = _SHAPE | {"num_key_value_heads": 2}
+_WIDE = _GROUPED | {"head_dim": 32}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_ROPE = {"rope_theta": 10000.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**_GROUPED, tie_word_embeddings=True),
+    "llama3": lambda: LlamaConfig(**_GROUPED, rope_parameters=_ROPE),
+    "mistral": lambda: MistralConfig(**_GROUPED, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**_GROUPED, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**_WIDE),
+    "gemma3": lambda: Gemma3TextConfig(
+        **(_WIDE | {"vocab_size": SIZE}), query_pre_attn_scalar=32, sliding_window=64
+    ),
+    "gpt2": lambda: GPT2Config(**{k: v for k, v in _SHAPE.items() if k != "intermediate_size"}),
+    "gpt_neox": lambda: GPTNeoXConfig(**_SHAPE),
+    "starcoder2": lambda: Starcoder2Config(**_GROUPED, sliding_window=None),
+    "stablelm": lambda: StableLmConfig(**_GROUPED),
+    "granite": lambda: GraniteConfig(**_GROUPED),
+    "olmo2": lambda: Olmo2Config(**_GROUPED),
+    "cohere": lambda: CohereConfig(**_GROUPED),
+    "bloom": lambda: BloomConfig(vocab_size=ROWS, hidden_size=64, n_layer=2, n_head=4),
+    "mixtral": lambda: MixtralConfig(
+        **_GROUPED, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
+    ),
+    "olmoe": lambda: OlmoeConfig(**_SHAPE, num_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": lambda: Qwen2MoeConfig(**_GROUPED, **_EXPERTS, shared_expert_intermediate_size=32),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**_WIDE, **_EXPERTS, norm_topk_prob=True),
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of `SIZE` tokens that knows every byte."""
+    own = Tokenizer(models.BPE())
+    own.pre_tokenizer, own.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special, alphabet = ["<pad>", "<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
+    own.train_from_iterator(
+        [TEXT], trainers.BpeTrainer(vocab_size=SIZE, special_tokens=special, initial_alphabet=alphabet)
+    )
+    missing = SIZE - own.get_vocab_size()
+    own.add_tokens([f"<unused{i}>" for i in range(missing)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=own,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def write(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """Save a tiny random model of a family and its tokenizer as a folder."""
+    config = CONFIGS[family]()
+    config.update(changes)
+    model = tiny(AutoConfig.for_model(**config.to_dict()) if changes else config)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder

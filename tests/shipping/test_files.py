@@ -1,0 +1,183 @@
+"""GGUF files that are written: types, tokens and zeros as they should be, and every broken file refused in one line."""
+
+import ctypes
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shipped
+import torch
+from conftest import Run, assert_refused
+from gguf import GGUFReader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from causalprune import models
+from causalprune.core.errors import CheckpointError, ModelError, OptionError
+from causalprune.core.types import Calibration, Example
+from causalprune.shipping.converting import convert
+from causalprune.shipping.files import decoded, encoded, field, opened, planned, quantise
+from causalprune.shipping.recounting import looked_into, verify_file
+from causalprune.shipping.running import running, same_tokens
+from causalprune.shipping.weighing import importance
+
+TYPES = (
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_NL",
+    "IQ4_XS",
+    "IQ3_S",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama, half of whose MLP is zero, with a chat template."""
+    folder = shipped.write(tmp_path_factory.mktemp("model") / "tiny")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight[:, ::2] = 0
+    model.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    file = folder.with_name("whole.gguf")
+    convert(folder, file, pre_tokenizer="gpt-2")
+    return file
+
+
+@pytest.fixture(scope="module")
+def eights(whole: Path) -> Path:
+    return quantise(whole, whole.with_name("q8_0.gguf"), "q8_0").file
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_weights_are_quantised_as_llama_cpp_does(kind: str) -> None:
+    import gguf
+    import xllamacpp
+
+    chunk = ctypes.CDLL(xllamacpp.xllamacpp.__file__).ggml_quantize_chunk
+    chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    random = np.random.default_rng(0)
+    weights = random.standard_normal((4, 512), np.float32) * (random.random((4, 512)) > 0.5)
+    weighing = random.random(512, np.float32)
+    for own in (None, weighing):
+        data = encoded(weights, kind, None if own is None else own[None])
+        theirs, number = np.zeros_like(data), int(gguf.GGMLQuantizationType[kind])
+        pointers = weights.ctypes.data, theirs.ctypes.data
+        chunk(number, *pointers, 0, 4, 512, None if own is None else own.ctypes.data)
+        assert (data == theirs).all()
+        assert (decoded(data, kind) == gguf.quants.dequantize(data, gguf.GGMLQuantizationType(number))).all()
+
+
+def test_a_file_says_what_the_checkpoint_does(whole: Path, eights: Path) -> None:
+    before, after = GGUFReader(whole), GGUFReader(eights)
+    for key in before.fields:
+        if not key.startswith(("GGUF.", "general.file_type", "general.quantization_version")):
+            assert after.fields[key].contents() == before.fields[key].contents(), key
+    assert field(after, "tokenizer.chat_template") == "{{ messages[0]['content'] }}"
+    assert [t.name for t in after.tensors] == [t.name for t in before.tensors]
+
+
+def test_a_mix_falls_back_where_its_blocks_do_not_fit(whole: Path) -> None:
+    written = quantise(whole, whole.with_name("q4_k_m.gguf"), "q4_k_m")
+    assert {own.type for own in written.matrices} == {"Q5_0", "Q8_0"}
+    assert planned(opened(written.file), "f16", weighted=False)["output_norm.weight"] == "F32"
+
+
+def test_running_gives_the_same_tokens_and_logits(folder: Path, whole: Path) -> None:
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokens = tokenizer.encode(shipped.TEXT)[:30]
+    with running(whole, context=128, exact=True) as run, torch.inference_mode():
+        assert same_tokens(run, tokenizer) is None
+        for length in (3, 30):
+            expected = model(torch.tensor([tokens[:length]])).logits[0, -1].double().log_softmax(-1).numpy()
+            found = run.log_probabilities(tokens[:length], shipped.ROWS)
+            assert np.abs(found - expected).max() <= 1e-3 * np.ptp(expected)
+        text, speed = run.write(tokens[:5], 4)
+    assert speed > 0
+    written = model.generate(torch.tensor([tokens[:5]]), max_new_tokens=4, do_sample=False)[0, 5:]
+    assert text == tokenizer.decode(written)
+
+
+def test_zeros_are_counted_where_they_come_out(whole: Path, eights: Path) -> None:
+    kept = quantise(whole, whole.with_name("kept.gguf"), "q8_0")
+    lost = quantise(whole, whole.with_name("lost.gguf"), "q4_1")
+    assert kept.kept == kept.zeros_before == 2 * 96 * 32
+    assert lost.kept < 0.1 * lost.zeros_before
+    assert verify_file(eights).sparsity_holds
+    found = verify_file(lost.file)
+    assert [finding.problem for finding in found.findings] == ["lost", "lost"]
+    assert found.findings[0].message.startswith("blk.0.ffn_up.weight (Q4_1): ")
+    held = looked_into(eights, zeros=True)
+    assert held["zeros_before_quantising"] == kept.zeros_before
+    assert sum(own["zeros"] for own in held["types"].values()) == kept.zeros
+    with pytest.raises(CheckpointError, match="--against"):
+        verify_file(whole)
+
+
+def test_an_importance_matrix_spares_what_is_used(folder: Path) -> None:
+    decoder = models.load(str(folder), device="cpu")
+    tokens = tuple(range(5, 45))
+    seen = importance(decoder, Calibration((Example(tokens, 1, "x", "x"),), (0,)))
+    names = {f"blk.{i}.{part}.weight" for i in (0, 1) for part in ("attn_q", "attn_output", "ffn_down")}
+    assert names <= seen.keys()
+    weights = decoder.projections[-1].read().numpy()
+    own = seen["blk.1.ffn_down.weight"]
+    errors = [
+        float((own * (decoded(encoded(weights, "Q4_0", how), "Q4_0") - weights) ** 2).sum())
+        for how in (None, own)
+    ]
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.1, 0.5, 0.9, 0.999])
+def test_a_cut_file_is_refused(eights: Path, share: float, tmp_path: Path) -> None:
+    data = eights.read_bytes()
+    file = tmp_path / "cut.gguf"
+    file.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(ModelError, match=r"cut|no GGUF"):
+        opened(file)
+
+
+def test_a_file_that_contradicts_itself_is_refused(whole: Path, tmp_path: Path) -> None:
+    for key, name in (("llama.block_count", "layers"), ("llama.embedding_length", "embedding_length")):
+        file = Path(shutil.copy(whole, tmp_path / "other.gguf"))
+        reader = GGUFReader(file, "r+")
+        reader.fields[key].parts[-1][0] += 1
+        del reader
+        with pytest.raises(ModelError, match=name):
+            opened(file)
+
+
+def test_mistakes_are_said_in_one_line(folder: Path, whole: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "there.gguf").write_bytes(b"GGUF")
+    other = Path(shutil.copytree(folder, tmp_path / "code"))
+    (other / "config.json").write_text('{"auto_map": {}}', encoding="utf-8")
+    for words, said in (
+        ((folder, "-o", tmp_path / "a.gguf", "--gguf", "q4_km"), "did you mean 'q4_k_m'"),
+        ((folder, "-o", tmp_path / "there.gguf"), "--overwrite"),
+        ((folder, "-o", tmp_path / "a.bin"), ".gguf"),
+        ((tmp_path, "-o", tmp_path / "a.gguf"), "no config.json"),
+        ((other, "-o", tmp_path / "a.gguf"), "--trust-remote-code"),
+    ):
+        output = words[2]
+        if output.name == "there.gguf":
+            assert said in run("export", *words)[2]
+        else:
+            assert_refused(run("export", *words), said, output)
+    with pytest.raises(OptionError, match="-t gsm8k"):
+        quantise(whole, tmp_path / "a.gguf", "q2_k_s")
+    assert not (tmp_path / "a.gguf").exists()
