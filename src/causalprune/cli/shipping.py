@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 
@@ -10,9 +10,10 @@ from causalprune.cli import options as opt
 from causalprune.cli.groups import grouped
 from causalprune.cli.options import app
 from causalprune.cli.output import AsJson, document, say
+from causalprune.core import OptionError, unknown
 
 if TYPE_CHECKING:
-    from causalprune.shipping import Importance
+    from causalprune.shipping import Importance, Limit
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,23 @@ class WeighingOptions(opt.CalibrationOptions):
 
 
 @dataclass(frozen=True)
-class FileOptions:
-    """How the file is made."""
+class CuttingOptions:
+    """How the file's tokenizer cuts texts."""
 
     panel: ClassVar[str] = "File"
+
+    pre_tokenizer: Annotated[
+        str,
+        typer.Option(
+            help="How texts are cut before merges, by llama.cpp's name for it (gpt-2, llama-bpe, qwen2, …): where its converter "
+            "does not know the tokenizer."
+        ),
+    ] = ""
+
+
+@dataclass(frozen=True)
+class FileOptions(CuttingOptions):
+    """How the file is made."""
 
     gguf: Annotated[
         str,
@@ -57,13 +71,6 @@ class FileOptions:
             "q4_0, iq4_xs, q3_k_m, q2_k, …",
         ),
     ] = "q4_k_m"
-    pre_tokenizer: Annotated[
-        str,
-        typer.Option(
-            help="How texts are cut before merges, by llama.cpp's name for it (gpt-2, llama-bpe, qwen2, …): where its converter "
-            "does not know the tokenizer."
-        ),
-    ] = ""
     check: Annotated[
         bool,
         typer.Option(
@@ -105,3 +112,115 @@ def export(
     say(tables.shipped(made))
     zeros = {"zeros": made.zeros, "zeros_before": made.zeros_before, "zeros_kept": made.kept}
     document(as_json, saved=made.file, mix=mix, bytes=made.bytes, **zeros, tensors=made.matrices)
+
+
+@dataclass(frozen=True)
+class LimitOptions:
+    """What the file has to meet: one of three."""
+
+    panel: ClassVar[str] = "Limit"
+
+    size: Annotated[
+        str | None, typer.Option(help="The file has at most so many bytes: 400MB (10⁶ bytes), 1.5GB.")
+    ] = None
+    speed: Annotated[
+        str | None,
+        typer.Option(
+            help="It writes so many times as fast as the whole model at Q8_0, in llama.cpp here: 1.5x."
+        ),
+    ] = None
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="It keeps this share of dense's likelihood per token, or of the problems that it solves."
+        ),
+    ] = None
+
+    def limit(self) -> "Limit":
+        """Return the one that is named."""
+        from causalprune.shipping import limit_of
+
+        return limit_of(self.size, self.speed, self.keep)
+
+
+@dataclass(frozen=True)
+class TriedOptions:
+    """What is tried."""
+
+    panel: ClassVar[str] = "Method"
+
+    types: Annotated[str, typer.Option(help="Types and mixes of llama.cpp that are tried, by commas.")] = (
+        "q8_0,q6_k,q5_k_m,q4_k_m,iq4_xs,q3_k_m,q2_k"
+    )
+    shares: Annotated[
+        str,
+        typer.Option(help="Shares of all parameters that go, tried in turn as long as they pay, by commas."),
+    ] = "0.1,0.2,0.3"
+    update: Annotated[
+        Literal["none", "obs", "refit", "distill", "adam"],
+        typer.Option(help="What stays makes up for what goes: refit, distill after that, obs, or none."),
+    ] = "refit"
+
+    def tried(self) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """Return types and shares; raises `OptionError` for what is none."""
+        from causalprune.shipping import MIXES
+
+        types = tuple(name.strip().lower() for name in self.types.split(",") if name.strip())
+        for name in types:
+            if name not in MIXES:
+                raise unknown("GGUF type", name, MIXES)
+        try:
+            shares = tuple(sorted(float(share) for share in self.shares.split(",") if share.strip()))
+        except ValueError as error:
+            raise OptionError(f"shares are numbers by commas, as 0.1,0.2, not {self.shares!r}") from error
+        if not types or not all(0 < share < 1 for share in shares):
+            raise OptionError("name one type at least, and shares above 0 and below 1")
+        return types, shares
+
+
+@app.command()
+@grouped
+def fit(
+    *,
+    model: opt.ModelOptions,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder; a stopped search goes on there.")],
+    on: Annotated[
+        str, typer.Option("--on", help="The one measure that decides, as gsm8k_nll:200 or gsm8k_answers:200.")
+    ],
+    limit: LimitOptions,
+    data: opt.MixedOptions = opt.MixedOptions(n=48),
+    method: TriedOptions,
+    answers: opt.AnswerOptions,
+    file: CuttingOptions,
+    running: opt.RunningOptions,
+    as_json: AsJson = False,
+) -> None:
+    """Find the file to ship: the best GGUF file of a model for a task within a limit on size, speed or loss; needs causalprune[ship].
+
+    Tries types of llama.cpp and smaller models, predicts before it measures, chooses by one half of the problems and reports
+    the other. Writes model.gguf, frontier.json and frontier.html. That no pruning is best is an answer too.
+    """
+    from causalprune.evaluation import Settings, load_scorers
+    from causalprune.pruning import TRAINS
+    from causalprune.reports import found
+    from causalprune.runs import Asked
+    from causalprune.runs import fit as fitted
+    from causalprune.shipping import Exporting
+
+    types, shares = method.tried()
+    settings = Settings(
+        data_dir=data.reading.data_dir,
+        seed=data.reading.seed,
+        chat=data.reading.chat,
+        answer=answers.answer,
+        max_new_tokens=answers.max_new_tokens,
+        scorers=load_scorers(answers.scorer),
+    )
+    how = Exporting(file.pre_tokenizer, model.loading.trust_remote_code)
+    asked = Asked(limit.limit(), on, settings, types, shares, method.update, how)
+    wanted = data.spec(1).settled(trains=method.update in TRAINS)
+    made = fitted(model.spec(), wanted, output, asked, running.options(data.reading.data_dir))
+    for line in found(made.record):
+        say(line)
+    say(f"saved: {made.file}\nmodel: {made.checkpoint}\nnext: llama-cli -m {made.file}")
+    document(as_json, saved=made.file, checkpoint=made.checkpoint, **made.record)

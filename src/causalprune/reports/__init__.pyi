@@ -11,6 +11,15 @@ from .evidence import (
 from .evidence import (
     measured as measured,
 )
+from .frontiers import (
+    FRONTIER_PAGE as FRONTIER_PAGE,
+)
+from .frontiers import (
+    found as found,
+)
+from .frontiers import (
+    frontier_page as frontier_page,
+)
 from .heatmaps import heatmap as heatmap
 from .judging import (
     RELIABLE_FROM as RELIABLE_FROM,

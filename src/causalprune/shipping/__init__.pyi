@@ -7,18 +7,51 @@ from .exporting import (
 from .exporting import (
     export as export,
 )
+from .exporting import (
+    plans as plans,
+)
 from .files import (
     Importance as Importance,
 )
 from .files import (
     Written as Written,
 )
+from .frontier import (
+    Limit as Limit,
+)
+from .frontier import (
+    Point as Point,
+)
+from .frontier import (
+    best as best,
+)
+from .frontier import (
+    half as half,
+)
+from .frontier import (
+    kept as kept,
+)
+from .frontier import (
+    limit_of as limit_of,
+)
+from .frontier import (
+    pays_below as pays_below,
+)
+from .frontier import (
+    worse as worse,
+)
+from .frontier import (
+    worth_measuring as worth_measuring,
+)
+from .mixtures import MIXES as MIXES
 from .recounting import (
     looked_into as looked_into,
 )
 from .recounting import (
     verify_file as verify_file,
 )
+from .rounding import rounded as rounded
+from .running import running as running
 from .weighing import (
     importance as importance,
 )

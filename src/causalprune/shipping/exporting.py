@@ -2,13 +2,14 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from causalprune.core import CheckpointError, ModelError, Stage, quiet, unknown
 from causalprune.models import tokenizer_of
 from causalprune.shipping.converting import convert
-from causalprune.shipping.files import Importance, Written, quantise
+from causalprune.shipping.files import Importance, Written, file_bytes, opened, planned, quantise
 from causalprune.shipping.mixtures import MIXES
 from causalprune.shipping.running import running, same_tokens
 
@@ -24,6 +25,14 @@ class Exporting:
     trust_remote_code: bool = False
     overwrite: bool = False
     check: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a file will be: its bytes, and the type of every tensor."""
+
+    bytes: int
+    types: dict[str, str]
 
 
 def check_export(folder: Path, target: Path, mix: str, how: Exporting = Exporting()) -> None:
@@ -43,6 +52,16 @@ def check_export(folder: Path, target: Path, mix: str, how: Exporting = Exportin
         raise CheckpointError(
             f"{place} has {free / 1e9:.1f} GB of room, and it takes up to {2 * size / 1e9:.1f} GB to convert {folder.name}"
         )
+
+
+def plans(folder: Path, mixes: Iterable[str], scratch: Path, how: Exporting = Exporting()) -> dict[str, Plan]:
+    """Return what a checkpoint becomes in every mix with an importance matrix, by converting it once into the folder `scratch`."""
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".gguf-") as place:
+        whole = Path(place) / "whole.gguf"
+        convert(folder, whole, pre_tokenizer=how.pre_tokenizer, trust_remote_code=how.trust_remote_code)
+        reader = opened(whole)
+        found = {mix: planned(reader, mix, weighted=True) for mix in mixes}
+        return {mix: Plan(file_bytes(reader, types), types) for mix, types in found.items()}
 
 
 def export(

@@ -165,6 +165,17 @@ def planned(reader: Any, mix: str, *, weighted: bool) -> dict[str, str]:
     return {t.name: types[t.name] or t.tensor_type.name for t in reader.tensors}
 
 
+def file_bytes(reader: Any, types: Mapping[str, str]) -> int:
+    """Return the size of a file with these types: what is before its tensors, to which our own record is added, and these."""
+    from gguf import GGMLQuantizationType as Types  # noqa: PLC0415  an extra
+
+    align = reader.alignment
+    sizes = [_size(Types[types[t.name]], shape_of(t)) for t in reader.tensors]
+    record = sum(len(t.name) + 12 for t in reader.tensors if len(t.shape) > 1) + 100
+    head = min(int(t.data_offset) for t in reader.tensors) + record
+    return sum(-(-size // align) * align for size in (head, *sizes))
+
+
 def _first(value: Any) -> int:
     """Return a number that may be there for every layer."""
     return int(next(iter(value), 0) if isinstance(value, list) else value or 0)

@@ -21,7 +21,8 @@ _PARTS = {
     "up": ("ffn_up",),
     "down": ("ffn_down",),
 }
-_ENDS = {"heads": "", "mlp": "", "shared": "_shexp", "experts": "_exps"}
+ENDS = {"heads": "", "mlp": "", "shared": "_shexp", "experts": "_exps"}
+"""What the names of matrices end with in GGUF, by the place of the units in them."""
 
 
 def importance(decoder: Decoder, calibration: Calibration, progress: Progress = silent) -> Importance:
@@ -39,9 +40,9 @@ def importance(decoder: Decoder, calibration: Calibration, progress: Progress = 
         progress(done, len(groups))
     found: dict[str, list[Tensor]] = {}
     for p in decoder.projections:
-        if p.role in _PARTS and p.place in _ENDS:
+        if p.role in _PARTS and p.place in ENDS:
             for part in _PARTS[p.role]:
-                name = f"blk.{p.layer}.{part}{_ENDS[p.place]}.weight"
+                name = f"blk.{p.layer}.{part}{ENDS[p.place]}.weight"
                 found.setdefault(name, []).append(_squares(norms, p))
     return {name: np.stack([own.numpy() for own in parts]) for name, parts in found.items()}
 

@@ -1,0 +1,150 @@
+"""The page of a search for the file to ship: size against what it costs, predicted and measured, and which was chosen."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from causalprune.evaluation import write_text
+from causalprune.reports.page import bounds, number
+
+FRONTIER_PAGE = "frontier.html"
+WIDE, HIGH, LEFT, LOW = 860, 420, 70, 40
+STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+PAGE = Markup(
+    '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+    "<title>{title}</title><style>{style}</style></head><body><main><h1>{title}</h1>"
+    '<div class="card verdict holds">{said}</div><div class="card"><h2>Size against the task</h2>{drawing}{note}</div>'
+    '<div class="card"><h2>Every file</h2><div class="scroll">{table}</div></div></main></body></html>'
+)
+
+
+def frontier_page(record: Mapping[str, Any], file: Path) -> Path:
+    """Write the page of what `fit` found to a file, and return that."""
+    said = Markup("").join(Markup("<p>{}</p>").format(line) for line in found(record))
+    note = Markup('<p class="note">{}</p>').format(
+        "Circles were measured and crosses only predicted, each the rise to dense on the problems that decide; the larger the "
+        "mark, the more parameters are gone. Those in the table are of the other problems, which nothing was chosen by."
+    )
+    parts = {"drawing": _drawing(record), "note": note, "table": _table(record), "said": said}
+    text = PAGE.format(title=f"{record['model']}: the file to ship", style=Markup(STYLE), **parts)  # noqa: S704 (our own file)
+    write_text(file, text)
+    return file
+
+
+def found(record: Mapping[str, Any]) -> list[str]:
+    """Return in sentences what a search found."""
+    chosen, limit, unit = (
+        record["chosen"],
+        record["limit"]["said"],
+        "" if record["metric"] == "accuracy" else " nats",
+    )
+    whole = f"quantise to {chosen['mix']} and do not prune"
+    smaller = f"remove {chosen['share']:.0%} of the parameters and quantise to {chosen['mix']}"
+    own = chosen["minus_dense"]
+    lines = [
+        f"{smaller if chosen['share'] else whole}: {record['file']['bytes'] / 1e6:.1f} MB, {limit}",
+        f"{record['on']}, on {record['dense']['problems']} problems that decided nothing: {number(own['difference'], sign='+', digits=3)} "
+        f"{bounds(own)} to dense at {number(record['dense']['value'])}; {chosen['kept']:.1%} kept",
+    ]
+    if (over := record["minus_best_whole"]) is not None:
+        lines.append(
+            f"against the best file of its size or smaller without pruning, {record['best_whole']}: "
+            f"{number(over['difference'], sign='+', digits=3)} {bounds(over)}{unit}"
+        )
+    below = record["pays_below_bytes"]
+    lines.append(
+        f"removing parameters beats quantising further below {below / 1e6:.1f} MB, on the problems that decide"
+        if below
+        else "removing parameters beat quantising further at no size that was measured"
+    )
+    for name, speed in record.get("speeds", {}).items():
+        lines.append(
+            f"speed of {name}: {speed['over_dense']:.2f} × dense at Q8_0, {speed['tokens_per_second']:.1f} tokens/s"
+        )
+    return lines
+
+
+def _drawing(record: Mapping[str, Any]) -> Markup:
+    points = [p for p in record["points"] if _height(p) is not None]
+    if not points:
+        return Markup("")
+    most, top = (
+        max(p["bytes"] for p in points) * 1.05,
+        max(0.01, *(_height(p) or 0.0 for p in points)) * 1.1,
+    )
+    low = min(0.0, *(_height(p) or 0.0 for p in points))
+
+    def at(point: Mapping[str, Any]) -> tuple[float, float]:
+        share = ((_height(point) or 0.0) - low) / (top - low)
+        return LEFT + (WIDE - LEFT - 20) * point["bytes"] / most, 15 + (HIGH - 15 - LOW) * (1 - share)
+
+    marks = Markup("").join(_mark(p, *at(p), chosen=p["name"] == record["chosen"]["name"]) for p in points)
+    axes = Markup("").join(_axes(most, low, top))
+    return Markup(
+        '<svg viewBox="0 0 {} {}" width="{}" style="max-width:100%" role="img" aria-label="rise to dense by size of the file">'
+        '<g stroke="currentColor" fill="none" font-size="11">{}{}</g></svg>'
+    ).format(WIDE, HIGH, WIDE, axes, marks)
+
+
+def _height(point: Mapping[str, Any]) -> float | None:
+    measured: float | None = point["measured_rise"]
+    value = point["predicted_rise"] if measured is None else measured
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _mark(point: Mapping[str, Any], x: float, y: float, *, chosen: bool) -> Markup:
+    size = 3 + 12 * point["share"]
+    title = Markup("<title>{}: {:.1f} MB, {:+.3f}</title>").format(
+        point["name"], point["bytes"] / 1e6, _height(point)
+    )
+    text = Markup('<text x="{:.0f}" y="{:.0f}" stroke="none" fill="currentColor">{}</text>')
+    label = text.format(x + size + 3, y - 3, point["name"]) if point["measured_rise"] is not None else ""
+    if point["measured_rise"] is None:
+        shape = Markup('<path d="M{:.1f} {:.1f}l{s} {s}m0 -{s}l-{s} {s}" stroke-opacity=".5"/>').format(
+            x - size / 2, y - size / 2, s=f"{size:.1f}"
+        )
+    else:
+        shape = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="{:.1f}" fill="{}"/>').format(
+            x, y, size, "currentColor" if chosen else "none"
+        )
+    return Markup("<g>{}{}{}</g>").format(title, shape, label)
+
+
+def _axes(most: float, low: float, top: float) -> Iterator[Markup]:
+    text = Markup('<text x="{:.0f}" y="{:.0f}" text-anchor="{}" stroke="none" fill="currentColor">{}</text>')
+    for step in range(5):
+        x, share = LEFT + (WIDE - LEFT - 20) * step / 4, step / 4
+        yield text.format(x, HIGH - 18, "middle", f"{most * share / 1e6:.0f} MB")
+        y = 15 + (HIGH - 15 - LOW) * (1 - share)
+        yield text.format(LEFT - 8, y + 4, "end", f"{low + (top - low) * share:+.2f}")
+        yield Markup('<path d="M{} {:.1f}H{}" stroke-opacity=".15"/>').format(LEFT, y, WIDE - 20)
+
+
+def _table(record: Mapping[str, Any]) -> Markup:
+    rows = Markup("").join(_rows(record["points"], record["chosen"]["name"]))
+    head = ("file", "MB", "gone", "rise predicted", "rise measured", "to dense, other problems", "kept")
+    names = Markup("").join(Markup("<th>{}</th>").format(name) for name in head)
+    return Markup('<table class="models"><thead><tr>{}</tr></thead><tbody>{}</tbody></table>').format(
+        names, rows
+    )
+
+
+def _rows(points: Sequence[Mapping[str, Any]], chosen: str) -> Iterator[Markup]:
+    for p in points:
+        own = p.get("minus_dense")
+        cells = (
+            f"{p['bytes'] / 1e6:.1f}",
+            f"{p['share']:.0%}",
+            number(p["predicted_rise"], sign="+", digits=3),
+            number(p["measured_rise"], sign="+", digits=3),
+            f"{number(own['difference'], sign='+', digits=3)} {bounds(own)}" if own else "–",
+            f"{p['kept']:.1%}" if own else "–",
+        )
+        mark = Markup(' class="chosen"') if p["name"] == chosen else ""
+        yield Markup("<tr{}><th scope=row>{}</th>{}</tr>").format(
+            mark, p["name"], Markup("").join(Markup("<td>{}</td>").format(cell) for cell in cells)
+        )

@@ -1,0 +1,204 @@
+"""From a model, a task and a limit to the file to ship: what is gone, and the types of what stays, predicted and then measured."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from causalprune.checkpoints import resolve
+from causalprune.core import CheckpointError, Ledger, OptionError, versions
+from causalprune.evaluation import check_tasks, headline, interval, paired_difference, write_json
+from causalprune.models import tokenizer_of
+from causalprune.reports import FRONTIER_PAGE, frontier_page
+from causalprune.runs.recipe import CalibrationSpec, ModelSpec
+from causalprune.runs.searching import Asked, Search
+from causalprune.runs.single import Options
+from causalprune.shipping import (
+    Point,
+    Written,
+    best,
+    export,
+    half,
+    kept,
+    pays_below,
+    running,
+    worth_measuring,
+)
+
+FRONTIER, FILE = "frontier.json", "model.gguf"
+PROMPTS, WRITTEN, ROUNDS = 10, 24, 3
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The file that was chosen, and the record of every point that was tried, which `frontier.json` holds."""
+
+    file: Path
+    checkpoint: Path
+    record: dict[str, Any]
+
+
+def fit(spec: ModelSpec, wanted: CalibrationSpec, output: Path, asked: Asked, options: Options) -> Fitted:
+    """Search the files that a model can become, and write the best within the limit to `output`, with `frontier.json` and a page.
+
+    What is measured is on disk at once, so that a stopped search goes on. One half of the problems decides, the other is reported.
+
+    Raises:
+        OptionError: no file can meet the limit.
+        ModelError: llama.cpp's converter does not know the family, or its matrices cannot be measured as a file.
+        CheckpointError: there is no room for what it takes.
+    """
+    check_tasks([asked.on], asked.settings.scorers)
+    output.mkdir(parents=True, exist_ok=True)
+    identity = {
+        "model": resolve(spec.name),
+        "calibration": _plain(wanted),
+        "on": asked.on,
+        "update": asked.update,
+        "settings": asked.settings.identity(),
+    }
+    with Ledger(output / "fit.ledger", identity) as book:
+        search = Search(dataclasses.replace(spec, dtype="float32"), wanted, output, asked, options, book)
+        points = _searched(search)
+        return _written(search, points)
+
+
+def _plain(wanted: CalibrationSpec) -> dict[str, Any]:
+    return {key: [*value] if isinstance(value, tuple) else value for key, value in asdict(wanted).items()}
+
+
+def _searched(search: Search) -> list[Point]:
+    """Measure the whole model in every mix, then smaller ones as long as they pay, and return all points."""
+    asked = search.asked
+    search.work.mkdir(exist_ok=True)
+    search.check_room()
+    points = search.points(0.0)
+    search.check_reach(points)
+    search.measure(0.0, "")
+    for point in points:
+        search.measure(0.0, point.mix)
+    for share in asked.shares:
+        search.shrunk(share)
+        search.measure(share, "")
+        points += search.points(share)
+        near = [p for p in worth_measuring(points, search.rises(points)) if p.share == share]
+        for point in near:
+            search.measure(share, point.mix)
+        measured = [p for p in points if p.share == share and search.known(p)]
+        if not measured and best(points, search.rises(points), asked.limit, search.keeps(points)):
+            break
+    return points
+
+
+def _written(search: Search, points: list[Point]) -> Fitted:
+    """Write the best file within the limit, ask it, and say what was found."""
+    limit, rises, target = search.asked.limit, search.rises(points), search.output / FILE
+    speeds: dict[str, Any] = {}
+    for point in best(points, rises, limit, search.keeps(points)):
+        file = _export(search, point, target)
+        if limit.kind == "speed":
+            speeds[point.name] = _speed(search, target)
+        if limit.kind != "speed" or speeds[point.name]["over_dense"] >= limit.value:
+            break
+    else:
+        target.unlink(missing_ok=True)
+        raise OptionError(_nearest(search, points, speeds))
+    record = _record(search, points, point, file) | {"speeds": speeds, "asked": _asked(search, target)}
+    write_json(search.output / FRONTIER, record)
+    frontier_page(record, search.output / FRONTIER_PAGE)
+    return Fitted(target, search.folder(point.share), record)
+
+
+def _nearest(search: Search, points: Sequence[Point], speeds: Mapping[str, Any]) -> str:
+    """Return what is said where nothing meets the limit: the nearest, and what it costs."""
+    rises, limit = search.rises([*points]), search.asked.limit
+    known = {p.name: p for p in points if p.name in rises}
+    if limit.kind == "speed":
+        name = max(speeds, key=lambda own: speeds[own]["over_dense"])
+        found = f"{speeds[name]['over_dense']:.2f} × the speed"
+    else:
+        name = min(known, key=lambda own: known[own].bytes if limit.kind == "size" else rises[own])
+        found = f"{known[name].bytes / 1e6:.1f} MB"
+    return f"no file is of {limit}: the nearest is {name} with {found}, {rises[name]:+.3f} to dense on {search.asked.on}"
+
+
+def _export(search: Search, point: Point, target: Path) -> Written:
+    weights = search.importance(point.share, None)
+    how = dataclasses.replace(search.asked.file, overwrite=True)
+    return export(search.folder(point.share), target, point.mix, weights, how, search.options.stage)
+
+
+def _speed(search: Search, file: Path) -> dict[str, float]:
+    """Return tokens a second of a file and of the whole model at Q8_0, timed in turns in llama.cpp."""
+    whole = search.work / "whole-q8_0.gguf"
+    if not whole.exists():
+        _export(search, Point(0.0, "q8_0", 0), whole)
+    rates: dict[Path, list[float]] = {file: [], whole: []}
+    with search.options.stage("timing"):
+        for _ in range(ROUNDS):
+            for own, found in rates.items():
+                with running(own, context=512, threads=2) as run:
+                    found.append(run.write([*range(100, 164)], 64)[1])
+    own, dense = (float(np.median(found)) for found in rates.values())
+    return {"tokens_per_second": own, "dense_q8_0": dense, "over_dense": own / dense}
+
+
+def _record(search: Search, points: list[Point], chosen: Point, file: Written) -> dict[str, Any]:
+    """Return what `frontier.json` says: every point, predicted and measured, and the chosen one beside the best whole one."""
+    whole, rises, asked = half(search.result(0.0, ""), 1), search.rises(points), search.asked
+    plain = [p for p in points if not p.share and p.name in rises and p.bytes <= chosen.bytes]
+    rival = min(plain, key=lambda p: rises[p.name], default=None)
+    rows = [_row(search, p, rises) for p in sorted(points, key=lambda p: -p.bytes)]
+    over = None
+    if rival is not None and chosen.share:
+        own, other = (half(search.result(p.share, p.mix), 1) for p in (chosen, rival))
+        over = asdict(paired_difference(own, other))
+    return {
+        "model": search.spec.name,
+        "on": asked.on,
+        "metric": whole.metric,
+        "limit": {"kind": asked.limit.kind, "value": asked.limit.value, "said": str(asked.limit)},
+        "calibration": _plain(search.wanted),
+        "update": asked.update,
+        "dense": {
+            "value": headline(whole),
+            "interval": asdict(interval(whole)),
+            "problems": len(whole.values),
+        },
+        "points": rows,
+        "chosen": next(row for row in rows if row["name"] == chosen.name),
+        "best_whole": rival and rival.name,
+        "minus_best_whole": over,
+        "pays_below_bytes": pays_below(points, rises),
+        "file": {"bytes": file.bytes, "zeros": file.zeros, "zeros_kept": file.kept},
+        "versions": versions(),
+    }
+
+
+def _row(search: Search, point: Point, rises: Mapping[str, float]) -> dict[str, Any]:
+    """Return a point: what was predicted and measured on the deciding half, and the value on the other."""
+    row: dict[str, Any] = {"name": point.name, "share": point.share, "mix": point.mix, "bytes": point.bytes}
+    row |= {"predicted_rise": point.predicted, "measured_rise": rises.get(point.name)}
+    if (found := search.known(point)) is not None:
+        own, whole = half(found, 1), half(search.result(0.0, ""), 1)
+        row |= {"value": headline(own), "kept": kept(own, whole)}
+        row["minus_dense"] = asdict(paired_difference(own, whole))
+    return row
+
+
+def _asked(search: Search, file: Path) -> list[dict[str, Any]]:
+    """Return what the file that was written says to ten prompts of the calibration examples, in llama.cpp."""
+    tokenizer, found = tokenizer_of(search.folder(0.0)), []
+    with search.options.stage("asking the file"), running(file, context=1024) as run:
+        for example in search.calibration.examples[:PROMPTS]:
+            prompt = example.tokens[: max(example.target_start, 1)]
+            text, rate = run.write(prompt, WRITTEN)
+            found.append({"prompt": tokenizer.decode(prompt), "text": text, "tokens_per_second": rate})
+    if not any(one["text"].strip() for one in found):
+        raise CheckpointError(
+            f"{file} answers nothing to {len(found)} prompts in llama.cpp: it is kept there"
+        )
+    return found
