@@ -44,10 +44,10 @@ def interop() -> dict[str, Any]:
         found: dict[str, Any] = {
             "transformers": {"text": text, "zeros": own["zeros"], "weights": own["weights"]}
         }
-        answer = _in("llama", "llama_cpp.py", place / "pruned", place / "pruned.gguf", PROMPT, TOKENS)
+        answer = in_own("llama", "llama_cpp.py", place / "pruned", place / "pruned.gguf", PROMPT, TOKENS)
         found["llama.cpp"] = json.loads(answer.splitlines()[-1])
         (place / "tokens.json").write_text(json.dumps(given["input_ids"][0].tolist()))
-        _in("onnx", "onnx_logits.py", place / "pruned", place / "onnx", place / "tokens.json")
+        in_own("onnx", "onnx_logits.py", place / "pruned", place / "onnx", place / "tokens.json")
         theirs = torch.from_numpy(np.load(place / "onnx" / "logits.npy"))
         found["onnxruntime"] = {
             "largest_difference_of_logits": float((theirs - logits).abs().max()),
@@ -56,7 +56,7 @@ def interop() -> dict[str, Any]:
     return found
 
 
-def _in(environment: str, script: str, *arguments: object) -> str:
+def in_own(environment: str, script: str, *arguments: object) -> str:
     """Run a script in an environment of its own, which is made if it is not there; return what it prints."""
     python = HOME / ".venv" / environment / "bin" / "python"
     if not python.exists():

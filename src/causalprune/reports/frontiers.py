@@ -47,13 +47,13 @@ def found(record: Mapping[str, Any]) -> list[str]:
     own = chosen["minus_dense"]
     lines = [
         f"{smaller if chosen['share'] else whole}: {record['file']['bytes'] / 1e6:.1f} MB, {limit}",
-        f"{record['on']}, on {record['dense']['problems']} problems that decided nothing: {number(own['difference'], sign='+', digits=3)} "
-        f"{bounds(own)} to dense at {number(record['dense']['value'])}; {chosen['kept']:.1%} kept",
+        f"{record['on']}, on {record['dense']['problems']} problems that decided nothing: {_signed(own)} to dense at "
+        + f"{number(record['dense']['value'])}; {chosen['kept']:.1%} kept",
     ]
     if (over := record["minus_best_whole"]) is not None:
         lines.append(
             f"against the best file of its size or smaller without pruning, {record['best_whole']}: "
-            f"{number(over['difference'], sign='+', digits=3)} {bounds(over)}{unit}"
+            f"{_signed(over)}{unit}"
         )
     below = record["pays_below_bytes"]
     lines.append(
@@ -66,6 +66,10 @@ def found(record: Mapping[str, Any]) -> list[str]:
             f"speed of {name}: {speed['over_dense']:.2f} × dense at Q8_0, {speed['tokens_per_second']:.1f} tokens/s"
         )
     return lines
+
+
+def _signed(own: Mapping[str, Any]) -> str:
+    return f"{number(own['difference'], sign='+', digits=3)} {bounds(own)}"
 
 
 def _drawing(record: Mapping[str, Any]) -> Markup:
@@ -141,7 +145,7 @@ def _rows(points: Sequence[Mapping[str, Any]], chosen: str) -> Iterator[Markup]:
             f"{p['share']:.0%}",
             number(p["predicted_rise"], sign="+", digits=3),
             number(p["measured_rise"], sign="+", digits=3),
-            f"{number(own['difference'], sign='+', digits=3)} {bounds(own)}" if own else "–",
+            _signed(own) if own else "–",
             f"{p['kept']:.1%}" if own else "–",
         )
         mark = Markup(' class="chosen"') if p["name"] == chosen else ""

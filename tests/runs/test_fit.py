@@ -1,0 +1,69 @@
+"""The search for the file to ship, from end to end on a tiny model; a stopped one goes on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import shipped
+from conftest import Run, assert_refused
+from tinydata import write_data
+
+from causalprune.runs import searching
+from causalprune.shipping.recounting import looked_into
+
+TYPES = ("--types", "q8_0,q4_0,q2_k", "--shares", "0.2", "--pre-tokenizer", "gpt-2")
+
+
+@pytest.mark.slow
+def test_a_file_within_the_limit_and_a_search_that_goes_on(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shipped.write(
+        tmp_path / "model", hidden_size=256, intermediate_size=512, max_position_embeddings=512
+    )
+    data, output, seen = write_data(tmp_path / "data", rows=40), tmp_path / "out", list[str]()
+    words = ("-t", "gsm8k:4", "--on", "gsm8k_nll:6", "--size", "0.8MB", "--data-dir", data, *TYPES)
+    evaluate = searching.evaluate
+
+    def counting(*given: Any, **named: Any) -> Any:
+        if len(seen) == 2 and "stopped" not in seen:
+            seen.append("stopped")
+            raise KeyboardInterrupt
+        seen.append("measured")
+        return evaluate(*given, **named)
+
+    monkeypatch.setattr(searching, "evaluate", counting)
+    assert run("fit", model, "-o", output, *words)[0] == 130
+    code, out, err = run("fit", model, "-o", output, *words)
+    assert code == 0, err
+    record = json.loads((output / "frontier.json").read_text(encoding="utf-8"))
+    measured = [p for p in record["points"] if p["measured_rise"] is not None]
+    assert (
+        seen.count("measured") == len(measured) + 2
+    )  # the whole model and the smaller one as they are; none twice
+    assert {p["name"] for p in measured} >= {"q8_0", "q4_0", "q2_k"}
+    file = output / "model.gguf"
+    assert file.stat().st_size == record["file"]["bytes"] <= 0.8e6
+    assert abs(record["chosen"]["bytes"] - record["file"]["bytes"]) < 1000
+    assert looked_into(file)["architecture"] == "llama"
+    assert len(record["asked"]) == 4
+    assert (output / "frontier.html").exists()
+    assert str(file) in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--on", "gsm8k_nll:6"), "name one limit"),
+        (("--on", "gsm8k_nll:6", "--size", "1MB", "--keep", "0.9"), "name one limit"),
+        (("--on", "gsm8k_nll:6", "--size", "1MiB"), "400MB"),
+        (("--on", "gsm8k_nll:6", "--size", "1MB", "--types", "q4_km"), "did you mean 'q4_k_m'"),
+        (("--on", "gsm8k_nll:6", "--size", "1MB", "--shares", "half"), "0.1,0.2"),
+        (("--on", "gsm8k_loss:6", "--size", "1MB"), "gsm8k_loss"),
+    ],
+)
+def test_mistakes_are_said_before_any_work(
+    run: Run, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    assert_refused(run("fit", "embedded", "-o", tmp_path / "out", *words), said, tmp_path / "out")
