@@ -19,6 +19,7 @@ from causalprune.shipping.converting import convert
 from causalprune.shipping.files import decoded, encoded, field, opened, planned, quantise
 from causalprune.shipping.recounting import looked_into, verify_file
 from causalprune.shipping.running import running, same_tokens
+from causalprune.shipping.uneven import compacted, cut_importance
 from causalprune.shipping.weighing import importance
 
 TYPES = (
@@ -181,3 +182,28 @@ def test_mistakes_are_said_in_one_line(folder: Path, whole: Path, tmp_path: Path
     with pytest.raises(OptionError, match="-t gsm8k"):
         quantise(whole, tmp_path / "a.gguf", "q2_k_s")
     assert not (tmp_path / "a.gguf").exists()
+
+
+def test_an_uneven_llama_computes_the_same(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[:, 10:40] = 0
+        model.model.layers[1].mlp.gate_proj.weight[:70] = 0
+        model.model.layers[1].self_attn.o_proj.weight[:, :32] = 0
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "model")
+    whole, file = tmp_path / "whole.gguf", tmp_path / "uneven.gguf"
+    convert(tmp_path / "model", whole, pre_tokenizer="gpt-2")
+    kept = compacted(opened(whole), file)
+    assert [(len(layer.neurons), layer.heads) for layer in kept.values()] == [(96, (4, 2)), (32, (2, 1))]
+    assert file.stat().st_size < whole.stat().st_size
+    tokens = [*range(5, 25)]
+    with torch.inference_mode():
+        expected = model(torch.tensor([tokens])).logits[0, -1].double().log_softmax(-1).numpy()
+    with running(file, context=128, exact=True) as run:
+        assert np.abs(run.log_probabilities(tokens, shipped.ROWS) - expected).max() <= 1e-3 * np.ptp(expected)
+    seen = {f"blk.{i}.ffn_down.weight": np.ones((1, 96), np.float32) for i in (0, 1)}
+    written = quantise(file, tmp_path / "q8_0.gguf", "q8_0", cut_importance(seen, kept))
+    assert {own.shape for own in written.matrices if "ffn_down" in own.name} == {(64, 96), (64, 32)}
+    with pytest.raises(ModelError, match="--uneven"):
+        compacted(opened(file), tmp_path / "again.gguf")

@@ -78,6 +78,13 @@ class FileOptions(CuttingOptions):
             help="Load the file in llama.cpp, and compare its tokens with the checkpoint's.",
         ),
     ] = True
+    uneven: Annotated[
+        bool,
+        typer.Option(
+            "--uneven",
+            help="Leave out neurons and KV groups that are zero as a whole, layer by layer: dense Llamas, which llama.cpp runs as deci.",
+        ),
+    ] = False
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint's tokenizer.")
     ] = False
@@ -103,7 +110,7 @@ def export(
     from causalprune.shipping import Exporting, check_export
     from causalprune.shipping import export as written_as
 
-    how = Exporting(file.pre_tokenizer, file.trust_remote_code, overwrite, file.check)
+    how = Exporting(file.pre_tokenizer, file.trust_remote_code, overwrite, file.check, file.uneven)
     folder, mix = Path(resolve(checkpoint)).expanduser(), file.gguf.lower()
     check_export(folder, output, mix, how)
     weights = data.importance(checkpoint, running)

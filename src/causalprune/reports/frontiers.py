@@ -44,11 +44,11 @@ def found(record: Mapping[str, Any]) -> list[str]:
     )
     whole = f"quantise to {chosen['mix']} and do not prune"
     smaller = f"remove {chosen['share']:.0%} of the parameters and quantise to {chosen['mix']}"
-    own = chosen["minus_dense"]
+    own, dense = chosen["minus_dense"], record["dense"]
     lines = [
         f"{smaller if chosen['share'] else whole}: {record['file']['bytes'] / 1e6:.1f} MB, {limit}",
-        f"{record['on']}, on {record['dense']['problems']} problems that decided nothing: {_signed(own)} to dense at "
-        + f"{number(record['dense']['value'])}; {chosen['kept']:.1%} kept",
+        f"{record['on']}, on {dense['problems']} problems that decided nothing: {_signed(own)} to dense at {number(dense['value'])}",
+        f"kept: {chosen['kept']:.1%} of dense, on these problems",
     ]
     if (over := record["minus_best_whole"]) is not None:
         lines.append(

@@ -12,19 +12,22 @@ from causalprune.shipping.converting import convert
 from causalprune.shipping.files import Importance, Written, file_bytes, opened, planned, quantise
 from causalprune.shipping.mixtures import MIXES
 from causalprune.shipping.running import running, same_tokens
+from causalprune.shipping.uneven import compacted, cut_importance
 
 
 @dataclass(frozen=True)
 class Exporting:
     """How a file is made: the rule by which texts are cut, where the converter does not know it, and whether a file is replaced.
 
-    `check` loads the file in llama.cpp and compares how it cuts some texts with what the checkpoint's tokenizer does.
+    `check` loads the file in llama.cpp and compares how it cuts some texts with what the checkpoint's tokenizer does. `uneven`
+    leaves out neurons and heads that are zero as a whole, of which layers may then have different numbers.
     """
 
     pre_tokenizer: str = ""
     trust_remote_code: bool = False
     overwrite: bool = False
     check: bool = True
+    uneven: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,13 @@ def export(
         whole, made = Path(scratch) / "whole.gguf", Path(scratch) / "made.gguf"
         with stage("converting"):
             convert(folder, whole, pre_tokenizer=how.pre_tokenizer, trust_remote_code=how.trust_remote_code)
+        if how.uneven:
+            with stage("leaving out what is zero"):
+                kept = compacted(opened(whole), whole.with_name("uneven.gguf"))
+            whole, importance = (
+                whole.with_name("uneven.gguf"),
+                importance and cut_importance(importance, kept),
+            )
         with stage(f"quantising to {mix}") as progress:
             written = quantise(whole, made, mix, importance, progress)
         whole.unlink()

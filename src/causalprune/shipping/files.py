@@ -1,7 +1,7 @@
 """GGUF files: read with every fault in one line, quantised tensor by tensor, and their zeros counted."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,7 +213,7 @@ def quantise(
     before = {own.name: own.zeros or 0 for own in counted(reader)}
     with complete_file(target) as temporary:
         writer = GGUFWriter(temporary, field(reader, "general.architecture"))
-        _copy_fields(reader, writer)
+        copy_fields(reader, writer)
         writer.add_file_type(MIXES[mix][1])
         writer.add_quantization_version(2)
         writer.add_array(TENSORS, [*before])
@@ -225,14 +225,16 @@ def quantise(
     return Written(target, mix, target.stat().st_size, tuple(made), sum(before.values()))
 
 
-def _copy_fields(reader: Any, writer: Any) -> None:
-    """Copy what a file says, but for what is said anew."""
+def copy_fields(
+    reader: Any, writer: Any, without: Collection[str] = (), renamed: Mapping[str, str] = {}
+) -> None:
+    """Copy what a file says, but for what is said anew; beginnings of keys may be `renamed`."""
     for own in reader.fields.values():
-        if own.name not in _OURS and not own.name.startswith("GGUF."):
-            kind = own.types[0]
-            writer.add_key_value(
-                own.name, own.contents(), kind, own.types[-1] if len(own.types) > 1 else None
-            )
+        if own.name in (*_OURS, *without) or own.name.startswith("GGUF."):
+            continue
+        begin = next((old for old in renamed if own.name.startswith(old)), "")
+        name, kind = renamed.get(begin, "") + own.name.removeprefix(begin), own.types[0]
+        writer.add_key_value(name, own.contents(), kind, own.types[-1] if len(own.types) > 1 else None)
 
 
 def _write_tensors(
