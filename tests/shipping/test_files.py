@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,6 +84,7 @@ def test_weights_are_quantised_as_llama_cpp_does(kind: str) -> None:
         assert (decoded(data, kind) == gguf.quants.dequantize(data, gguf.GGMLQuantizationType(number))).all()
 
 
+@pytest.mark.thorough
 def test_a_file_says_what_the_checkpoint_does(whole: Path, eights: Path) -> None:
     before, after = GGUFReader(whole), GGUFReader(eights)
     for key in before.fields:
@@ -92,12 +94,14 @@ def test_a_file_says_what_the_checkpoint_does(whole: Path, eights: Path) -> None
     assert [t.name for t in after.tensors] == [t.name for t in before.tensors]
 
 
+@pytest.mark.thorough
 def test_a_mix_falls_back_where_its_blocks_do_not_fit(whole: Path) -> None:
     written = quantise(whole, whole.with_name("q4_k_m.gguf"), "q4_k_m")
     assert {own.type for own in written.matrices} == {"Q5_0", "Q8_0"}
     assert planned(opened(written.file), "f16", weighted=False)["output_norm.weight"] == "F32"
 
 
+@pytest.mark.thorough
 def test_running_gives_the_same_tokens_and_logits(folder: Path, whole: Path) -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     tokens = tokenizer.encode(shipped.TEXT)[:30]
@@ -113,6 +117,7 @@ def test_running_gives_the_same_tokens_and_logits(folder: Path, whole: Path) -> 
     assert text == tokenizer.decode(written)
 
 
+@pytest.mark.thorough
 def test_zeros_are_counted_where_they_come_out(whole: Path, eights: Path) -> None:
     kept = quantise(whole, whole.with_name("kept.gguf"), "q8_0")
     lost = quantise(whole, whole.with_name("lost.gguf"), "q4_1")
@@ -144,6 +149,7 @@ def test_an_importance_matrix_spares_what_is_used(folder: Path) -> None:
     assert errors[1] < errors[0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.1, 0.5, 0.9, 0.999])
 def test_a_cut_file_is_refused(eights: Path, share: float, tmp_path: Path) -> None:
     data = eights.read_bytes()
@@ -153,6 +159,7 @@ def test_a_cut_file_is_refused(eights: Path, share: float, tmp_path: Path) -> No
         opened(file)
 
 
+@pytest.mark.thorough
 def test_a_file_that_contradicts_itself_is_refused(whole: Path, tmp_path: Path) -> None:
     for key, name in (("llama.block_count", "layers"), ("llama.embedding_length", "embedding_length")):
         file = Path(shutil.copy(whole, tmp_path / "other.gguf"))
@@ -163,7 +170,7 @@ def test_a_file_that_contradicts_itself_is_refused(whole: Path, tmp_path: Path) 
             opened(file)
 
 
-def test_mistakes_are_said_in_one_line(folder: Path, whole: Path, tmp_path: Path, run: Run) -> None:
+def test_mistakes_are_said_in_one_line(folder: Path, tmp_path: Path, run: Run) -> None:
     (tmp_path / "there.gguf").write_bytes(b"GGUF")
     other = Path(shutil.copytree(folder, tmp_path / "code"))
     (other / "config.json").write_text('{"auto_map": {}}', encoding="utf-8")
@@ -179,11 +186,19 @@ def test_mistakes_are_said_in_one_line(folder: Path, whole: Path, tmp_path: Path
             assert said in run("export", *words)[2]
         else:
             assert_refused(run("export", *words), said, output)
+
+
+def test_types_that_need_an_importance_matrix_say_so() -> None:
+    names = {"general.architecture": "llama", "llama.block_count": 1}
+    fields = {key: SimpleNamespace(contents=lambda value=value: value) for key, value in names.items()}
+    tensor = SimpleNamespace(name="blk.0.attn_q.weight", shape=[256, 8])
+    reader = SimpleNamespace(fields=fields, tensors=[tensor])
+    assert planned(reader, "iq3_xxs", weighted=True) == {"blk.0.attn_q.weight": "IQ2_S"}
     with pytest.raises(OptionError, match="-t gsm8k"):
-        quantise(whole, tmp_path / "a.gguf", "q2_k_s")
-    assert not (tmp_path / "a.gguf").exists()
+        planned(reader, "iq3_xxs", weighted=False)
 
 
+@pytest.mark.thorough
 def test_an_uneven_llama_computes_the_same(folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():

@@ -172,24 +172,26 @@ class Search:
         for path in leftovers(ledger).values():
             forget(path)
 
-    def check_room(self) -> None:
-        """Raise `CheckpointError` where the disk has no room for the models on the way."""
-        own = Path(resolve(self.spec.name)).expanduser()
-        size = sum(path.stat().st_size for path in own.glob("*.safetensors")) if own.is_dir() else 0
-        needs, free = size * (len(self.asked.shares) + 2), shutil.disk_usage(self.output).free
-        if needs > free:
-            raise CheckpointError(
-                f"{self.output} has {free / 1e9:.1f} GB of room, and smaller models and files take up to {needs / 1e9:.1f} GB"
-            )
 
-    def check_reach(self, points: list[Point]) -> None:
-        """Raise `OptionError`, before anything is made smaller, for a size that even the embeddings do not fit into."""
-        least = min(points, key=lambda p: p.bytes)
-        if self.asked.limit.kind == "size":
-            most = max(self.asked.shares, default=0.0)
-            floor = least.bytes * (1 - 1.5 * most)
-            if self.asked.limit.value < floor:
-                raise OptionError(
-                    f"no file of {self.spec.name} is of {self.asked.limit}: the whole model as {least.mix} has "
-                    f"{least.bytes / 1e6:.1f} MB, and without {most:.0%} of its parameters about {floor / 1e6:.0f} MB at least"
-                )
+def check_room(search: Search) -> None:
+    """Raise `CheckpointError` where the disk has no room for the models on the way."""
+    own = Path(resolve(search.spec.name)).expanduser()
+    size = sum(path.stat().st_size for path in own.glob("*.safetensors")) if own.is_dir() else 0
+    needs, free = size * (len(search.asked.shares) + 2), shutil.disk_usage(search.output).free
+    if needs > free:
+        raise CheckpointError(
+            f"{search.output} has {free / 1e9:.1f} GB of room, and smaller models and files take up to {needs / 1e9:.1f} GB"
+        )
+
+
+def check_reach(search: Search, points: list[Point]) -> None:
+    """Raise `OptionError`, before anything is made smaller, for a size that even the embeddings do not fit into."""
+    least = min(points, key=lambda p: p.bytes)
+    if search.asked.limit.kind == "size":
+        most = max(search.asked.shares, default=0.0)
+        floor = least.bytes * (1 - 1.5 * most)
+        if search.asked.limit.value < floor:
+            raise OptionError(
+                f"no file of {search.spec.name} is of {search.asked.limit}: the whole model as {least.mix} has "
+                f"{least.bytes / 1e6:.1f} MB, and without {most:.0%} of its parameters about {floor / 1e6:.0f} MB at least"
+            )

@@ -14,7 +14,7 @@ from causalprune.evaluation import check_tasks, headline, interval, paired_diffe
 from causalprune.models import tokenizer_of
 from causalprune.reports import FRONTIER_PAGE, frontier_page
 from causalprune.runs.recipe import CalibrationSpec, ModelSpec
-from causalprune.runs.searching import Asked, Search
+from causalprune.runs.searching import Asked, Search, check_reach, check_room
 from causalprune.runs.single import Options
 from causalprune.shipping import (
     Point,
@@ -74,9 +74,9 @@ def _searched(search: Search) -> list[Point]:
     """Measure the whole model in every mix, then smaller ones as long as they pay, and return all points."""
     asked = search.asked
     search.work.mkdir(exist_ok=True)
-    search.check_room()
+    check_room(search)
     points = search.points(0.0)
-    search.check_reach(points)
+    check_reach(search, points)
     search.measure(0.0, "")
     for point in points:
         search.measure(0.0, point.mix)
