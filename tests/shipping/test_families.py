@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from causalprune.shipping.converting import convert
-from causalprune.shipping.running import running, same_tokens
+from causalprune.shipping.runtime import running, same_tokens
 
 
 @pytest.mark.slow

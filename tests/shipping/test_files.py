@@ -19,7 +19,7 @@ from causalprune.core.types import Calibration, Example
 from causalprune.shipping.converting import convert
 from causalprune.shipping.files import decoded, encoded, field, opened, planned, quantise
 from causalprune.shipping.recounting import looked_into, verify_file
-from causalprune.shipping.running import running, same_tokens
+from causalprune.shipping.runtime import running, same_tokens
 from causalprune.shipping.uneven import compacted, cut_importance
 from causalprune.shipping.weighing import importance
 

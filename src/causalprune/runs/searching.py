@@ -147,7 +147,7 @@ class Search:
             decoder = decoder or self.load(share)
             calibration = self.calibration
             with self.options.stage("importance of inputs") as progress:
-                found = importance(decoder, calibration, progress)
+                found: dict[str, Any] = dict(importance(decoder, calibration, progress))
             part = file.with_suffix(".part.npz")
             np.savez(part, **found)
             part.replace(file)

@@ -139,8 +139,8 @@ def _speed(search: Search, file: Path) -> dict[str, float]:
     rates: dict[Path, list[float]] = {file: [], whole: []}
     with search.options.stage("timing"):
         for _ in range(ROUNDS):
-            for own, found in rates.items():
-                with running(own, context=512, threads=2) as run:
+            for timed, found in rates.items():
+                with running(timed, context=512, threads=2) as run:
                     found.append(run.write([*range(100, 164)], 64)[1])
     own, dense = (float(np.median(found)) for found in rates.values())
     return {"tokens_per_second": own, "dense_q8_0": dense, "over_dense": own / dense}

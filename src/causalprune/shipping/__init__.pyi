@@ -51,7 +51,7 @@ from .recounting import (
     verify_file as verify_file,
 )
 from .rounding import rounded as rounded
-from .running import running as running
+from .runtime import running as running
 from .weighing import (
     importance as importance,
 )

@@ -11,7 +11,7 @@ from causalprune.models import tokenizer_of
 from causalprune.shipping.converting import convert
 from causalprune.shipping.files import Importance, Written, file_bytes, opened, planned, quantise
 from causalprune.shipping.mixtures import MIXES
-from causalprune.shipping.running import running, same_tokens
+from causalprune.shipping.runtime import running, same_tokens
 from causalprune.shipping.uneven import compacted, cut_importance
 
 

@@ -255,14 +255,14 @@ def _write_tensors(
     made, total, done = list[Held](), sum(int(t.n_elements) for t in reader.tensors), 0
     say(progress, unit="weights")
     for tensor in reader.tensors:
-        kind, shape = types[tensor.name], shape_of(tensor)
+        own, shape = types[tensor.name], shape_of(tensor)
         weights = np.concatenate([*read_rows(tensor)]).reshape(shape)
-        data = encoded(weights, kind, importance.get(tensor.name))
+        data = encoded(weights, own, importance.get(tensor.name))
         writer.write_tensor_data(data)
         if len(shape) > 1:
-            zero = decoded(data, kind).reshape(shape) == 0
+            zero = decoded(data, own).reshape(shape) == 0
             kept = int(zero[weights == 0].sum())
-            made.append(Held(tensor.name, kind, shape, data.nbytes, int(zero.sum()), kept))
+            made.append(Held(tensor.name, own, shape, data.nbytes, int(zero.sum()), kept))
         progress(done := done + weights.size, total)
     return made
 
@@ -294,13 +294,15 @@ def decoded(data: Any, kind: str) -> Float[ndarray, "*rows in"]:
     """Return the weights that come out of a type of GGML."""
     import libgguf  # noqa: PLC0415  an extra
 
-    if kind in ("F32", "F16"):
-        return data.astype(np.float32)
     own = libgguf.GGMLQuantizationType[kind]
     block, size = libgguf.GGML_QUANT_SIZES[own]
-    if kind == "BF16":
-        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return libgguf.dequantize_rows(data, own, n_per_row=data.shape[-1] // size * block)
+    if kind in ("F32", "F16"):
+        found = data.astype(np.float32)
+    elif kind == "BF16":
+        found = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        found = libgguf.dequantize_rows(data, own, n_per_row=data.shape[-1] // size * block)
+    return np.asarray(found)
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def _kept(tensors: Mapping[str, Any], layer: int, heads: int, groups: int, width
     gate, up, down, out = (
         _read(tensors[f"blk.{layer}.{part}.weight"]) for part in (*_MLP[:3], "attn_output")
     )
-    live = gate.any(1) & up.any(1) & down.any(0)
+    live = np.asarray(gate.any(1) & up.any(1) & down.any(0))
     most = min(-(-int(live.sum()) // STEP) * STEP or STEP, len(live))
     neurons = np.sort(np.argsort(~live, kind="stable")[:most])
     sent = out.any(0).reshape(groups, -1).any(1) & _read(tensors[f"blk.{layer}.attn_v.weight"]).reshape(
