@@ -77,20 +77,20 @@ def hqq() -> Iterator[Made]:
 
 
 def quanto() -> Iterator[Made]:
-    """Yield quanto's types by their default optimizers."""
+    """Yield quanto's types by their default optimizers; it compiles what unpacks them, which needs a C++ compiler."""
     from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, qfloat8, qint2, qint4, qint8, quantize_weight
 
+    def through(w: np.ndarray, kind: Any) -> Any:
+        weight, how = torch.tensor(w), dict[str, Any]()
+        if kind.bits == 8:
+            how["scale"] = AbsmaxOptimizer()(weight, kind, axis=0)
+        else:
+            how["group_size"] = 64
+            how["scale"], how["shift"] = MaxOptimizer()(weight, kind, axis=0, group_size=64)
+        return quantize_weight(weight, kind, axis=0, **how).dequantize()
+
     for kind in (qint8, qfloat8, qint4, qint2):
-
-        def through(w: np.ndarray, kind: Any = kind) -> Any:
-            weight = torch.tensor(w)
-            if kind.bits == 8:
-                scale = AbsmaxOptimizer()(weight, kind, axis=0)
-                return quantize_weight(weight, kind, axis=0, scale=scale).dequantize()
-            scale, shift = MaxOptimizer()(weight, kind, axis=0, group_size=64)
-            return quantize_weight(weight, kind, axis=0, scale=scale, shift=shift, group_size=64).dequantize()
-
-        yield f"quanto {kind.name}", "optimum-quanto", through
+        yield f"quanto {kind.name}", "optimum-quanto", lambda w, kind=kind: through(w, kind)
 
 
 def onnx() -> Iterator[Made]:
