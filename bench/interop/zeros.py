@@ -77,19 +77,15 @@ def hqq() -> Iterator[Made]:
 
 
 def quanto() -> Iterator[Made]:
-    """Yield quanto's types by their default optimizers; it compiles what unpacks them, which needs a C++ compiler."""
-    from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, qfloat8, qint2, qint4, qint8, quantize_weight
+    """Yield quanto's types of 8 bits; it compiles what unpacks the others."""
+    from optimum.quanto import AbsmaxOptimizer, qfloat8, qint8, quantize_weight
 
     def through(w: np.ndarray, kind: Any) -> Any:
-        weight, how = torch.tensor(w), dict[str, Any]()
-        if kind.bits == 8:
-            how["scale"] = AbsmaxOptimizer()(weight, kind, axis=0)
-        else:
-            how["group_size"] = 64
-            how["scale"], how["shift"] = MaxOptimizer()(weight, kind, axis=0, group_size=64)
-        return quantize_weight(weight, kind, axis=0, **how).dequantize()
+        weight = torch.tensor(w)
+        scale = AbsmaxOptimizer()(weight, kind, axis=0)
+        return quantize_weight(weight, kind, axis=0, scale=scale).dequantize()
 
-    for kind in (qint8, qfloat8, qint4, qint2):
+    for kind in (qint8, qfloat8):
         yield f"quanto {kind.name}", "optimum-quanto", lambda w, kind=kind: through(w, kind)
 
 

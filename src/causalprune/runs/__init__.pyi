@@ -78,16 +78,7 @@ from .rows import (
     parse_method as parse_method,
 )
 from .searching import (
-    MIXES as MIXES,
-)
-from .searching import (
-    SHARES as SHARES,
-)
-from .searching import (
     Asked as Asked,
-)
-from .shipped import (
-    Fitted as Fitted,
 )
 from .shipped import (
     fit as fit,

@@ -7,8 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from causalprune.checkpoints import MANIFEST, resolve, save
 from causalprune.core import Calibration, CheckpointError, Decoder, EvalResult, Ledger, OptionError, forget
 from causalprune.evaluation import Settings, evaluate, evaluation_contents, kept_rows, results_in
@@ -16,7 +14,20 @@ from causalprune.runs.cells import load
 from causalprune.runs.recipe import CalibrationSpec, ModelSpec
 from causalprune.runs.single import Options
 from causalprune.runs.traces import calibrated
-from causalprune.shipping import Exporting, Limit, Point, half, importance, kept, plans, rounded, worse
+from causalprune.shipping import (
+    Exporting,
+    Importance,
+    Limit,
+    Point,
+    half,
+    importance,
+    kept,
+    load_importance,
+    plans,
+    rounded,
+    save_importance,
+    worse,
+)
 from causalprune.shrinking import Shrinking, leftovers, shares_for, shrink
 
 MIXES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "q2_k")
@@ -140,19 +151,14 @@ class Search:
             return decoder
         return load(dataclasses.replace(self.spec, name=str(folder), revision=None))
 
-    def importance(self, share: float, decoder: Decoder | None) -> dict[str, Any]:
+    def importance(self, share: float, decoder: Decoder | None) -> Importance:
         """Return the importance matrix of a model that is not rounded yet (None: it is loaded), from the calibration."""
         file = self.work / f"importance-{share:g}.npz"
         if not file.exists():
-            decoder = decoder or self.load(share)
-            calibration = self.calibration
+            decoder, calibration = decoder or self.load(share), self.calibration
             with self.options.stage("importance of inputs") as progress:
-                found: dict[str, Any] = dict(importance(decoder, calibration, progress))
-            part = file.with_suffix(".part.npz")
-            np.savez(part, **found)
-            part.replace(file)
-        with np.load(file) as held:
-            return {name: held[name] for name in held.files}
+                save_importance(importance(decoder, calibration, progress), file)
+        return load_importance(file)
 
     def shrunk(self, share: float) -> None:
         """Make the smaller model of a share, if it is not there yet."""

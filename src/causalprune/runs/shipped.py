@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
-
-import numpy as np
 
 from causalprune.checkpoints import resolve
 from causalprune.core import CheckpointError, Ledger, OptionError, versions
@@ -142,7 +141,7 @@ def _speed(search: Search, file: Path) -> dict[str, float]:
             for timed, found in rates.items():
                 with running(timed, context=512, threads=2) as run:
                     found.append(run.write([*range(100, 164)], 64)[1])
-    own, dense = (float(np.median(found)) for found in rates.values())
+    own, dense = (median(found) for found in rates.values())
     return {"tokens_per_second": own, "dense_q8_0": dense, "over_dense": own / dense}
 
 

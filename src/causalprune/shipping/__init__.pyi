@@ -55,3 +55,9 @@ from .runtime import running as running
 from .weighing import (
     importance as importance,
 )
+from .weighing import (
+    load_importance as load_importance,
+)
+from .weighing import (
+    save_importance as save_importance,
+)

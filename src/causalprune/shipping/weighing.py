@@ -1,6 +1,8 @@
 """The importance matrix of a model: how strongly every input of its matrices is used, by the texts that calibrate."""
 
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,3 +52,16 @@ def importance(decoder: Decoder, calibration: Calibration, progress: Progress = 
 def _squares(norms: InputNorms, projection: Projection) -> Float[Tensor, "in"]:
     own = norms.root_mean_square(projection)
     return torch.ones(projection.shape[1]) if own is None else own.square().float().cpu()
+
+
+def save_importance(found: Importance, file: Path) -> None:
+    """Write an importance matrix to a file, which appears whole or not at all."""
+    part, arrays = file.with_suffix(".part.npz"), dict[str, Any](found)
+    np.savez(part, **arrays)
+    part.replace(file)
+
+
+def load_importance(file: Path) -> Importance:
+    """Read an importance matrix."""
+    with np.load(file) as held:
+        return {name: held[name] for name in held.files}
