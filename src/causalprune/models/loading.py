@@ -91,9 +91,7 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
             known = not local or _speaks(Path(folder))
             tokenizer = AutoTokenizer.from_pretrained(folder, **options) if known else None
             if device_map is None:
-                model.to(device)
-                for parameter in model.parameters():
-                    parameter.data = aligned(parameter.data)
+                _place(model, device)
             weakref.finalize(model, stack.pop_all().close)
     except _LOAD_ERRORS as error:
         raise _load_error(name, error, local=local) from error
@@ -105,6 +103,12 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
     model.eval().requires_grad_(False)
     source = _described(name, revision, replace(source, pickles=allow_pickle, code=trust_remote_code))
     return replace(inspect_model(model, tokenizer, name=name, revision=revision), source=source)
+
+
+def _place(model: Any, device: str) -> None:
+    model.to(device)
+    for parameter in model.parameters():
+        parameter.data = aligned(parameter.data)
 
 
 def _opened(name: str, folder: str, config: Any, dtype: str, *, gguf: bool) -> tuple[Source, dict[str, Any]]:
