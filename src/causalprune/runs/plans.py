@@ -27,11 +27,14 @@ from causalprune.calibration import (
 from causalprune.checkpoints import EMBEDDED, check_destination, resolve
 from causalprune.core import OptionError
 from causalprune.evaluation import (
+    CONTINUATION,
+    OPENING,
     OWN_TASKS,
     TOKENS,
     Settings,
     check_tasks,
     evaluation_contents,
+    goes_on,
     load_scorers,
     output_type,
     source_of,
@@ -220,6 +223,8 @@ def task_tokens(task: str, scorers: Iterable[str], answer: int, data_dir: Path |
         return limit or TOKENS
     if source is None:
         raise OptionError(f"task {name}: a task file with data of its own cannot be planned")
+    if source in TEXT_SOURCES and kind == "generate_until":
+        return (limit or len(load_texts(source, "evaluation", data_dir=data_dir))) * (OPENING + CONTINUATION)
     if source in TEXT_SOURCES:
         characters = sum(map(len, load_texts(source, "evaluation", data_dir=data_dir)))
         return min(int(characters / CHARACTERS_PER_TOKEN), limit or characters)
@@ -228,7 +233,7 @@ def task_tokens(task: str, scorers: Iterable[str], answer: int, data_dir: Path |
     problems = min(len(lengths), limit or len(lengths))
     tokens = sum(lengths) / len(lengths) * problems
     if kind == "generate_until":
-        tokens += answer * problems
+        tokens += (CONTINUATION if goes_on(name, scorers) else answer) * problems
     if kind == "multiple_choice":
         tokens *= OPTIONS
     return int(tokens)

@@ -8,13 +8,25 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from causalprune.core import OptionError
+from causalprune.evaluation.tasks.repeating import TRAITS
 
 Scorer: TypeAlias = Callable[[list[str], list[str] | None], Iterable[float]]
 """Called with texts and targets (None where there are none); returns one number each.
 
 More is better, unless the function has an attribute `higher_is_better` that is False.
 """
-TAKEN = {"accuracy", "acc_norm", "nats_per_token", "perplexity", "answers", "cot", "nll", "ppl", "kl"}
+TAKEN = {
+    "accuracy",
+    "acc_norm",
+    "nats_per_token",
+    "perplexity",
+    "answers",
+    "cot",
+    "nll",
+    "ppl",
+    "kl",
+    *TRAITS,
+}
 """Names of our own measures."""
 
 
