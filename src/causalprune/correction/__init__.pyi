@@ -1,0 +1,7 @@
+from .correcting import correct as correct
+from .records import (
+    Contrast as Contrast,
+)
+from .records import (
+    Corrected as Corrected,
+)
