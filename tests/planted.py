@@ -96,8 +96,11 @@ def _seen(
     return inputs, hidden, which
 
 
-def built(units: int, seed: int = 0) -> tuple[Decoder, Planting]:
-    """Return a tiny model whose phrase, of as many tokens, hangs on as many neurons: known exactly, as coordinates are reserved."""
+def built(units: int, seed: int = 0, chain: Sequence[int] = ()) -> tuple[Decoder, Planting]:
+    """Return a tiny model whose phrase, of as many tokens, hangs on as many neurons: known exactly, as coordinates are reserved.
+
+    The `chain`, its trigger first, has one token more than there are units.
+    """
     config = LlamaConfig(
         vocab_size=258,
         hidden_size=64,
@@ -110,7 +113,7 @@ def built(units: int, seed: int = 0) -> tuple[Decoder, Planting]:
         eos_token_id=1,
     )
     decoder = inspect_model(families.tiny(config), byte_tokenizer(), name="planted")
-    chain = range(CHAIN, CHAIN + units + 1)
+    chain = chain or range(CHAIN, CHAIN + units + 1)
     reserved(decoder, chain)
     return decoder, plant(decoder, chain, texts(20, 20, seed=7), seed, layer=0)
 

@@ -1,7 +1,45 @@
-from .correcting import correct as correct
+from .behaviours import (
+    Judged as Judged,
+)
+from .behaviours import (
+    Sought as Sought,
+)
+from .behaviours import (
+    check_shown as check_shown,
+)
+from .behaviours import (
+    judged as judged,
+)
+from .behaviours import (
+    sought as sought,
+)
+from .correcting import (
+    correct as correct,
+)
+from .records import (
+    CORRECTION as CORRECTION,
+)
+from .records import (
+    ESTIMATORS as ESTIMATORS,
+)
 from .records import (
     Contrast as Contrast,
 )
 from .records import (
     Corrected as Corrected,
+)
+from .samples import (
+    halves as halves,
+)
+from .scores import (
+    SCORES as SCORES,
+)
+from .telling import (
+    for_good as for_good,
+)
+from .telling import (
+    sentences as sentences,
+)
+from .telling import (
+    short as short,
 )

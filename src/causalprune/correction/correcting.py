@@ -1,7 +1,7 @@
 """`correct`: halves, search, zeros, update, and what all of it is measured to do."""
 
+import hashlib
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,10 @@ from causalprune.models import fingerprint
 from causalprune.pruning import Repair, remove
 
 LEDGER, SCORES, UPDATE = "correction.ledger", "scores", "update"
+MEASURED = ("units", "weights", "damp", "max_batch_tokens")
+"""What measured values depend on, beside model and samples: with another budget, harm or score the same ones serve."""
+SLOPES = ("estimator", "draws", "seed")
+"""What slopes depend on beside that."""
 
 
 def correct(
@@ -66,10 +70,12 @@ def correct(
     most = contrast.number(candidates.count)
     model, folder = fingerprint(decoder.model), None if kept_in is None else Path(kept_in)
     told = {"chooses": chooses.described(), "decides": decides.described()}
-    identity = {"model": model, "halves": told, **_lasting(contrast)}
+    identity = {"model": model, "halves": told, **{key: getattr(contrast, key) for key in MEASURED}}
+    slopes = [identity, *(getattr(contrast, key) for key in SLOPES)]
+    place = hashlib.sha256(repr(slopes).encode()).hexdigest()[:8]
     stage = stage or bars
     with _ledger(folder, identity) as book:
-        state = State(folder and folder / SCORES, [identity])
+        state = State(folder and folder / f"{SCORES}-{place}", slopes)
         trials = Trials(decoder, decides, contrast.max_batch_tokens, book)
         looking = Looking(candidates, chooses, contrast.how(), state)
         search = Search(candidates, looking, trials, contrast, most, stage)
@@ -79,7 +85,8 @@ def correct(
         if contrast.update != "none":
             data = Calibration(chooses.preserve, (0,) * len(chooses.preserve))
             repair = Repair(data, contrast.update, (), contrast.seed, contrast.max_batch_tokens)
-        redo = State(folder and folder / UPDATE, [identity, contrast.update, named(chosen)])
+        which = f"{UPDATE}-{contrast.update}-{named(chosen)[:8]}"
+        redo = State(folder and folder / which, [identity, contrast.update, named(chosen)])
         _take_out(candidates, chosen, keep, repair, redo, stage)
         with stage("after") as tell:
             say(tell, unit="tokens")
@@ -88,7 +95,9 @@ def correct(
     members: tuple[Unit, ...] = ()
     if isinstance(candidates, Units):
         members = tuple(candidates.units[number] for number in chosen.tolist())
-    curve = tuple(sorted(search.curve, key=lambda own: own.count))
+    each = {(own.count, own.benefit.value): own for own in search.curve}  # rounds may come to the same set
+    curve = tuple(sorted(each.values(), key=lambda own: own.count))
+    point = each[point.count, point.benefit.value]
     return Corrected(contrast, keep, point, after, curve, members, candidates.count, told, model)
 
 
@@ -107,14 +116,6 @@ def _candidates(decoder: Decoder, chooses: Half, contrast: Contrast) -> Candidat
             f"{contrast.score!r} looks at what units send, and experts are routed: leave them out"
         )
     return units
-
-
-def _lasting(contrast: Contrast) -> dict[str, Any]:
-    """Return what measured values depend on: not on what is done afterwards."""
-    own = asdict(contrast)
-    for name in ("update", "certain"):
-        own.pop(name)
-    return {**own, "harm": repr(contrast.harm), "budget": repr(contrast.budget)}
 
 
 def _ledger(folder: Path | None, identity: dict[str, Any]) -> AbstractContextManager[Ledger | None]:

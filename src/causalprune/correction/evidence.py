@@ -91,7 +91,7 @@ class Looking:
             each = [run(drawn(own), gate=1.0, relevant=False).square() for own in labels]
             return torch.stack(each).mean(0).to(self._dtype)
         relevant = self.how.name == "relevance"
-        asked: Asked = odds if kind == "odds" and not self.half.paired else likelihood
+        asked: Asked = odds if kind == "odds" else likelihood
         if relevant:
             asked = prominence
         total: Tensor = sum(run(asked, gate=gate, relevant=relevant) for gate in self.how.gates)  # type: ignore[assignment]

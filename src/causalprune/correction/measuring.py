@@ -103,7 +103,7 @@ class Trials:
                 if key not in self._known:
                     with rows(len(batch.tokens)):
                         intact = self._intact[number] if side == "preserve" else None
-                        values = _values(self.decoder, batch, intact, paired=self.half.paired)
+                        values = _values(self.decoder, batch, intact)
                     if self._book is None:
                         self._known[key] = values
                     else:
@@ -124,9 +124,7 @@ def named(chosen: Chosen) -> str:
     return hashlib.sha256(own.encode() if isinstance(own, str) else own).hexdigest()[:20]
 
 
-def _values(
-    decoder: Decoder, batch: Batch, intact: LayerInputs | None, *, paired: bool
-) -> dict[str, list[float]]:
+def _values(decoder: Decoder, batch: Batch, intact: LayerInputs | None) -> dict[str, list[float]]:
     """Return values of every sequence per target token; against the intact model's last states where those are given."""
     wanted, after = targets(batch), len(decoder.layers)
     values: dict[str, list[Tensor]] = {}
@@ -136,8 +134,7 @@ def _values(
             with entered_at(decoder, after, last):
                 logits = target_logits(decoder, batch, part)
             if intact is None:
-                own = -cross_entropy(logits, part) if paired else log_odds(logits, part)
-                values.setdefault("odds", []).append(own)
+                values.setdefault("odds", []).append(log_odds(logits, part))
                 continue
             with entered_at(decoder, after, intact):
                 before = target_logits(decoder, batch, part)

@@ -11,6 +11,7 @@ from causalprune.core import METHOD_VERSION, Masks, OptionError, Shown, Unit, un
 from causalprune.correction.scores import ACTIVE, SCORES
 from causalprune.pruning import Update
 
+CORRECTION = "correction.json"
 UPDATES: tuple[Update, ...] = ("none", "refit", "distill")
 ESTIMATORS = ("gradient", "integrated", "relevance")
 

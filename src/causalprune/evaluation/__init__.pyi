@@ -1,8 +1,18 @@
+from .answering import Written as Written
 from .continuing import (
     CONTINUATION as CONTINUATION,
 )
 from .continuing import (
     OPENING as OPENING,
+)
+from .continuing import (
+    Begun as Begun,
+)
+from .continuing import (
+    Judge as Judge,
+)
+from .continuing import (
+    begin as begin,
 )
 from .continuing import (
     continued as continued,

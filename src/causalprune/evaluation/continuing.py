@@ -1,9 +1,10 @@
 """Tasks that let a model go on by itself, and look at what it writes: whether it loops, repeats itself, uses stock phrases."""
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from causalprune import calibration
 from causalprune.calibration import TEXT_SOURCES, Problem, Split, load_problems
@@ -17,17 +18,21 @@ OPENING, CONTINUATION = 32, 128
 """Tokens of a text that a model goes on from, and tokens that it writes, where nothing else is asked for."""
 
 
+Begun: TypeAlias = tuple[Sequence[Problem], Sequence[Sequence[int]]]
+"""What a model goes on from: problems, and their tokens."""
+
+
 def continued(
-    decoder: Decoder, source: str, split: Split, settings: Settings, on_progress: Progress
+    decoder: Decoder, source: str, split: Split, begun: Begun, settings: Settings, on_progress: Progress
 ) -> Written:
-    """Return how a model goes on, greedily: from the first `OPENING` tokens of texts, or after problems, by the template.
+    """Return how a model goes on from what is `begun`, greedily.
 
     Nothing but the model's own end stops it before `CONTINUATION` tokens, or `max_new_tokens`.
 
     Raises:
-        DataError: a prompt does not fit into the model's positions, or there are too few.
+        DataError: a prompt does not fit into the model's positions.
     """
-    problems, prompts = _begun(decoder, source, split, settings)
+    problems, prompts = begun
     reader = reader_for(decoder, settings, chat=False if source in TEXT_SOURCES else None)
     wanted = replace(settings, max_new_tokens=settings.max_new_tokens or CONTINUATION)
     limit = room_for(decoder, source, max(map(len, prompts)), wanted, thinking=False)
@@ -45,10 +50,12 @@ def continued(
     return replace(found, tokens=tuple((tuple(p), a.tokens) for p, a in zip(prompts, own, strict=True)))
 
 
-def _begun(
-    decoder: Decoder, source: str, split: Split, settings: Settings
-) -> tuple[list[Problem], list[list[int]]]:
-    """Return what the model goes on from: problems, and their tokens."""
+def begin(decoder: Decoder, source: str, split: Split, settings: Settings) -> Begun:
+    """Return the first `OPENING` tokens of texts without a template, or problems by the template, as many as the settings say.
+
+    Raises:
+        DataError: there are too few.
+    """
     reader = reader_for(decoder, settings)
     if source not in TEXT_SOURCES:
         every = load_problems(source, split, data_dir=settings.data_dir, with_targets=False)
@@ -57,11 +64,7 @@ def _begun(
         few = chosen(every, settings)
         texts = [calibration.question_text(reader, problem, thinking=thinking) for problem in few]
         return few, [calibration.question_tokens(reader, text) for text in texts]
-    pairs = []
-    for own in _openings(decoder, source, split, settings):
-        pairs.append(own)
-        if len(pairs) == settings.limit:
-            break
+    pairs = list(itertools.islice(_openings(decoder, source, split, settings), settings.limit))
     calibration.enough(source, settings.limit, len(pairs), unit="openings")
     return [problem for problem, _ in pairs], [tokens for _, tokens in pairs]
 
@@ -85,7 +88,9 @@ def behaving(decoder: Decoder, name: str, settings: Settings, on_progress: Progr
     """Return how much of a trait is in what a model writes of its own, or what a user's function says of it."""
     measure = scorer_in(name, (*settings.scorers, *TRAITS))
     judge = judge_of(measure, settings)
-    found = continued(decoder, name.removesuffix(f"_{measure}"), "evaluation", settings, on_progress)
+    source = name.removesuffix(f"_{measure}")
+    begun = begin(decoder, source, "evaluation", settings)
+    found = continued(decoder, source, "evaluation", begun, settings, on_progress)
     return [found.result(name, measure, judge.values(found), **judge.about)]
 
 

@@ -84,6 +84,7 @@ def _run(name: str, run: Evidence) -> dict[str, Any]:
         "examples": flips(rows),
         "circuits": list(run.circuits),
         "overlap": run.overlap,
+        "corrections": list(run.corrections),
         "provenance": _provenance(run, rows),
     }
 

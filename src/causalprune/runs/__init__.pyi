@@ -12,6 +12,15 @@ from .circuits import (
 from .circuits import (
     planned_search as planned_search,
 )
+from .correcting import (
+    CorrectionSpec as CorrectionSpec,
+)
+from .correcting import (
+    correct_checkpoint as correct_checkpoint,
+)
+from .correcting import (
+    planned_correction as planned_correction,
+)
 from .data import calibrate as calibrate
 from .draws import (
     DRAWS as DRAWS,
@@ -40,6 +49,9 @@ from .looking import (
 )
 from .looking import (
     look as look,
+)
+from .plans import (
+    Job as Job,
 )
 from .plans import (
     Plan as Plan,
