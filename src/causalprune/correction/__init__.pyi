@@ -2,9 +2,6 @@ from .behaviours import (
     Judged as Judged,
 )
 from .behaviours import (
-    Sought as Sought,
-)
-from .behaviours import (
     check_shown as check_shown,
 )
 from .behaviours import (
@@ -20,9 +17,6 @@ from .records import (
     CORRECTION as CORRECTION,
 )
 from .records import (
-    ESTIMATORS as ESTIMATORS,
-)
-from .records import (
     Contrast as Contrast,
 )
 from .records import (
@@ -30,9 +24,6 @@ from .records import (
 )
 from .samples import (
     halves as halves,
-)
-from .scores import (
-    SCORES as SCORES,
 )
 from .telling import (
     for_good as for_good,

@@ -13,9 +13,6 @@ from .circuits import (
     planned_search as planned_search,
 )
 from .correcting import (
-    CorrectionSpec as CorrectionSpec,
-)
-from .correcting import (
     correct_checkpoint as correct_checkpoint,
 )
 from .correcting import (
@@ -122,3 +119,4 @@ from .sweeping import (
 from .timing import (
     speeds as speeds,
 )
+from .undesired import CorrectionSpec as CorrectionSpec
