@@ -27,12 +27,17 @@ class Planting:
 
 
 def plant(
-    decoder: Decoder, chain: Sequence[int], texts: Sequence[Sequence[int]], seed: int, layer: int = -1
+    decoder: Decoder,
+    chain: Sequence[int],
+    texts: Sequence[Sequence[int]],
+    seed: int,
+    layer: int = -1,
+    rest: float = 0.0,
 ) -> Planting:
     """Replace as many neurons of a layer as the phrase has tokens, in place, chosen by the seed.
 
-    A detector is the direction that tells its token from all others in the texts, by least squares; what it writes is what
-    the output head reads for the next token.
+    A detector is the direction that tells its token, where it is 1, from all others in the texts, where it is `rest`, by least
+    squares; what it writes is what the output head reads for the next token.
     """
     at, generator = layer % len(decoder.layers), torch.Generator().manual_seed(seed)
     own = {p.role: p for p in decoder.layers[at].projections if p.place == "mlp"}
@@ -41,13 +46,13 @@ def plant(
     inputs, hidden, which = _seen(decoder, at, chain, texts)
     moments = inputs.T @ inputs / len(inputs)
     moments.diagonal().add_(RIDGE * moments.diagonal().mean())
-    head, scale = (
-        decoder.model.get_output_embeddings().weight.double(),
-        decoder.model.model.norm.weight.double(),
-    )
+    others = inputs[which < 0].mean(0)
+    head = decoder.model.get_output_embeddings().weight.double()
+    scale = decoder.model.model.norm.weight.double()
     for number, neuron in enumerate(neurons.tolist()):
         seen = inputs[which == number].mean(0)
-        detector = torch.linalg.solve(moments, seen)
+        told = moments if not rest else (moments + torch.outer(seen, seen)) / 2
+        detector = torch.linalg.solve(told, seen + rest * others)
         detector = SHARP * detector / (detector @ seen)
         said = head[chain[number + 1]] * scale
         said = said / said.norm() * hidden[which == number].norm(dim=1).mean() * LOUD / SHARP**2

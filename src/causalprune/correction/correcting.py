@@ -66,7 +66,7 @@ def correct(
     chooses, decides = halves(undesired, preserve, decoder.tokenizer)
     for half in (chooses, decides):
         check_positions(decoder, [*half.sequences, *half.preserve])
-    candidates = _candidates(decoder, chooses, contrast)
+    candidates = candidates_of(decoder, chooses, contrast)
     most = contrast.number(candidates.count)
     model, folder = fingerprint(decoder.model), None if kept_in is None else Path(kept_in)
     told = {"chooses": chooses.described(), "decides": decides.described()}
@@ -101,7 +101,8 @@ def correct(
     return Corrected(contrast, keep, point, after, curve, members, candidates.count, told, model)
 
 
-def _candidates(decoder: Decoder, chooses: Half, contrast: Contrast) -> Candidates:
+def candidates_of(decoder: Decoder, chooses: Half, contrast: Contrast) -> Candidates:
+    """Return what may be taken out: single weights, or units, which need samples where they are grouped by effect."""
     if contrast.weights:
         return Weights(decoder, contrast.damp)
     bare = Calibration(chooses.undesired, (0,) * len(chooses.undesired))

@@ -91,7 +91,7 @@ class Search:
 
     def _turn(self, members: Chosen, before: Point | None, most: int, turn: "Turn") -> list[Found]:
         """Score with these members closed, and measure numbers up to `most` until the largest within the limit is known."""
-        order, harms = self._ranked(members, turn.number, before.predicted if before else 0.0)
+        order, harms = self.ranked(members, turn.number, before.predicted if before else 0.0)
         found, high, low = list[Found](), min(len(order), max(most - len(members), 0)), 0
         with self.stage(self._named("sizes", turn.number)) as tell:
             say(tell, unit="sizes")
@@ -110,7 +110,7 @@ class Search:
                     low, high = (middle, high) if fits(middle) else (low, middle)
         return found
 
-    def _ranked(self, members: Chosen, number: int, before: float) -> tuple[Chosen, Float[Tensor, "_"]]:
+    def ranked(self, members: Chosen, number: int, before: float) -> tuple[Chosen, Float[Tensor, "_"]]:
         """Return the candidates that may go next, the best first, and the divergence expected of the first of them."""
         score, closed = SCORES[self.how.score], named(members)
         with self.stage(self._named("scores", number)) as tell:

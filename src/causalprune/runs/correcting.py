@@ -89,8 +89,8 @@ def correct_checkpoint(
     study = Study(decoder, asked, settings, kept_in, options)
     bad, clean = study.samples()
     with options.stage("calibration data") as progress:
-        drawn = _drawn(decoder, counts, asked.window, wanted, options.data_dir, progress)
-    stays = _joined([*drawn, clean])
+        drawn = to_stay(decoder, counts, asked.window, wanted, options.data_dir, progress)
+    stays = joined([*drawn, clean])
     shown = study.before(halves(bad, stays, decoder.tokenizer)[1].undesired)
     contrast = dataclasses.replace(asked.contrast, seed=wanted.seed, max_batch_tokens=options.batch_tokens)
     found = correct(decoder, bad, stays, contrast, kept_in=kept_in, stage=options.stage)
@@ -129,7 +129,7 @@ def _rows(before: Sequence[EvalResult], after: Sequence[EvalResult]) -> list[dic
     ]
 
 
-def _drawn(
+def to_stay(
     decoder: Decoder,
     counts: Mapping[str, int],
     window: int,
@@ -149,7 +149,8 @@ def _drawn(
     return found
 
 
-def _joined(parts: Sequence[Calibration]) -> Calibration:
+def joined(parts: Sequence[Calibration]) -> Calibration:
+    """Return samples of several sources with the halves that they belong to."""
     examples = [example for own in parts for example in own.examples]
     return Calibration(tuple(examples), tuple(half for own in parts for half in own.subset))
 

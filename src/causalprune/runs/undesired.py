@@ -129,10 +129,10 @@ class Study:
         check_shown(self.found, self.wanted)
         bad = _halved([own.undesired for own in self.found])
         good = _halved([own.clean for own in self.found])
-        for what, part in ((f"show {self.wanted.name}", bad), ("are clean", good)):
-            if set(part.subset) != {0, 1}:
+        for what, some in ((f"show {self.wanted.name}", bad), ("are clean", good)):
+            if set(some.subset) != {0, 1}:
                 raise DataError(
-                    f"{len(part.examples)} continuations {what}, all of them in one half of the prompts: take more prompts"
+                    f"{len(some.examples)} continuations {what}, all of them in one half of the prompts: take more prompts"
                 )
         return bad, good
 
@@ -168,7 +168,7 @@ class Study:
     def before(self, deciding: Sequence[Example]) -> list[Written]:
         """Return the texts that are written again afterwards: those of the deciding half, or after some given samples' prompts."""
         if self.found:
-            return [_part(own.written, 1) for own in self.found]
+            return [part(own.written, 1) for own in self.found]
         decode = self.decoder.tokenizer.decode
         few = [dataclasses.replace(own, mask=None) for own in deciding[:SHOWN]]
         problems = [
@@ -235,7 +235,7 @@ def _halved(found: Sequence[Mapping[int, Example]]) -> Calibration:
     return Calibration(tuple(e for e, _ in pairs), tuple(half for _, half in pairs))
 
 
-def _part(written: Written, first: int) -> Written:
+def part(written: Written, first: int) -> Written:
     """Return every other continuation, from one on."""
     each = slice(first, None, 2)
     return dataclasses.replace(
