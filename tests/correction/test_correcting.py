@@ -225,3 +225,57 @@ def test_samples_that_cannot_be() -> None:
     ):
         with pytest.raises(CausalPruneError, match=words):
             fixed(decoder, own, others)
+
+
+def test_slopes_go_on_too_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from causalprune.core.resuming import State
+    from causalprune.correction.candidates import Units
+
+    decoder, planting = built(2)
+    bad, good = samples(planting)
+    asked = Contrast(budget=4, harm=0.2, max_batch_tokens=64)
+    whole, calls = Units.slopes, []
+
+    def broken(self: Units, *given: object, **how: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return whole(self, *given, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Units, "slopes", broken)
+    monkeypatch.setattr(State, "due", lambda _: True)
+    stop = 0
+    straight = correct(decoder, bad, good, asked, kept_in=tmp_path / "a", stage=cp.quiet)
+    every = len(calls)
+    calls.clear()
+    stop = every // 2
+    decoder, _ = built(2)
+    with pytest.raises(KeyboardInterrupt):
+        correct(decoder, bad, good, asked, kept_in=tmp_path / "b", stage=cp.quiet)
+    calls.clear()
+    stop = 0
+    decoder, _ = built(2)
+    found = correct(decoder, bad, good, asked, kept_in=tmp_path / "b", stage=cp.quiet)
+    assert len(calls) <= every - every // 2 + 1
+    assert found.described() == straight.described()
+
+
+def test_another_budget_measures_nothing_twice(tmp_path: Path) -> None:
+    decoder, planting = built(2)
+    bad, good = samples(planting)
+    correct(decoder, bad, good, Contrast(budget=2, rounds=1), kept_in=tmp_path, stage=cp.quiet)
+    rows = (tmp_path / "correction.ledger").read_text()
+    decoder, _ = built(2)
+    correct(decoder, bad, good, Contrast(budget=2, rounds=1, harm=0.5), kept_in=tmp_path, stage=cp.quiet)
+    assert (tmp_path / "correction.ledger").read_text() == rows
+
+
+def test_what_was_corrected_is_saved_like_any_other(tmp_path: Path) -> None:
+    from tinydata import byte_tokenizer
+
+    decoder, planting = built(1)
+    found = fixed(decoder, *samples(planting), budget=1)
+    cp.save(replace(decoder, tokenizer=byte_tokenizer()), tmp_path / "fixed", found)
+    assert cp.verify(tmp_path / "fixed").ok
+    assert "safeguards are behaviours too" in (tmp_path / "fixed" / "README.md").read_text()
+    assert "Corrected(1 of 192 (neurons) set to zero; log-odds of what is undesired -" in repr(found)
