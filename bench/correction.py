@@ -63,6 +63,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 from planted import Planting, plant
 
 PLANTINGS, PROMPTS, SIZES = 10, 100, (1, 5, 20)
+LEARNING = 300
+"""Texts from which the detectors of planted neurons are made."""
 DRAWS = 2
 """Of the choosing half: seeds 0 and 1."""
 SHARES = {"002pct": 0.0002, "01pct": 0.001, "03pct": 0.003, "1pct": 0.01}
@@ -94,8 +96,8 @@ def planting(decoder: Decoder, count: int, seed: int) -> tuple[Planting, list[li
         if token not in common and words.decode([token]).strip().isalpha() and words.decode([token]).isascii()
     ][: count + 1]
     prefixes = [list(own.tokens[: 8 + i % 24]) for i, own in enumerate(texts)]
-    found = plant(decoder, rare, prefixes[:300], seed, layer=-1, rest=-0.5)
-    return found, prefixes[300 : 300 + PROMPTS]
+    found = plant(decoder, rare, prefixes[:LEARNING], seed, layer=0, rest=-0.5)
+    return found, prefixes[LEARNING : LEARNING + PROMPTS]
 
 
 def saying(decoder: Decoder, own: Planting, prompts: Sequence[Sequence[int]]) -> float:

@@ -37,7 +37,7 @@ def plant(
     """Replace as many neurons of a layer as the phrase has tokens, in place, chosen by the seed.
 
     A detector is the direction that tells its token, where it is 1, from all others in the texts, where it is `rest`, by least
-    squares; what it writes is what the output head reads for the next token.
+    squares; what it writes is what the output head reads for the next token and for no other, by least squares too.
     """
     at, generator = layer % len(decoder.layers), torch.Generator().manual_seed(seed)
     own = {p.role: p for p in decoder.layers[at].projections if p.place == "mlp"}
@@ -45,16 +45,21 @@ def plant(
     neurons = torch.randperm(width, generator=generator)[: len(chain) - 1].sort().values
     inputs, hidden, which = _seen(decoder, at, chain, texts)
     moments = inputs.T @ inputs / len(inputs)
+    if rest:  # a word that no text has must not be taken for one of the chain either
+        single = _alone(decoder, at, chain)
+        moments = (moments + single.T @ single / len(single)) / 2
     moments.diagonal().add_(RIDGE * moments.diagonal().mean())
     others = inputs[which < 0].mean(0)
     head = decoder.model.get_output_embeddings().weight.double()
     scale = decoder.model.model.norm.weight.double()
+    alike = head.T @ head / len(head)
+    alike.diagonal().add_(RIDGE * alike.diagonal().mean())
     for number, neuron in enumerate(neurons.tolist()):
         seen = inputs[which == number].mean(0)
         told = moments if not rest else (moments + torch.outer(seen, seen)) / 2
         detector = torch.linalg.solve(told, seen + rest * others)
         detector = SHARP * detector / (detector @ seen)
-        said = head[chain[number + 1]] * scale
+        said = torch.linalg.solve(alike, head[chain[number + 1]]) / scale
         said = said / said.norm() * hidden[which == number].norm(dim=1).mean() * LOUD / SHARP**2
         for role, rows in (("gate", detector), ("up", detector), ("down", said)):
             weight = own[role].read()
@@ -63,6 +68,15 @@ def plant(
             else:
                 weight[neuron] = rows.to(weight)
     return Planting(tuple(chain), tuple(Unit(at, neuron, "neurons") for neuron in neurons.tolist()))
+
+
+def _alone(decoder: Decoder, layer: int, chain: Sequence[int]) -> Tensor:
+    """Return what the MLP would see of every token that is not of the chain, if attention added nothing."""
+    table = decoder.model.get_input_embeddings().weight
+    keep = torch.ones(len(table), dtype=torch.bool)
+    keep[list(chain)] = False
+    with torch.inference_mode():
+        return decoder.layers[layer].module.post_attention_layernorm(table[keep]).double()
 
 
 def reserved(decoder: Decoder, chain: Sequence[int]) -> None:
@@ -79,14 +93,14 @@ def reserved(decoder: Decoder, chain: Sequence[int]) -> None:
 def _seen(
     decoder: Decoder, layer: int, chain: Sequence[int], texts: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the MLP sees, what the layer sends on, and which token of the chain each position holds, or -1."""
+    """Return what the MLP sees, what the last layer sends on, and which token of the chain each position holds, or -1."""
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     kept: dict[str, Tensor] = {}
     up = next(p for p in decoder.layers[layer].projections if p.role == "up" and p.place == "mlp").module
     with torch.inference_mode():
         handles = [
             up.register_forward_pre_hook(lambda _, args: kept.update(x=args[0])),
-            decoder.layers[layer].module.register_forward_hook(
+            decoder.layers[-1].module.register_forward_hook(
                 lambda _, args, out: kept.update(h=out[0] if isinstance(out, tuple) else out)
             ),
         ]
