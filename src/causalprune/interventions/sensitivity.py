@@ -25,8 +25,7 @@ def weight_slopes(
     """Return the gradient of the batches' target loss at every prunable parameter, summed over targets, in float32.
 
     With `relevant`, what relevance sends back there from the targets' logits less the mean logit (`lrp`); or the gradient of
-    what is `asked` instead. Costs about three
-    forward passes, four where activations do not fit, and holds as much as the prunable weights in float32.
+    what is `asked` instead. Costs about three forward passes, four where activations do not fit, and holds as much as the prunable weights in float32.
     """
     found: dict[nn.Parameter, Tensor] = {}
     own = list(dict.fromkeys(p.parameter for p in decoder.projections))
@@ -35,7 +34,9 @@ def weight_slopes(
         for number, batch in enumerate(groups):
             pieces = Pieces(decoder, [batch])
             last = pieces.last[0]
-            slope = end_slope(decoder, batch, last, asked) if asked else last_slope(decoder, batch, last, value)
+            slope = (
+                end_slope(decoder, batch, last, asked) if asked else last_slope(decoder, batch, last, value)
+            )
             slopes: Slopes = [slope]
             for layer in reversed(decoder.layers):
                 parameters = [p for p in layer.module.parameters() if p in chosen]
