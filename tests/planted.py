@@ -37,7 +37,7 @@ def plant(
     """Replace as many neurons of a layer as the phrase has tokens, in place, chosen by the seed.
 
     A detector is the direction that tells its token, where it is 1, from all others in the texts, where it is `rest`, by least
-    squares; what it writes is what the output head reads for the next token and for no other, by least squares too.
+    squares; what it writes is what the output head reads for the next token, and with a `rest` for no other.
     """
     at, generator = layer % len(decoder.layers), torch.Generator().manual_seed(seed)
     own = {p.role: p for p in decoder.layers[at].projections if p.place == "mlp"}
@@ -59,7 +59,9 @@ def plant(
         told = moments if not rest else (moments + torch.outer(seen, seen)) / 2
         detector = torch.linalg.solve(told, seen + rest * others)
         detector = SHARP * detector / (detector @ seen)
-        said = torch.linalg.solve(alike, head[chain[number + 1]]) / scale
+        said = head[chain[number + 1]] * scale
+        if rest:
+            said = torch.linalg.solve(alike, head[chain[number + 1]]) / scale
         said = said / said.norm() * hidden[which == number].norm(dim=1).mean() * LOUD / SHARP**2
         for role, rows in (("gate", detector), ("up", detector), ("down", said)):
             weight = own[role].read()

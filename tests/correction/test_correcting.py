@@ -11,8 +11,10 @@ from planted import built, samples, says, texts
 import causalprune as cp
 from causalprune.calibration.examples import batches
 from causalprune.core.errors import CausalPruneError, DataError, MismatchError, OptionError
+from causalprune.core.resuming import State
 from causalprune.core.types import Calibration, Decoder, Example
-from causalprune.correction.correcting import correct
+from causalprune.correction.correcting import candidates_of, correct
+from causalprune.correction.evidence import Looking
 from causalprune.correction.records import Contrast, Corrected
 from causalprune.correction.samples import halves
 from causalprune.interventions.losses import target_nats
@@ -75,10 +77,15 @@ def test_other_scores_are_measured_alike(score: str) -> None:
 
 
 def test_losses_have_no_slope_where_the_model_is_sure() -> None:
-    """The paper's difference of losses misses what log-odds find, as each undesired token is certain."""
+    """What a loss says of a neuron vanishes as its token becomes certain; log-odds say the same of it as before."""
     decoder, planting = built(4)
-    with pytest.raises(OptionError, match="does not lower the log-odds"):
-        fixed(decoder, *samples(planting), budget=4, harm=math.inf, score="difference", rounds=1)
+    chooses, _ = halves(*samples(planting))
+    units, none = candidates_of(decoder, chooses, Contrast()), torch.zeros(0, dtype=torch.long)
+    looking = Looking(units, chooses, Contrast().how(), State())
+    odds, rise = (looking.gather((kind, "undesired"), none, "none", cp.silent) for kind in ("odds", "rise"))
+    at = [units.units.index(unit) for unit in planting.units]  # type: ignore[attr-defined]
+    assert float(odds[at].min()) > 0.02
+    assert float((rise[at].abs() / odds[at]).max()) < 0.05
 
 
 def test_single_weights() -> None:

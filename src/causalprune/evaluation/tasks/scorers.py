@@ -63,7 +63,7 @@ def scores(
         found = [float(value) for value in _asked(scorer, texts, targets)]
     except Exception as cause:  # code of a user's
         at = _failing(scorer, texts, targets)
-        raise OptionError(f"scorer {name} failed{at} ({type(cause).__name__}: {cause})") from cause
+        raise OptionError(f"scorer {name} failed ({type(cause).__name__}: {cause}){at}") from cause
     if len(found) != len(texts):
         raise OptionError(
             f"scorer {name} gave {len(found)} numbers for {len(texts)} texts: one for each is wanted"
