@@ -58,7 +58,7 @@ def test_a_function_scores_whole_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.undesired[0].target_tokens == 3
     assert set(found.clean) == {1}  # where nothing was written, nothing can be targeted
     vars(module)["broken"] = lambda texts: [1 / (len(text) - 2) for text in texts]
-    with pytest.raises(OptionError, match="scorer behaviour failed .*division by zero.* on 'no'"):
+    with pytest.raises(OptionError, match=r"scorer behaviour failed .*division by zero.* on 'no'"):
         judged("some", written("yes", "no"), sought("ownscores:broken"), WORDS)
     vars(module)["blank"] = lambda texts: [float("nan")] * len(texts)
     with pytest.raises(OptionError, match="scorer behaviour gave nan for 'One text"):
