@@ -23,6 +23,7 @@ WINGS = (
     "streaming",
     "shrinking",
     "circuits",
+    "correction",
     "reports",
     "runs",
     "cli",

@@ -35,7 +35,8 @@ On = Annotated[
     list[str],
     typer.Option(
         "--on",
-        help="What is measured: gsm8k_nll:200, gsm8k_cot, arc_challenge:500, test.jsonl_nll, wikitext2_ppl:40000, …; repeatable. "
+        help="What is measured: gsm8k_nll:200, gsm8k_cot, arc_challenge:500, test.jsonl_nll, wikitext2_ppl:40000, …, and of 128 "
+        "tokens that the model goes on with wikitext2_loops:200, gsm8k_rep4:100, …; repeatable. "
         "A count is one of examples, of tokens for `_ppl` and `_kl`.",
     ),
 ]

@@ -53,7 +53,7 @@ def expansion(
         first = by_unit(loss, gates, units, keep=len(uniforms) > 0)
         second = torch.zeros_like(first)
         for draw, values in enumerate(uniforms):
-            drawn = Targets(wanted.rows, wanted.positions, _labels(logits, values), *batch.tokens.shape)
+            drawn = Targets(wanted.rows, wanted.positions, labels_of(logits, values), *batch.tokens.shape)
             chance = by_row(cross_entropy(logits, drawn), drawn)
             slope = by_unit(chance, gates, units, keep=draw + 1 < len(uniforms))
             second += slope.square() / (2 * len(uniforms))
@@ -161,7 +161,9 @@ def uniforms(
     return torch.cat(rows, 1)
 
 
-def _labels(logits: Float[Tensor, "target vocab"], values: Float[Tensor, "target"]) -> Int[Tensor, "target"]:
+def labels_of(
+    logits: Float[Tensor, "target vocab"], values: Float[Tensor, "target"]
+) -> Int[Tensor, "target"]:
     """Return the label of each position where the cumulated probability passes its uniform number."""
     found = []
     for part, own in zip(logits.detach().split(chunk(logits)), values.split(chunk(logits)), strict=True):
