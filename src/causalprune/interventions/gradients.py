@@ -134,13 +134,13 @@ def _go_back(decoder: Decoder, pieces: Pieces, groups: Sequence[Batch]) -> None:
 
 
 def last_slope(
-    decoder: Decoder, batch: Batch, last: LayerInputs, value: Value = cross_entropy
+    decoder: Decoder, batch: Batch, last: LayerInputs, value: Value | None = None
 ) -> Float[Tensor, "*stream batch time model"]:
-    """Return the slope of what targets are worth, summed over a batch, at the last layer's output."""
+    """Return the slope of what targets are worth (their loss by default), summed over a batch, at the last layer's output."""
     after, wanted = len(decoder.layers), targets(batch)
     leaf = last.hidden[after].clone().requires_grad_()
     with torch.enable_grad(), entered_at(decoder, after, LayerInputs({after: leaf}, last.as_tuple)):
-        total = value(target_logits(decoder, batch, wanted), wanted).sum()
+        total = (value or cross_entropy)(target_logits(decoder, batch, wanted), wanted).sum()
     (slope,) = torch.autograd.grad(total, [leaf])
     return slope
 
