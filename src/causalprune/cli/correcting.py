@@ -139,7 +139,7 @@ def correct(
     Half of the samples chooses what goes; the other half decides how much. A stopped run goes on where it was.
     """
     from causalprune.cli import showing
-    from causalprune.runs import CalibrationSpec, CorrectionSpec, correct_checkpoint, planned_correction
+    from causalprune.runs import CorrectionSpec, correct_checkpoint, planned_correction
 
     own = asdict(samples) | {"prompts": tuple(samples.prompts), "preserve": tuple(samples.preserve)}
     asked = CorrectionSpec(**own, contrast=contrast.spec())
@@ -149,15 +149,7 @@ def correct(
         console.print(showing.prices(jobs, seconds))
         document(as_json, plan=[asdict(job) for job in jobs], minutes=seconds / 60)
         return
-    wanted = CalibrationSpec(
-        ("gsm8k",),
-        seed=reading.seed,
-        max_tokens=reading.max_tokens,
-        chat=reading.chat,
-        thinking=reading.thinking,
-        turns=reading.turns,
-        fold_system=reading.fold_system,
-    )
+    wanted = reading.spec(["gsm8k"])
     options = running.options(reading.data_dir, overwrite=overwrite)
     fixed = correct_checkpoint(spec, asked, wanted, output, options)
     console.print(showing.correction(fixed.corrected))

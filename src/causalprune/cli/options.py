@@ -145,6 +145,20 @@ class ReadingOptions:
     ] = False
     data_dir: DataDir = None
 
+    def spec(self, task: list[str]) -> "CalibrationSpec":
+        """Return which sources are read, and how."""
+        from causalprune.runs import CalibrationSpec
+
+        return CalibrationSpec(
+            tuple(task),
+            seed=self.seed,
+            max_tokens=self.max_tokens,
+            chat=self.chat,
+            thinking=self.thinking,
+            turns=self.turns,
+            fold_system=self.fold_system,
+        )
+
 
 @dataclass(frozen=True)
 class CalibrationOptions:
@@ -172,20 +186,7 @@ class CalibrationOptions:
 
     def spec(self, subsets: int = 3) -> "CalibrationSpec":
         """Return the examples as runs take them."""
-        from causalprune.runs import CalibrationSpec
-
-        read = self.reading
-        return CalibrationSpec(
-            tuple(self.task),
-            self.n,
-            subsets,
-            read.seed,
-            read.max_tokens,
-            read.chat,
-            thinking=read.thinking,
-            turns=read.turns,
-            fold_system=read.fold_system,
-        )
+        return replace(self.reading.spec(self.task), n=self.n, subsets=subsets)
 
 
 @dataclass(frozen=True)
