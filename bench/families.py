@@ -161,7 +161,7 @@ def experts() -> dict[str, Any]:
                     check=True,
                     capture_output=True,
                 )
-                found[name] = read_json(path)
+                found[name] = json.loads(path.read_text(encoding="utf-8"))
             rows.append({name: own["seconds"] for name, own in found.items()})
     ours, theirs = (
         [

@@ -68,7 +68,6 @@ NAMED = [
     "mistral3",
     "llava",
 ]
-OTHER_KINDS = ("encoder (masked", "encoder-decoder", "cross-attention")
 
 
 def sweep() -> dict[str, Any]:

@@ -24,6 +24,7 @@ WINGS = (
     "shrinking",
     "shipping",
     "circuits",
+    "correction",
     "reports",
     "runs",
     "cli",

@@ -12,6 +12,9 @@ from .circuits import overlap as overlap
 from .core import CausalPruneError as CausalPruneError
 from .core import quiet as quiet
 from .core import silent as silent
+from .correction import Contrast as Contrast
+from .correction import Corrected as Corrected
+from .correction import correct as correct
 from .evaluation import evaluate as evaluate
 from .evaluation import paired_difference as paired_difference
 from .pruning import Method as Method

@@ -14,6 +14,7 @@ import pytest
 import typer
 import yaml
 from conftest import PACKAGE, REPOSITORY, Run, assert_refused
+from tinydata import write_jsonl
 
 import causalprune
 from causalprune.cli.app import app, in_front, one_line
@@ -86,7 +87,9 @@ def calls(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     }
     (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     given, some = ["--data-dir", data], ["-t", "gsm8k", "-n", 3]
-    own = place / "circuit"
+    own, bad = place / "circuit", place / "bad.jsonl"
+    write_jsonl(bad, [{"prompt": f"{i} apples", "target": " and pears"} for i in range(8)])
+    spared = ["--preserve", "gsm8k:8", "--budget", 4, "--harm", "1000%"]
     return {
         "run": [place / "recipe.yaml", "-o", place / "run", *given],
         "inspect": [model],
@@ -109,6 +112,7 @@ def calls(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             "gsm8k_nll:2",
             *given,
         ],
+        "correct": [model, "-o", place / "fixed", "--undesired", bad, *spared, "--overwrite", *given],
         "shrink": [model, "-o", place / "small", "--layers", 0.5, *some, "--overwrite", *given],
         "verify": [place / "pruned"],
         "reapply": [place / "pruned", model, "-o", place / "again", "--overwrite"],
@@ -129,6 +133,7 @@ EXPECTED: dict[str, Callable[[Any], bool]] = {
     "overlap": lambda own: own["over_chance"][0][1] == 1.0,
     "prune": lambda own: 0 < own["zeros"] < own["weights"],
     "sweep": lambda own: {"sparsity", "holds"} <= own["tried"][0].keys(),
+    "correct": lambda own: 0 < len(own["members"]) <= 4,
     "shrink": lambda own: own["after"]["parameters"] < own["before"]["parameters"],
     "verify": lambda own: own["ok"] is True,
     "reapply": lambda own: own["restored"] > 0 and own["saved"].endswith("again"),

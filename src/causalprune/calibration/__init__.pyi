@@ -17,6 +17,9 @@ from .data import (
     Problem as Problem,
 )
 from .data import (
+    Split as Split,
+)
+from .data import (
     content_hash as content_hash,
 )
 from .data import (

@@ -212,9 +212,12 @@ def _marked(
             return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
         return tokens, [(until(a), until(b)) for a, b in where]
-    found = tokenizer(text, add_special_tokens=special, verbose=False, return_offsets_mapping=True)
-    tokens = _open_ended(tokenizer, found["input_ids"], text, special=special)
-    offsets = zip(*(found["offset_mapping"] or [(0, 0)]), strict=True)
+    found = tokenizer(text, add_special_tokens=special, verbose=False)
+    tokens, (encoding,) = _open_ended(tokenizer, found["input_ids"], text, special=special), found.encodings
+    first = encoding.char_to_token(where[0][0]) if where[0][0] < len(text) else None
+    if first is not None and [end for _, end in where] == [len(text)]:
+        return tokens, [(first, len(tokens))]  # nearly always, and without a look at every token
+    offsets = zip(*(encoding.offsets or [(0, 0)]), strict=True)
     begins, ends = (list(itertools.accumulate(own, max)) for own in offsets)
     spans = [(bisect.bisect_right(ends, a), bisect.bisect_left(begins, b)) for a, b in where]
     return tokens, [

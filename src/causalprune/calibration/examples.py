@@ -176,8 +176,7 @@ def draw(
     else:
         candidates = load_problems(name, split, data_dir=reader.data_dir)
     for candidate in shuffled(candidates, reader.seed):
-        example = candidate if isinstance(candidate, Example) else None
-        if (found := usable(reader, candidate, exclude, seen, example)) is not None:
+        if (found := usable(reader, candidate, exclude, seen)) is not None:
             yield found
 
 
@@ -193,8 +192,7 @@ def usable(
     elif key in seen:
         skipped.duplicate += 1
     else:
-        example = encode(reader, row) if example is None and isinstance(row, Problem) else example
-        assert example is not None
+        example = example or (encode(reader, row) if isinstance(row, Problem) else row)
         if len(example.tokens) <= reader.limit:
             seen.add(key)
             skipped.open_turns += getattr(row, "open_turns", 0)

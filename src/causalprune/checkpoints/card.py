@@ -57,6 +57,7 @@ def card_text(
         title=title,
         what=_what(base, record),
         warning=_words("card_smaller" if "shrink" in run else "card_zeros").strip(),
+        corrected=_corrected(run.get("correction")),
         made=_made(record),
         results=_results(rows),
         licence=licence,
@@ -105,6 +106,15 @@ def _what(base: str, record: Mapping[str, Any]) -> str:
         f"{base} with {share:.2%} of the weights in its decoder layers ({counts}) set to zero by causalprune."
     )
     return f"{text} {_size(run)}".strip()
+
+
+def _corrected(own: Mapping[str, Any] | None) -> str:
+    """Return which behaviour was taken out, how much of it, and what that cost; nothing for other models."""
+    if own is None:
+        return ""
+    said = own.get("sentences") or [own["what"]]
+    lines = "\n".join(f"- {sentence}" for sentence in said)
+    return _words("card_corrected").format(behaviour=own.get("behaviour", "given samples"), sentences=lines)
 
 
 def _size(about: Mapping[str, Any]) -> str:

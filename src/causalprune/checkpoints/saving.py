@@ -50,7 +50,7 @@ from causalprune.core import (
     versions,
     zeros_in,
 )
-from causalprune.evaluation import Row
+from causalprune.evaluation import Row, write_json
 from causalprune.models import ShardWriter, layout
 
 FORMAT = 1
@@ -93,13 +93,14 @@ def save(  # noqa: PLR0913 (what there is to say of a model)
     keep: Keep | None = None,
     effects: Effects | None = None,
     overwrite: bool = False,
+    beside: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write the model as it is now, with its side files, to `folder`, and return `folder`.
 
     `made` is what `prune` or `shrink` returned: method, calibration and masks. `manifest` is what else the caller knows of the
     run (JSON values); both become the entry `run`. `keep` maps names of projections to masks. A model that was loaded from
     files is written as those are, with what is another value in memory; configuration and tokenizer are the files' too. What
-    was written is read back in part. On any failure nothing new is left under the final name, and the error is a
+    was written is read back in part. `beside` are records by the name of their file. On any failure nothing new is left under the final name, and the error is a
     `CheckpointError`.
     """
     folder, run = Path(folder), {**(made.record() if made else {}), **(manifest or {})}
@@ -115,6 +116,8 @@ def save(  # noqa: PLR0913 (what there is to say of a model)
             write_keep(keep, temporary / KEEP)
         if effects is not None:
             save_effects(effects, temporary / EFFECTS)
+        for name, record in (beside or {}).items():
+            write_json(temporary / name, record)
         dtype = decoder.source.dtype if decoder.source else None
         write_manifest(temporary, decoder, run, [count(p, dtype) for p in decoder.projections])
         read_back(decoder, stored, temporary)

@@ -1,8 +1,15 @@
+from .behaviour import Behaviour as Behaviour
 from .checking import (
     Checks as Checks,
 )
 from .checking import (
     examined as examined,
+)
+from .curves import (
+    Value as Value,
+)
+from .curves import (
+    summed_up as summed_up,
 )
 from .finding import (
     MEASURED as MEASURED,

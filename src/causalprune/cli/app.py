@@ -12,14 +12,22 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from causalprune import __version__
-from causalprune.cli import circuits, looking, measuring, pruning, reporting, shipping
+from causalprune.cli import circuits, correcting, looking, measuring, pruning, reporting, shipping
 from causalprune.cli import options as opt
 from causalprune.cli.groups import ready
 from causalprune.cli.options import app
 from causalprune.cli.output import AsJson, console, document, say, voice
 from causalprune.core import CausalPruneError
 
-COMMANDS = (looking, measuring, circuits, pruning, shipping, reporting)  # importing them adds their commands
+COMMANDS = (
+    looking,
+    measuring,
+    circuits,
+    pruning,
+    correcting,
+    shipping,
+    reporting,
+)  # importing them adds their commands
 STOPPED = 130
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 """What a bad option raises: newer releases of typer carry their own click, older ones import it."""

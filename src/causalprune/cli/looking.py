@@ -27,16 +27,9 @@ def data(
     Reads only tokenizer and configuration of the model.
     """
     from causalprune.cli import tables
-    from causalprune.runs import CalibrationSpec, look
+    from causalprune.runs import look
 
-    wanted = CalibrationSpec(
-        tuple(task),
-        max_tokens=reading.max_tokens,
-        chat=reading.chat,
-        turns=reading.turns,
-        fold_system=reading.fold_system,
-    )
-    found = look(model.spec(), wanted, row, reading.data_dir)
+    found = look(model.spec(), reading.spec(task), row, reading.data_dir)
     for own in found:
         console.print(tables.marked(own, row), soft_wrap=True)
     console.print(tables.looked(found))

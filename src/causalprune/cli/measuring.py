@@ -252,13 +252,16 @@ def evaluate(
         int | None,
         typer.Option(help="Examples (tokens for `_ppl` and `_kl`) of what names no count.", min=1),
     ] = None,
+    phrases: Annotated[
+        Path | None, typer.Option(help="List of phrases, one a line, that SOURCE_phrases looks for.")
+    ] = None,
     running: opt.RunningOptions = opt.RunningOptions(batch_tokens=4096),
     overwrite: opt.Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model, and keep the value of every example."""
     from causalprune.cli import tables
-    from causalprune.evaluation import Settings, load_scorers
+    from causalprune.evaluation import Settings, load_scorers, read_phrases
     from causalprune.runs import evaluate_model
 
     measures, spec = (*on, *task), model.spec()
@@ -277,6 +280,7 @@ def evaluate(
         scorers=load_scorers(answers.scorer),
         turns=reading.turns,
         fold_system=reading.fold_system,
+        phrases=() if phrases is None else read_phrases(phrases),
     )
     options = running.options(reading.data_dir, overwrite=overwrite)
     results = evaluate_model(spec, measures, settings, output, options)

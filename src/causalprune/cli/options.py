@@ -35,7 +35,8 @@ On = Annotated[
     list[str],
     typer.Option(
         "--on",
-        help="What is measured: gsm8k_nll:200, gsm8k_cot, arc_challenge:500, test.jsonl_nll, wikitext2_ppl:40000, …; repeatable. "
+        help="What is measured: gsm8k_nll:200, gsm8k_cot, arc_challenge:500, test.jsonl_nll, wikitext2_ppl:40000, …, and of 128 "
+        "tokens that the model goes on with wikitext2_loops:200, gsm8k_rep4:100, …; repeatable. "
         "A count is one of examples, of tokens for `_ppl` and `_kl`.",
     ),
 ]
@@ -144,6 +145,20 @@ class ReadingOptions:
     ] = False
     data_dir: DataDir = None
 
+    def spec(self, task: list[str]) -> "CalibrationSpec":
+        """Return which sources are read, and how."""
+        from causalprune.runs import CalibrationSpec
+
+        return CalibrationSpec(
+            tuple(task),
+            seed=self.seed,
+            max_tokens=self.max_tokens,
+            chat=self.chat,
+            thinking=self.thinking,
+            turns=self.turns,
+            fold_system=self.fold_system,
+        )
+
 
 @dataclass(frozen=True)
 class CalibrationOptions:
@@ -171,20 +186,7 @@ class CalibrationOptions:
 
     def spec(self, subsets: int = 3) -> "CalibrationSpec":
         """Return the examples as runs take them."""
-        from causalprune.runs import CalibrationSpec
-
-        read = self.reading
-        return CalibrationSpec(
-            tuple(self.task),
-            self.n,
-            subsets,
-            read.seed,
-            read.max_tokens,
-            read.chat,
-            thinking=read.thinking,
-            turns=read.turns,
-            fold_system=read.fold_system,
-        )
+        return replace(self.reading.spec(self.task), n=self.n, subsets=subsets)
 
 
 @dataclass(frozen=True)

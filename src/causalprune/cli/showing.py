@@ -7,6 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from causalprune.circuits import Circuit, Overlap
+from causalprune.correction import Corrected, short
+from causalprune.runs import Job
 
 
 def costs(stages: Sequence[tuple[str, int, float]]) -> Table:
@@ -72,3 +74,42 @@ def overlap(found: Overlap) -> list[Table]:
 
 def _value(own: Any) -> str:
     return f"{own.value:.3g} [{own.low:.3g}, {own.high:.3g}]"
+
+
+def prices(jobs: Sequence[Job], seconds: float) -> Table:
+    """Return what a correction costs, stage by stage, in tokens through the model."""
+    table = Table(
+        caption=f"about {seconds / 60:.0f} minutes on this device; a backward pass counts as two forward ones, and a search often "
+        "ends earlier"
+    )
+    for name in ("stage", "count", "tokens"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for job in jobs:
+        table.add_row(job.name, f"{job.count:,}", f"{job.tokens:,}")
+    table.add_row("in all", "", f"{sum(job.tokens for job in jobs):,}", style="bold")
+    return table
+
+
+def correction(found: Corrected) -> Table:
+    """Return what was measured without so many candidates; what was chosen is bold."""
+    table = Table(
+        caption="measured on the half of the samples that chose nothing, against the model before; loss and divergence in nats per token"
+    )
+    sources = list(found.chosen.harm)
+    columns = (
+        "without",
+        "share",
+        "log-odds of the undesired",
+        *(f"loss of {short(name)}" for name in sources),
+        "divergence",
+    )
+    for name in columns:
+        table.add_column(name, justify="right")
+    for point in found.curve:
+        fall = point.benefit
+        cells = [f"{point.count:,}", f"{point.share:.3%}"]
+        cells += [f"{-fall.value:+.3g} [{-fall.high:+.3g}, {-fall.low:+.3g}]"]
+        cells += [f"{point.harm[name].value:+.3g}" for name in sources]
+        worst = max((own.value for own in point.kl.values()), default=0.0)
+        table.add_row(*cells, f"{worst:.3g}", style="bold" if point == found.chosen else "")
+    return table

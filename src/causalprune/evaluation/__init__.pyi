@@ -1,3 +1,25 @@
+from .answering import Written as Written
+from .continuing import (
+    CONTINUATION as CONTINUATION,
+)
+from .continuing import (
+    OPENING as OPENING,
+)
+from .continuing import (
+    Begun as Begun,
+)
+from .continuing import (
+    Judge as Judge,
+)
+from .continuing import (
+    begin as begin,
+)
+from .continuing import (
+    continued as continued,
+)
+from .continuing import (
+    judge_of as judge_of,
+)
 from .measures import (
     check_tasks as check_tasks,
 )
@@ -6,6 +28,9 @@ from .measures import (
 )
 from .measures import (
     evaluation_contents as evaluation_contents,
+)
+from .measures import (
+    goes_on as goes_on,
 )
 from .measures import (
     output_type as output_type,
@@ -109,6 +134,18 @@ from .tasks.generation import (
 )
 from .tasks.generation import (
     plain_generation as plain_generation,
+)
+from .tasks.repeating import (
+    read_phrases as read_phrases,
+)
+from .tasks.repeating import (
+    repeats as repeats,
+)
+from .tasks.repeating import (
+    repetition as repetition,
+)
+from .tasks.repeating import (
+    spans as spans,
 )
 from .tasks.scorers import load_scorers as load_scorers
 from .written import (

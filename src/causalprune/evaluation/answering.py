@@ -32,7 +32,7 @@ class Written:
     """What a model wrote to problems: the texts after its thoughts, and what is to be said of them.
 
     `over` is False where thoughts do not come to an end; the text is that of the thoughts then. `broken`: some prediction
-    was not a number.
+    was not a number. `tokens` are those of prompts and of what was written, where that is looked at (`continuing`).
     """
 
     problems: Sequence[Problem]
@@ -40,6 +40,7 @@ class Written:
     over: tuple[bool, ...]
     broken: bool
     description: dict[str, Any]
+    tokens: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
     def result(self, name: str, metric: str, values: Sequence[float], **about: Any) -> EvalResult:
         """Return the values of all problems as a result."""
@@ -120,11 +121,10 @@ def write(
     thinking = calibration.uses_thinking(tokenizer, settings.thinking, chat=reader.chat)
     shown = [calibration.question_text(reader, problem, thinking=thinking) for problem in few]
     tokens = [calibration.question_tokens(reader, text) for text in shown]
-    limit = _limit(decoder, source, max(map(len, tokens)), settings, thinking=thinking)
+    limit = room_for(decoder, source, max(map(len, tokens)), settings, thinking=thinking)
     stop = [] if thinking else _stops(source, problems, chat=reader.chat)  # thoughts may hold anything
-    order = sorted(range(len(few)), key=lambda i: (-len(tokens[i]), shown[i]))
-    by_length = answers(decoder, [tokens[i] for i in order], limit, stop, settings.batch_size, on_progress)
-    own = [answer for _, answer in sorted(zip(order, by_length, strict=True), key=lambda pair: pair[0])]
+    asked = list(zip(tokens, shown, strict=True))
+    own = answered_in_order(decoder, asked, limit, stop, settings.batch_size, on_progress)
     texts = [_text(tokenizer, answer, stop, thinking=thinking) for answer in own]
     after = [
         after_trace(text, opened=prompt.rstrip().endswith(TRACE_START))
@@ -141,6 +141,20 @@ def write(
     }
     final = tuple(text if rest is None else rest for text, rest in zip(texts, after, strict=True))
     return Written(few, final, over, any(answer.broken for answer in own), description)
+
+
+def answered_in_order(
+    decoder: Decoder,
+    prompts: Sequence[tuple[Sequence[int], str]],
+    limit: int,
+    stop: Sequence[str],
+    batch_size: int,
+    on_progress: Progress,
+) -> list[Answer]:
+    """Return `answers` in the order of the prompts, each tokens and their text."""
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i][0]), prompts[i][1]))
+    by_length = answers(decoder, [prompts[i][0] for i in order], limit, stop, batch_size, on_progress)
+    return [answer for _, answer in sorted(zip(order, by_length, strict=True), key=lambda pair: pair[0])]
 
 
 def _told(ended: Sequence[bool], own: Sequence[Answer]) -> dict[str, Any]:
@@ -163,7 +177,7 @@ def _text(tokenizer: Any, answer: Answer, stop: Sequence[str], *, thinking: bool
     return text
 
 
-def _limit(decoder: Decoder, source: str, longest: int, settings: Settings, *, thinking: bool) -> int:
+def room_for(decoder: Decoder, source: str, longest: int, settings: Settings, *, thinking: bool) -> int:
     """Return how many tokens an answer may have."""
     longest_text = positions(decoder.model.config)
     room = None if longest_text is None else longest_text - longest

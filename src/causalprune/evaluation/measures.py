@@ -2,7 +2,8 @@
 
 Task names: `<source>_answers` (and its older name, `<data set>_cot`) for answers that the model writes, `<source>_NAME` for
 a scorer's opinion of them, `<source>_nll` for the loss of gold solutions, `<text>_ppl` for perplexity, `own_ppl` and `own_kl` for
-perplexity of, and divergence on, a text that the intact model writes (`written`), a task file of `causalprune/tasks`, or the path
+perplexity of, and divergence on, a text that the intact model writes (`written`), `<source>_loops` and its like for what a model
+writes when it goes on by itself (`continuing`), a task file of `causalprune/tasks`, or the path
 of one. `name:limit` bounds one task: problems, or tokens of text. Every result keeps per-example values, so that models are
 compared in pairs.
 """
@@ -35,8 +36,10 @@ from causalprune.core import (
     unknown,
 )
 from causalprune.evaluation.answering import chosen, right_or_wrong, scored, scorer_in
+from causalprune.evaluation.continuing import behaving
 from causalprune.evaluation.settings import Settings, described, reader_for
 from causalprune.evaluation.tasks.files import is_task_file, task_file
+from causalprune.evaluation.tasks.repeating import TRAITS
 from causalprune.evaluation.written import OWN_TASKS, TOKENS, by_example, own_divergences, own_text
 from causalprune.interventions import target_nats
 from causalprune.models import positions
@@ -87,7 +90,8 @@ def task_names(scorers: Iterable[str] = ()) -> list[str]:
     """Return the names of all tasks that come with the library, and those of scorers on its data sets."""
     files = [path.stem for path in TASK_FILES.glob("*.yaml")]
     solved = [source for source in SOURCES if source not in TEXT_SOURCES]
-    written = [f"{source}_{measure}" for source in solved for measure in ("answers", *scorers)]
+    written = [f"{source}_answers" for source in solved]
+    written += [f"{source}_{measure}" for source in SOURCES for measure in (*TRAITS, *scorers)]
     measured = [*(f"{s}_nll" for s in SOURCES), *(f"{s}_ppl" for s in TEXT_SOURCES)]
     return sorted([*files, *OWN_TASKS, *written, *measured])
 
@@ -104,7 +108,9 @@ def source_of(name: str, scorers: Iterable[str] = ()) -> str | None:
     if runner is _harness:
         source: str | None = task_file(name)["metadata"].get("source")
         return source
-    return name.removesuffix(f"_{scorer_in(name, scorers)}") if runner is scored else name.rpartition("_")[0]
+    if runner in WRITING[1:]:
+        return name.removesuffix(f"_{scorer_in(name, (*scorers, *TRAITS))}")
+    return name.rpartition("_")[0]
 
 
 def output_type(name: str, scorers: Iterable[str] = ()) -> str:
@@ -113,6 +119,11 @@ def output_type(name: str, scorers: Iterable[str] = ()) -> str:
     if runner is _harness:
         return str(task_file(name)["output_type"])
     return "generate_until" if runner in WRITING else "loss"
+
+
+def goes_on(name: str, scorers: Iterable[str] = ()) -> bool:
+    """Tell whether a task (without its limit) looks at what the model writes of its own."""
+    return _runner(name, scorers) is behaving
 
 
 def evaluation_contents(tasks: Sequence[str], settings: Settings, decoder: Decoder | None) -> dict[str, str]:
@@ -168,7 +179,7 @@ def same_as_before(tasks: Sequence[str], settings: Settings, decoder: Decoder) -
 
 
 Runner = Callable[[Decoder, str, Settings, Progress], list[EvalResult]]
-WRITING: tuple[Runner, ...] = (right_or_wrong, scored)
+WRITING: tuple[Runner, ...] = (right_or_wrong, scored, behaving)
 """What lets the model write."""
 
 
@@ -182,8 +193,8 @@ def _runner(name: str, scorers: Iterable[str] = ()) -> Runner:
     if is_file(source):
         if measure not in OF_FILES:
             raise OptionError(
-                f"unknown task {name!r}: a file is measured as FILE_nll, as FILE_answers, or by a function of yours as "
-                "FILE_NAME with --scorer NAME=module:function"
+                f"unknown task {name!r}: a file is measured as FILE_nll, as FILE_answers, by how its continuations repeat themselves "
+                "(FILE_loops, FILE_rep4, …), or by a function of yours as FILE_NAME with --scorer NAME=module:function"
             )
         return OF_FILES[measure]
     if name not in (known := task_names(scorers)):
@@ -192,7 +203,8 @@ def _runner(name: str, scorers: Iterable[str] = ()) -> Runner:
         return _own
     if measure in OF_SOURCES:
         return OF_SOURCES[measure]
-    return _harness if (TASK_FILES / f"{name}.yaml").exists() else scored
+    other = behaving if name.removesuffix(f"_{scorer}") in TEXT_SOURCES else scored
+    return _harness if (TASK_FILES / f"{name}.yaml").exists() else other
 
 
 def _solution_loss(
@@ -247,7 +259,11 @@ def _own(decoder: Decoder, name: str, settings: Settings, on_progress: Progress)
     return [_loss_result(name, "perplexity", nats, own.documents, description)]
 
 
-OF_FILES: dict[str, Runner] = {"nll": _solution_loss, "answers": right_or_wrong}
+OF_FILES: dict[str, Runner] = {
+    "nll": _solution_loss,
+    "answers": right_or_wrong,
+    **dict.fromkeys(TRAITS, behaving),
+}
 """Measures of a user's file, by the last word of a task."""
 OF_SOURCES: dict[str, Runner] = {**OF_FILES, "cot": right_or_wrong, "ppl": _perplexity}
 """Measures of data sets."""

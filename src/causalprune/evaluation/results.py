@@ -19,6 +19,7 @@ from scipy import stats
 
 from causalprune.calibration import Skipped
 from causalprune.core import CheckpointError, EvalResult, MismatchError, changes_since
+from causalprune.evaluation.tasks.repeating import TRAITS
 
 Verdict = Literal["better", "worse", "no difference shown", "undefined"]
 Floats = NDArray[np.float64]
@@ -28,7 +29,13 @@ Row: TypeAlias = tuple[str, list[EvalResult]]
 VERSION = 1
 RESULTS = "results.json"
 """Name of the results in a run folder."""
-HIGHER_IS_BETTER = {"accuracy": True, "acc_norm": True, "nats_per_token": False, "perplexity": False}
+HIGHER_IS_BETTER = {
+    "accuracy": True,
+    "acc_norm": True,
+    "nats_per_token": False,
+    "perplexity": False,
+    **{name: trait.higher_is_better for name, trait in TRAITS.items()},
+}
 SETTINGS = (
     *("chat_template", "date", "turns", "fold_system", "generation", "window", "task_version", "thinking"),
     *("read_as", "scorer"),

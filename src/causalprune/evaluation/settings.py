@@ -12,7 +12,7 @@ from causalprune.evaluation.tasks.answers import check_kind
 from causalprune.evaluation.tasks.scorers import Scorer, reference
 from causalprune.models import positions
 
-NEWER = ("answer", "thinking", "scorers", "turns", "fold_system")
+NEWER = ("answer", "thinking", "scorers", "turns", "fold_system", "phrases")
 """Settings that ledgers of earlier releases do not know."""
 
 
@@ -26,7 +26,7 @@ class Settings:
     sequences. `max_new_tokens` is the length of generated answers at most; None: that of task files, else 512, and 4,096 for
     a model that thinks first, or what fits its positions. `thinking` says whether it does, `answer` how answers to problems
     of a file are read (None: as its targets end). `scorers` are functions that a task `SOURCE_name` calls by their names.
-    `turns` and `fold_system` are as in `calibration.Reader`.
+    `turns` and `fold_system` are as in `calibration.Reader`, `phrases` what `SOURCE_phrases` looks for.
     """
 
     limit: int | None = None
@@ -43,6 +43,7 @@ class Settings:
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
     turns: Turns = "last"
     fold_system: bool = False
+    phrases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.answer is not None:
@@ -55,7 +56,7 @@ class Settings:
         return {
             key: value
             for key, value in own.items()
-            if key not in NEWER or value not in (None, "auto", {}, "last", False)
+            if key not in NEWER or value not in (None, "auto", {}, "last", False, ())
         }
 
 

@@ -25,6 +25,30 @@ from .ablation import (
 from .ablation import (
     site_inputs as site_inputs,
 )
+from .asked import (
+    Asked as Asked,
+)
+from .asked import (
+    drawn as drawn,
+)
+from .asked import (
+    gate_slopes as gate_slopes,
+)
+from .asked import (
+    likelihood as likelihood,
+)
+from .asked import (
+    log_odds as log_odds,
+)
+from .asked import (
+    odds as odds,
+)
+from .asked import (
+    parts_of as parts_of,
+)
+from .asked import (
+    prominence as prominence,
+)
 from .carried import (
     shares as shares,
 )
@@ -33,6 +57,9 @@ from .donors import (
 )
 from .donors import (
     means as means,
+)
+from .donors import (
+    seen as seen,
 )
 from .donors import (
     shifted as shifted,

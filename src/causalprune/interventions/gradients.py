@@ -53,7 +53,7 @@ def expansion(
         first = by_unit(loss, gates, units, keep=len(uniforms) > 0)
         second = torch.zeros_like(first)
         for draw, values in enumerate(uniforms):
-            drawn = Targets(wanted.rows, wanted.positions, _labels(logits, values), *batch.tokens.shape)
+            drawn = Targets(wanted.rows, wanted.positions, labels_of(logits, values), *batch.tokens.shape)
             chance = by_row(cross_entropy(logits, drawn), drawn)
             slope = by_unit(chance, gates, units, keep=draw + 1 < len(uniforms))
             second += slope.square() / (2 * len(uniforms))
@@ -134,13 +134,13 @@ def _go_back(decoder: Decoder, pieces: Pieces, groups: Sequence[Batch]) -> None:
 
 
 def last_slope(
-    decoder: Decoder, batch: Batch, last: LayerInputs, value: Value = cross_entropy
+    decoder: Decoder, batch: Batch, last: LayerInputs, value: Value | None = None
 ) -> Float[Tensor, "*stream batch time model"]:
-    """Return the slope of what targets are worth, summed over a batch, at the last layer's output."""
+    """Return the slope of what targets are worth (their loss by default), summed over a batch, at the last layer's output."""
     after, wanted = len(decoder.layers), targets(batch)
     leaf = last.hidden[after].clone().requires_grad_()
     with torch.enable_grad(), entered_at(decoder, after, LayerInputs({after: leaf}, last.as_tuple)):
-        total = value(target_logits(decoder, batch, wanted), wanted).sum()
+        total = (value or cross_entropy)(target_logits(decoder, batch, wanted), wanted).sum()
     (slope,) = torch.autograd.grad(total, [leaf])
     return slope
 
@@ -161,7 +161,9 @@ def uniforms(
     return torch.cat(rows, 1)
 
 
-def _labels(logits: Float[Tensor, "target vocab"], values: Float[Tensor, "target"]) -> Int[Tensor, "target"]:
+def labels_of(
+    logits: Float[Tensor, "target vocab"], values: Float[Tensor, "target"]
+) -> Int[Tensor, "target"]:
     """Return the label of each position where the cumulated probability passes its uniform number."""
     found = []
     for part, own in zip(logits.detach().split(chunk(logits)), values.split(chunk(logits)), strict=True):

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from causalprune.core import Batch, Decoder, Progress, silent
+from causalprune.interventions.asked import Asked, end_slope
 from causalprune.interventions.gradients import last_slope
 from causalprune.interventions.losses import cross_entropy
 from causalprune.interventions.lrp import prominence, ruled
@@ -14,12 +15,17 @@ from causalprune.interventions.pieces import Pieces, Slopes, differentiable
 
 
 def weight_slopes(
-    decoder: Decoder, groups: Sequence[Batch], *, relevant: bool = False, on_progress: Progress = silent
+    decoder: Decoder,
+    groups: Sequence[Batch],
+    *,
+    relevant: bool = False,
+    asked: Asked | None = None,
+    on_progress: Progress = silent,
 ) -> dict[nn.Parameter, Float[Tensor, "..."]]:
     """Return the gradient of the batches' target loss at every prunable parameter, summed over targets, in float32.
 
-    With `relevant`, what relevance sends back there from the targets' logits less the mean logit (`lrp`). Costs about three
-    forward passes, four where activations do not fit, and holds as much as the prunable weights in float32.
+    With `relevant`, what relevance sends back there from the targets' logits less the mean logit (`lrp`); or the gradient of
+    what is `asked` instead. Costs about three forward passes, four where activations do not fit, and holds as much as the prunable weights in float32.
     """
     found: dict[nn.Parameter, Tensor] = {}
     own = list(dict.fromkeys(p.parameter for p in decoder.projections))
@@ -27,7 +33,11 @@ def weight_slopes(
     with ruled(decoder) if relevant else nullcontext(), differentiable(decoder, own):
         for number, batch in enumerate(groups):
             pieces = Pieces(decoder, [batch])
-            slopes: Slopes = [last_slope(decoder, batch, pieces.last[0], value)]
+            last = pieces.last[0]
+            slope = (
+                end_slope(decoder, batch, last, asked) if asked else last_slope(decoder, batch, last, value)
+            )
+            slopes: Slopes = [slope]
             for layer in reversed(decoder.layers):
                 parameters = [p for p in layer.module.parameters() if p in chosen]
                 slopes, gradients = pieces.back(layer.index, parameters, slopes)

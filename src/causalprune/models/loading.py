@@ -23,7 +23,7 @@ from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
-from causalprune.core import CheckpointError, Decoder, ModelError, OptionError, Source, aligned, unknown
+from causalprune.core import CheckpointError, Decoder, ModelError, OptionError, Source, unknown
 from causalprune.models.anatomy import check_config, inspect_model, outline
 from causalprune.models.classes import class_for
 from causalprune.models.context import positions
@@ -31,6 +31,7 @@ from causalprune.models.folders import PICKLE, TOKENIZER_FILES, stored_in, warn_
 from causalprune.models.gguf import Gguf, gguf_config, read_gguf
 from causalprune.models.mixing import setting
 from causalprune.models.packing import packing
+from causalprune.models.placing import place
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -90,10 +91,7 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
             model, loading = loaded
             known = not local or _speaks(Path(folder))
             tokenizer = AutoTokenizer.from_pretrained(folder, **options) if known else None
-            if device_map is None:
-                model.to(device)
-                for parameter in model.parameters():
-                    parameter.data = aligned(parameter.data)
+            place(model, device if device_map is None else None)
             weakref.finalize(model, stack.pop_all().close)
     except _LOAD_ERRORS as error:
         raise _load_error(name, error, local=local) from error

@@ -10,7 +10,24 @@ from .allocation import (
 from .allocation import (
     threshold_of as threshold_of,
 )
-from .closing import close as close
+from .closing import (
+    close as close,
+)
+from .closing import (
+    dampen as dampen,
+)
+from .closing import (
+    scale as scale,
+)
+from .closing import (
+    scaled as scaled,
+)
+from .closing import (
+    staying as staying,
+)
+from .closing import (
+    staying_weights as staying_weights,
+)
 from .criteria import (
     BUDGETS as BUDGETS,
 )

@@ -1,13 +1,18 @@
-"""Units set to zero in a model: what gates do to it, written into its weights."""
+"""Units, or single weights, set to zero or scaled in a model: what gates do to it, written into its weights."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from causalprune.core import Decoder, Layer, Masks, Projection
 from causalprune.interventions import Parts, Site, sites
+
+Weights: TypeAlias = Mapping[str, Int[Tensor, "_"]]
+"""Single weights of projections by name: places in `[out in]`, row by row."""
 
 
 def close(decoder: Decoder, units: Iterable[Parts]) -> Masks:
@@ -15,17 +20,35 @@ def close(decoder: Decoder, units: Iterable[Parts]) -> Masks:
 
     What heads share, as keys and values of a group, goes where all of them do.
     """
-    gone = {site: torch.zeros(size, dtype=torch.bool) for site, size in sites(decoder).items()}
-    for parts in units:
-        for site, index in parts.items():
-            gone[site][index] = True
-    found = Masks()
+    found = staying(decoder, units)
+    for p in decoder.projections:
+        p.erase(found[p.name])
+    return found
+
+
+def staying(decoder: Decoder, units: Iterable[Parts]) -> Masks:
+    """Return what would stay of all weights without units."""
+    gone, found = _members(decoder, units), Masks()
     for layer in decoder.layers:
         for p in layer.projections:
-            keep = ~_gone(layer, p, gone).to(p.device).expand(p.shape)
-            p.erase(keep)
-            found.add(p.name, keep)
+            found.add(p.name, ~_gone(layer, p, gone).to(p.device).expand(p.shape))
     return found
+
+
+def _members(decoder: Decoder, units: Iterable[Parts]) -> dict[Site, Bool[Tensor, "part"]]:
+    """Return for every site which parts belong to one of the units."""
+    found = {site: torch.zeros(size, dtype=torch.bool) for site, size in sites(decoder).items()}
+    for parts in units:
+        for site, index in parts.items():
+            found[site][index] = True
+    return found
+
+
+def _sent(p: Projection, parts: Bool[Tensor, "part"]) -> Bool[Tensor, "#out #in"]:
+    """Return which columns of an output projection carry these parts."""
+    if p.place == "experts":
+        return parts[int(p.name.split(".")[3])].view(1, 1)
+    return parts.repeat_interleave(p.shape[1] // len(parts))[None]
 
 
 def _gone(layer: Layer, p: Projection, gone: dict[Site, Tensor]) -> Bool[Tensor, "#out #in"]:
@@ -38,3 +61,61 @@ def _gone(layer: Layer, p: Projection, gone: dict[Site, Tensor]) -> Bool[Tensor,
     if p.place == "experts":
         return units[int(p.name.split(".")[3])].view(1, 1)
     return units[None] if p.role == "down" else units[:, None]
+
+
+def dampen(decoder: Decoder, units: Iterable[Parts], factor: float) -> None:
+    """Scale what units send, in place: the model does what it did with their gates at this factor."""
+    gone = _members(decoder, units)
+    for layer in decoder.layers:
+        for p in layer.projections:
+            if p.role in ("o", "down"):
+                weight = p.read()
+                scale = torch.where(_sent(p, gone[Site(layer.index, p.place)]).to(p.device), factor, 1.0)
+                p.write(weight * scale.to(weight.dtype))
+
+
+def scale(decoder: Decoder, index: Weights, factor: float) -> None:
+    """Scale single weights, in place."""
+    own = {p.name: p for p in decoder.projections}
+    for name, at in index.items():
+        _poke(own[name], at, _peek(own[name], at) * factor)
+
+
+def staying_weights(decoder: Decoder, index: Weights) -> Masks:
+    """Return what would stay of all weights without single ones."""
+    found = Masks()
+    for p in decoder.projections:
+        keep = torch.ones(p.size, dtype=torch.bool, device=p.device)
+        keep[index.get(p.name, torch.zeros(0, dtype=torch.long)).to(p.device)] = False
+        found.add(p.name, keep.view(p.shape))
+    return found
+
+
+@contextmanager
+def scaled(decoder: Decoder, index: Weights, factor: float) -> Iterator[None]:
+    """Scale single weights in the block; afterwards they are what they were, bit for bit."""
+    own = {p.name: p for p in decoder.projections}
+    before = {name: _peek(own[name], at) for name, at in index.items()}
+    try:
+        for name, at in index.items():
+            _poke(own[name], at, before[name] * factor)
+        yield
+    finally:
+        for name, at in index.items():
+            _poke(own[name], at, before[name])
+
+
+def _place(p: Projection, at: Int[Tensor, "_"]) -> tuple[Int[Tensor, "_"], Int[Tensor, "_"]]:
+    at = at.to(p.device)
+    return at // p.shape[1], at % p.shape[1]
+
+
+def _peek(p: Projection, at: Int[Tensor, "_"]) -> Float[Tensor, "_"]:
+    return p.read()[_place(p, at)].clone()
+
+
+def _poke(p: Projection, at: Int[Tensor, "_"], values: Float[Tensor, "_"]) -> None:
+    weight = p.read()
+    weight[_place(p, at)] = values
+    if isinstance(p.rows, Tensor):  # what was read is a copy
+        p.write(weight)

@@ -41,7 +41,7 @@ from causalprune.pruning.parts import Steps
 from causalprune.pruning.pruned import Pruned
 from causalprune.pruning.rules import RULES
 from causalprune.pruning.scores import finite, inverse, score, score_blocks, slope
-from causalprune.pruning.stacks import Stacks
+from causalprune.pruning.stacks import Solved, Stacks
 from causalprune.pruning.training import Around, Lesson, Training, distill, lessons
 from causalprune.pruning.walks import Gathered, Plan, planned, unrouted, walk
 
@@ -235,7 +235,6 @@ def prune_layers(
     walked = walk(plan, gathered, steps, advance_pruned=True, moments=moments, first=first)
     for layer in walked if walks else plan.decoder.layers[first:]:
         kept = {}
-
         stacks = Stacks(plan, gathered, layer, choose, fixed)
         for p in layer.projections:
             weight, keep = _solved(plan, gathered, p, choose[p.name], stacks.take(p))
@@ -313,7 +312,7 @@ def _keep_globally(plan: Plan, gathered: Gathered, steps: Steps) -> Iterator[Ten
 
 
 def _solved(
-    plan: Plan, gathered: Gathered, p: Projection, choose: Choose, done: tuple[Tensor | None, Tensor | None]
+    plan: Plan, gathered: Gathered, p: Projection, choose: Choose, done: Solved
 ) -> tuple[Tensor | None, Tensor]:
     """Return the weights of a matrix after the update, if it had any, and what stays.
 

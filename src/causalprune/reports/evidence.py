@@ -27,6 +27,7 @@ from causalprune.core import CheckpointError, Decoder, Effects, read_rows
 from causalprune.evaluation import RESULTS, decoded, read_json
 from causalprune.pruning import head_importance
 from causalprune.reports.circuits import found_in, shared_in
+from causalprune.reports.corrections import corrections_in
 
 CHECKPOINTS, LEDGER, STABILITY = "checkpoints", "results.ledger", "stability.json"
 SIZES = ("parameters", "bytes", "speed")
@@ -65,6 +66,7 @@ class Evidence:
     stability: Mapping[str, Any] | None
     circuits: tuple[Mapping[str, Any], ...] = ()
     overlap: Mapping[str, Any] | None = None
+    corrections: tuple[Mapping[str, Any], ...] = ()
 
 
 def read_run(folder: Path) -> Evidence:
@@ -84,7 +86,8 @@ def read_run(folder: Path) -> Evidence:
         found for path in _effect_files(folder) for found in measured(load_effects(path), _name(path, folder))
     )
     circuits, overlap = tuple(found_in(folder)), shared_in(folder)
-    if not (rows or effects or circuits or overlap):
+    corrections = tuple(corrections_in(folder))
+    if not (rows or effects or circuits or overlap or corrections):
         raise CheckpointError(
             f"{folder} holds nothing to report: no {RESULTS}, {LEDGER} or {EFFECTS} of `causalprune run` or `attribute`"
         )
@@ -96,7 +99,8 @@ def read_run(folder: Path) -> Evidence:
         if label not in heads and counts and (folder / CHECKPOINTS / label / KEEP).exists():
             heads[label] = by_head(iterate_keep(folder / CHECKPOINTS / label / KEEP), counts)
     stability = read_json(folder / STABILITY) if (folder / STABILITY).exists() else None
-    return Evidence(folder, record, tuple(rows), effects, manifests, heads, stability, circuits, overlap)
+    own = record, tuple(rows), effects, manifests, heads, stability, circuits, overlap, corrections
+    return Evidence(folder, *own)
 
 
 def rows_of_ledger(ledger: Mapping[str, Any]) -> list[dict[str, Any]]:

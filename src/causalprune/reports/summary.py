@@ -30,6 +30,10 @@ UNITS = {
     "perplexity": "perplexity",
     "accuracy": "accuracy",
     "acc_norm": "accuracy by option length",
+    "rep4": "share of 4-grams that are repeated",
+    "loops": "share that ends in a loop",
+    "uniqueness": "distinct words over words",
+    "phrases": "share with a phrase of the list",
 }
 VERDICTS = ("better", "no difference shown", "worse", "undefined")
 ABOUT = ("label", "criterion", "scope", "sparsity", "parameters", "bytes", "speed")
@@ -80,6 +84,7 @@ def _run(name: str, run: Evidence) -> dict[str, Any]:
         "examples": flips(rows),
         "circuits": list(run.circuits),
         "overlap": run.overlap,
+        "corrections": list(run.corrections),
         "provenance": _provenance(run, rows),
     }
 

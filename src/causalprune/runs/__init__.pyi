@@ -12,6 +12,12 @@ from .circuits import (
 from .circuits import (
     planned_search as planned_search,
 )
+from .correcting import (
+    correct_checkpoint as correct_checkpoint,
+)
+from .correcting import (
+    planned_correction as planned_correction,
+)
 from .data import calibrate as calibrate
 from .draws import (
     DRAWS as DRAWS,
@@ -40,6 +46,9 @@ from .looking import (
 )
 from .looking import (
     look as look,
+)
+from .plans import (
+    Job as Job,
 )
 from .plans import (
     Plan as Plan,
@@ -116,3 +125,4 @@ from .sweeping import (
 from .timing import (
     speeds as speeds,
 )
+from .undesired import CorrectionSpec as CorrectionSpec

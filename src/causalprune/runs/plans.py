@@ -27,11 +27,14 @@ from causalprune.calibration import (
 from causalprune.checkpoints import EMBEDDED, check_destination, resolve
 from causalprune.core import OptionError
 from causalprune.evaluation import (
+    CONTINUATION,
+    OPENING,
     OWN_TASKS,
     TOKENS,
     Settings,
     check_tasks,
     evaluation_contents,
+    goes_on,
     load_scorers,
     output_type,
     source_of,
@@ -131,7 +134,7 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
         recipe=recipe,
         shape=shape,
         jobs=tuple(jobs),
-        seconds=flops / _flops_per_second(recipe),
+        seconds=flops / _flops_per_second(recipe.model),
         memory_bytes=memory_bytes(shape, size, updates, recipe.batch_tokens),
         disk_bytes=kept * size * 1.07,
         folder=folder,
@@ -220,6 +223,8 @@ def task_tokens(task: str, scorers: Iterable[str], answer: int, data_dir: Path |
         return limit or TOKENS
     if source is None:
         raise OptionError(f"task {name}: a task file with data of its own cannot be planned")
+    if source in TEXT_SOURCES and kind == "generate_until":
+        return (limit or len(load_texts(source, "evaluation", data_dir=data_dir))) * (OPENING + CONTINUATION)
     if source in TEXT_SOURCES:
         characters = sum(map(len, load_texts(source, "evaluation", data_dir=data_dir)))
         return min(int(characters / CHARACTERS_PER_TOKEN), limit or characters)
@@ -228,7 +233,7 @@ def task_tokens(task: str, scorers: Iterable[str], answer: int, data_dir: Path |
     problems = min(len(lengths), limit or len(lengths))
     tokens = sum(lengths) / len(lengths) * problems
     if kind == "generate_until":
-        tokens += answer * problems
+        tokens += (CONTINUATION if goes_on(name, scorers) else answer) * problems
     if kind == "multiple_choice":
         tokens *= OPTIONS
     return int(tokens)
@@ -238,12 +243,17 @@ def _lengths(problems: Iterable[Problem]) -> list[float]:
     return [(len(p.prompt) + len(p.target)) / CHARACTERS_PER_TOKEN for p in problems]
 
 
-def _flops_per_second(recipe: Recipe) -> float:
-    """Time a matrix product on the device of the recipe, or on the CPU if that is not here."""
-    device = torch.device(device_of(recipe.model.device))
+def priced(spec: ModelSpec, tokens: float) -> float:
+    """Return the seconds that so many tokens through a model take, from its configuration and what this machine multiplies."""
+    return 2 * _read_shape(spec).parameters * tokens / _flops_per_second(spec)
+
+
+def _flops_per_second(spec: ModelSpec) -> float:
+    """Time a matrix product on the device asked for, or on the CPU if that is not here."""
+    device = torch.device(device_of(spec.device))
     if device.type == "cuda" and not torch.cuda.is_available():
         return ABSENT_GPU_FLOPS * EFFICIENCY
-    dtype = torch.float32 if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
+    dtype = torch.float32 if spec.dtype == "auto" else getattr(torch, spec.dtype)
     left = torch.ones(1024, 1024, device=device, dtype=dtype)
     start, products = time.perf_counter(), 0
     while time.perf_counter() - start < PROBE_SECONDS:

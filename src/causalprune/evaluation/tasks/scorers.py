@@ -1,6 +1,7 @@
 """Functions of a user's that give every answer a number. Loading one runs its code: only where that was asked for."""
 
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -8,13 +9,25 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from causalprune.core import OptionError
+from causalprune.evaluation.tasks.repeating import TRAITS
 
 Scorer: TypeAlias = Callable[[list[str], list[str] | None], Iterable[float]]
-"""Called with texts and targets (None where there are none); returns one number each.
+"""Called with texts and targets (None where there are none), or with texts alone where it takes no more; returns one number each.
 
 More is better, unless the function has an attribute `higher_is_better` that is False.
 """
-TAKEN = {"accuracy", "acc_norm", "nats_per_token", "perplexity", "answers", "cot", "nll", "ppl", "kl"}
+TAKEN = {
+    "accuracy",
+    "acc_norm",
+    "nats_per_token",
+    "perplexity",
+    "answers",
+    "cot",
+    "nll",
+    "ppl",
+    "kl",
+    *TRAITS,
+}
 """Names of our own measures."""
 
 
@@ -47,9 +60,10 @@ def scores(
 ) -> tuple[float, ...]:
     """Return what a scorer says of texts; `OptionError` where that is not one finite number for each."""
     try:
-        found = [float(value) for value in scorer(list(texts), None if targets is None else list(targets))]
+        found = [float(value) for value in _asked(scorer, texts, targets)]
     except Exception as cause:  # code of a user's
-        raise OptionError(f"scorer {name} failed ({type(cause).__name__}: {cause})") from cause
+        at = _failing(scorer, texts, targets)
+        raise OptionError(f"scorer {name} failed ({type(cause).__name__}: {cause}){at}") from cause
     if len(found) != len(texts):
         raise OptionError(
             f"scorer {name} gave {len(found)} numbers for {len(texts)} texts: one for each is wanted"
@@ -58,6 +72,29 @@ def scores(
         if not math.isfinite(value):
             raise OptionError(f"scorer {name} gave {value} for {text[:40]!r}: a finite number is wanted")
     return tuple(found)
+
+
+def _asked(scorer: Any, texts: Sequence[str], targets: Sequence[str] | None) -> Iterable[Any]:
+    """Call a scorer; one that takes texts alone, as classifiers of other libraries do, gets those alone."""
+    given = [list(texts), None if targets is None else list(targets)]
+    try:
+        inspect.signature(scorer).bind(*given)
+    except TypeError:
+        given = given[:1]
+    except ValueError:  # written in C: nothing is known of it
+        pass
+    found: Iterable[Any] = scorer(*given)
+    return found
+
+
+def _failing(scorer: Any, texts: Sequence[str], targets: Sequence[str] | None) -> str:
+    """Return which text alone makes a scorer fail, in words; empty where none does."""
+    for at, text in enumerate(texts):
+        try:
+            list(_asked(scorer, [text], None if targets is None else [targets[at]]))
+        except Exception:
+            return f" on {text[:40]!r}"
+    return ""
 
 
 def reference(scorer: Scorer) -> str:

@@ -1,0 +1,171 @@
+"""What the steps of bench/correction.py share: samples, corrections that go on, rows that are measured once."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from common import RUNS, data_folder, made
+from models import fetched
+
+import causalprune as cp
+from causalprune.checkpoints.embedded import embedded_model
+from causalprune.core.errors import OptionError
+from causalprune.core.types import Calibration, Decoder, EvalResult
+from causalprune.correction.correcting import correct
+from causalprune.correction.records import Contrast
+from causalprune.evaluation.measures import evaluate
+from causalprune.evaluation.results import headline, kept_rows, paired_difference, results_in
+from causalprune.evaluation.settings import Settings
+from causalprune.runs.correcting import joined, to_stay
+from causalprune.runs.recipe import CalibrationSpec
+from causalprune.runs.single import Options
+from causalprune.runs.undesired import CorrectionSpec, Study
+
+FOLDER = RUNS / "correction"
+MODELS: dict[str, Callable[[], Path]] = {
+    "smollm2": embedded_model,
+    "qwen": lambda: fetched("qwen"),
+    "gemma": lambda: fetched("gemma"),
+}
+SAMPLES = {"wikitext2": 24, "gsm8k": 48}
+TASKS = (
+    *("wikitext2_loops:200", "wikitext2_rep4:200"),
+    *("gsm8k_loops:100", "gsm8k_rep4:100", "wikitext2_uniqueness:200"),
+)
+REST = ("wikitext2_ppl:40000", "gsm8k_nll:200")
+FINAL = ("c4_loops:200", "arc_challenge_nll:200")
+FREE = math.inf
+"""No limit of harm."""
+
+
+@cache
+def path_of(name: str) -> Path:
+    """Return the folder of a model."""
+    return MODELS[name]()
+
+
+def fresh(name: str) -> Decoder:
+    """Return a model of its own, to be changed."""
+    return cp.load(str(path_of(name)), dtype="float32")
+
+
+def kept(name: str, make: Callable[[], Any]) -> Any:
+    """Return a JSON value that is made once."""
+    path = FOLDER / f"{name}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        value = make()
+        path.with_suffix(".partial").write_text(json.dumps(value))
+        path.with_suffix(".partial").replace(path)
+        print(f"   {name}", flush=True)
+    return json.loads(path.read_text())
+
+
+def samples(
+    decoder: Decoder,
+    name: str,
+    seed: int,
+    behaviour: str = "loops",
+    prompts: Sequence[str] = ("wikitext2:200",),
+) -> tuple[Calibration, Calibration]:
+    """Return what is undesired and what is to stay, with their halves; texts are written once."""
+    wanted = CalibrationSpec(("gsm8k",), seed=seed, max_tokens=1024)
+    settings = Settings(data_dir=data_folder(), seed=seed, max_tokens=1024, max_new_tokens=128)
+    asked = CorrectionSpec(behaviour, prompts=tuple(prompts))
+    study = Study(
+        decoder, asked, settings, FOLDER / "texts" / f"{name}-{seed}", Options(data_dir=data_folder())
+    )
+    bad, clean = study.samples()
+    drawn = to_stay(decoder, SAMPLES, asked.window, wanted, data_folder(), cp.silent)
+    return bad, joined([*drawn, clean])
+
+
+def measured(decoder: Decoder | None, tasks: Sequence[str], name: str) -> dict[str, list[dict[str, Any]]]:
+    """Return results by task as they are kept, each made once."""
+    settings = Settings(data_dir=data_folder())
+    return {
+        task: kept(
+            f"{name}/{task.replace(':', '-')}",
+            partial(_results, decoder, task, settings),
+        )
+        for task in tasks
+    }
+
+
+def _results(decoder: Decoder | None, task: str, settings: Settings) -> list[dict[str, Any]]:
+    assert decoder is not None, f"{task} should have been measured by now"
+    return kept_rows(evaluate(decoder, [task], settings, on_progress=cp.silent))
+
+
+def result(rows: dict[str, list[dict[str, Any]]], task: str) -> EvalResult:
+    """Return a kept result."""
+    return results_in(rows[task])[0]
+
+
+@cache
+def dense(name: str, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
+    """Return the results of the dense model."""
+    return measured(fresh(name), (*TASKS, *REST, *FINAL), f"{name}/dense")
+
+
+def fixed(
+    name: str, label: str, contrast: Contrast, seed: int, **about: Any
+) -> tuple[Decoder, dict[str, Any]]:
+    """Return a corrected model, and what was found; a finished search is read from its ledger."""
+    decoder = fresh(name)
+    own = dataclasses.replace(contrast, seed=seed)
+    bad, good = samples(decoder, name, seed, **about)
+    kind = about.get("behaviour", "loops").partition(":")[0]
+    place = (
+        FOLDER
+        / "searches"
+        / f"{name}-{seed}-{'-'.join(own.units)}-{'weights' if own.weights else 'units'}-{kind}"
+    )
+    start = time.perf_counter()
+    found = correct(decoder, bad, good, own, kept_in=place, stage=cp.quiet)
+    told = kept(
+        f"{name}/found/{label}-{seed}", lambda: found.described() | {"seconds": time.perf_counter() - start}
+    )
+    return decoder, told
+
+
+def row(name: str, label: str, contrast: Contrast, seed: int = 0, *, final: bool = False) -> dict[str, Any]:
+    """Return a row: what went, results, and what became of loops and of the rest, in pairs."""
+
+    def make() -> dict[str, Any]:
+        try:
+            decoder, told = fixed(name, label, contrast, seed)
+        except OptionError as error:
+            return {"error": str(error)}
+        tasks = (*TASKS, *REST, *(FINAL if final else ()))
+        own = measured(decoder, tasks, f"{name}/rows/{label}-{seed}")
+        before = dense(name)
+        pairs = {
+            task: dataclasses.asdict(paired_difference(result(own, task), result(before, task)))
+            for task in tasks
+        }
+        values = {task: [headline(result(rows, task)) for rows in (before, own)] for task in tasks}
+        return {"found": told, "values": values, "pairs": pairs, **made()}
+
+    return kept(f"{name}/row/{label}-{seed}", make)
+
+
+def ratio(own: dict[str, Any], task: str = TASKS[0]) -> float | None:
+    """Return a value after over before."""
+    if "error" in own:
+        return None
+    before, after = own["values"][task]
+    return after / before if before else None
+
+
+def rise(own: dict[str, Any], task: str) -> float | None:
+    """Return after less before; of perplexity as a share."""
+    if "error" in own:
+        return None
+    before, after = own["values"][task]
+    return after / before - 1 if task.endswith("ppl:40000") else after - before

@@ -1,0 +1,123 @@
+"""What a model writes of its own, judged: continuations that show a behaviour are undesired samples, the others are to stay."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from causalprune.core import DataError, Example, OptionError
+from causalprune.evaluation import (
+    Judge,
+    Settings,
+    Written,
+    judge_of,
+    load_scorers,
+    read_phrases,
+    repeats,
+    repetition,
+    spans,
+)
+
+BAR = 0.5
+"""Value from which on a continuation shows a behaviour, where nothing else is asked for."""
+OWN = "behaviour"
+"""Name of a user's function where it is a behaviour."""
+CLEAN = "clean "
+"""Before the name of a source: its continuations that do not show the behaviour."""
+REPEATING = ("loops", "rep4")
+
+
+@dataclass(frozen=True)
+class Sought:
+    """A behaviour: its name as asked for, what judges continuations, and the value from which on they show it."""
+
+    name: str
+    judge: Judge
+    bar: float
+
+    def marks(self, new: Sequence[int], text: str, tokenizer: Any) -> list[bool]:
+        """Return which new tokens show the behaviour: those that repeat a 4-gram, those of a phrase, or all of them."""
+        if self.judge.name in REPEATING:
+            return repeats(new)
+        if self.judge.name != "phrases":
+            return [True] * len(new)
+        ends = [len(tokenizer.decode(new[: end + 1], skip_special_tokens=True)) for end in range(len(new))]
+        found, begins = spans(text, self.judge.phrases), [0, *ends]
+        return [any(begins[i] < last and first < end for first, last in found) for i, end in enumerate(ends)]
+
+
+def sought(word: str, bar: float | None = None) -> Sought:
+    """Return the behaviour of a name: loops, rep4, phrases:FILE, or module:function, which scores texts.
+
+    Raises:
+        OptionError: there is no such behaviour, list or function, or the list is empty.
+    """
+    head, colon, rest = word.partition(":")
+    if word in REPEATING:
+        judge = judge_of(word, Settings())
+    elif head == "phrases" and rest:
+        judge = judge_of("phrases", Settings(phrases=read_phrases(Path(rest))))
+    elif colon and head and rest:
+        judge = judge_of(OWN, Settings(scorers=load_scorers([f"{OWN}={word}"])))
+    else:
+        raise OptionError(
+            f"unknown behaviour {word!r}: choices are loops, rep4, phrases:FILE (a list, one a line) and module:function, "
+            "which scores texts"
+        )
+    return Sought(word, judge, BAR if bar is None else bar)
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """Continuations of one source: their values, and the samples that come of them, by number; neither where it has no mark."""
+
+    source: str
+    written: Written
+    values: tuple[float, ...]
+    undesired: dict[int, Example]
+    clean: dict[int, Example]
+
+
+def judged(source: str, written: Written, wanted: Sought, tokenizer: Any) -> Judged:
+    """Return what continuations are: samples of the behaviour with the tokens that show it as targets, or clean ones."""
+    if written.broken:
+        raise DataError(f"{source}: the model predicts what is not a number, so what it writes says nothing")
+    values = wanted.judge.values(written)
+    undesired, clean = dict[int, Example](), dict[int, Example]()
+    each = zip(written.problems, written.tokens, written.texts, values, strict=True)
+    for number, (problem, (prompt, new), text, value) in enumerate(each):
+        tokens, start = (*prompt, *new), len(prompt)
+        if value < wanted.bar and new:
+            clean[number] = Example(tokens, start, CLEAN + source, problem.content)
+            continue
+        marks = wanted.marks(new, text, tokenizer)
+        if value >= wanted.bar and any(marks):
+            mask = (*[False] * start, *marks)
+            first = mask.index(True)
+            undesired[number] = Example(tokens, first, source, problem.content, mask)
+    return Judged(source, written, values, undesired, clean)
+
+
+def check_shown(found: Sequence[Judged], wanted: Sought) -> None:
+    """Raise `DataError` where no continuation shows the behaviour, or all do."""
+    values = [value for own in found for value in own.values]
+    texts = [text for own in found for text in own.written.texts]
+    shown = sum(value >= wanted.bar for value in values)
+    if not any(own.clean for own in found):
+        raise DataError(
+            f"all {len(values)} continuations show {wanted.name}, so there is no clean text beside them: raise the bar "
+            f"(--bar above {min(values):.2g}), or take more or other prompts"
+        )
+    if not any(own.undesired for own in found):
+        doubts = values
+        if wanted.judge.name == "loops":
+            doubts = [repetition(new) for own in found for _, new in own.written.tokens]
+        most = max(range(len(values)), key=lambda i: doubts[i])
+        bar = f"--bar {doubts[most]:.2g}"
+        if wanted.judge.name == "loops":
+            bar = f"--behaviour rep4 {bar}"
+        lower = f"lower the bar ({bar}), or " if doubts[most] > 0 else ""
+        raise DataError(
+            f"{shown} of {len(values)} continuations show {wanted.name}: nothing to take out. The most suspicious one is "
+            f"{texts[most][:80]!r} ({doubts[most]:.2g}): {lower}take more or other prompts"
+        )

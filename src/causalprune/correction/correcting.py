@@ -1,0 +1,145 @@
+"""`correct`: halves, search, zeros, update, and what all of it is measured to do."""
+
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from causalprune.attribution import Question, planned
+from causalprune.calibration import check_positions
+from causalprune.checkpoints import KEEP, iterate_keep
+from causalprune.circuits import Behaviour
+from causalprune.core import (
+    Calibration,
+    Decoder,
+    Ledger,
+    Masks,
+    ModelError,
+    OptionError,
+    Stage,
+    State,
+    Unit,
+    bars,
+    say,
+)
+from causalprune.correction.candidates import Candidates, Chosen, Units, Weights
+from causalprune.correction.evidence import Looking
+from causalprune.correction.measuring import Trials, named
+from causalprune.correction.records import Contrast, Corrected
+from causalprune.correction.samples import Given, Half, halves
+from causalprune.correction.scores import ACTIVE
+from causalprune.correction.search import Search
+from causalprune.models import fingerprint
+from causalprune.pruning import Repair, remove
+
+LEDGER, SCORES, UPDATE = "correction.ledger", "scores", "update"
+MEASURED = ("units", "weights", "damp", "max_batch_tokens")
+"""What measured values depend on, beside model and samples: with another budget, harm or score the same ones serve."""
+SLOPES = ("estimator", "draws", "seed")
+"""What slopes depend on beside that."""
+
+
+def correct(
+    decoder: Decoder,
+    undesired: Given,
+    preserve: Given,
+    contrast: Contrast = Contrast(),
+    *,
+    kept_in: Path | str | None = None,
+    stage: Stage | None = None,
+) -> Corrected:
+    """Take out of a model, in place, what carries undesired samples and little of what is to be preserved.
+
+    Half of the samples of each source chooses what goes, by slopes; the other half decides how much of it, by what is measured
+    without it. Targets of undesired samples are the tokens that should not be; where the sample has `instead`, they are compared
+    with that. Samples are examples, or a `Calibration` in two subsets, the first of which chooses. Costs for each round about 3 passes
+    over the choosing half's undesired samples (15 for `integrated`) and 5 over its others, and up to 9 over the deciding half.
+    What is finished is kept in the folder `kept_in`, where the same call goes on; the caller removes it (`core.forget`).
+
+    Raises:
+        DataError: a set is empty, has no targets, or shares a sample with the other.
+        OptionError: the budget is no number of units, or all that could go does more harm than is allowed, or no good.
+        MismatchError: `kept_in` is of another model, other data or other options.
+    """
+    if decoder.offloaded:
+        raise ModelError(f"{decoder.name} is not all in memory, and has to be while its parts are closed")
+    chooses, decides = halves(undesired, preserve, decoder.tokenizer)
+    for half in (chooses, decides):
+        check_positions(decoder, [*half.sequences, *half.preserve])
+    candidates = candidates_of(decoder, chooses, contrast)
+    most = contrast.number(candidates.count)
+    model, folder = fingerprint(decoder.model), None if kept_in is None else Path(kept_in)
+    told = {"chooses": chooses.described(), "decides": decides.described()}
+    identity = {"model": model, "halves": told, **{key: getattr(contrast, key) for key in MEASURED}}
+    slopes = [identity, *(getattr(contrast, key) for key in SLOPES)]
+    place = hashlib.sha256(repr(slopes).encode()).hexdigest()[:8]
+    stage = stage or bars
+    with _ledger(folder, identity) as book:
+        state = State(folder and folder / f"{SCORES}-{place}", slopes)
+        trials = Trials(decoder, decides, contrast.max_batch_tokens, book)
+        looking = Looking(candidates, chooses, contrast.how(), state)
+        search = Search(candidates, looking, trials, contrast, most, stage)
+        chosen, point = search.run()
+        trials.prepare()
+        keep, repair = _united(decoder, candidates.keep(chosen)), None
+        if contrast.update != "none":
+            data = Calibration(chooses.preserve, (0,) * len(chooses.preserve))
+            repair = Repair(data, contrast.update, (), contrast.seed, contrast.max_batch_tokens)
+        which = f"{UPDATE}-{contrast.update}-{named(chosen)[:8]}"
+        redo = State(folder and folder / which, [identity, contrast.update, named(chosen)])
+        _take_out(candidates, chosen, keep, repair, redo, stage)
+        with stage("after") as tell:
+            say(tell, unit="tokens")
+            name = f"after-{contrast.update}-{named(chosen)}"
+            after = search.of(trials.now(name, tell), chosen, point.round, point.predicted)
+    members: tuple[Unit, ...] = ()
+    if isinstance(candidates, Units):
+        members = tuple(candidates.units[number] for number in chosen.tolist())
+    each = {(own.count, own.benefit.value): own for own in search.curve}  # rounds may come to the same set
+    curve = tuple(sorted(each.values(), key=lambda own: own.count))
+    point = each[point.count, point.benefit.value]
+    return Corrected(contrast, keep, point, after, curve, members, candidates.count, told, model)
+
+
+def candidates_of(decoder: Decoder, chooses: Half, contrast: Contrast) -> Candidates:
+    """Return what may be taken out: single weights, or units, which need samples where they are grouped by effect."""
+    if contrast.weights:
+        return Weights(decoder, contrast.damp)
+    bare = Calibration(chooses.undesired, (0,) * len(chooses.undesired))
+    units = Units(
+        Behaviour(
+            decoder, chooses.undesired, planned(decoder, bare, Question(contrast.units), contrast.how())
+        ),
+        contrast.damp,
+    )
+    if contrast.score in ACTIVE and any(site.place == "experts" for site in units.of.places):
+        raise OptionError(
+            f"{contrast.score!r} looks at what units send, and experts are routed: leave them out"
+        )
+    return units
+
+
+def _ledger(folder: Path | None, identity: dict[str, Any]) -> AbstractContextManager[Ledger | None]:
+    return nullcontext() if folder is None else Ledger(folder / LEDGER, identity)
+
+
+def _take_out(
+    candidates: Candidates, chosen: Chosen, keep: Masks, repair: Repair | None, state: State, stage: Stage
+) -> None:
+    """Take candidates out of the model, and let what stays make up for them."""
+    if repair is None:
+        candidates.write(chosen)
+        return
+    with stage("update") as tell:
+        remove(candidates.decoder, keep, repair, tell, state)
+
+
+def _united(decoder: Decoder, keep: Masks) -> Masks:
+    """Return what stays of a model that may have been pruned before: the masks of its checkpoint hold too."""
+    path = Path(decoder.name) / KEEP
+    if not path.is_file():
+        return keep
+    earlier, found = dict(iterate_keep(path)), Masks()
+    for p in decoder.projections:
+        found.add(p.name, keep[p.name] & earlier[p.name].to(p.device) if p.name in earlier else keep[p.name])
+    return found

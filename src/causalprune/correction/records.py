@@ -1,0 +1,184 @@
+"""How a model is to be corrected, and what came of it: records that say all of it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from causalprune.attribution import Estimator
+from causalprune.circuits import Value
+from causalprune.core import METHOD_VERSION, Masks, OptionError, Shown, Unit, unknown
+from causalprune.correction.scores import ACTIVE, SCORES
+from causalprune.pruning import Update
+
+CORRECTION = "correction.json"
+UPDATES: tuple[Update, ...] = ("none", "refit", "distill")
+ESTIMATORS = ("gradient", "integrated", "relevance")
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """How parts are chosen that carry what is undesired and little else.
+
+    `units` are as everywhere, or with `weights` single weights are taken instead. `budget` is how many go at most: a share
+    below 1, a number from 1 on. `harm` is how much the perplexity of each source that is to be preserved may rise on the
+    deciding half, as a share (0.01 is 1 %); with `certain` by the upper end of its interval. `score` ranks them (`scores.SCORES`),
+    by slopes of an `estimator`, anew in each of the `rounds` with those closed that are chosen by then. `damp` is what is left
+    of what they send, 0: nothing. Kept weights make up for them by an `update` on the preserved samples of the choosing half.
+    """
+
+    units: tuple[str, ...] = ("neurons:1",)
+    budget: float = 0.003
+    harm: float = 0.01
+    score: str = "contrast"
+    estimator: str = "gradient"
+    rounds: int = 2
+    weights: bool = False
+    certain: bool = False
+    damp: float = 0.0
+    update: Update = "none"
+    seed: int = 0
+    draws: int = 1
+    max_batch_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("score", self.score, SCORES),
+            ("estimator", self.estimator, ESTIMATORS),
+            ("update", self.update, UPDATES),
+        ):
+            if value not in known:
+                raise unknown(what, value, known)
+        if not self.budget > 0:
+            raise OptionError(f"a budget is a share or a number above 0, as 0.3% or 100, not {self.budget:g}")
+        if not self.harm > 0:
+            raise OptionError(f"harm must be above 0, as 1% or 0.01nats, not {self.harm:g}")
+        if self.rounds < 1:
+            raise OptionError(f"there must be at least 1 round, not {self.rounds}")
+        if not 0 <= self.damp < 1:
+            raise OptionError(f"damp is what is left, at least 0 and below 1, not {self.damp:g}")
+        if self.damp and self.update != "none":
+            raise OptionError(
+                f"an update makes up for zeros, and damp leaves none: leave out --update {self.update}, or --damp"
+            )
+        if self.weights and self.score in ACTIVE:
+            raise OptionError(
+                f"{self.score!r} looks at what units send, which single weights do not: leave out --weights"
+            )
+        if self.weights and self.estimator == "integrated":
+            raise OptionError(
+                "integrated closes units little by little: for single weights take gradient or relevance"
+            )
+
+    @property
+    def limit_nats(self) -> float:
+        """What the loss of each preserved source may rise by."""
+        return math.log1p(self.harm)
+
+    def how(self) -> Estimator:
+        """Return the estimator."""
+        return Estimator(
+            self.estimator,  # type: ignore[arg-type]
+            draws=max(self.draws, 1),
+            seed=self.seed,
+            max_batch_tokens=self.max_batch_tokens,
+        )
+
+    def number(self, candidates: int) -> int:
+        """Return how many of the candidates may go; `OptionError` where that is none, or more than half."""
+        own = round(self.budget * candidates) if self.budget < 1 else int(self.budget)
+        shown = f"{self.budget:.3%}" if self.budget < 1 else f"{self.budget:,.0f}"
+        what = "weights" if self.weights else "units"
+        if own < 1:
+            raise OptionError(
+                f"a budget of {shown} of {candidates:,} {what} is less than one: ask for at least {1 / candidates:.2g}, or for a number"
+            )
+        if own > candidates / 2:
+            raise OptionError(
+                f"a budget of {shown} is more than half of {candidates:,} {what}: that is no targeted correction; ask for less"
+            )
+        return own
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a model without so many candidates was measured to do on the deciding half.
+
+    `benefit` is the fall of the mean log-odds of the undesired tokens (against what should be said instead where that is
+    given), `harm` by source the rise of the loss in nats per token, `kl` the divergence from the model before. `predicted` is
+    that divergence as it was expected, NaN for scores that expect none. `round` is the one that chose them, 0 for none.
+    """
+
+    count: int
+    share: float
+    weights: int
+    round: int
+    benefit: Value
+    harm: Mapping[str, Value]
+    kl: Mapping[str, Value]
+    predicted: float
+
+    def worst(self, *, certain: bool = False) -> float:
+        """Return the largest harm of a source, by its value or by the upper end of its interval."""
+        return max((own.high if certain else own.value for own in self.harm.values()), default=0.0)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Corrected(Shown):
+    """What was taken out of a model, and what that does.
+
+    `keep[name]` is True where a weight stays, on top of what was zero before. `curve` has all that was measured on the way,
+    `chosen` what was taken, before an update; `after` what the model does now. `members` are the units that went, none for
+    single weights. `halves` say by number and hash which samples chose and which decided.
+    """
+
+    contrast: Contrast
+    keep: Masks
+    chosen: Point
+    after: Point
+    curve: tuple[Point, ...]
+    members: tuple[Unit, ...]
+    candidates: int
+    halves: Mapping[str, Any]
+    model_fingerprint: str
+    effects: None = None
+
+    @property
+    def what(self) -> str:
+        """What was taken out, in words."""
+        kinds = dict.fromkeys(unit.kind for unit in self.members)
+        name = "weights" if self.contrast.weights else " and ".join(kinds)
+        verb = f"scaled to {self.contrast.damp:g}" if self.contrast.damp else "set to zero"
+        return f"{self.chosen.count:,} of {self.candidates:,} ({name}) {verb}"
+
+    def record(self) -> dict[str, Any]:
+        """Return what a checkpoint's manifest says of it."""
+        own = self.contrast
+        method = {"criterion": f"correct:{own.score}", **asdict(own), "units": ", ".join(own.units)}
+        if own.weights:
+            method["units"] = "weights"
+        return {
+            "method_version": METHOD_VERSION,
+            "method": method,
+            "correction": self.described(),
+        }
+
+    def described(self) -> dict[str, Any]:
+        """Return all numbers as plain values."""
+        return {
+            "what": self.what,
+            "candidates": self.candidates,
+            "contrast": asdict(self.contrast),
+            "halves": dict(self.halves),
+            "chosen": asdict(self.chosen),
+            "after": asdict(self.after),
+            "curve": [asdict(point) for point in self.curve],
+            "members": [[unit.layer, unit.index, unit.kind] for unit in self.members],
+            "model_fingerprint": self.model_fingerprint,
+        }
+
+    def __repr__(self) -> str:
+        return (
+            f"Corrected({self.what}; log-odds of what is undesired {-self.after.benefit.value:+.3g} "
+            f"[{-self.after.benefit.high:+.3g}, {-self.after.benefit.low:+.3g}], loss of what is to stay at most {self.after.worst():+.3g} nats)"
+        )

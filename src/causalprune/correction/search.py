@@ -1,0 +1,155 @@
+"""Which candidates go: scored in rounds, as many as the measured harm allows, found by halving."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from causalprune.circuits import Value, summed_up
+from causalprune.core import OptionError, Stage, say
+from causalprune.correction.candidates import Candidates, Chosen
+from causalprune.correction.evidence import HARM, Looking
+from causalprune.correction.measuring import Measured, Trials, named
+from causalprune.correction.records import Contrast, Point
+from causalprune.correction.scores import SCORES, Known
+
+Found: TypeAlias = tuple[Chosen, Point]
+NONE = torch.zeros(0, dtype=torch.long)
+COARSE, FINE = 0.25, 0.05
+"""Numbers are told apart to this share, in rounds on the way and in the last one."""
+FREE = 0.01
+"""Harm whose share a candidate counts with where there is no limit."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A round: which, how much harm it may do, and how near to each other numbers are told apart, as a share."""
+
+    number: int
+    limit: float
+    apart: float
+
+
+@dataclass(eq=False)
+class Search:
+    """What is searched, how, on what, and who is told."""
+
+    candidates: Candidates
+    looking: Looking
+    trials: Trials
+    how: Contrast
+    most: int
+    stage: Stage
+    curve: list[Point] = field(default_factory=list)
+
+    def run(self) -> Found:
+        """Return what goes, and what the model was measured to do without it.
+
+        Raises:
+            OptionError: nothing is worth taking out, all does more harm than is allowed, or nothing comes of it.
+        """
+        begun: tuple[Chosen, Point | None] = (NONE, None)
+        last, fitting = list[Found](), list[Found]()
+        for number in range(1, self.how.rounds + 1):
+            part, final = number / self.how.rounds, number == self.how.rounds
+            turn = Turn(number, self.how.limit_nats * part, FINE if final else COARSE)
+            last = self._turn(*begun, math.ceil(self.most * part), turn)
+            fitting = [own for own in last if self._worst(own[1]) <= turn.limit]
+            if not final and fitting:
+                begun = max(fitting, key=lambda own: own[1].count)
+        if begun[1] is not None:
+            fitting.append((begun[0], begun[1]))
+        if not fitting:
+            least = min(self._worst(point) for _, point in last)
+            raise OptionError(
+                f"every candidate harms what is to be preserved by more than {self.how.harm:.2%} of perplexity: the smallest harm "
+                f"found is {math.expm1(least):.2%} ({least:.3g} nats): allow more (--harm), or take smaller units"
+            )
+        chosen, point = max(fitting, key=lambda own: (own[1].benefit.value, -own[1].count))
+        if not point.benefit.value > 0:
+            raise OptionError(
+                "taking out what scores highest does not lower the log-odds of what is undesired on the deciding half "
+                f"({-point.benefit.value:+.3g} without {point.count:,}): give more samples, or another score"
+            )
+        return chosen, point
+
+    def _named(self, what: str, number: int) -> str:
+        return f"{what}, round {number} of {self.how.rounds}" if self.how.rounds > 1 else what
+
+    @cached_property
+    def intact(self) -> Measured:
+        """What the model does before anything is closed."""
+        return self.trials.without(self.candidates, NONE)
+
+    def _worst(self, point: Point) -> float:
+        return point.worst(certain=self.how.certain)
+
+    def _turn(self, members: Chosen, before: Point | None, most: int, turn: "Turn") -> list[Found]:
+        """Score with these members closed, and measure numbers up to `most` until the largest within the limit is known."""
+        order, harms = self.ranked(members, turn.number, before.predicted if before else 0.0)
+        found, high, low = list[Found](), min(len(order), max(most - len(members), 0)), 0
+        with self.stage(self._named("sizes", turn.number)) as tell:
+            say(tell, unit="sizes")
+
+            def fits(count: int) -> bool:
+                chosen = torch.cat([members, order[:count]])
+                point = self.point(chosen, turn.number, float(harms[count - 1]))
+                found.append((chosen, point))
+                self.curve.append(point)
+                tell(len(found), len(found) + math.ceil(math.log2(max(high - low, 1))))
+                return self._worst(point) <= turn.limit
+
+            if high and not fits(high):
+                while high - low > max(1, turn.apart * low):
+                    middle = min(max(round(math.sqrt(max(low, 1) * high)), low + 1), high - 1)
+                    low, high = (middle, high) if fits(middle) else (low, middle)
+        return found
+
+    def ranked(self, members: Chosen, number: int, before: float) -> tuple[Chosen, Float[Tensor, "_"]]:
+        """Return the candidates that may go next, the best first, and the divergence expected of the first of them."""
+        score, closed = SCORES[self.how.score], named(members)
+        with self.stage(self._named("scores", number)) as tell:
+            say(tell, unit="batches")
+            gathered = {need: self.looking.gather(need, members, closed, tell) for need in score.needs}
+        limit = self.how.limit_nats if math.isfinite(self.how.limit_nats) else FREE
+        worth = score.of(Known(gathered, self.candidates.magnitude, limit / self.most, self.how.seed)).clone()
+        worth[~self.candidates.alive] = -torch.inf
+        worth[members] = -torch.inf
+        worth = worth.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+        best = worth.topk(min(self.most, len(worth)))
+        order = best.indices[best.values > (0.0 if score.beneficial else -torch.inf)]
+        if not len(order) and not len(members):
+            raise OptionError(
+                "closing no candidate is expected to lower the log-odds of what is undesired: give other samples, or other units"
+            )
+        harm = gathered.get(HARM)
+        harms = torch.full((len(order),), math.nan) if harm is None else before + harm[order].cumsum(0)
+        return order, harms
+
+    def point(self, chosen: Chosen, number: int, predicted: float) -> Point:
+        """Measure the model without some candidates."""
+        return self.of(self.trials.without(self.candidates, chosen), chosen, number, predicted)
+
+    def of(self, found: Measured, chosen: Chosen, number: int, predicted: float) -> Point:
+        """Return what was measured beside the model before."""
+        sources = [example.source for example in self.trials.half.preserve]
+        return Point(
+            len(chosen),
+            len(chosen) / self.candidates.count,
+            self.candidates.weights(chosen),
+            number,
+            summed_up(self.intact.odds - found.odds),
+            _by_source(sources, found.nats - self.intact.nats),
+            _by_source(sources, found.kl),
+            predicted,
+        )
+
+
+def _by_source(sources: Sequence[str], values: Float[Tensor, "example"]) -> dict[str, Value]:
+    names = dict.fromkeys(sources)
+    return {name: summed_up(values[[i for i, own in enumerate(sources) if own == name]]) for name in names}

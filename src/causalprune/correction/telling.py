@@ -1,0 +1,70 @@
+"""What is to be said of a correction, in sentences."""
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from causalprune.core import Decoder
+from causalprune.correction.records import Corrected
+
+
+def sentences(found: Corrected) -> list[str]:
+    """Return in sentences what was taken out, what that does, and what it costs."""
+    own, after = found.contrast, found.after
+    said = [
+        f"{found.what}: {after.weights:,} weights",
+        f"log-odds of what is undesired: {_record(after.benefit, -1)} on samples that chose nothing",
+    ]
+    said += [
+        f"loss of {short(source)}: {_record(value)} nats per token ({math.expm1(value.value):+.2%} of perplexity), divergence {after.kl[source].value:.3g}"
+        for source, value in after.harm.items()
+    ]
+    worst = max((value.value for value in found.chosen.kl.values()), default=math.nan)
+    if found.chosen.predicted > 0:
+        said.append(
+            f"divergence measured over predicted: {worst / found.chosen.predicted:.3g} ({worst:.3g} over {found.chosen.predicted:.3g} nats)"
+        )
+    if own.update != "none" and after.benefit.value < found.chosen.benefit.value:
+        said.append(
+            f"the update ({own.update}) brings some of it back: log-odds {_record(found.chosen.benefit, -1)} before it, "
+            f"{_record(after.benefit, -1)} after"
+        )
+    if after.worst(certain=own.certain) > own.limit_nats:
+        said.append(f"after the update the harm is above the limit of {own.limit_nats:.3g} nats")
+    return said
+
+
+def short(source: str) -> str:
+    """Return the name of a source without the folder of a file."""
+    return f"{source.partition('/')[0]}{Path(source).name}" if "/" in source else source
+
+
+def for_good(found: Corrected, decoder: Decoder) -> str:
+    """Return in words how neurons that are zero can leave the model; empty where there are none."""
+    if found.contrast.damp:
+        return ""
+    layers, total = Counter[int](), 0
+    widths = dict[int, int]()
+    for p in decoder.projections:
+        if p.place == "mlp" and p.role == "down":
+            gone = ~(p.read() != 0).any(0)
+            layers[p.layer], widths[p.layer] = int(gone.sum()), len(gone)
+    total = sum(layers.values())
+    if not total:
+        return ""
+    share = min(layers[layer] / width for layer, width in widths.items())
+    said = (
+        f"{total:,} neurons are zero for good, {min(layers.values()):,} to {max(layers.values()):,} a layer"
+    )
+    if share > 0:
+        return f"{said}: `causalprune shrink --neurons {math.floor(1e4 * share) / 1e4:g} --by magnitude --update none` takes those out without loss"
+    return (
+        f"{said}: `causalprune shrink --by magnitude` takes such neurons out first, without loss as far as every layer has some "
+        "(it takes the same share of each)"
+    )
+
+
+def _record(own: Any, sign: int = 1) -> str:
+    low, high = sorted((sign * own.low, sign * own.high))
+    return f"{sign * own.value:+.3g} [{low:+.3g}, {high:+.3g}]"

@@ -1,0 +1,116 @@
+"""What is asked of logits, and its slopes at gates: the logits of some positions exist at a time.
+
+A question gives every prediction a number to be differentiated: a log-probability, log-odds, or the chance of a label that
+is drawn. So a window of a thousand tokens costs no more memory for a large vocabulary than a short problem does.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from causalprune.core import Batch, Decoder
+from causalprune.interventions.ablation import (
+    LayerInputs,
+    entered_at,
+    gated,
+    recomputed,
+    residual,
+    run_until,
+    values_of,
+)
+from causalprune.interventions.gradients import by_unit, gates_at, labels_of
+from causalprune.interventions.losses import Targets, cross_entropy, target_logits, targets
+from causalprune.interventions.lrp import prominence as prominence_of
+from causalprune.interventions.lrp import ruled
+from causalprune.interventions.units import Parts, Site
+
+Asked: TypeAlias = Callable[[Float[Tensor, "target vocab"], Targets, slice], Float[Tensor, "target"]]
+"""From the logits of some predictions, their targets, and their place among all of the batch."""
+CHUNK = 256
+"""Positions whose logits exist at once."""
+
+
+def log_odds(logits: Float[Tensor, "target vocab"], wanted: Targets) -> Float[Tensor, "target"]:
+    """Return ln p − ln (1 − p) of each target token: its slope does not vanish where p is near 1, as in a loop."""
+    logits, own = logits.float(), wanted.tokens.to(logits.device)[:, None]
+    others = logits.scatter(-1, own, -torch.inf).logsumexp(-1)
+    return logits.gather(-1, own)[:, 0] - others
+
+
+def odds(logits: Float[Tensor, "target vocab"], wanted: Targets, at: slice) -> Float[Tensor, "target"]:
+    """Ask for log-odds (an `Asked`)."""
+    return log_odds(logits, wanted)
+
+
+def likelihood(logits: Float[Tensor, "target vocab"], wanted: Targets, at: slice) -> Float[Tensor, "target"]:
+    """Ask for log-probabilities (an `Asked`)."""
+    return -cross_entropy(logits, wanted)
+
+
+def prominence(logits: Float[Tensor, "target vocab"], wanted: Targets, at: slice) -> Float[Tensor, "target"]:
+    """Ask for logits less the mean logit (an `Asked`), from which relevance starts."""
+    return prominence_of(logits, wanted)
+
+
+def drawn(uniforms: Float[Tensor, "target"]) -> Asked:
+    """Return what asks for log-probabilities of labels that are drawn from the predictions by these numbers.
+
+    The mean square of its slopes is the Fisher information: twice the divergence to second order.
+    """
+
+    def asked(logits: Tensor, wanted: Targets, at: slice) -> Tensor:
+        return -cross_entropy(logits, replace(wanted, tokens=labels_of(logits, uniforms[at]).cpu()))
+
+    return asked
+
+
+def parts_of(wanted: Targets) -> Iterator[tuple[Targets, slice]]:
+    """Yield the targets of a batch, `CHUNK` at a time, and their place among all."""
+    for start in range(0, len(wanted.tokens), CHUNK):
+        at = slice(start, start + CHUNK)
+        yield (
+            replace(wanted, rows=wanted.rows[at], positions=wanted.positions[at], tokens=wanted.tokens[at]),
+            at,
+        )
+
+
+def end_slope(
+    decoder: Decoder, batch: Batch, last: LayerInputs, asked: Asked
+) -> Float[Tensor, "*stream batch time model"]:
+    """Return the slope of what is asked of a batch's targets, summed, at the output of the last layer."""
+    after = len(decoder.layers)
+    leaf = last.hidden[after].detach().clone().requires_grad_()
+    for part, at in parts_of(targets(batch)):
+        with torch.enable_grad(), entered_at(decoder, after, LayerInputs({after: leaf}, last.as_tuple)):
+            total = asked(target_logits(decoder, batch, part), part, at).sum()
+        total.backward(inputs=[leaf])
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def gate_slopes(
+    decoder: Decoder,
+    batch: Batch,
+    units: Sequence[Parts],
+    asked: Asked,
+    *,
+    gate: float | Mapping[Site, Tensor] = 1.0,
+    relevant: bool = False,
+) -> Float[Tensor, "unit batch"]:
+    """Return the slopes of what is asked, summed over the targets of each sequence, at the gate of every unit.
+
+    As relevance goes back where that is wanted (`lrp`). One forward and one backward pass; `gate` as in `expansion`.
+    """
+    gates, after = gates_at(decoder, batch, units, gate), len(decoder.layers)
+    rules = ruled(decoder) if relevant else nullcontext()
+    with torch.enable_grad(), rules, gated(decoder, gates), recomputed(decoder):
+        output = run_until(decoder, batch.tokens, after - 1)
+        hidden = residual(output)
+        slope = end_slope(decoder, batch, LayerInputs({after: hidden}, values_of(output)), asked)
+        axis = 0 if hidden.shape[:2] == batch.tokens.shape else 1
+        return by_unit((hidden * slope).movedim(axis, 0).flatten(1).sum(1), gates, units, keep=False)

@@ -1,0 +1,48 @@
+"""Corrections in a report: what was taken out, the curve that decided, before and after in pairs, and texts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from causalprune.correction import CORRECTION
+from causalprune.evaluation import headline, interval, paired_difference, read_json, rows_of
+
+PLACES = (CORRECTION, f"*/{CORRECTION}", f"*/*/{CORRECTION}")
+"""Where records are in a folder: its own, of checkpoints in it, and of those of a run."""
+
+
+def corrections_in(folder: Path) -> list[dict[str, Any]]:
+    """Return what is to be said of the corrections in a folder."""
+    files = dict.fromkeys(file for place in PLACES for file in sorted(folder.glob(place)))
+    return [_told(file.parent.resolve().name, read_json(file)) for file in files]
+
+
+def _told(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    own = record["correction"]
+    (_, before), (_, after) = rows_of(record)
+    return {
+        "name": name,
+        "behaviour": own["behaviour"],
+        "sentences": own["sentences"],
+        "sources": list(own["chosen"]["harm"]),
+        "points": [{**point, "chosen": point == own["chosen"]} for point in own["curve"]],
+        "pairs": [
+            {
+                "task": one.task,
+                "before": vars(interval(one)),
+                "after": vars(interval(other)),
+                "difference": vars(paired_difference(other, one))
+                | {"value": headline(other) - headline(one)},
+            }
+            for one, other in zip(before, after, strict=True)
+        ],
+        "texts": record["texts"],
+        "about": {
+            **{
+                key: own[key]
+                for key in ("contrast", "halves", "prompts", "preserved", "continuations")
+                if key in own
+            },
+            "minutes": record["minutes"],
+        },
+    }

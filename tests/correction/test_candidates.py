@@ -1,0 +1,119 @@
+"""Closing candidates, by gates or in the weights, is one thing; what is known of them is what plain loops give."""
+
+import pytest
+import torch
+from reference import calibration, fresh, shared
+
+from causalprune.attribution.plan import planned
+from causalprune.attribution.questions import Estimator, Question
+from causalprune.calibration.examples import batches
+from causalprune.circuits.behaviour import Behaviour
+from causalprune.core.resuming import State
+from causalprune.core.types import Decoder, silent
+from causalprune.correction.candidates import Units, Weights
+from causalprune.correction.evidence import Looking
+from causalprune.correction.measuring import Trials
+from causalprune.correction.samples import Half
+from causalprune.interventions.asked import likelihood, odds
+
+PROBLEMS = calibration(tuple((12 + i % 3, 5) for i in range(12))).examples
+HALF = Half(PROBLEMS[:6], PROBLEMS[6:])
+GRADIENT = Estimator("gradient", draws=1)
+
+
+def units(decoder: Decoder, names: tuple[str, ...], factor: float = 0.0) -> Units:
+    plan = planned(decoder, calibration(tuple((12, 5) for _ in range(3))), Question(names), GRADIENT)
+    return Units(Behaviour(decoder, HALF.undesired, plan), factor)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [("llama3", ("heads", "neurons:3")), ("gpt2", ("heads", "neurons:1")), ("mixtral", ("experts", "heads"))],
+)
+def test_gates_and_weights_agree(family: str, names: tuple[str, ...], factor: float) -> None:
+    decoder = fresh(family)
+    own = units(decoder, names, factor)
+    chosen = torch.arange(0, own.count, 5)
+    trials = Trials(decoder, HALF, 256, None)
+    before = [p.read().clone() for p in decoder.projections]
+    closed = trials.without(own, chosen)
+    assert all(torch.equal(p.read(), was) for p, was in zip(decoder.projections, before, strict=True))
+    assert float(closed.kl.min()) > 0
+    keep = own.keep(chosen)
+    own.write(chosen)
+    now = trials.now("now")
+    for name in ("odds", "nats", "kl"):
+        torch.testing.assert_close(getattr(now, name), getattr(closed, name), rtol=1e-3, atol=1e-4)
+    zeros = {p.name: int((p.read() == 0).sum()) for p in decoder.projections}
+    assert all(int((~keep[name]).sum()) <= count for name, count in zeros.items())
+    assert any(int((~keep[name]).sum()) for name in keep) == (factor == 0)
+
+
+@pytest.mark.parametrize("family", ["llama3", "gpt2", "mixtral"])
+def test_single_weights_come_back_bit_for_bit(family: str) -> None:
+    decoder = fresh(family)
+    own, trials = Weights(decoder), Trials(decoder, HALF, 256, None)
+    chosen = torch.arange(3, own.count, 97)
+    before = [p.read().clone() for p in decoder.projections]
+    closed = trials.without(own, chosen)
+    assert all(torch.equal(p.read(), was) for p, was in zip(decoder.projections, before, strict=True))
+    own.write(chosen)
+    torch.testing.assert_close(trials.now("now").nats, closed.nats, rtol=1e-5, atol=1e-6)
+    keep = own.keep(chosen)
+    assert sum(int((~keep[name]).sum()) for name in keep) == len(chosen)
+    for p, was in zip(decoder.projections, before, strict=True):
+        assert torch.equal(p.read(), was * keep[p.name])
+
+
+def test_slopes_of_weights_sum_to_those_of_their_neuron() -> None:
+    """A neuron's gate multiplies its column of the down projection: the slopes of those weights are its slope, cut up."""
+    decoder = shared("llama3")
+    own, single = units(decoder, ("neurons:1",)), Weights(decoder)
+    none = torch.zeros(0, dtype=torch.long)
+    (batch, *_) = batches(PROBLEMS[:1], max_batch_tokens=1)
+    for asked in (odds, likelihood):
+        gates = own.slopes(batch, asked, none, 1.0, relevant=False)[:, 0]
+        weights = single.slopes(batch, asked, none, 1.0, relevant=False)[:, 0]
+        for p in decoder.projections:
+            if p.role == "down":
+                start = single.starts[p.name]
+                columns = weights[start : start + p.size].view(p.shape).sum(0)
+                at = [i for i, unit in enumerate(own.units) if unit.layer == p.layer]
+                torch.testing.assert_close(columns.double(), gates[at], rtol=1e-3, atol=1e-5)
+
+
+def test_evidence_is_a_mean_over_samples_and_the_worst_source_counts() -> None:
+    decoder = shared("llama3")
+    own, none = units(decoder, ("heads",)), torch.zeros(0, dtype=torch.long)
+    looking = Looking(own, HALF, GRADIENT, State())
+    found = looking.gather(("odds", "undesired"), none, "none", silent)
+    expected = torch.zeros_like(found)
+    for example in HALF.undesired:
+        (batch,) = batches([example], max_batch_tokens=1)
+        expected += own.slopes(batch, odds, none, 1.0, relevant=False)[:, 0] / example.target_tokens / 6
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+    harm = looking.gather(("harm", "preserve"), none, "none", silent)
+    assert float(harm.min()) >= 0
+
+
+def test_activity_is_the_mean_size_of_what_is_sent() -> None:
+    decoder = shared("llama3")
+    own, none = units(decoder, ("heads", "neurons:1")), torch.zeros(0, dtype=torch.long)
+    looking = Looking(own, HALF, GRADIENT, State())
+    found = looking.gather(("activity", "undesired"), none, "none", silent)
+    sums, count, seen = torch.zeros(decoder.projections[-1].shape[1]), 0, {}
+    down = decoder.projections[-1].module
+    handle = down.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
+    for example in HALF.undesired:
+        with torch.inference_mode():
+            decoder.model(input_ids=torch.tensor([example.tokens]))
+        sums += seen["x"][0].abs().sum(0)
+        count += len(example.tokens)
+    handle.remove()
+    last = [
+        i
+        for i, unit in enumerate(own.units)
+        if unit.kind == "neurons" and unit.layer == len(decoder.layers) - 1
+    ]
+    torch.testing.assert_close(found[last], (sums / count).double(), rtol=1e-4, atol=1e-6)
