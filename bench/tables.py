@@ -412,6 +412,23 @@ def written() -> str:
     return "\n".join(lines) + "\n"
 
 
+def zeros() -> str:
+    """Which formats of which libraries keep exact zeros."""
+    own = record("fit")["raw"].get("zeros")
+    if own is None:
+        return "Not measured yet.\n"
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, row in own["formats"].items():
+        if (share := row.get("zeros_kept")) is not None:
+            fate = "all" if share >= 0.999 else "most" if share >= 0.9 else "lost"
+            added = f" (+{row['others_lost']:.0%} of its own)" if row["others_lost"] >= 0.005 else ""
+            kinds = found.setdefault(row["library"], {"all": [], "most": [], "lost": []})
+            kinds[fate].append(name + (f" ({share:.0%})" if fate == "most" else "") + added)
+    lines = ["| library | keeps every zero | most of them | loses them |", "|---|---|---|---|"]
+    lines += [f"| {name} | " + " | ".join(map(", ".join, kinds.values())) + " |" for name, kinds in found.items()]
+    return "\n".join(lines) + "\n"
+
+
 def _attribution(step: str) -> Any:
     return record("attribution")["raw"].get(step)
 
@@ -442,6 +459,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kills": kills,
     "carried": carried,
     "written": written,
+    "zeros": zeros,
 }
 
 
