@@ -116,6 +116,18 @@ def test_packed_models_are_unpacked_in_the_dtype_that_is_asked_for(tmp_path: Pat
     assert (config["dtype"], "quantization_config" in config) == ("float16", False)
 
 
+def test_a_run_says_before_it_starts_that_a_model_is_packed(tmp_path: Path, run: Run) -> None:
+    made, problems = fp8(tmp_path / "source"), tmp_path / "own.jsonl"
+    problems.write_text("".join(f'{{"prompt": "{i} + 1 =", "target": "{i + 1}"}}\n' for i in range(6)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{name: {made.model}}}\nmethods: [magnitude]\nsparsities: [0.5]\non: [{problems}_nll]\n"
+        f"calibration: {{task: [{problems}], n: 6}}\ngeneral_text: none\n"
+    )
+    with pytest.warns(UserWarning, match=r"packed \(FP8\): it is written unpacked, in bfloat16, 0\.00 GB"):
+        run("run", recipe, "-o", tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     "packed",
     [

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy  # its parts are imported at their first use: half a second and 30 MB
 import torch
 from jaxtyping import Bool, Float
-from scipy import special
 from torch import Tensor
 
 from causalprune.core import Effects
@@ -187,9 +187,7 @@ def agreement(draws: list[Tensor], measure: Callable[[Tensor, Tensor], float]) -
 
 def spearman(a: Float[Tensor, "unit"], b: Float[Tensor, "unit"]) -> float:
     """Return the rank correlation of two lists of scores; NaN if one of them is constant."""
-    from scipy.stats import rankdata  # noqa: PLC0415 (half a second and 30 MB, which pruning does not need)
-
-    ranks = [rankdata(x.numpy()) for x in (a, b)]
+    ranks = [scipy.stats.rankdata(x.numpy()) for x in (a, b)]
     if any(np.ptp(rank) == 0 for rank in ranks):
         return math.nan
     return float(np.corrcoef(*ranks)[0, 1])
@@ -223,7 +221,7 @@ def _mean_and_variance(change: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 def _with_interval(effects: Effects, value: Tensor, variance: Tensor) -> Estimate:
     """Return the interval by Student's t: of the logarithm for divergences, which are positive and skewed."""
     freedom = max(len(effects.tokens) - 1, 1)
-    reach = variance.sqrt() * float(special.stdtrit(freedom, (1 + CONFIDENCE) / 2))
+    reach = variance.sqrt() * float(scipy.special.stdtrit(freedom, (1 + CONFIDENCE) / 2))
     low, high = value - reach, value + reach
     if effects.effect == "kl":
         factor = (reach / value).exp()

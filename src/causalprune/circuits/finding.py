@@ -9,9 +9,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import scipy
 import torch
 from jaxtyping import Float, Int
-from scipy import special
 from torch import Tensor
 
 from causalprune.attribution import ELSEWHERE, Estimator, Question, attribute
@@ -175,7 +175,7 @@ def _lasting(how: Estimator) -> dict[str, Any]:
 def intervals(scores: Float[Tensor, "unit problem"]) -> tuple[Float[Tensor, "unit"], Float[Tensor, "unit"]]:
     """Return the 95 % interval of each unit's mean over problems, by Student's t."""
     n = scores.shape[1]
-    reach = scores.std(1) / math.sqrt(n) * float(special.stdtrit(n - 1, 0.975))
+    reach = scores.std(1) / math.sqrt(n) * float(scipy.special.stdtrit(n - 1, 0.975))
     return scores.mean(1) - reach, scores.mean(1) + reach
 
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 import numpy as np
+import scipy  # its parts are imported at their first use: half a second and 30 MB
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 Q, EPSILON, LEVEL = 0.9, 0.1, 0.05
@@ -18,7 +18,7 @@ def better_than(own: Float[Tensor, ""], others: Float[Tensor, "other"]) -> dict[
     The hypothesis is that it is not; a small p rejects it.
     """
     beaten = int((own > others).sum())
-    p = float(stats.binom.sf(beaten - 1, len(others), Q))
+    p = float(scipy.stats.binom.sf(beaten - 1, len(others), Q))
     return {"beaten": beaten, "of": len(others), "p": p, "holds": p < LEVEL}
 
 
@@ -31,7 +31,7 @@ def equivalence(model: Float[Tensor, "problem"], circuit: Float[Tensor, "problem
     distance = abs(ahead / n - 0.5)
     counts = np.arange(n + 1)
     far = np.abs(counts / n - 0.5) >= distance - 1e-12
-    p = float(stats.binom.pmf(counts[far], n, 0.5 + EPSILON).sum())
+    p = float(scipy.stats.binom.pmf(counts[far], n, 0.5 + EPSILON).sum())
     return {"ahead": ahead, "of": n, "p": min(p, 1.0), "holds": p >= LEVEL}
 
 
@@ -69,6 +69,6 @@ def minimality(members: Float[Tensor, "member"], added: Float[Tensor, "other"]) 
     """
     if not len(added):
         return {"tested": len(members), "spare": [], "p": 1.0, "holds": False}
-    p = [float(stats.binom.sf(int((own > added).sum()) - 1, len(added), Q)) for own in members]
+    p = [float(scipy.stats.binom.sf(int((own > added).sum()) - 1, len(added), Q)) for own in members]
     spare = [at for at, value in enumerate(p) if value >= LEVEL / len(p)]
     return {"tested": len(p), "spare": spare, "p": max(p), "holds": not spare}

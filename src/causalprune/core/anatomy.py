@@ -86,7 +86,8 @@ class Projection(Shown):
     @property
     def size(self) -> int:
         """Number of weights."""
-        return self.shape[0] * self.shape[1]
+        out, into = self.shape
+        return out * into
 
     @property
     def device(self) -> torch.device:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import scipy  # its parts are imported at their first use: half a second and 30 MB
 from numpy.typing import NDArray
-from scipy import stats
 
 from causalprune.calibration import Skipped
 from causalprune.core import CheckpointError, EvalResult, MismatchError, changes_since
@@ -342,7 +342,7 @@ def bounds(draws: Floats, n: int) -> tuple[float, float]:
     """
     if n < 2 or not np.isfinite(draws).all():
         return math.nan, math.nan
-    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+    tail = scipy.stats.norm.cdf(-math.sqrt(n / (n - 1)) * scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)
 

@@ -235,9 +235,9 @@ def _views(pattern: Pattern, match: re.Match[str], stored: Projection) -> Iterat
     for e in range(shape[0]) if stacked else [int(expert or 0)]:
         place = {"": "", "experts": f"experts.{e}."}.get(group, f"{group}.")
         for role in pattern.roles:
-            own = rows[role] if len(pattern.roles) > 1 else None
-            view = replace(stored, name=f"layers.{stored.layer}.{place}{role}", role=role, rows=own)
-            yield (group, e), replace(view, transposed=transposed, expert=e if stacked else None)
+            own, number = rows[role] if len(pattern.roles) > 1 else None, e if stacked else None
+            view = f"layers.{stored.layer}.{place}{role}", stored.layer, role, name, stored.parameter, module
+            yield (group, e), Projection(*view, transposed, own, number)
 
 
 def _transposed(experts: Any) -> bool:

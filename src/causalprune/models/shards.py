@@ -10,6 +10,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -172,23 +173,33 @@ def inside(folder: Path, name: str) -> Path:
     return file
 
 
+AT_ONCE = 2**26
+"""Bytes written before the disk begins to have them: one that is idle until the end is waited for then."""
+
+
 class ShardWriter:
     """A safetensors file whose tensors are written one by one, in any order, into their final places."""
 
     def __init__(self, path: Path, header: bytes, size: int) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        self._disk, self._waiting = ThreadPoolExecutor(1), 0
+        self._going: Future[None] | None = None
         self.write(0, header)
         os.ftruncate(self._fd, size)
 
     def write(self, at: int, data: Buffer) -> None:
         """Write bytes at a place of the file."""
         view = memoryview(data).cast("B")
+        self._waiting += len(view)
         while view:
             count = os.pwrite(self._fd, view, at)
             view, at = view[count:], at + count
+        if self._waiting > AT_ONCE and (self._going is None or self._going.done()):
+            self._going, self._waiting = self._disk.submit(os.fdatasync, self._fd), 0
 
     def close(self) -> None:
         """Make the file durable."""
+        self._disk.shutdown()
         try:
             os.fsync(self._fd)
         finally:

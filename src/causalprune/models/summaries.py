@@ -15,7 +15,9 @@ def summary(decoder: Decoder) -> dict[str, Any]:
     Where the model has no weights, it says nothing of fingerprint and device.
     """
     parameters = list(decoder.model.parameters())
-    by_role = {role: sum(p.size for p in decoder.projections if p.role == role) for role in get_args(Role)}
+    by_role = dict.fromkeys(get_args(Role), 0)
+    for p in decoder.projections:
+        by_role[p.role] += p.size
     reasons: dict[str, dict[str, int]] = {}
     for left in decoder.left_out:
         entry = reasons.setdefault(left.reason, {"parameters": 0, "weights": 0})

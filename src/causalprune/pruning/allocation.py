@@ -156,10 +156,16 @@ def keep_above(
 
 def break_ties(keep: Bool[Tensor, "out in"], tied: Bool[Tensor, "out in"], ties: int) -> int:
     """Keep, in place, all of the tied weights but the first `ties`; return how many are left to go elsewhere."""
-    there = int(torch.count_nonzero(tied)) if bool(tied.any()) else 0
-    if there > ties:
-        keep |= tied & (tied.flatten().cumsum(0) > ties).view(tied.shape)
-    return ties - min(there, ties)
+    there = int(torch.count_nonzero(tied))
+    if there <= ties:
+        return ties - there
+    by_row = torch.count_nonzero(tied, dim=1)
+    row = int(
+        torch.searchsorted(by_row.cumsum(0), ties, right=True)
+    )  # the first that has more of them than may go
+    keep[row + 1 :] |= tied[row + 1 :]
+    keep[row] |= tied[row] & (tied[row].cumsum(0) > ties - int(by_row[:row].sum()))
+    return 0
 
 
 def keep_matrix(score: Float[Tensor, "out in"], count: int) -> Bool[Tensor, "out in"]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from causalprune.attribution import described
 from causalprune.calibration import check_subsets, with_limit
+from causalprune.checkpoints import warn_unpacked
 from causalprune.core import (
     METHOD_VERSION,
     PACKAGES,
@@ -92,6 +93,7 @@ def run(  # noqa: PLR0913 (what a user says, and what the caller knows)
         say(progress, note=f"going on: {len(done)} of {every} measurements done" if done else "")
         decoder = load_intact(recipe.model)
     recipe.check_shape(decoder)
+    warn_unpacked(decoder)
     with stage("calibration data") as progress:
         exclude = evaluation_contents(recipe.on, settings, decoder)
         calibration = calibrated(decoder, recipe.calibration, data_dir, exclude, progress)

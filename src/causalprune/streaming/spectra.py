@@ -70,13 +70,16 @@ class Spectra:
         for p in pool:
             weight = p.read()
             first, cut = self._cuts(p, weight.dtype, threshold)
-            keep = room(weight.numel()).view(torch.bool).view(weight.shape)
-            for band in bands(weight):
-                patterns = weight[band].view(torch.int16) & SIGN
-                torch.ge(patterns, cut if len(cut) == 1 else cut[band], out=keep[band])
-            if bool((first < cut).any()):
-                tied = ((weight.view(torch.int16) & SIGN) >= first) & ~keep
-                left = break_ties(keep, tied, left)
+            keep, scored_alike = (
+                room(weight.numel()).view(torch.bool).view(weight.shape),
+                bool((first < cut).any()),
+            )
+            for band, patterns in _patterns(weight):
+                stays = keep[band]
+                low, high = (bound if len(bound) == 1 else bound[band] for bound in (first, cut))
+                torch.ge(patterns, high if left else low, out=stays)
+                if left and scored_alike:
+                    left = break_ties(stays, (patterns >= low) & ~stays, left)
             yield keep
 
     def _cuts(self, p: Projection, dtype: torch.dtype, threshold: Threshold) -> tuple[Tensor, Tensor]:
@@ -102,9 +105,18 @@ class Spectra:
 def _histogram(weight: Tensor) -> Tensor:
     """Return how often each pattern of bits occurs, but for the sign."""
     times = torch.zeros(SIGN + 1, dtype=torch.long)
-    for band in bands(weight):
-        times += torch.bincount((weight[band].view(torch.int16) & SIGN).flatten(), minlength=SIGN + 1)
+    for _, patterns in _patterns(weight):
+        times += torch.bincount(patterns.flatten(), minlength=SIGN + 1)
     return times
+
+
+def _patterns(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield neighbouring rows, and their bits but for the sign, in memory that the next ones get."""
+    every = bands(weight)
+    own = weight.new_empty(weight[every[0]].shape, dtype=torch.int16)
+    for band in every:
+        rows = weight[band].view(torch.int16)
+        yield band, torch.bitwise_and(rows, SIGN, out=own[: len(rows)])
 
 
 def _by_factor(weight: Tensor, factor: Tensor | None) -> Iterator[tuple[Tensor | None, Tensor]]:
