@@ -425,7 +425,9 @@ def zeros() -> str:
             kinds = found.setdefault(row["library"], {"all": [], "most": [], "lost": []})
             kinds[fate].append(name + (f" ({share:.0%})" if fate == "most" else "") + added)
     lines = ["| library | keeps every zero | most of them | loses them |", "|---|---|---|---|"]
-    lines += [f"| {name} | " + " | ".join(map(", ".join, kinds.values())) + " |" for name, kinds in found.items()]
+    lines += [
+        f"| {name} | " + " | ".join(map(", ".join, kinds.values())) + " |" for name, kinds in found.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
