@@ -104,7 +104,9 @@ def test_the_commands_of_a_page_run_in_order(
         if mark is not None:
             continue
         words = [FITTED.get(word, word) for word in shown]
-        words += ["--pre-tokenizer", "gpt-2"] if words[0] == "export" else []  # of a tokenizer that nobody knows
+        words += (
+            ["--pre-tokenizer", "gpt-2"] if words[0] == "export" else []
+        )  # of a tokenizer that nobody knows
         words = [str(own) for word in words for own in (sorted(Path().glob(word)) if "*" in word else [word])]
         if "--shard" in words:  # the others, on other machines
             for part in ("2/4", "3/4", "4/4"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shipped
 import typer
 import yaml
 from conftest import PACKAGE, REPOSITORY, Run, assert_refused
@@ -89,6 +90,8 @@ def calls(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     given, some = ["--data-dir", data], ["-t", "gsm8k", "-n", 3]
     own, bad = place / "circuit", place / "bad.jsonl"
     write_jsonl(bad, [{"prompt": f"{i} apples", "target": " and pears"} for i in range(8)])
+    file = ["--gguf", "f16", "--pre-tokenizer", "gpt-2"]
+    only = ["--size", "1GB", "--types", "f16,bf16", "--shares", "0.1", *file[2:]]
     spared = ["--preserve", "gsm8k:8", "--budget", 4, "--harm", "1000%"]
     return {
         "run": [place / "recipe.yaml", "-o", place / "run", *given],
@@ -115,6 +118,17 @@ def calls(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         "correct": [model, "-o", place / "fixed", "--undesired", bad, *spared, "--overwrite", *given],
         "shrink": [model, "-o", place / "small", "--layers", 0.5, *some, "--overwrite", *given],
         "verify": [place / "pruned"],
+        "export": [place / "pruned", "-o", place / "model.gguf", *file, "--no-check", "--overwrite"],
+        "fit": [
+            shipped.write(place / "known", max_position_embeddings=512),
+            "-o",
+            place / "fitted",
+            *some,
+            *only,
+            "--on",
+            "gsm8k_nll:4",
+            *given,
+        ],
         "reapply": [place / "pruned", model, "-o", place / "again", "--overwrite"],
         "evaluate": [model, "--on", "gsm8k_nll:2", "-o", place / "found.json", "--overwrite", *given],
         "compare": [place / "run"],
@@ -136,6 +150,8 @@ EXPECTED: dict[str, Callable[[Any], bool]] = {
     "correct": lambda own: 0 < len(own["members"]) <= 4,
     "shrink": lambda own: own["after"]["parameters"] < own["before"]["parameters"],
     "verify": lambda own: own["ok"] is True,
+    "export": lambda own: own["mix"] == "f16" and own["zeros"] >= own["zeros_kept"] > 0,
+    "fit": lambda own: own["chosen"] in own["points"] and Path(own["saved"]).exists(),
     "reapply": lambda own: own["restored"] > 0 and own["saved"].endswith("again"),
     "evaluate": lambda own: own["rows"][0]["results"][0]["n"] == 2,
     "compare": lambda own: own["rows"][1]["results"][0]["difference"]["n"] == 3,

@@ -9,7 +9,7 @@ import shipped
 from conftest import Run, assert_refused
 from tinydata import write_data
 
-from causalprune.runs import searching
+from causalprune.runs import ModelSpec, searching
 from causalprune.shipping.recounting import looked_into
 
 TYPES = ("--types", "q8_0,q4_0,q2_k", "--shares", "0.2", "--pre-tokenizer", "gpt-2")
@@ -67,3 +67,9 @@ def test_mistakes_are_said_before_any_work(
     run: Run, tmp_path: Path, words: tuple[str, ...], said: str
 ) -> None:
     assert_refused(run("fit", "embedded", "-o", tmp_path / "out", *words), said, tmp_path / "out")
+
+
+def test_shares_that_neurons_cannot_give_are_left_out_and_said(tmp_path: Path) -> None:
+    spec = ModelSpec(str(shipped.write(tmp_path / "model")))  # 0.42 of it are neurons of its MLPs
+    with pytest.warns(UserWarning, match=r"no file without 50% of the parameters is tried: .* are \d+% of"):
+        assert searching.possible(spec, (0.1, 0.2, 0.5)) == (0.1, 0.2)

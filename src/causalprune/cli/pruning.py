@@ -364,8 +364,7 @@ def verify(
 
     if folder.suffix == ".gguf":
         with voice.stage("counting zeros") as progress:
-            consent = loading.trust_remote_code
-            report = verify_file(folder, against=against, trust_remote_code=consent, progress=progress)
+            report = verify_file(folder, against, trust=loading.trust_remote_code, progress=progress)
     else:
         report = check(folder, against=against, **asdict(loading))
     console.print(tables.verification(report), soft_wrap=True, highlight=False, markup=False)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 from causalprune.checkpoints import MANIFEST, resolve, save
 from causalprune.core import Calibration, CheckpointError, Decoder, EvalResult, Ledger, OptionError, forget
 from causalprune.evaluation import Settings, evaluate, evaluation_contents, kept_rows, results_in
-from causalprune.runs.cells import load
+from causalprune.runs.cells import load, outlined
 from causalprune.runs.recipe import CalibrationSpec, ModelSpec
 from causalprune.runs.single import Options
 from causalprune.runs.traces import calibrated
@@ -177,6 +179,19 @@ class Search:
             save(found.decoder, folder, found, overwrite=True)
         for path in leftovers(ledger).values():
             forget(path)
+
+
+def possible(spec: ModelSpec, shares: Sequence[float]) -> tuple[float, ...]:
+    """Return the shares of all parameters that the neurons of a model can give, with a warning for every other."""
+    bare, found = outlined(spec), list[float]()
+    for share in shares:
+        try:
+            shares_for(bare, share)
+        except OptionError as error:
+            warnings.warn(f"no file without {share:.0%} of the parameters is tried: {error}", stacklevel=2)
+        else:
+            found.append(share)
+    return tuple(found)
 
 
 def check_room(search: Search) -> None:

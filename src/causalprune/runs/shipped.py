@@ -13,7 +13,7 @@ from causalprune.evaluation import check_tasks, headline, interval, paired_diffe
 from causalprune.models import tokenizer_of
 from causalprune.reports import FRONTIER_PAGE, frontier_page
 from causalprune.runs.recipe import CalibrationSpec, ModelSpec
-from causalprune.runs.searching import Asked, Search, check_reach, check_room
+from causalprune.runs.searching import Asked, Search, check_reach, check_room, possible
 from causalprune.runs.single import Options
 from causalprune.shipping import (
     Point,
@@ -51,6 +51,7 @@ def fit(spec: ModelSpec, wanted: CalibrationSpec, output: Path, asked: Asked, op
         CheckpointError: there is no room for what it takes.
     """
     check_tasks([asked.on], asked.settings.scorers)
+    asked = dataclasses.replace(asked, shares=possible(spec, asked.shares))
     output.mkdir(parents=True, exist_ok=True)
     identity = {
         "model": resolve(spec.name),

@@ -51,23 +51,22 @@ def _uncounted(reader: Any) -> list[Held]:
 
 
 def verify_file(
-    path: Path,
-    *,
-    against: Path | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
+    path: Path, against: Path | None = None, *, trust: bool = False, progress: Progress = silent
 ) -> Verification:
     """Compare the zeros of a GGUF file with those of the checkpoint that it was made from, matrix by matrix.
 
-    `export` leaves these in the file; of any other file the checkpoint is asked (`against`), through llama.cpp's converter.
+    `export` leaves these in the file; of any other file the checkpoint is asked (`against`), through llama.cpp's converter,
+    which runs code of its tokenizer with `trust`.
 
     Raises:
         CheckpointError: the file does not say what it had, and no checkpoint is named.
         ModelError: it cannot be read as GGUF.
     """
     reader = opened(path)
-    cut = field(reader, "tokenizer.ggml.pre") or ""  # as it was converted, whether the converter knows the tokenizer or not
-    promised = _promised(reader) if against is None else _converted(against, cut, trust_remote_code)
+    cut = (
+        field(reader, "tokenizer.ggml.pre") or ""
+    )  # as it was converted, whether the converter knows the tokenizer or not
+    promised = _promised(reader) if against is None else _converted(against, cut, trust)
     if promised is None:
         raise CheckpointError(
             f"{path} does not say which zeros it had before it was quantised, as it was not written by `causalprune export`: "
@@ -98,9 +97,9 @@ def _promised(reader: Any) -> dict[str, int] | None:
     return None if names is None or zeros is None else dict(zip(names, zeros, strict=True))
 
 
-def _converted(folder: Path, pre_tokenizer: str, trust_remote_code: bool) -> dict[str, int]:
+def _converted(folder: Path, pre_tokenizer: str, trust: bool) -> dict[str, int]:
     """Return the zeros of a checkpoint by the names that its matrices have in GGUF."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         file = Path(scratch) / "model.gguf"
-        convert(folder, file, pre_tokenizer=pre_tokenizer, trust_remote_code=trust_remote_code)
+        convert(folder, file, pre_tokenizer=pre_tokenizer, trust_remote_code=trust)
         return {own.name: own.zeros or 0 for own in counted(opened(file))}
