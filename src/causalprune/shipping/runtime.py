@@ -63,7 +63,7 @@ class Running:
             f"{self.address}{path}", data, {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request) as answer:  # noqa: S310  likewise
+            with urllib.request.urlopen(request) as answer:  # noqa: S310  # nosec B310  likewise
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             raise ModelError(f"llama.cpp refuses {path}: {error.read().decode(errors='replace')}") from error
