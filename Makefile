@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE  # some thirty interpreters start in the tests: each would compile torch anew
 BENCHES := core attribution stability families quality speed moe large
+RUNS := .venv/.runs
 INSTALLED := .venv/.installed
 
 DOCUMENTED := .venv/.documented
@@ -10,7 +11,7 @@ BROWSED := .venv/.browsed
 
 .PHONY: demo test slow thorough sweep fuzz check static docs examples browser bench clean
 
-demo: $(INSTALLED)  ## prune a small model end to end on this machine
+demo: $(RUNS)  ## prune a small model end to end on this machine
 	$(BIN)/causalprune demo
 
 test: $(INSTALLED)  ## the tests, but for those that take minutes
@@ -48,8 +49,12 @@ sweep: $(INSTALLED)  ## every type of model that transformers knows, tiny, from 
 bench: $(INSTALLED)  ## all measurements, one after the other (many hours; what is finished is kept)
 	set -e; for name in $(BENCHES); do echo "== $$name"; $(BIN)/python bench/$$name.py; done
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(RUNS): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(INSTALLED): $(RUNS)
 	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev,demo]'
 	touch $@
 
