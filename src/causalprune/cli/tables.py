@@ -14,7 +14,7 @@ from causalprune.attribution import estimate, reliability
 from causalprune.checkpoints import Verification
 from causalprune.core import Effects, EvalResult, unknown
 from causalprune.evaluation import Row, Tried, answered, headline, interval, of_task, paired_difference
-from causalprune.reports import RELIABLE_FROM, SPEED_OF_ZEROS, Verdict, measured, reliability_word
+from causalprune.reports import QUANTISED_ZEROS, RELIABLE_FROM, SPEED_OF_ZEROS, Verdict, measured, reliability_word
 from causalprune.runs import Looked, Outcome, Plan
 from causalprune.shipping import Written
 
@@ -268,6 +268,7 @@ def outcome(made: Outcome) -> str:
     if made.zeros:
         share = f"{made.zeros / made.weights:.4%}"
         lines.append(f"zeros: {made.zeros:,} of {made.weights:,} prunable weights are zero ({share})")
+        lines.append(f"quantised: {QUANTISED_ZEROS}")
     if made.speed is not None:
         lines.append(
             f"speed: {made.speed}, by {made.speed.how}; other runtimes, batches and memory not measured"

@@ -22,6 +22,9 @@ from .frontiers import (
 )
 from .heatmaps import heatmap as heatmap
 from .judging import (
+    QUANTISED_ZEROS as QUANTISED_ZEROS,
+)
+from .judging import (
     RELIABLE_FROM as RELIABLE_FROM,
 )
 from .judging import (

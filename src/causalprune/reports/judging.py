@@ -16,6 +16,8 @@ Told: TypeAlias = Mapping[str, Any]
 """A task or a model as `summary` tells of it."""
 
 SPEED_OF_ZEROS = "runs at the dense model's speed, as runtimes multiply zeros like any other number"
+QUANTISED_ZEROS = "Q8_0, Q6_K, Q4_0, MXFP4 and NVFP4 keep them; Q4_K, Q5_K and Q2_K lose nearly all"
+"""What formats of llama.cpp make of zeros, by `bench/fit.py zeros`."""
 RELIABLE = ((0.8, "good"), (0.6, "fair"), (-math.inf, "weak"))
 RELIABLE_FROM = "good from 0.8, fair from 0.6, weak below"
 
