@@ -14,7 +14,14 @@ from causalprune.attribution import estimate, reliability
 from causalprune.checkpoints import Verification
 from causalprune.core import Effects, EvalResult, unknown
 from causalprune.evaluation import Row, Tried, answered, headline, interval, of_task, paired_difference
-from causalprune.reports import QUANTISED_ZEROS, RELIABLE_FROM, SPEED_OF_ZEROS, Verdict, measured, reliability_word
+from causalprune.reports import (
+    QUANTISED_ZEROS,
+    RELIABLE_FROM,
+    SPEED_OF_ZEROS,
+    Verdict,
+    measured,
+    reliability_word,
+)
 from causalprune.runs import Looked, Outcome, Plan
 from causalprune.shipping import Written
 
