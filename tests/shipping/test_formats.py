@@ -18,5 +18,7 @@ def test_formats_keep_and_lose_zeros_as_measured(said: str) -> None:
     found = re.search(r"([\w, ]+) keep\s+them; ([\w, ]+) lose nearly all", said.replace("\n", " "))
     assert found is not None
     kept, lost = (re.findall(r"\b[A-Z]+\d\w*", part) for part in found.groups())
-    assert len(kept) > 3 and all(formats[name]["zeros_kept"] == 1 for name in kept)
-    assert len(lost) > 2 and all(formats[name]["zeros_kept"] < 0.05 for name in lost)
+    assert len(kept) > 3
+    assert all(formats[name]["zeros_kept"] == 1 for name in kept)
+    assert len(lost) > 2
+    assert all(formats[name]["zeros_kept"] < 0.05 for name in lost)
