@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from reference import ROUNDING, calibration, shared
 from torch import Tensor
 
+from causalprune.attribution import estimators, questions
 from causalprune.attribution.estimators import attribute
 from causalprune.attribution.questions import Estimator, Question
 from causalprune.attribution.sampling import Allocation, next_cells, settled
@@ -61,6 +63,10 @@ def test_the_gradient_is_the_finite_difference(family: str, gate: float) -> None
 
 
 @pytest.mark.thorough
+def test_every_name_of_an_estimator_has_a_function() -> None:
+    assert set(get_args(questions.Named)) == set(questions.ESTIMATORS) == set(estimators.ESTIMATORS)
+
+
 def test_the_fisher_term_is_the_divergence_of_a_small_step() -> None:
     decoder, draws, step = shared("llama3"), 600, 3e-2
     examples = calibration(((14, 5),)).examples

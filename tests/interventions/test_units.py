@@ -1,5 +1,7 @@
 """Every kind of unit is removed as if its weights were zero, in every family, measured by both effects."""
 
+from typing import get_args
+
 import pytest
 import torch
 from families import FAMILIES, N_LAYERS
@@ -10,9 +12,9 @@ from causalprune.attribution.estimators import attribute
 from causalprune.attribution.questions import Estimator, Question
 from causalprune.calibration.examples import batches
 from causalprune.core.errors import OptionError
-from causalprune.core.types import Calibration, Decoder, Effects, Example, Unit
+from causalprune.core.types import Calibration, Decoder, Effects, Example, Unit, UnitKind
 from causalprune.interventions.ablation import InputCache, capture
-from causalprune.interventions.units import list_units
+from causalprune.interventions.units import NAMES, list_units
 
 DENSE = ("heads", "kv_groups", "attention", "mlp", "layers")
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe")
@@ -46,6 +48,10 @@ def test_every_kind_is_the_naive_ablation(family: str) -> None:
         torch.testing.assert_close(effects.kl_nats[i], kl, rtol=1e-4, atol=2e-6)
     assert bool((effects.kl_nats >= 0).all())
     assert float(effects.kl_nats.max()) > 1e-2, "nothing happened: the test is blind"
+
+
+def test_every_name_of_units_is_a_kind() -> None:
+    assert set(NAMES.values()) == set(get_args(UnitKind))
 
 
 def test_units_of_a_model_by_hand() -> None:
