@@ -62,11 +62,11 @@ def test_the_gradient_is_the_finite_difference(family: str, gate: float) -> None
     assert float(slope.abs().max()) > 0.05, "nothing happened: the test is blind"
 
 
-@pytest.mark.thorough
 def test_every_name_of_an_estimator_has_a_function() -> None:
     assert set(get_args(questions.Named)) == set(questions.ESTIMATORS) == set(estimators.ESTIMATORS)
 
 
+@pytest.mark.thorough
 def test_the_fisher_term_is_the_divergence_of_a_small_step() -> None:
     decoder, draws, step = shared("llama3"), 600, 3e-2
     examples = calibration(((14, 5),)).examples
