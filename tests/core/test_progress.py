@@ -78,15 +78,16 @@ def test_a_log_has_a_line_for_what_begins_and_one_now_and_then_even_where_nothin
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.02)
     with progress.shown("pruning") as tell:
         say(tell, note="going on: gradients done")
-        until(lambda: "still pruning, 0 s\n" in written(own))
+        until(lambda: re.search(r"still pruning, \d+ s\n", written(own)) is not None)
         say(tell, part="2 of 4: trials", stop=500, count="3 of 30 layers")
         tell(100, 1000)
-        until(lambda: "still pruning, 2 of 4: trials: 3 of 30 layers, 0 s" in written(own))
+        until(lambda: "still pruning, 2 of 4: trials: 3 of 30 layers, " in written(own))
         assert isinstance(tell, Remarked)
         tell.remark("[found]")
         until(lambda: "; [found]\n" in written(own))
     lines = written(own).splitlines()
-    assert lines[:3] == ["going on: gradients done", "pruning", "still pruning, 0 s"]
+    assert lines[:2] == ["going on: gradients done", "pruning"]
+    assert re.fullmatch(r"still pruning, \d+ s", lines[2])
     assert "pruning, 2 of 4: trials: 3 of 30 layers" in lines
     time.sleep(0.05)
     assert written(own).splitlines() == lines  # the writer has ended with the stage
