@@ -78,7 +78,8 @@ def alternate(
             variables = {**os.environ, **(env or {}).get(name, {})}
             seconds[name].append(timed(command, cwd, variables))
     found = {kind: _ratios(seconds, kind) for kind in ("wall", "cpu")}
-    return {"commands": commands, "seconds": seconds, "ours_over_theirs": found}
+    shown = {name: [word.replace(f"{ROOT}/", "") for word in words] for name, words in commands.items()}
+    return {"commands": shown, "seconds": seconds, "ours_over_theirs": found}
 
 
 def timed(command: Sequence[str], cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Times:

@@ -284,3 +284,16 @@ def test_new_tokenizers_are_read_by_transformers_4(tmp_path: Path) -> None:
     writing.for_older_tokenizers(tmp_path)
     found = json.loads(path.read_text())
     assert found == {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<a>"]}
+
+
+def test_what_a_disk_says_while_more_is_written_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(shards, "AT_ONCE", 0)
+    monkeypatch.setattr(shards.os, "fdatasync", full)
+    writer = shards.ShardWriter(tmp_path / "model.safetensors", b"header", 64)
+    with pytest.raises(OSError, match="no room"):
+        writer.close()

@@ -195,15 +195,22 @@ class ShardWriter:
             count = os.pwrite(self._fd, view, at)
             view, at = view[count:], at + count
         if self._waiting > AT_ONCE and (self._going is None or self._going.done()):
+            self._settle()
             self._going, self._waiting = self._disk.submit(os.fdatasync, self._fd), 0
 
     def close(self) -> None:
         """Make the file durable."""
-        self._disk.shutdown()
         try:
+            self._settle()
             os.fsync(self._fd)
         finally:
+            self._disk.shutdown()
             os.close(self._fd)
+
+    def _settle(self) -> None:
+        """Raise what the disk has said of earlier bytes: it says so once, and no later call hears of it."""
+        if self._going is not None:
+            self._going.result()
 
 
 def raw_bytes(weight: Tensor) -> Any:

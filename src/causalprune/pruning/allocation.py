@@ -160,9 +160,8 @@ def break_ties(keep: Bool[Tensor, "out in"], tied: Bool[Tensor, "out in"], ties:
     if there <= ties:
         return ties - there
     by_row = torch.count_nonzero(tied, dim=1)
-    row = int(
-        torch.searchsorted(by_row.cumsum(0), ties, right=True)
-    )  # the first that has more of them than may go
+    # the first row that has more of them than may go
+    row = int(torch.searchsorted(by_row.cumsum(0), ties, right=True))
     keep[row + 1 :] |= tied[row + 1 :]
     keep[row] |= tied[row] & (tied[row].cumsum(0) > ties - int(by_row[:row].sum()))
     return 0

@@ -70,10 +70,8 @@ class Spectra:
         for p in pool:
             weight = p.read()
             first, cut = self._cuts(p, weight.dtype, threshold)
-            keep, scored_alike = (
-                room(weight.numel()).view(torch.bool).view(weight.shape),
-                bool((first < cut).any()),
-            )
+            keep = room(weight.numel()).view(torch.bool).view(weight.shape)
+            scored_alike = bool((first < cut).any())
             for band, patterns in _patterns(weight):
                 stays = keep[band]
                 low, high = (bound if len(bound) == 1 else bound[band] for bound in (first, cut))
