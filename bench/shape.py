@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from before import alternate, before
 from common import ROOT, Found, carry_out, data_folder, step_parser
@@ -31,7 +32,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "gradient": ("attribute", "embedded", "-o", "OUTPUT", "--estimator", "gradient", *CALIBRATION),
     "evaluate": ("evaluate", "embedded", "-t", "gsm8k_nll:50", "-o", "OUTPUT"),
 }
-PAIRS = {"help": 20}
+PAIRS = {"help": 20, "gradient": 12}
+"""Pairs of runs where five do not settle it."""
 
 
 def shape() -> Found:
@@ -92,15 +94,19 @@ def coverage() -> Found:
     """Measure the lines and branches that the default and the slow tests reach, of both builds."""
     source = before().parents[2] / "source"
     totals = {name: _covered(tree) for name, tree in (("ours", ROOT), ("before", source))}
-    differences = {kind: totals["ours"][kind] - totals["before"][kind] for kind in totals["ours"]}
+    differences = {kind: totals["ours"][kind] - totals["before"][kind] for kind in ("lines", "branches")}
     return {
         "figures": {"coverage_minus_before": min(differences.values())},
         "raw": {"percent": totals, "differences": differences},
     }
 
 
-def _covered(tree: Path) -> dict[str, float]:
-    """Return the percentages of lines and of branches of a tree that its tests reach."""
+def _covered(tree: Path) -> dict[str, Any]:
+    """Return the percentages of lines and of branches of a tree that its tests reach, and what the tests said.
+
+    The tests of the wheel are left out: they use the package in an environment of their own.
+    """
+    said = []
     with tempfile.TemporaryDirectory() as scratch:
         covered, settings = Path(scratch) / "coverage.json", Path(scratch) / "settings"
         settings.write_text("[run]\nbranch = true\nrelative_files = true\n")
@@ -108,15 +114,22 @@ def _covered(tree: Path) -> dict[str, float]:
         environment |= {"OMP_NUM_THREADS": "1", "CAUSALPRUNE_DATA": str(data_folder())}
         pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2"]
         pytest += ["--dist", "loadgroup", "--cov=src/causalprune", "--cov-branch", f"--cov-config={settings}"]
+        pytest += ["--cov-report=", "--ignore=tests/test_wheel.py"]
         for marked, more in (("not slow", []), ("slow", ["--cov-append"])):
-            subprocess.run(
-                [*pytest, "--cov-report=", "-m", marked, *more], cwd=tree, env=environment, check=True
+            command = [*pytest, "-m", marked, *more]
+            done = subprocess.run(
+                command, cwd=tree, env=environment, capture_output=True, text=True, check=False
             )
+            said.append(done.stdout.splitlines()[-1])
+            print(*done.stdout.splitlines()[-8:], sep="\n", file=sys.stderr, flush=True)
+            if done.returncode not in (0, 1):  # 1: tests failed, which is told
+                raise RuntimeError(f"pytest -m {marked!r} in {tree} stopped:\n{done.stdout}{done.stderr}")
         report = [sys.executable, "-m", "coverage", "json", "-q", f"--rcfile={settings}", "-o", str(covered)]
         subprocess.run(report, cwd=tree, env=environment, check=True)
         found = json.loads(covered.read_text())["totals"]
     lines = found["covered_lines"] / found["num_statements"]
-    return {"lines": 100 * lines, "branches": 100 * found["covered_branches"] / found["num_branches"]}
+    branches = found["covered_branches"] / found["num_branches"]
+    return {"lines": 100 * lines, "branches": 100 * branches, "said": said}
 
 
 def wheel() -> Found:
