@@ -16,10 +16,12 @@ from causalprune.checkpoints.saving import MANIFEST, save
 from causalprune.core.errors import DataError, MismatchError, OptionError
 from causalprune.core.types import Decoder
 from causalprune.evaluation import written
-from causalprune.evaluation.measures import evaluate
+from causalprune.evaluation.measures import evaluate, own_texts
 from causalprune.evaluation.results import headline, paired_difference
 from causalprune.evaluation.sampling import OPENERS, nucleus, starts_of, write
+from causalprune.evaluation.settings import Settings
 from causalprune.evaluation.written import own_pieces, own_text
+from causalprune.interventions.ablation import last_hidden
 from causalprune.models.anatomy import inspect_model
 
 TASKS = ("own_ppl:96", "own_kl:96")
@@ -119,6 +121,29 @@ def test_a_text_is_written_once_and_comes_out_the_same(cache: Path, monkeypatch:
         own_text(decoder, "own_ppl", 100, 1)
 
 
+def test_what_calibrates_and_what_is_measured_are_written_at_once(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = []
+
+    def counted(decoder: Decoder, uniforms: torch.Tensor, on_step: Any) -> Any:
+        rows.append(len(uniforms))
+        return write(decoder, uniforms, on_step)
+
+    decoder, alone = tiny_decoder(), texts(tiny_decoder())
+    pieces = own_pieces(decoder, 3, 512, 0)
+    for file in cache.iterdir():
+        file.unlink()
+    monkeypatch.setattr(written, "write", counted)
+    beside = own_texts(decoder, TASKS, Settings())
+    assert own_pieces(decoder, 3, 512, 0, beside=beside) == pieces
+    assert texts(decoder) == alone
+    assert rows == [3 + 96 // 24]
+    other = own_texts(decoder, TASKS[:1], Settings(seed=1))
+    assert own_pieces(decoder, 3, 512, 0, beside=other) == pieces, "what is there is not written again"
+    assert len(rows) == 1
+
+
 @pytest.mark.thorough
 def test_a_stopped_or_damaged_text_is_written_to_its_end(
     cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -161,6 +186,25 @@ def test_measures_are_those_of_plain_logits() -> None:
     assert [r.metric for r in after] == ["perplexity", "nats_per_token"]
     assert headline(after[1]) > 0.01
     assert paired_difference(*reversed([after[0], before[0]])).n == len(documents) > 3
+
+
+@pytest.mark.parametrize("change", [lambda decoder: decoder, pruned])
+def test_both_measures_of_a_text_take_one_pass(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate(tiny_decoder(), [*TASKS, "own_ppl:48"])
+    decoder, passes = change(tiny_decoder()), []
+    apart = [evaluate(decoder, [task])[0] for task in TASKS]
+
+    def counted(*given: Any) -> Any:
+        passes.append(len(given[1].indices))
+        return last_hidden(*given)
+
+    monkeypatch.setattr(written, "last_hidden", counted)
+    found = evaluate(decoder, [TASKS[1], "own_ppl:48", TASKS[0], TASKS[1]])
+    assert [result.task for result in found] == ["own_kl", "own_ppl", "own_ppl", "own_kl"]
+    assert found[0].values == found[3].values
+    assert sum(passes) == len(apart[0].values)
+    assert found[2].values == pytest.approx(apart[0].values, rel=1e-5)
+    assert found[0].values == pytest.approx(apart[1].values, rel=1e-5)
 
 
 def test_a_changed_model_does_not_write(cache: Path) -> None:

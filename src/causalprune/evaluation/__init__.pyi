@@ -21,6 +21,9 @@ from .continuing import (
     judge_of as judge_of,
 )
 from .measures import (
+    AND as AND,
+)
+from .measures import (
     check_tasks as check_tasks,
 )
 from .measures import (
@@ -36,10 +39,16 @@ from .measures import (
     output_type as output_type,
 )
 from .measures import (
+    own_texts as own_texts,
+)
+from .measures import (
     same_as_before as same_as_before,
 )
 from .measures import (
     source_of as source_of,
+)
+from .measures import (
+    together as together,
 )
 from .results import (
     AT_CHANCE as AT_CHANCE,
@@ -156,6 +165,9 @@ from .written import (
 )
 from .written import (
     TOKENS as TOKENS,
+)
+from .written import (
+    Text as Text,
 )
 from .written import (
     on_general_text as on_general_text,

@@ -40,7 +40,15 @@ from causalprune.evaluation.continuing import behaving
 from causalprune.evaluation.settings import Settings, described, reader_for
 from causalprune.evaluation.tasks.files import is_task_file, task_file
 from causalprune.evaluation.tasks.repeating import TRAITS
-from causalprune.evaluation.written import OWN_TASKS, TOKENS, by_example, own_divergences, own_text
+from causalprune.evaluation.written import (
+    OWN_TASKS,
+    TOKENS,
+    Text,
+    by_example,
+    measured_text,
+    own_measures,
+    own_text,
+)
 from causalprune.interventions import target_nats
 from causalprune.models import positions
 
@@ -48,6 +56,8 @@ Metric = Literal["accuracy", "acc_norm", "nats_per_token", "perplexity"]
 
 METRICS: dict[str, Metric] = {"acc": "accuracy", "exact_match": "accuracy", "acc_norm": "acc_norm"}
 """The harness's metrics that are 0 or 1 per example, and what we call them."""
+AND = " and "
+"""Between the names of tasks that are measured together."""
 
 
 def evaluate(
@@ -65,18 +75,41 @@ def evaluate(
     requests in the harness; where none is given, every task has a bar (`silent`: none has).
     """
     settings = replace(settings, **changes)
-    jobs = [calibration.with_limit(name) for name in tasks]
-    runners = [_runner(name, settings.scorers) for name, _ in jobs]
-    results: list[EvalResult] = []
-    for (name, limit), run in zip(jobs, runners, strict=True):
+    check_tasks(tasks, settings.scorers)
+    found: dict[str, list[EvalResult]] = {}
+    for group in together(tasks):
+        names, limit = (
+            [calibration.with_limit(task)[0] for task in group],
+            calibration.with_limit(group[0])[1],
+        )
         own = settings if limit is None else replace(settings, limit=limit)
         start = time.perf_counter()
-        with bar(on_progress, name) as tell:
-            say(tell, unit=_unit(name, settings.scorers))
-            found = run(decoder, name, own, tell)
-        seconds = time.perf_counter() - start
-        results += [replace(result, seconds=seconds) for result in found]
-    return results
+        with bar(on_progress, AND.join(names)) as tell:
+            say(tell, unit=_unit(names[0], settings.scorers))
+            if len(names) > 1:
+                every = [[result] for result in _both(decoder, names, own, tell)]
+            else:
+                every = [_runner(names[0], settings.scorers)(decoder, names[0], own, tell)]
+        seconds = (time.perf_counter() - start) / len(group)
+        for task, results in zip(group, every, strict=True):
+            found[task] = [replace(result, seconds=seconds) for result in results]
+    return [result for task in tasks for result in found[task]]
+
+
+def together(tasks: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the tasks in groups of which each takes one pass: both measures of the same text of the model's own, or one task."""
+    groups: dict[Any, list[str]] = {}
+    for task in dict.fromkeys(tasks):
+        name, limit = calibration.with_limit(task)
+        groups.setdefault(("own", limit) if name in OWN_TASKS else task, []).append(task)
+    return [tuple(group) for group in groups.values()]
+
+
+def own_texts(decoder: Decoder, tasks: Sequence[str], settings: Settings) -> list[Text]:
+    """Return the texts that tasks measure and that a model, the intact one, has to write."""
+    jobs = [calibration.with_limit(task) for task in tasks]
+    sizes = {limit or settings.limit or TOKENS for name, limit in jobs if name in OWN_TASKS}
+    return [measured_text(decoder, size, settings.seed) for size in sorted(sizes)]
 
 
 def _unit(name: str, scorers: Iterable[str]) -> str:
@@ -248,15 +281,20 @@ def _perplexity(decoder: Decoder, name: str, settings: Settings, on_progress: Pr
 
 
 def _own(decoder: Decoder, name: str, settings: Settings, on_progress: Progress) -> list[EvalResult]:
-    """Perplexity of the text that the intact model writes, or divergence from the intact model on it."""
-    own = own_text(decoder, name, settings.limit or TOKENS, settings.seed, on_progress)
+    return _both(decoder, [name], settings, on_progress)
+
+
+def _both(
+    decoder: Decoder, names: Sequence[str], settings: Settings, on_progress: Progress
+) -> list[EvalResult]:
+    """Perplexity of the text that the intact model writes, and divergence from the intact model on it: one result for each name."""
+    hardest = "own_kl" if "own_kl" in names else names[0]  # what errors name: it needs more of the cache
+    own = own_text(decoder, hardest, settings.limit or TOKENS, settings.seed, on_progress)
     size = {"window": own.text.piece, "tokens": own.text.tokens}
     description = described(decoder, settings) | size | {"written_by": own.text.model}
-    if name.endswith("_kl"):
-        nats = own_divergences(decoder, own, settings.batch_tokens, on_progress)
-        return [_loss_result(name, "nats_per_token", nats, own.documents, description)]
-    nats = _nats(decoder, own.documents, settings, on_progress)
-    return [_loss_result(name, "perplexity", nats, own.documents, description)]
+    found = own_measures(decoder, own, names, settings.batch_tokens, on_progress)
+    metrics: dict[str, Metric] = {"own_ppl": "perplexity", "own_kl": "nats_per_token"}
+    return [_loss_result(name, metrics[name], found[name], own.documents, description) for name in names]
 
 
 OF_FILES: dict[str, Runner] = {

@@ -14,11 +14,11 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -45,12 +45,15 @@ from causalprune.core import (
 from causalprune.evaluation.sampling import Piece, write
 from causalprune.interventions import (
     LayerInputs,
+    Targets,
     by_row,
+    cross_entropy,
     divergence,
     entered_at,
     last_hidden,
     selected,
     target_logits,
+    target_nats,
     targets,
 )
 from causalprune.models import fingerprint, frame_fingerprint, positions
@@ -60,7 +63,7 @@ OWN_TASKS = ("own_ppl", "own_kl")
 VERSION = 1
 """Of the way in which a text is written: with another one it is another text."""
 TOKENS, PIECE = 4096, 512
-BATCH = 16
+BATCH = 32
 """Pieces that are written at once, at most."""
 CHUNK = 256
 """Positions whose logits exist at once: bounds the memory that large vocabularies take."""
@@ -124,74 +127,113 @@ def own_text(decoder: Decoder, name: str, tokens: int, seed: int, on_progress: P
             f"{task}: the model that {decoder.name} was made from writes the text, and its causalprune.json does not say "
             "which it was (an earlier release did not note it of smaller models): make it anew"
         )
-    text = Text(base["fingerprint"], "measured", tokens, _piece(decoder, PIECE), seed)
+    text = measured_text(decoder, tokens, seed, base["fingerprint"])
     documents = list(_documents(decoder.tokenizer, _pieces(decoder, text, task, on_progress)))
     if not documents:
         raise DataError(f"{task}: that is too short a text; the limit counts tokens, as in {name}:{TOKENS}")
     return OwnText(text, task, documents)
 
 
+def measured_text(decoder: Decoder, tokens: int, seed: int, written_by: str | None = None) -> Text:
+    """Return what a text that is measured depends on; who it is `written_by` is this model, or a fingerprint."""
+    return Text(written_by or decoder.fingerprint, "measured", tokens, _piece(decoder, PIECE), seed)
+
+
 def own_pieces(
-    decoder: Decoder, count: int, max_tokens: int, seed: int, on_progress: Progress = silent
+    decoder: Decoder,
+    count: int,
+    max_tokens: int,
+    seed: int,
+    on_progress: Progress = silent,
+    beside: Sequence[Text] = (),
 ) -> list[Example]:
     """Return pieces of text that a model writes, to calibrate on: all tokens but the first are predicted.
 
-    They are drawn by other random numbers than any text that is measured.
+    They are drawn by other random numbers than any text that is measured. Where they have to be written, so is what is
+    missing of the texts `beside` them, as many pieces at once take little longer than a few.
     """
     if decoder.device.type == "meta":
         raise OptionError(f"{OWN_TEXT} needs a model that writes: leave out --stream, or take wikitext2")
     check_tokenizer(decoder.tokenizer)
     size = _piece(decoder, min(PIECE, max_tokens))
     text = Text(decoder.fingerprint, "calibration", count * size, size, seed)
-    rows = _pieces(decoder, text, OWN_TEXT, on_progress)
+    rows = _pieces(decoder, text, OWN_TEXT, on_progress, beside)
     return [_example(decoder.tokenizer, row["tokens"], 1) for row in rows]
 
 
-def own_divergences(
-    decoder: Decoder, own: OwnText, max_batch_tokens: int, on_progress: Progress = silent
-) -> list[float]:
-    """Return KL(intact ‖ this model) summed over the targets of each document, in nats; 0 for the intact model itself.
+def own_measures(
+    decoder: Decoder,
+    own: OwnText,
+    wanted: Collection[str],
+    max_batch_tokens: int,
+    on_progress: Progress = silent,
+) -> dict[str, list[float]]:
+    """Return what is `wanted` of `OWN_TASKS` for each document, in nats summed over its targets, by one pass for both.
 
-    One forward pass, and the head twice; for the intact model a pass where the cache has not yet what others need.
+    `own_ppl` is the loss; `own_kl` is KL(intact ‖ this model), for which the head runs twice; 0 for the intact model itself,
+    with a pass where the cache has not yet what others need.
 
     Raises:
         DataError: what the intact model makes of its text is not in the cache.
         MismatchError: embedding, final norm or head are not the intact model's.
     """
-    path, after = own.text.path.with_suffix(".hidden"), len(decoder.layers)
-    hidden, groups = _hidden(path, own, decoder), batches(own.documents, max_batch_tokens=max_batch_tokens)
-
-    def sent(batch: Batch) -> list[Tensor]:
-        found = last_hidden(decoder, batch).hidden[after].cpu()
-        return [row[:length].clone() for row, length in zip(found, batch.lengths.tolist(), strict=True)]
-
-    if fingerprint(decoder.model) == own.text.model:
-        if hidden is None:
-            _keep(path, own, decoder, by_example(groups, sent, on_progress))
-        return [0.0] * len(own.documents)
-    if hidden is None:
+    groups = batches(own.documents, max_batch_tokens=max_batch_tokens)
+    if "own_kl" not in wanted:
+        nats = by_example(groups, lambda batch: target_nats(decoder, batch).tolist(), on_progress)
+        return {"own_ppl": nats}
+    path = own.text.path.with_suffix(".hidden")
+    hidden, intact = _hidden(path, own, decoder), fingerprint(decoder.model) == own.text.model
+    if hidden is None and not intact:
         raise _lacking(decoder, own.text, own.task)
-    return by_example(groups, partial(_kl, decoder, hidden), on_progress)
+    if hidden is not None and intact and len(wanted) == 1:
+        return {"own_kl": [0.0] * len(own.documents)}
+    found = by_example(groups, partial(_seen, decoder, None if intact else hidden), on_progress)
+    if hidden is None:
+        _keep(path, own, decoder, [document.hidden for document in found])
+    every = {"own_ppl": [d.nats for d in found], "own_kl": [d.divergence for d in found]}
+    return {name: every[name] for name in wanted}
 
 
-def _kl(decoder: Decoder, hidden: Sequence[Tensor], batch: Batch) -> list[float]:
-    """Return the divergence summed over the targets of each document, the logits of some positions at a time."""
-    after, wanted, nats = len(decoder.layers), targets(batch), []
+class _Document(NamedTuple):
+    """What a model makes of a document: nats summed over its targets, and what it sends to its final norm."""
+
+    nats: float
+    divergence: float
+    hidden: Float[Tensor, "time model"]
+
+
+def _seen(decoder: Decoder, hidden: Sequence[Tensor] | None, batch: Batch) -> list[_Document]:
+    """Return what a model makes of documents, the logits of some positions at a time; None: it is the intact one."""
+    after, wanted = len(decoder.layers), targets(batch)
+    losses, nats = list[Tensor](), list[Tensor]()
     with torch.inference_mode():
         found = last_hidden(decoder, batch)
-        intact = torch.zeros_like(found.hidden[after])
+        own = found.hidden[after]
+        intact = torch.zeros_like(own)
         for row, i in zip(intact, batch.indices, strict=True):
-            row[: len(hidden[i])] = hidden[i]
+            if hidden is not None:
+                row[: len(hidden[i])] = hidden[i]
         for at in range(0, len(wanted.tokens), CHUNK):
             rows, positions, tokens = (
                 own[at : at + CHUNK] for own in (wanted.rows, wanted.positions, wanted.tokens)
             )
-            part, logits = replace(wanted, rows=rows, positions=positions, tokens=tokens), []
-            for inputs in (LayerInputs({after: intact}, found.as_tuple), found):
-                with entered_at(decoder, after, inputs):
-                    logits.append(target_logits(decoder, batch, part))
-            nats.append(divergence(logits[0], torch.arange(len(rows)), logits[1]))
-        return [float(value) for value in by_row(torch.cat(nats), wanted)]
+            part = replace(wanted, rows=rows, positions=positions, tokens=tokens)
+            logits = _logits(decoder, batch, part, found)
+            losses.append(cross_entropy(logits, part))
+            if hidden is not None:
+                expected = _logits(decoder, batch, part, LayerInputs({after: intact}, found.as_tuple))
+                nats.append(divergence(expected, torch.arange(len(rows)), logits))
+        loss = by_row(torch.cat(losses), wanted).tolist()
+        kl = by_row(torch.cat(nats), wanted).tolist() if nats else [0.0] * len(loss)
+        sent = [row[:length].cpu().clone() for row, length in zip(own, batch.lengths.tolist(), strict=True)]
+    return list(map(_Document, loss, kl, sent))
+
+
+def _logits(
+    decoder: Decoder, batch: Batch, part: Targets, inputs: LayerInputs
+) -> Float[Tensor, "target vocab"]:
+    with entered_at(decoder, len(decoder.layers), inputs):
+        return target_logits(decoder, batch, part)
 
 
 def by_example(
@@ -248,7 +290,9 @@ def _piece(decoder: Decoder, size: int) -> int:
     return min(size, positions(decoder.model.config) or size)
 
 
-def _pieces(decoder: Decoder, text: Text, task: str, on_progress: Progress) -> list[dict[str, list[int]]]:
+def _pieces(
+    decoder: Decoder, text: Text, task: str, on_progress: Progress, beside: Sequence[Text] = ()
+) -> list[dict[str, list[int]]]:
     """Return the pieces of a text: their `tokens`, and the places in them that were `given`."""
     rows: dict[str, Any] = {}
     with contextlib.suppress(CheckpointError):  # absent or damaged
@@ -257,9 +301,12 @@ def _pieces(decoder: Decoder, text: Text, task: str, on_progress: Progress) -> l
     if len(rows) < len(names):
         if fingerprint(decoder.model) != text.model:
             raise _lacking(decoder, text, task)
-        with contextlib.closing(_opened(text)) as book:
-            _fill(decoder, text, book, on_progress)
-            rows = book.rows
+        every = {text, *(own for own in beside if (own.model, own.piece) == (text.model, text.piece))}
+        with contextlib.ExitStack() as stack:
+            ordered = sorted(every, key=lambda own: own.path)  # as any other run waits for them
+            books = {own: stack.enter_context(contextlib.closing(_opened(own))) for own in ordered}
+            _fill(decoder, books, on_progress)
+            rows = books[text].rows
     return [rows[name] for name in names]
 
 
@@ -275,25 +322,29 @@ def _opened(text: Text) -> Ledger:
         return Ledger(text.path, identity, wait=True).__enter__()
 
 
-def _fill(decoder: Decoder, text: Text, book: Ledger, on_progress: Progress) -> None:
-    """Write the pieces that are missing, some at a time."""
-    uniforms, at_once = text.uniforms(), AtOnce()
-    missing = [number for number in range(len(uniforms)) if str(number) not in book.rows]
+def _fill(decoder: Decoder, books: Mapping[Text, Ledger], on_progress: Progress) -> None:
+    """Write the pieces that are missing of texts with pieces of one size, some at a time."""
+    uniforms, at_once = {text: text.uniforms() for text in books}, AtOnce()
+    every = [(text, number) for text, own in uniforms.items() for number in range(len(own))]
+    missing = [(text, number) for text, number in every if str(number) not in books[text].rows]
+    size = missing[0][0].piece if missing else 0
     for first in range(0, len(missing), BATCH):
-        some = missing[first : first + BATCH]
+        some, there = missing[first : first + BATCH], len(every) - len(missing) + first
 
-        def pieces(rows: list[int], numbers: list[int] = some) -> list[Piece]:
-            before = (len(book.rows) + rows[0]) * text.piece
-
+        def pieces(
+            rows: list[int], own: Sequence[tuple[Text, int]] = some, there: int = there
+        ) -> list[Piece]:
             def step(done: int) -> None:
-                on_progress(before + done * len(rows), uniforms.numel())
+                on_progress((there + rows[0]) * size + done * len(rows), len(every) * size)
 
-            return write(decoder, uniforms[[numbers[row] for row in rows]], step)
+            drawn = [uniforms[text][number] for text, number in (own[row] for row in rows)]
+            return write(decoder, torch.stack(drawn), step)
 
-        found = itertools.chain(*at_once(len(some), text.piece, pieces))
-        for number, (tokens, given) in zip(some, found, strict=True):
-            size = min(text.piece, text.tokens - number * text.piece)
-            book.append(str(number), {"tokens": tokens[:size], "given": [at for at in given if at < size]})
+        found = itertools.chain(*at_once(len(some), size, pieces))
+        for (text, number), (tokens, given) in zip(some, found, strict=True):
+            end = min(text.piece, text.tokens - number * text.piece)
+            own = {"tokens": tokens[:end], "given": [at for at in given if at < end]}
+            books[text].append(str(number), own)
 
 
 def _documents(tokenizer: Any, rows: Sequence[dict[str, list[int]]]) -> Iterator[Example]:

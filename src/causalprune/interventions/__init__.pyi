@@ -77,6 +77,9 @@ from .gradients import (
     uniforms as uniforms,
 )
 from .losses import (
+    Targets as Targets,
+)
+from .losses import (
     by_row as by_row,
 )
 from .losses import (

@@ -24,7 +24,7 @@ from causalprune.core import (
     say,
     size_of,
 )
-from causalprune.evaluation import Row, Settings, decoded, evaluate, kept_rows
+from causalprune.evaluation import AND, Row, Settings, decoded, evaluate, kept_rows, together
 from causalprune.models import fingerprint
 from causalprune.pruning import Method, begun, manifest, prune
 from causalprune.reports import CHECKPOINTS, achieved
@@ -108,17 +108,20 @@ class Cells:
         elif isinstance(method, Method) and not saved:
             self._prune(name, method, decoder)
             decoder = made_from(decoder, decoder)
-        for task in missing:
-            results = self._results(name, task, decoder)
-            for result in results:
-                result.description["peak_bytes"] = peak_bytes()
-            if method is not None or not self.recipe.texts:  # the row of the intact model has them
-                names = ("prompts", "golds") if self.recipe.texts else ("prompts", "golds", "texts")
-                own: dict[str, Any] = dict.fromkeys(names, ())
-                results = [dataclasses.replace(result, **own) for result in results]
-            self.book.append(f"{name}/{task}", kept_rows(results))
+        for group in together(missing):
+            for task, results in self._results(name, group, decoder).items():
+                self._append(f"{name}/{task}", results, whole=method is None)
         for path in (self._kept_in(name), *leftovers(self._kept_in(name)).values()):
             forget(path)
+
+    def _append(self, key: str, results: Sequence[EvalResult], *, whole: bool) -> None:
+        """Keep results; those of a pruned model without what the row of the intact one has."""
+        for result in results:
+            result.description["peak_bytes"] = peak_bytes()
+        left: dict[str, Any] = {}
+        if not (whole and self.recipe.texts):
+            left = dict.fromkeys(("prompts", "golds", *(() if self.recipe.texts else ("texts",))), ())
+        self.book.append(key, kept_rows([dataclasses.replace(result, **left) for result in results]))
 
     def settle(self, best: str | None, rows: Sequence[Row]) -> None:
         """Write results into the cards, and let go of checkpoints that were kept only until something beat them."""
@@ -130,18 +133,25 @@ class Cells:
                 if self._saved(name, checkpoint):
                     describe(checkpoint, rows, name)
 
-    def _results(self, name: str, task: str, decoder: Decoder) -> list[EvalResult]:
-        """Measure a task; one that nobody named has no results where the intact model cannot have any."""
-        if task not in self.named and self.book.rows.get(f"dense/{task}") == []:
-            return []
+    def _results(self, name: str, group: tuple[str, ...], decoder: Decoder) -> dict[str, list[EvalResult]]:
+        """Measure tasks in one pass; what nobody named has no results where the intact model cannot have any."""
+        found: dict[str, list[EvalResult]] = {task: [] for task in group}
+        named = any(task in self.named for task in group)
+        if not named and all(self.book.rows.get(f"dense/{task}") == [] for task in group):
+            return found
         try:
-            with self.stage(f"{name}: {task}") as progress:
-                return evaluate(decoder, [task], self.settings, on_progress=progress)
+            with self.stage(f"{name}: {AND.join(group)}") as progress:
+                results = evaluate(decoder, group, self.settings, on_progress=progress)
         except CausalPruneError as error:
-            if task in self.named or name != "dense":
+            if named or name != "dense":
                 raise
             warnings.warn(f"general text is not measured: {error}", stacklevel=2)
-            return []
+            return found
+        return (
+            {group[0]: results}
+            if len(group) == 1
+            else dict(zip(group, ([own] for own in results), strict=True))
+        )
 
     def _kept_in(self, name: str) -> Path:
         """Return the folder of what pruning a cell has finished."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from causalprune.calibration import with_limit
 from causalprune.core import Calibration, CausalPruneError, Decoder
-from causalprune.evaluation import Settings
+from causalprune.evaluation import AND, Settings, together
 from causalprune.pruning import Method
 from causalprune.runs.plans import answer_tokens, attribution_passes, task_tokens
 from causalprune.runs.recipe import Recipe, Shape
@@ -22,16 +22,16 @@ class Coming:
 
 
 def task_jobs(tasks: Sequence[str], settings: Settings) -> dict[str, float]:
-    """Return what tasks cost in tokens; one where that is not known before they run."""
+    """Return what tasks cost in tokens, those together that take one pass; one where that is not known before they run."""
     answer, found = answer_tokens(settings.thinking, settings.max_new_tokens), dict[str, float]()
-    for task in tasks:
-        name, limit = with_limit(task)
+    for group in together(tasks):
+        name, limit = with_limit(group[0])
         limited = f"{name}:{limit or settings.limit}" if limit or settings.limit else name
         try:
             tokens = task_tokens(limited, settings.scorers, answer, settings.data_dir)
         except CausalPruneError:
             tokens = 1
-        found[task] = float(max(tokens, 1))
+        found[AND.join(group)] = float(max(tokens, 1))
     return found
 
 
@@ -51,7 +51,11 @@ def run_jobs(
         found["attribution"] = tokens * attribution_passes(recipe, shape)
     cells += [(f"{number} more", cells[-1][1]) for number in range(1, coming.further + 1)]
     for name, method in cells:
-        left = {task: cost for task, cost in tasks.items() if f"{name}/{task}" not in done}
+        left = {
+            job: cost
+            for job, cost in tasks.items()
+            if not all(f"{name}/{task}" in done for task in job.split(AND))
+        }
         making = dict[str, float]()
         if isinstance(method, Removal):
             shares = shares_for(decoder, method.share)

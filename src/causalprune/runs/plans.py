@@ -27,6 +27,7 @@ from causalprune.calibration import (
 from causalprune.checkpoints import EMBEDDED, check_destination, resolve
 from causalprune.core import OptionError
 from causalprune.evaluation import (
+    AND,
     CONTINUATION,
     OPENING,
     OWN_TASKS,
@@ -38,6 +39,7 @@ from causalprune.evaluation import (
     load_scorers,
     output_type,
     source_of,
+    together,
 )
 from causalprune.models import check_options, device_of, read_shape
 from causalprune.pruning import Method
@@ -120,9 +122,9 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
         passes = [_removal_passes(removal, shape, calibration) for removal in removals]
         jobs.append(Job("making smaller models", len(passes), int(calibration * sum(passes))))
     answer = answer_tokens(recipe.calibration.thinking, recipe.max_new_tokens)
-    for task in recipe.on:
-        tokens = len(cells) * task_tokens(task, scorers, answer, data_dir)
-        jobs.append(Job(task, len(cells), tokens))
+    for group in together(recipe.on):
+        tokens = len(cells) * task_tokens(group[0], scorers, answer, data_dir)
+        jobs.append(Job(AND.join(group), len(cells), tokens))
     if own := _written_tokens(recipe, calibration):
         jobs.append(Job("text of its own, written once", 1, WRITING * own))
     flops = 2 * shape.parameters * sum(job.tokens for job in jobs)

@@ -47,12 +47,14 @@ from causalprune.core import (
     versions,
 )
 from causalprune.evaluation import (
+    AND,
     Settings,
     check_tasks,
     evaluate,
     kept_rows,
     results_in,
     same_as_before,
+    together,
     write_json,
     write_results,
 )
@@ -290,7 +292,9 @@ def evaluate_model(
     done = read_rows(path).keys() if path.exists() else ()
     with options.stage("loading model") as progress:
         note = f"going on: {len(done)} of {len(tasks)} tasks done" if done else ""
-        say(progress, note=note, jobs=task_jobs(tasks, settings) | dict.fromkeys(done, 0.0))
+        jobs = task_jobs(tasks, settings)
+        over = {job: 0.0 for job in jobs if all(task in done for task in job.split(AND))}
+        say(progress, note=note, jobs=jobs | over)
         decoder = load(spec)
     identity = {
         "model": decoder.fingerprint,
@@ -299,16 +303,16 @@ def evaluate_model(
     }
     unchanged = functools.partial(same_as_before, tasks, settings, decoder)
     with Ledger(path, identity, unchanged=unchanged) as book:
-        for task in tasks:
-            if task not in book.rows:
-                try:
-                    with options.stage(task) as progress:
-                        found = evaluate(decoder, [task], settings, on_progress=progress)
-                except CausalPruneError:
-                    if not book.rows:  # nothing to keep, and other options may be asked for next
-                        path.unlink()
-                    raise
-                book.append(task, kept_rows(found))
+        for group in together([task for task in tasks if task not in book.rows]):
+            try:
+                with options.stage(AND.join(group)) as progress:
+                    found = evaluate(decoder, group, settings, on_progress=progress)
+            except CausalPruneError:
+                if not book.rows:  # nothing to keep, and other options may be asked for next
+                    path.unlink()
+                raise
+            for number, task in enumerate(group):
+                book.append(task, kept_rows(found if len(group) == 1 else [found[number]]))
         results = [result for task in tasks for result in results_in(book.rows[task])]
     write_results(output, results, {"model": spec.name, "versions": versions(), "git_commit": git_commit()})
     path.unlink()

@@ -44,6 +44,7 @@ from causalprune.evaluation import (
     evaluation_contents,
     load_scorers,
     output_type,
+    own_texts,
     rows_of,
     same_as_before,
     write_json,
@@ -96,7 +97,8 @@ def run(  # noqa: PLR0913 (what a user says, and what the caller knows)
     warn_unpacked(decoder)
     with stage("calibration data") as progress:
         exclude = evaluation_contents(recipe.on, settings, decoder)
-        calibration = calibrated(decoder, recipe.calibration, data_dir, exclude, progress)
+        beside = own_texts(decoder, recipe.on, settings)
+        calibration = calibrated(decoder, recipe.calibration, data_dir, exclude, progress, beside)
         say(progress, jobs=run_jobs(recipe, decoder, calibration, settings, done, coming))
     identity = _identity(recipe, decoder, calibration)
     record = _record(recipe, calibration, identity, command)

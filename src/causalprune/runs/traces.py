@@ -46,7 +46,7 @@ from causalprune.core import (
     say,
     silent,
 )
-from causalprune.evaluation import alone, ends_of, own_pieces, plain_generation, write_text
+from causalprune.evaluation import Text, alone, ends_of, own_pieces, plain_generation, write_text
 from causalprune.models import positions
 from causalprune.runs.recipe import CalibrationSpec
 
@@ -62,11 +62,13 @@ def calibrated(
     data_dir: Path | None = None,
     exclude: Exclude | None = None,
     on_progress: Progress = silent,
+    beside: Sequence[Text] = (),
 ) -> Calibration:
     """Return the examples that a recipe or the command line asks for, in fewer subsets where there are fewer examples.
 
     `own:NAME` stands for problems of NAME with the answers that the model itself writes to them, `own` for text that it
-    writes; both are written once for a model, and kept in the cache folder.
+    writes; both are written once for a model, and kept in the cache folder. Where such text has to be written, so are the
+    texts `beside` it, which takes little longer.
     """
     counts = wanted.counts()
     reader = wanted.reader(decoder.tokenizer, positions(decoder.model.config), data_dir)
@@ -86,7 +88,7 @@ def calibrated(
             read = drawn(replace(reader, skipped=Skipped()), task, 1, exclude).description["tokens"]
             count = wanted.counts(read)[OWN_TEXT]
         counts[OWN_TEXT] = asked[OWN_TEXT] = count
-        given[OWN_TEXT] = own_pieces(decoder, count, wanted.max_tokens, wanted.seed, on_progress)
+        given[OWN_TEXT] = own_pieces(decoder, count, wanted.max_tokens, wanted.seed, on_progress, beside)
     found = drawn(replace(reader, skipped=Skipped()), asked, wanted.subsets, exclude, given)
     taken = dict(zip(counts, found.description["sources"].values(), strict=True))
     description: dict[str, Any] = {**found.description, "sources": taken}
