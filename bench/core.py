@@ -16,36 +16,42 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import BENCH, ROOT, RUNS, data_folder, record, write_figures
+from common import BENCH, ROOT, RUNS, data_folder, made, record, write_figures
+from packed import light
 from safetensors.torch import load_file
 from tables import reported
 
-from causalprune.calibration.examples import calibrate
+from causalprune.calibration.examples import calibrate, with_limit
 from causalprune.checkpoints.embedded import load
 from causalprune.checkpoints.saving import load_effects
 from causalprune.core.progress import shown
 from causalprune.evaluation.results import headline, read_json, rows_of, write_json
 from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
-from causalprune.runs.recipe import read_recipe, without_limits
+from causalprune.runs.recipe import Recipe, read_recipe, without_limits
 from causalprune.runs.study import run
 
 NAMES = {"magnitude-matrix": "magnitude_matrix", "magnitude-global": "magnitude_global", "wanda-row": "wanda"}
 NAMES |= {"cap-global": "cap", "dense": "dense"}
 MEASURES = {"gsm8k_nll": "nll", "wikitext2_ppl": "ppl", "arc_challenge": "arc", "strategyqa": "strategyqa"}
+MEASURES |= {"arc_challenge_nll": "arc_nll", "strategyqa_nll": "strategyqa_nll"}
 ORACLE_SPARSITY = 0.5
 ORACLE_PROBLEMS = 12
 RESUME_PROBLEMS = 3
 
 
 def table(full: bool) -> dict[str, float]:
-    """Dense and every method × sparsity × task of bench/core.yaml."""
+    """Dense and every method × sparsity × task of bench/core.yaml; tasks that the result file has are not measured again."""
     recipe = read_recipe(BENCH / "core.yaml")
-    recipe = without_limits(recipe) if full else recipe
-    found = run(recipe, RUNS / ("core_full" if full else "core"), data_dir=data_folder(), stage=shown)
+    if full:
+        found = run(without_limits(recipe), RUNS / "core_full", data_dir=data_folder(), stage=shown)
+    else:
+        found = _completed(recipe, record("core")["raw"].get("table"))
+        write_json(RUNS / "core_table.json", found)
     figures = {}
     for label, results in rows_of(found):
         name, _, sparsity = label.rpartition("-")
@@ -53,6 +59,26 @@ def table(full: bool) -> dict[str, float]:
         for result in reported(results):
             figures[f"{MEASURES[result.task]}_{suffix}"] = headline(result)
     return figures
+
+
+def _completed(recipe: Recipe, before: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the table with the tasks that it lacks, each result with where it was `made`."""
+    there = {r["task"] for row in before["rows"] for r in row["results"]} if before else set()
+    tasks = [with_limit(task)[0] for task in recipe.on]
+    missing = tuple(task for task, name in zip(recipe.on, tasks, strict=True) if name not in there)
+    if before and not missing:
+        return before
+    recipe = replace(recipe, on=missing, general_text="none", texts=False)
+    found = light(run(recipe, RUNS / "core", data_dir=data_folder(), stage=shown))
+    for row in found["rows"]:
+        row["results"] = [{**r, "description": {**r["description"], "made": made()}} for r in row["results"]]
+    if not before:
+        return found
+    for row, new in zip(before["rows"], found["rows"], strict=True):
+        if row["label"] != new["label"]:
+            raise SystemExit(f"the table has {row['label']} where {new['label']} was measured")
+        row["results"] = sorted(row["results"] + new["results"], key=lambda r: tasks.index(r["task"]))
+    return before
 
 
 def speed(full: bool) -> dict[str, float]:
@@ -174,7 +200,7 @@ def main() -> None:
 
 def _raw() -> dict[str, Any]:
     """Return the rows of the table: as its step wrote them here, or as the result file has them from elsewhere."""
-    path = RUNS / "core" / "results.json"
+    path = RUNS / "core_table.json"
     return {"table": read_json(path)} if path.exists() else dict(record("core")["raw"])
 
 

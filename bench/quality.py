@@ -41,6 +41,8 @@ from causalprune.runs.recipe import CalibrationSpec, ModelSpec, Recipe
 from causalprune.runs.study import run
 
 TASKS = ("gsm8k_nll:200", "arc_challenge:500", "strategyqa", "wikitext2_ppl:40000")
+MIX_TASKS = (*TASKS, "arc_challenge_nll:200", "strategyqa_nll:200")
+"""Losses of answers beside what is at chance by choice."""
 QWEN_TASKS = ("gsm8k_cot:800", "strategyqa", "arc_challenge:500")
 """Four times as many problems as were asked for: 200 cannot tell apart what differs by 4 % of them."""
 MIX = ("gsm8k", "strategyqa", "arc_challenge", "wikitext2")
@@ -96,7 +98,7 @@ TABLES = {
             *at(0.5, *ABLATIONS),
         )
     ),
-    "mix": Table(at(0.5, *BEST), CalibrationSpec(MIX, n=64, preserve=())),
+    "mix": Table(at(0.5, *BEST), CalibrationSpec(MIX, n=64, preserve=()), MIX_TASKS),
     "general": Table(at(0.5, "causal"), CalibrationSpec(("gsm8k:36",), preserve=("wikitext2:12",))),
     "own": Table(at(0.5, "causal"), CalibrationSpec(("own:gsm8k",), n=48, preserve=())),
     **{
@@ -277,7 +279,9 @@ def _mix(rows: dict[str, dict[str, EvalResult]]) -> dict[str, float | None]:
         (pair.difference > 0) == own[task].metric.startswith("acc") and pair.difference != 0
         for task, pair in pairs.items()
     ]
+    losses = [pair.verdict for task, pair in pairs.items() if not own[task].metric.startswith("acc")]
     return {
+        "mix_losses_better_than_sparsegpt": float(losses.count("better")),
         "mix_measures_better_than_sparsegpt": float(sum(better)),
         "mix_measures_significantly_better": float(sum(pair.verdict == "better" for pair in pairs.values())),
     }
