@@ -16,11 +16,11 @@ from causalprune.checkpoints.saving import MANIFEST, save
 from causalprune.core.errors import DataError, MismatchError, OptionError
 from causalprune.core.types import Decoder
 from causalprune.evaluation import written
-from causalprune.evaluation.measures import evaluate, own_texts
+from causalprune.evaluation.measures import evaluate
 from causalprune.evaluation.results import headline, paired_difference
 from causalprune.evaluation.sampling import OPENERS, nucleus, starts_of, write
 from causalprune.evaluation.settings import Settings
-from causalprune.evaluation.written import own_pieces, own_text
+from causalprune.evaluation.written import own_pieces, own_text, own_texts
 from causalprune.interventions.ablation import last_hidden
 from causalprune.models.anatomy import inspect_model
 

@@ -41,13 +41,13 @@ from causalprune.evaluation.settings import Settings, described, reader_for
 from causalprune.evaluation.tasks.files import is_task_file, task_file
 from causalprune.evaluation.tasks.repeating import TRAITS
 from causalprune.evaluation.written import (
+    AND,
     OWN_TASKS,
     TOKENS,
-    Text,
     by_example,
-    measured_text,
     own_measures,
     own_text,
+    together,
 )
 from causalprune.interventions import target_nats
 from causalprune.models import positions
@@ -56,8 +56,6 @@ Metric = Literal["accuracy", "acc_norm", "nats_per_token", "perplexity"]
 
 METRICS: dict[str, Metric] = {"acc": "accuracy", "exact_match": "accuracy", "acc_norm": "acc_norm"}
 """The harness's metrics that are 0 or 1 per example, and what we call them."""
-AND = " and "
-"""Between the names of tasks that are measured together."""
 
 
 def evaluate(
@@ -94,22 +92,6 @@ def evaluate(
         for task, results in zip(group, every, strict=True):
             found[task] = [replace(result, seconds=seconds) for result in results]
     return [result for task in tasks for result in found[task]]
-
-
-def together(tasks: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the tasks in groups of which each takes one pass: both measures of the same text of the model's own, or one task."""
-    groups: dict[Any, list[str]] = {}
-    for task in dict.fromkeys(tasks):
-        name, limit = calibration.with_limit(task)
-        groups.setdefault(("own", limit) if name in OWN_TASKS else task, []).append(task)
-    return [tuple(group) for group in groups.values()]
-
-
-def own_texts(decoder: Decoder, tasks: Sequence[str], settings: Settings) -> list[Text]:
-    """Return the texts that tasks measure and that a model, the intact one, has to write."""
-    jobs = [calibration.with_limit(task) for task in tasks]
-    sizes = {limit or settings.limit or TOKENS for name, limit in jobs if name in OWN_TASKS}
-    return [measured_text(decoder, size, settings.seed) for size in sorted(sizes)]
 
 
 def _unit(name: str, scorers: Iterable[str]) -> str:

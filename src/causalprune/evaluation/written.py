@@ -43,6 +43,7 @@ from causalprune.core import (
     sync,
 )
 from causalprune.evaluation.sampling import Piece, write
+from causalprune.evaluation.settings import Settings
 from causalprune.interventions import (
     LayerInputs,
     Targets,
@@ -60,6 +61,8 @@ from causalprune.models import fingerprint, frame_fingerprint, positions
 
 Found = TypeVar("Found")
 OWN_TASKS = ("own_ppl", "own_kl")
+AND = " and "
+"""Between the names of tasks that are measured together."""
 VERSION = 1
 """Of the way in which a text is written: with another one it is another text."""
 TOKENS, PIECE = 4096, 512
@@ -72,6 +75,15 @@ CHUNK = 256
 def on_general_text(task: str) -> bool:
     """Tell whether a task, with its limit or without, measures general text (`_ppl`, `_kl`) and not what a user is after."""
     return with_limit(task)[0].endswith(("_ppl", "_kl"))
+
+
+def together(tasks: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the tasks in groups of which each takes one pass: both measures of the same text of the model's own, or one task."""
+    groups: dict[Any, list[str]] = {}
+    for task in dict.fromkeys(tasks):
+        name, limit = with_limit(task)
+        groups.setdefault(("own", limit) if name in OWN_TASKS else task, []).append(task)
+    return [tuple(group) for group in groups.values()]
 
 
 @dataclass(frozen=True)
@@ -137,6 +149,13 @@ def own_text(decoder: Decoder, name: str, tokens: int, seed: int, on_progress: P
 def measured_text(decoder: Decoder, tokens: int, seed: int, written_by: str | None = None) -> Text:
     """Return what a text that is measured depends on; who it is `written_by` is this model, or a fingerprint."""
     return Text(written_by or decoder.fingerprint, "measured", tokens, _piece(decoder, PIECE), seed)
+
+
+def own_texts(decoder: Decoder, tasks: Sequence[str], settings: Settings) -> list[Text]:
+    """Return the texts that tasks measure and that a model, the intact one, has to write."""
+    jobs = [with_limit(task) for task in tasks]
+    sizes = {limit or settings.limit or TOKENS for name, limit in jobs if name in OWN_TASKS}
+    return [measured_text(decoder, size, settings.seed) for size in sorted(sizes)]
 
 
 def own_pieces(

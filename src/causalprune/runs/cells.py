@@ -69,6 +69,15 @@ def made_from(base: Decoder, decoder: Decoder) -> Decoder:
     return dataclasses.replace(decoder, fingerprint=fingerprint(decoder.model), base=origin)
 
 
+def _to_keep(results: Sequence[EvalResult], texts: str | bool) -> list[dict[str, Any]]:
+    """Return the rows of results, with `all` texts, the `answers` alone (the row of the intact model has the others), or none."""
+    gone = {"all": (), "answers": ("prompts", "golds")}.get(str(texts), ("prompts", "golds", "texts"))
+    for result in results:
+        result.description["peak_bytes"] = peak_bytes()
+    left: dict[str, Any] = dict.fromkeys(gone, ())
+    return kept_rows([dataclasses.replace(result, **left) for result in results])
+
+
 @dataclasses.dataclass(frozen=True)
 class Cells:
     """Measures the cells of a run, one after the other, each with a freshly loaded model.
@@ -110,18 +119,10 @@ class Cells:
             decoder = made_from(decoder, decoder)
         for group in together(missing):
             for task, results in self._results(name, group, decoder).items():
-                self._append(f"{name}/{task}", results, whole=method is None)
+                texts = self.recipe.texts and ("all" if method is None else "answers")
+                self.book.append(f"{name}/{task}", _to_keep(results, texts))
         for path in (self._kept_in(name), *leftovers(self._kept_in(name)).values()):
             forget(path)
-
-    def _append(self, key: str, results: Sequence[EvalResult], *, whole: bool) -> None:
-        """Keep results; those of a pruned model without what the row of the intact one has."""
-        for result in results:
-            result.description["peak_bytes"] = peak_bytes()
-        left: dict[str, Any] = {}
-        if not (whole and self.recipe.texts):
-            left = dict.fromkeys(("prompts", "golds", *(() if self.recipe.texts else ("texts",))), ())
-        self.book.append(key, kept_rows([dataclasses.replace(result, **left) for result in results]))
 
     def settle(self, best: str | None, rows: Sequence[Row]) -> None:
         """Write results into the cards, and let go of checkpoints that were kept only until something beat them."""

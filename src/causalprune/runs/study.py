@@ -97,15 +97,13 @@ def run(  # noqa: PLR0913 (what a user says, and what the caller knows)
     warn_unpacked(decoder)
     with stage("calibration data") as progress:
         exclude = evaluation_contents(recipe.on, settings, decoder)
-        beside = own_texts(decoder, recipe.on, settings)
-        calibration = calibrated(decoder, recipe.calibration, data_dir, exclude, progress, beside)
+        own = own_texts(decoder, recipe.on, settings)
+        calibration = calibrated(decoder, recipe.calibration, data_dir, exclude, progress, own)
         say(progress, jobs=run_jobs(recipe, decoder, calibration, settings, done, coming))
     identity = _identity(recipe, decoder, calibration)
     record = _record(recipe, calibration, identity, command)
     with Ledger(path, identity, unchanged=partial(same_as_before, recipe.on, settings, decoder)) as book:
-        _note_versions(book)
-        note_general_text(book, [task for task in recipe.on if task not in named])
-        _note_answering(book, settings, recipe.on)
+        _note(book, recipe, settings, named)
         effects = _effects(recipe, decoder, calibration, folder, stage, book)
         if effects is not None:
             record["attribution"] = described(effects) | book.rows.get("attribution", {})
@@ -180,6 +178,13 @@ def _identity(recipe: Recipe, decoder: Decoder, calibration: Calibration) -> dic
         **({"fold_system": True} if wanted.fold_system else {}),
         **dated(decoder, wanted.chat),
     }
+
+
+def _note(book: Ledger, recipe: Recipe, settings: Settings, named: Sequence[str]) -> None:
+    """Keep what a run was begun with, beside its identity; warn or refuse where it goes on otherwise."""
+    _note_versions(book)
+    note_general_text(book, [task for task in recipe.on if task not in named])
+    _note_answering(book, settings, recipe.on)
 
 
 def _note_answering(book: Ledger, settings: Settings, tasks: Sequence[str]) -> None:
