@@ -3,7 +3,7 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -302,6 +302,9 @@ def test_rank_correlation_by_hand() -> None:
         ({"budget": 20.0}, "belongs to the estimator 'adaptive'"),
         ({"name": "adaptive", "budget": 0.5}, "above 1"),
         ({"name": "gradient", "gates": ()}, "gates"),
+        ({"name": "gradients"}, "unknown estimator 'gradients': did you mean 'gradient'"),
+        ({"share": (3, 2)}, "share 3/2: the first number counts from 1"),
+        ({"name": "gradient", "share": (1, 2)}, "only the estimator 'exact' can be shared out"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict, message: str) -> None:
@@ -332,3 +335,10 @@ def test_neurons_of_similar_effect_share_a_group() -> None:
         ranked = [own[held[f"{layer}.{i}"]] for i in range(3)]
         assert all(float(a.max()) <= float(b.min()) for a, b in itertools.pairwise(ranked))
         assert sorted(itertools.chain(*(held[f"{layer}.{i}"] for i in range(3)))) == list(range(len(own)))
+
+
+@pytest.mark.parametrize("own", [{"effect": "loss"}, {"ablation": "zeros"}])
+def test_unknown_words_of_a_question_are_refused(own: dict[str, Any]) -> None:
+    ((name, value),) = own.items()
+    with pytest.raises(OptionError, match=f"unknown {name} '{value}'"):
+        Question(**own)

@@ -156,6 +156,20 @@ def test_system_turns_are_folded_where_the_template_refuses_them(tmp_path: Path)
         assert tokenizer.decode(own.tokens) == "[user]Be brief.\n\n2+3?[assistant]5"
 
 
+def test_an_instruction_and_its_input_are_one_prompt(tmp_path: Path) -> None:
+    row = {"instruction": "Add.", "input": "2 and 3", "output": "5"}
+    path = write_jsonl(tmp_path / "own.jsonl", [row])
+    (problem,) = load_problems(str(path), "calibration")
+    assert (problem.prompt, problem.target) == ("Add.\n\n2 and 3", "5")
+
+
+def test_a_conversation_without_an_answer_is_a_prompt_where_no_target_is_needed(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "own.jsonl", [{"messages": CHAT}])
+    (problem,) = load_problems(str(path), "evaluation", with_targets=False)
+    assert problem.prompt.endswith("2+3?")
+    assert not problem.target
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

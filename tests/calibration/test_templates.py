@@ -9,7 +9,7 @@ import pytest
 import transformers.utils.chat_template_utils as inside
 from tinydata import byte_tokenizer, tiny_decoder
 
-from causalprune.calibration.templates import DATE, date_of, on_date, opened, rendered, seeded
+from causalprune.calibration.templates import DATE, date_of, folded, on_date, opened, rendered, seeded
 from causalprune.core.errors import DataError, OptionError
 from causalprune.evaluation.tasks import harness
 
@@ -92,3 +92,10 @@ def test_the_harness_writes_the_same_date(monkeypatch: pytest.MonkeyPatch) -> No
         )
     found = engine.apply_chat_template([{"role": "user", "content": "Hello"}])
     assert found == opened(decoder.tokenizer, "Hello")
+
+
+def test_only_a_system_turn_before_another_is_folded() -> None:
+    system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+3?"}
+    assert folded([system, user]) == [{"role": "user", "content": "Be brief.\n\n2+3?"}]
+    for turns in ([user], [user, system], [system]):
+        assert folded(turns) == turns

@@ -234,6 +234,7 @@ def test_another_question_does_not_continue_a_ledger(tmp_path: Path) -> None:
         ({"keep": 0.0}, OptionError, "above 0 and at most 1, not 0"),
         ({"keep": 1.5}, OptionError, "above 0 and at most 1, not 1.5"),
         ({"rescore": 0}, OptionError, "at least 1 round"),
+        ({"rank": "size"}, OptionError, "rank 'size'"),
         ({"estimator": cp.Estimator("adaptive")}, OptionError, "ask for 1 round"),
         ({"question": cp.Question(("experts",))}, OptionError, "has no units of kind 'expert'"),
         (
@@ -357,3 +358,20 @@ def test_what_is_out_is_closed_while_the_others_are_scored() -> None:
     )
     torch.testing.assert_close(found[keep], expected[keep], rtol=1e-3, atol=1e-5)
     assert not torch.allclose(found[keep], scored(own, keep | True, how, State())[keep], rtol=1e-2)
+
+
+@pytest.mark.thorough
+def test_circuits_that_cannot_be_compared_are_named() -> None:
+    model, estimator = shared("llama2"), cp.Estimator("gradient")
+    heads, neurons = (
+        find(model, PROBLEMS, PROBLEMS, question=cp.Question((kind,)), estimator=estimator, rescore=1)
+        for kind in ("heads", "neurons")
+    )
+    with pytest.raises(OptionError, match="at least two circuits"):
+        cp.overlap([heads])
+    with pytest.raises(MismatchError, match="1 and 2 are circuits of different units"):
+        cp.overlap([heads, neurons])
+    with pytest.raises(MismatchError, match="1 is a circuit of another model than or"):
+        cp.overlap([heads, heads], constructed("or"), stage=cp.quiet)
+    with pytest.raises(MismatchError, match="circuits of different models"):
+        cp.overlap([heads, replace(heads, model_fingerprint="other")])

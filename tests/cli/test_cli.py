@@ -360,6 +360,18 @@ def test_results_on_other_examples_are_not_compared(
     code, _, err = run("compare", tmp_path / "a.json", tmp_path / "b.json")
     assert code == 2
     assert "different examples" in err
+    code, _, err = run("compare", tmp_path / "a.json", "--against", "c")
+    assert code == 2
+    assert "unknown row 'c'" in err
+    before = (tmp_path / "a.json").read_bytes()
+    for command in (
+        ("evaluate", model, "--on", "gsm8k_nll:2", "--data-dir", data),
+        ("merge", tmp_path / "b.json"),
+    ):
+        code, _, err = run(*command, "-o", tmp_path / "a.json")
+        assert code == 2
+        assert "a.json exists: choose another name, or pass --overwrite" in err
+    assert (tmp_path / "a.json").read_bytes() == before
 
 
 def test_ctrl_c_says_how_to_go_on(

@@ -176,6 +176,8 @@ def test_a_plan_loads_nothing(run: Run, place: tuple[Path, Planting]) -> None:
             ("--behaviour", "rep4", "--prompts", "PROMPTS", "--bar", "-1"),
             "so there is no clean text beside them: raise the bar",
         ),
+        (("--undesired", "BAD", "--preserve", "gsm8k:2", "--preserve", "gsm8k:3"), "a source is named twice"),
+        (("--undesired", "BAD", "--harm", "no nats"), "or as 0.01nats, not 'no nats'"),
         (("--undesired", "BAD", "--budget", "0.01%"), "of 192 units is less than one"),
         (("--undesired", "BAD", "--budget", "60%"), "more than half of 192 units"),
     ],

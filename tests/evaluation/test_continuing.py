@@ -9,6 +9,7 @@ from speaking import own_file
 from tinydata import tiny_decoder, write_data, write_jsonl
 
 from causalprune.core.errors import DataError, OptionError
+from causalprune.evaluation.continuing import judge_of
 from causalprune.evaluation.measures import evaluate, evaluation_contents, output_type, source_of
 from causalprune.evaluation.results import headline, paired_difference
 from causalprune.evaluation.settings import Settings
@@ -104,3 +105,10 @@ def test_prompts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "a" * 60}])
     with pytest.raises(DataError, match="does not fit into the model's 64 positions"):
         evaluate(tiny_decoder(positions=64), [f"{path}_loops"])
+
+
+def test_an_unknown_measure_of_what_is_written_is_named() -> None:
+    with pytest.raises(
+        OptionError, match="unknown measure of what a model writes 'loop': did you mean 'loops'"
+    ):
+        judge_of("loop", SETTINGS)

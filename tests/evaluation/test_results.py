@@ -163,6 +163,9 @@ def test_other_versions_and_damaged_files_are_refused(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(CheckpointError):
             read_results(path)
+    path.write_text('{"version": 1, "results": {"task": "t"}}')
+    with pytest.raises(CheckpointError, match="holds no results"):
+        read_results(path)
     path.write_text('{"version": 1, "results": [{"task": "t"}]}')
     with pytest.raises(CheckpointError, match="malformed"):
         read_results(path)

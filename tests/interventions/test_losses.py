@@ -149,3 +149,12 @@ def test_how_many_positions_are_worked_on_at_once_changes_no_bit(
     torch.testing.assert_close(found[0][0].double(), expected, rtol=1e-5, atol=1e-5)
     (slope,) = torch.autograd.grad(expected.sum() * 0.1, q)
     torch.testing.assert_close(found[0][1].double(), slope, rtol=1e-4, atol=1e-7)
+
+
+def test_divergences_of_predictions_that_are_far_apart_by_hand() -> None:
+    intact, far = torch.tensor([[0.0, -200.0, -1.0]]), torch.tensor([[-300.0, 0.0, -1.0]])
+    p, q = intact.double().log_softmax(-1), far.double().log_softmax(-1)
+    expected = (p.exp() * (p - q)).sum(-1)
+    found = losses.divergence(intact, torch.tensor([0]), far)
+    assert found.double() == pytest.approx(expected, rel=1e-5)
+    assert losses.divergence(intact, torch.tensor([0]), intact).item() == 0

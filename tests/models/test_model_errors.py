@@ -17,6 +17,9 @@ from transformers import (
     AutoModel,
     BertConfig,
     JetMoeConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
     RwkvConfig,
     T5Config,
     ZayaConfig,
@@ -244,3 +247,72 @@ def test_loading_is_silent_and_leaves_logging_as_it_was(
     finally:
         hf_logging.set_verbosity(before)
     assert capfd.readouterr() == ("", "")
+
+
+def with_settings(**own: Any) -> Any:
+    model = FAMILIES["llama2"]()
+    for name, value in own.items():
+        setattr(model.config, name, value)
+    return model
+
+
+def with_module(make: Callable[[nn.Linear], nn.Linear], name: str = "q_proj") -> Any:
+    model = FAMILIES["llama2"]()
+    attention = model.model.layers[1].self_attn
+    setattr(attention, name, make(getattr(attention, name)))
+    return model
+
+
+def of_three_axes(linear: nn.Linear) -> nn.Linear:
+    linear.weight = nn.Parameter(linear.weight.data[None])
+    return linear
+
+
+def of_numbers(linear: nn.Linear) -> nn.Linear:
+    linear.weight = nn.Parameter(linear.weight.data.to(torch.int8), requires_grad=False)
+    return linear
+
+
+def with_heads(count: int, groups: int) -> Any:
+    model = with_settings(num_attention_heads=count, num_key_value_heads=groups)
+    for layer in model.model.layers:
+        layer.self_attn.num_key_value_groups = count // groups
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda: with_settings(model_type="paligemma"), "'tiny' .paligemma. lets a prompt see what follows"),
+        (lambda: with_settings(cross_attention_layers=[1]), "is a decoder with cross-attention"),
+        (lambda: with_settings(prompt_length=3), "puts tokens of its own before a text"),
+        (lambda: with_settings(num_hidden_layers=0), "has no num_hidden_layers"),
+        (lambda: with_settings(indexer_types=["full", "shared"]), "share the choices of an indexer"),
+        (lambda: LlamaForSequenceClassification(LlamaConfig(**SMALL)), "whose head predicts no next"),
+        (lambda: with_module(of_numbers), r"q_proj.weight of 'tiny' is quantised \(torch.int8\)"),
+        (
+            lambda: with_module(of_three_axes),
+            r"q_proj.weight of shape \[1, 32, 32\] in a Linear is not known",
+        ),
+        (
+            lambda: with_module(lambda own: nn.Linear(32, 36), "o_proj"),
+            r"o_proj.weight is \(36, 32\) .*32 wide",
+        ),
+        (lambda: with_module(lambda own: nn.Linear(32, 96)), "instead of one width for all heads"),
+        (lambda: with_heads(5, 5), "has 32 columns, and llama says 5 heads"),
+        (lambda: with_module(lambda own: nn.Linear(32, 24), "v_proj"), "4 heads cannot share 3 of keys"),
+    ],
+)
+def test_a_model_that_contradicts_itself_or_is_something_else_is_named(
+    make: Callable[[], Any], complaint: str
+) -> None:
+    with pytest.raises(ModelError, match=complaint) as caught:
+        inspect_model(make(), None, name="tiny")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_weights_is_not_taken_for_one() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    with pytest.raises(ModelError, match="of 'tiny' has no values: load it with its weights"):
+        inspect_model(model, None, name="tiny")

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from reference import lowest_go
 from torch import Tensor
 
+from causalprune.core.errors import OptionError
 from causalprune.pruning.allocation import (
     dense_shares,
     find_threshold,
     graded_shares,
     keep_above,
     keep_matrix,
+    keep_n_of_m,
     keep_rows,
     prune_counts,
     spread,
@@ -205,3 +207,8 @@ def test_sizes_without_a_common_divisor_stay_within_the_room() -> None:
 def test_a_count_for_each_share() -> None:
     assert prune_counts([10, 10, 10], [0.2, 0.55, 0.75]) == [2, 6, 7]
     assert sum(prune_counts([7] * 9, [0.31] * 9)) == 20
+
+
+def test_inputs_that_cannot_be_grouped_are_refused() -> None:
+    with pytest.raises(OptionError, match="2:4 needs a multiple of 4 inputs, and a matrix has 6"):
+        keep_n_of_m(torch.ones(3, 6), 2, 4)

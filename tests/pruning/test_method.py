@@ -1,8 +1,10 @@
+from typing import Any
+
 import pytest
 
 from causalprune.core.errors import OptionError
 from causalprune.pruning.criteria import CRITERIA, SCOPES
-from causalprune.pruning.methods import Method
+from causalprune.pruning.methods import Method, parse_method
 from causalprune.pruning.training import FEWEST, MOST, TOKENS, epochs
 
 
@@ -24,12 +26,14 @@ def test_a_sparsity_outside_0_and_1_is_refused(sparsity: float) -> None:
         ("scope", "4:2", "unknown scope '4:2': choices are 2:4, global, matrix, row"),
         ("scope", "rows", "unknown scope 'rows': did you mean 'row'"),
         ("scope", "", "unknown scope '': choices are 2:4, global, matrix, row"),
+        ("update", "refits", "unknown update 'refits': did you mean 'refit'"),
+        ("budgets", "grade", "unknown budgets 'grade': did you mean 'graded'"),
     ],
 )
 def test_unknown_names_are_refused_with_a_suggestion(field: str, name: str, message: str) -> None:
-    names = {"criterion": "wanda", "scope": None, field: name}
+    names: dict[str, Any] = {"criterion": "wanda", "sparsity": 0.5, field: name}
     with pytest.raises(OptionError) as error:
-        Method(names["criterion"], 0.5, names["scope"])
+        Method(**names)
     assert message in str(error.value)
 
 
@@ -92,3 +96,8 @@ def test_passes_count_walks_trials_and_training() -> None:
     assert Method("causal", 0.5, update="refit").passes(30, 48, 10_000) == 2 + slopes
     assert Method("fisher", 0.5, "row").passes(30, 48, 10_000) == 2
     assert Method("fisher", 0.5).passes(30, 48, 10_000) == 2 + slopes
+
+
+def test_what_makes_a_smaller_model_is_no_method_of_zeros() -> None:
+    with pytest.raises(OptionError, match=r"shrink:0.2 makes a smaller model: `causalprune shrink`"):
+        parse_method("shrink:0.2")

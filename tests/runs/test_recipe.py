@@ -60,6 +60,7 @@ def test_label_names_the_scope_that_is_used() -> None:
         ({"model": "x"}, "model must be a mapping"),
         ({"methods": ["cpa"]}, "did you mean 'cap'"),
         ({"methods": ["cap:glob"]}, "scope"),
+        ({"methods": ["shrink:1.2"]}, "shrink"),
         ({"methods": []}, "methods must be a list without repetitions"),
         ({"methods": ["cap", "cap"]}, "methods must be a list without repetitions"),
         ({"methods": "cap"}, "methods must be a list"),

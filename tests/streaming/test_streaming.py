@@ -4,7 +4,10 @@ import errno
 import json
 import os
 import shutil
+import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -193,6 +196,65 @@ def not_finite(source: Path) -> None:
             if "q_proj" in name:
                 values[name][0, 0] = torch.nan
         save_file(values, file, metadata={"format": "pt"})
+
+
+def rewritten(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    """Return what changes the header of the first file, and leaves the tensors where they are."""
+
+    def damage(source: Path) -> None:
+        file = min(source.glob("*.safetensors"))
+        data = file.read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + length])
+        change(header)
+        own = json.dumps(header).encode()
+        file.write_bytes(struct.pack("<Q", len(own)) + own + data[8 + length :])
+
+    return damage
+
+
+def of_tensors(header: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = [own for name, own in header.items() if name != "__metadata__"]
+    return sorted(rows, key=lambda own: own["data_offsets"])
+
+
+def negative(header: dict[str, Any]) -> None:
+    of_tensors(header)[0]["shape"][0] *= -1
+
+
+def larger(header: dict[str, Any]) -> None:
+    of_tensors(header)[0]["shape"][0] += 1
+
+
+def apart(header: dict[str, Any]) -> None:
+    header.pop(next(name for name, own in header.items() if own is of_tensors(header)[1]))
+
+
+def twice(source: Path) -> None:
+    file = min(source.glob("*.safetensors"))
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = data[8 : 8 + length].rstrip()
+    own = header[:-1] + b',"__metadata__":{"format":"pt"},"__metadata__":{"format":"pt"}}'
+    file.write_bytes(struct.pack("<Q", len(own)) + own + data[8 + length :])
+
+
+HEADERS = {
+    "negative": (rewritten(negative), "shape and offsets must be whole numbers"),
+    "larger": (rewritten(larger), r"bytes for shape \\["),
+    "apart": (rewritten(apart), "begins at byte .* instead of"),
+    "twice": (twice, "a name appears twice"),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_that_contradicts_itself_is_refused(name: str, tmp_path: Path) -> None:
+    source = saved("llama3", tmp_path / "source")
+    damage, complaint = HEADERS[name]
+    damage(source)
+    with pytest.raises(CheckpointError, match=complaint):
+        prune_stream(source, tmp_path / "out", Method("magnitude", 0.5, "global"))
+    assert not (tmp_path / "out").exists()
 
 
 DAMAGES = {
