@@ -248,7 +248,7 @@ def test_a_checkpoint_is_measured_on_the_text_of_its_base(tmp_path: Path) -> Non
     save(pruned(base), tmp_path / "out", manifest={"method": {}})
     own = embedded.load(str(tmp_path / "out"))
     assert own.base == {"name": str(model), "fingerprint": base.fingerprint}
-    with pytest.raises(DataError, match=f"causalprune evaluate {model} --on own_ppl:96"):
+    with pytest.raises(DataError, match=f"causalprune evaluate {model} --on own_kl:96"):
         evaluate(own, TASKS)
     intact = evaluate(embedded.load(str(model)), TASKS)
     for one, other in zip(intact, evaluate(own, TASKS), strict=True):
@@ -260,7 +260,7 @@ def test_a_checkpoint_is_measured_on_the_text_of_its_base(tmp_path: Path) -> Non
     record["run"] = {"shrink": {}}
     record["base"]["fingerprint"] = own.fingerprint  # as earlier releases noted it
     (tmp_path / "out" / MANIFEST).write_text(json.dumps(record))
-    with pytest.raises(DataError, match=r"own_ppl:96: .* does not say"):
+    with pytest.raises(DataError, match=r"own_kl:96: .* does not say"):
         evaluate(embedded.load(str(tmp_path / "out")), TASKS)
 
 

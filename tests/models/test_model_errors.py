@@ -296,7 +296,7 @@ def with_heads(count: int, groups: int) -> Any:
         ),
         (
             lambda: with_module(lambda own: nn.Linear(32, 36), "o_proj"),
-            r"o_proj.weight is \(36, 32\) .*32 wide",
+            r"down_proj.weight, as down, is \(32, 40\) .* instead of \(36, 40\)",
         ),
         (lambda: with_module(lambda own: nn.Linear(32, 96)), "instead of one width for all heads"),
         (lambda: with_heads(5, 5), "has 32 columns, and llama says 5 heads"),

@@ -4,7 +4,7 @@ import pytest
 
 from causalprune.core.errors import OptionError
 from causalprune.pruning.criteria import CRITERIA, SCOPES
-from causalprune.pruning.methods import Method, parse_method
+from causalprune.pruning.methods import Method
 from causalprune.pruning.training import FEWEST, MOST, TOKENS, epochs
 
 
@@ -96,8 +96,3 @@ def test_passes_count_walks_trials_and_training() -> None:
     assert Method("causal", 0.5, update="refit").passes(30, 48, 10_000) == 2 + slopes
     assert Method("fisher", 0.5, "row").passes(30, 48, 10_000) == 2
     assert Method("fisher", 0.5).passes(30, 48, 10_000) == 2 + slopes
-
-
-def test_what_makes_a_smaller_model_is_no_method_of_zeros() -> None:
-    with pytest.raises(OptionError, match=r"shrink:0.2 makes a smaller model: `causalprune shrink`"):
-        parse_method("shrink:0.2")

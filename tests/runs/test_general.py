@@ -117,7 +117,7 @@ def test_the_model_of_a_run_is_intact_whatever_it_was_made_from(data: Path, tmp_
         own = cells.evaluate
 
         def evaluates(decoder: Any, task: list[str], *rest: Any, **options: Any) -> Any:
-            if task == [OWN[0]] and (tmp_path / "run" / "checkpoints").exists():
+            if OWN[0] in task and (tmp_path / "run" / "checkpoints").exists():
                 raise KeyboardInterrupt
             return own(decoder, task, *rest, **options)
 

@@ -204,3 +204,8 @@ def test_a_plan_counts_what_training_takes(tmp_path: Path, method: str, each: fl
         for name in (method, "magnitude")
     )
     assert found - bare == pytest.approx(each * 1e8)
+
+
+def test_what_makes_a_smaller_model_is_no_method_of_zeros() -> None:
+    with pytest.raises(OptionError, match=r"shrink:0.2 makes a smaller model: `causalprune shrink`"):
+        parse_method("shrink:0.2")

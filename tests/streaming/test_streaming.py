@@ -241,7 +241,7 @@ def twice(source: Path) -> None:
 
 HEADERS = {
     "negative": (rewritten(negative), "shape and offsets must be whole numbers"),
-    "larger": (rewritten(larger), r"bytes for shape \\["),
+    "larger": (rewritten(larger), r"bytes for shape \["),
     "apart": (rewritten(apart), "begins at byte .* instead of"),
     "twice": (twice, "a name appears twice"),
 }

@@ -148,11 +148,7 @@ class Cells:
                 raise
             warnings.warn(f"general text is not measured: {error}", stacklevel=2)
             return found
-        return (
-            {group[0]: results}
-            if len(group) == 1
-            else dict(zip(group, ([own] for own in results), strict=True))
-        )
+        return {task: results if len(group) == 1 else [results[at]] for at, task in enumerate(group)}
 
     def _kept_in(self, name: str) -> Path:
         """Return the folder of what pruning a cell has finished."""
