@@ -117,8 +117,8 @@ class RemovalOptions:
     ] = "effect"
     update: Annotated[
         Literal["none", "obs", "refit", "distill", "adam"],
-        typer.Option(help="What stays makes up for what goes: refit, distill after that, obs, or none."),
-    ] = "refit"
+        typer.Option(help="What stays makes up for what goes: distill (refit, then training), refit, obs, or none."),
+    ] = "distill"
 
     def shares(self) -> "Shares | None":
         """Return the shares that go; None where a share of all parameters is asked for."""

@@ -165,8 +165,8 @@ class TriedOptions:
     ] = "0.1,0.2,0.3"
     update: Annotated[
         Literal["none", "obs", "refit", "distill", "adam"],
-        typer.Option(help="What stays makes up for what goes: refit, distill after that, obs, or none."),
-    ] = "refit"
+        typer.Option(help="What stays makes up for what goes: distill (refit, then training), refit, obs, or none."),
+    ] = "distill"
 
     def tried(self) -> tuple[tuple[str, ...], tuple[float, ...]]:
         """Return types and shares; raises `OptionError` for what is none."""
