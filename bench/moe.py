@@ -32,7 +32,8 @@ from causalprune.evaluation.results import headline, paired_difference, results_
 from causalprune.models.loading import load
 from causalprune.pruning.layers import prune
 from causalprune.runs.rows import parse_method
-from causalprune.shrinking.removal import Shares, Shrinking, shrink
+from causalprune.shrinking.removal import Shares, shrink
+from causalprune.shrinking.worth import Shrinking
 
 FOLDER = RUNS / "moe"
 METHODS = ("magnitude", "wanda", "cap", "sparsegpt", "causal")
@@ -155,7 +156,7 @@ def pruned(model: Path, calibration: Calibration, sparsity: float, method: str) 
 
 def shrunk(model: Path, calibration: Calibration, share: float, by: str) -> Decoder:
     """Return the model with a share of its experts removed."""
-    return shrink(load(str(model)), Shares(experts=share), calibration, Shrinking(by), stage=quiet).decoder
+    return shrink(load(str(model)), Shares(experts=share), calibration, Shrinking(by, "refit"), stage=quiet).decoder
 
 
 def figures(rows: dict[str, EvalResult]) -> dict[str, float]:

@@ -33,7 +33,8 @@ from causalprune.core.progress import shown
 from causalprune.core.types import Decoder, EvalResult
 from causalprune.evaluation.measures import Settings, evaluate, evaluation_contents
 from causalprune.evaluation.results import headline, paired_difference, results_in
-from causalprune.shrinking.removal import Shrinking, shares_for, shrink
+from causalprune.shrinking.removal import shares_for, shrink
+from causalprune.shrinking.worth import Shrinking
 
 MODELS = {"smollm2": lambda: "embedded", "qwen": lambda: str(fetched("qwen"))}
 SHARES = (0.2, 0.3, 0.1)
@@ -61,7 +62,7 @@ def shrunk(name: str, share: float, by: str) -> tuple[Decoder, EvalResult]:
         calibration = calibrate(
             decoder.tokenizer, ["gsm8k"], n=EXAMPLES, subsets=1, data_dir=data_folder(), exclude=exclude
         )
-        decoder = shrink(decoder, shares_for(decoder, share), calibration, Shrinking(by), stage=shown).decoder
+        decoder = shrink(decoder, shares_for(decoder, share), calibration, Shrinking(by, "refit"), stage=shown).decoder
     with shown(f"{share:g} {by}") as progress:
         return decoder, evaluate(decoder, [TEST], settings, on_progress=progress)[0]
 

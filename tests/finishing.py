@@ -16,7 +16,8 @@ from causalprune.interventions.units import sites
 from causalprune.models.loading import load
 from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
-from causalprune.shrinking.removal import Shares, Shrinking, shrink
+from causalprune.shrinking.removal import Shares, shrink
+from causalprune.shrinking.worth import Shrinking
 from causalprune.streaming.files import Seen, check_streams, prune_stream
 
 METHODS = (

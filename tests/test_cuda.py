@@ -92,7 +92,7 @@ def test_effects_are_the_same(estimator: Any, family: str) -> None:
 @pytest.mark.parametrize("family", ["qwen2", "llama3"])
 def test_the_same_units_are_removed(family: str) -> None:
     shares = Shares(neurons=0.3, kv_groups=0.5)
-    cpu, gpu = (shrink(decoder, shares, problems(), stage=quiet) for decoder in both(family))
+    cpu, gpu = (shrink(decoder, shares, problems(), update="refit", stage=quiet) for decoder in both(family))
     assert all(p.device.type == "cuda" for p in gpu.decoder.projections)
     for name in ("neurons", "kv_groups"):
         for here, there in zip(

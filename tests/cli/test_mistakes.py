@@ -179,15 +179,15 @@ def test_shares_of_what_is_preserved() -> None:
 
 def test_what_trains_preserves_text_of_its_own_unless_something_is_said() -> None:
     spec = CalibrationSpec(("gsm8k",), 48)
-    assert spec.settled(trains=False) == CalibrationSpec(("gsm8k",), 48, preserve=())
-    own = spec.settled(trains=True)
+    assert spec.settled(own=False) == CalibrationSpec(("gsm8k",), 48, preserve=())
+    own = spec.settled(own=True)
     assert own.preserve == ("own",)
     assert own.counts(8 * 512) == {"gsm8k": 48, "own": 2}  # a quarter of the tokens, in pieces of 512
     assert own.counts(10) == {"gsm8k": 48, "own": 1}
     for said in (("none",), ("c4",), ("own:3",)):
         spec = CalibrationSpec(("gsm8k",), 48, preserve=said)
-        assert spec.settled(trains=True) == spec
-    assert CalibrationSpec(("own:3",), 48).settled(trains=True).preserve == ()
+        assert spec.settled(own=True) == spec
+    assert CalibrationSpec(("own:3",), 48).settled(own=True).preserve == ()
 
 
 def test_damping_that_is_no_number() -> None:

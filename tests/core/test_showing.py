@@ -11,7 +11,8 @@ from causalprune.core.showing import Shown
 from causalprune.evaluation.results import Comparison, Tried, headline
 from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
-from causalprune.shrinking.removal import Shares, Shrinking, shrink
+from causalprune.shrinking.removal import Shares, shrink
+from causalprune.shrinking.worth import Shrinking
 
 
 def records() -> dict[str, object]:

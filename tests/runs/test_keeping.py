@@ -158,16 +158,19 @@ def test_sizes_stand_in_the_tables(run: Run, tmp_path: Path) -> None:
 
 def test_names_of_smaller_models() -> None:
     assert parse_removal("shrink").share == 0.2
-    assert parse_removal("shrink:0.1+distill", seed=3).how.update == "distill"
+    assert parse_removal("shrink:0.1").how.update == "distill"
+    assert parse_removal("shrink:0.1+refit", seed=3).how.update == "refit"
     assert parse_removal("shrink:0.1", seed=3).how.seed == 3
     cells = Recipe(
         ModelSpec("x"),
         CalibrationSpec(("gsm8k",)),
-        ("wanda", "shrink", "shrink:0.1+distill"),
+        ("wanda", "shrink", "shrink:0.1+refit"),
         (0.2, 0.5),
         ("t",),
     ).cells()
-    assert list(cells) == ["dense", "wanda-row-0.2", "wanda-row-0.5", "shrink-0.2", "shrink+distill-0.1"]
+    assert list(cells) == ["dense", "wanda-row-0.2", "wanda-row-0.5", "shrink-0.2", "shrink+refit-0.1"]
+    smaller = Recipe(ModelSpec("x"), CalibrationSpec(("gsm8k",)), ("shrink:0.2+refit",), (0.5,), ("t",))
+    assert smaller.calibration.preserve == ("own",)
     for text, words in (
         ("shrink:row", "as in shrink:0.2"),
         ("shrink:2", "between 0 and 1"),

@@ -24,7 +24,8 @@ from causalprune.evaluation.measures import evaluate
 from causalprune.evaluation.results import paired_difference
 from causalprune.models.anatomy import inspect_model
 from causalprune.pruning import begun, training
-from causalprune.shrinking.removal import BY, Shares, Shrinking, Shrunk, _worth, leftovers, shares_for, shrink
+from causalprune.shrinking.removal import Shares, Shrunk, leftovers, shares_for, shrink
+from causalprune.shrinking.worth import BY, Shrinking, worth_of
 
 
 def decoder_of(name: str) -> Decoder:
@@ -141,6 +142,19 @@ def test_training_makes_up_for_experts_that_go_and_nothing_else_does() -> None:
     assert error["distill"] < error["none"]
 
 
+@pytest.mark.parametrize("shares", [Shares(0.5), Shares(kv_groups=0.5), Shares(layers=0.34)])
+def test_training_brings_a_smaller_model_back_to_the_whole_one(shares: Shares) -> None:
+    data, before = problems(40), decoder_of("llama3").model
+    tokens, far = torch.tensor([data.examples[0].tokens]), {}
+    whole = before(tokens).logits.log_softmax(-1)
+    for update in ("refit", "distill"):
+        found = shrink(decoder_of("llama3"), shares, data, update=update, stage=quiet)
+        own = found.decoder.model(tokens).logits.log_softmax(-1)
+        far[update] = float((whole.exp() * (whole - own)).sum(-1).mean())
+    assert far["distill"] < far["refit"]
+    assert found.update == Shrinking().update == "distill"
+
+
 def test_what_was_measured_is_kept(tmp_path: Path) -> None:
     shares, path = Shares(neurons=0.5, kv_groups=0.5), tmp_path / "small.attribution"
     first = shrunk("llama3", shares, ledger=path)
@@ -184,7 +198,7 @@ def test_a_stopped_update_goes_on(
 @pytest.mark.parametrize("name", ["mixtral", "olmoe"])
 def test_experts_by_activation_are_ranked_as_reap_does(name: str) -> None:
     decoder, calibration = decoder_of(name), problems()
-    found = _worth(decoder, "experts", calibration, Shrinking("activation"), silent, None)
+    found = worth_of(decoder, "experts", calibration, Shrinking("activation"), silent, None)
     layer, calls = decoder.layers[1], []
     assert layer.experts is not None
     handle = layer.experts.register_forward_pre_hook(lambda _module, args: calls.append(args))
@@ -228,6 +242,12 @@ def test_what_cannot_be_is_refused_before_anything_is_measured() -> None:
     with pytest.raises(ModelError, match="cannot lose such units"):
         shrink(decoder_of("olmoe"), Shares(kv_groups=0.5), problems(), stage=seen)  # type: ignore[arg-type]
     assert not stages
+
+
+def test_weights_that_cannot_be_trained_are_refused_before_anything_is_measured() -> None:
+    decoder = inspect_model(FAMILIES["llama3"]().half(), None, name="llama3")
+    with pytest.raises(OptionError, match="float16, in which gradients of training become zero"):
+        shrink(decoder, Shares(0.5), problems(), stage=pytest.fail)
 
 
 @pytest.mark.parametrize("shares", [{}, {"neurons": 1.0}, {"layers": -0.1}])

@@ -198,7 +198,7 @@ class MixedOptions(CalibrationOptions):
         typer.Option(
             help="What must not get lost, as examples on top of the task's: own (text that the model writes), wikitext2, c4, any other source of --task, "
             "or none; repeat for more; `wikitext2:16` fixes a count.",
-            show_default="own where a method trains, else none",
+            show_default="own where a method trains or removes parts for good, else none",
         ),
     ] = field(default_factory=list)
     preserve_share: Annotated[

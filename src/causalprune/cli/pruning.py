@@ -117,8 +117,8 @@ class RemovalOptions:
     ] = "effect"
     update: Annotated[
         Literal["none", "obs", "refit", "distill", "adam"],
-        typer.Option(help="What stays makes up for what goes: refit, distill after that, obs, or none."),
-    ] = "refit"
+        typer.Option(help="What stays makes up for what goes: distill (refit, then training), refit, obs, or none."),
+    ] = "distill"
 
     def shares(self) -> "Shares | None":
         """Return the shares that go; None where a share of all parameters is asked for."""
@@ -296,7 +296,7 @@ def shrink(
     from causalprune.checkpoints import check_destination, save, warn_unpacked
     from causalprune.cli import tables
     from causalprune.core import forget, size_of
-    from causalprune.pruning import TRAINS, begun
+    from causalprune.pruning import begun
     from causalprune.runs import outcome, prepared, speeds
     from causalprune.shrinking import Shrinking, leftovers, shares_for
     from causalprune.shrinking import shrink as smaller
@@ -306,7 +306,7 @@ def shrink(
     repository = hub.reserve(output, overwrite)
     options, ledger = running.options(data.reading.data_dir), output.with_name(f"{output.name}.attribution")
     found = begun(leftovers(ledger)["update"])
-    wanted = data.spec(1).settled(trains=method.update in TRAINS)
+    wanted = data.spec(1).settled(own=True)
     decoder, calibration = prepared(model.spec(), wanted, options, found)
     warn_unpacked(decoder)
     shares = shares or shares_for(decoder, method.parameters or 0.0)

@@ -165,8 +165,8 @@ class TriedOptions:
     ] = "0.1,0.2,0.3"
     update: Annotated[
         Literal["none", "obs", "refit", "distill", "adam"],
-        typer.Option(help="What stays makes up for what goes: refit, distill after that, obs, or none."),
-    ] = "refit"
+        typer.Option(help="What stays makes up for what goes: distill (refit, then training), refit, obs, or none."),
+    ] = "distill"
 
     def tried(self) -> tuple[tuple[str, ...], tuple[float, ...]]:
         """Return types and shares; raises `OptionError` for what is none."""
@@ -208,7 +208,6 @@ def fit(
     the other. Writes model.gguf, frontier.json and frontier.html. That no pruning is best is an answer too.
     """
     from causalprune.evaluation import Settings, load_scorers
-    from causalprune.pruning import TRAINS
     from causalprune.reports import found
     from causalprune.runs import Asked
     from causalprune.runs import fit as fitted
@@ -225,7 +224,7 @@ def fit(
     )
     how = Exporting(file.pre_tokenizer, model.loading.trust_remote_code)
     asked = Asked(limit.limit(), on, settings, types, shares, method.update, how)
-    wanted = data.spec(1).settled(trains=method.update in TRAINS)
+    wanted = data.spec(1).settled(own=True)
     made = fitted(model.spec(), wanted, output, asked, running.options(data.reading.data_dir))
     for line in found(made.record):
         say(line)

@@ -84,7 +84,7 @@ def correct(
         keep, repair = _united(decoder, candidates.keep(chosen)), None
         if contrast.update != "none":
             data = Calibration(chooses.preserve, (0,) * len(chooses.preserve))
-            repair = Repair(data, contrast.update, (), contrast.seed, contrast.max_batch_tokens)
+            repair = Repair(data, contrast.update, contrast.seed, contrast.max_batch_tokens)
         which = f"{UPDATE}-{contrast.update}-{named(chosen)[:8]}"
         redo = State(folder and folder / which, [identity, contrast.update, named(chosen)])
         _take_out(candidates, chosen, keep, repair, redo, stage)

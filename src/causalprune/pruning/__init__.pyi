@@ -94,8 +94,23 @@ from .pruned import (
 from .pruned import (
     manifest as manifest,
 )
+from .rules import (
+    RULES as RULES,
+)
 from .training import (
     Lesson as Lesson,
+)
+from .training import (
+    Training as Training,
+)
+from .training import (
+    check_dtypes as check_dtypes,
+)
+from .training import (
+    distill as distill,
+)
+from .training import (
+    epochs as epochs,
 )
 from .training import (
     lessons as lessons,

@@ -24,7 +24,6 @@ from causalprune.core import (
     State,
     bar,
     packed,
-    say,
     silent,
     unpacked,
 )
@@ -115,11 +114,10 @@ def carry_out(
 
 @dataclass(frozen=True, eq=False)
 class Repair:
-    """What makes up for weights that go: an update on calibration data, and what training follows instead of this model."""
+    """What makes up for weights that go: an update on calibration data."""
 
     calibration: Calibration
     update: Update = "refit"
-    followed: Sequence[Lesson] = ()
     seed: int = 0
     max_batch_tokens: int = 2048
 
@@ -133,8 +131,7 @@ def remove(
 ) -> None:
     """Set all weights to zero but those that `keep` names, in place, and update the others on calibration data.
 
-    Matrices that lose nothing are updated by training alone, on what is `followed`, or else this model as it is. Costs as in `prune`,
-    and goes on from the `state` as that does.
+    Matrices that lose nothing are updated by training alone. Costs as in `prune`, and goes on from the `state` as that does.
 
     Raises:
         ModelError: a weight or an input is not finite, or inputs say too little for an update.
@@ -143,21 +140,18 @@ def remove(
     share = sum(int((~keep[p.name]).sum()) for p in pool) / sum(p.size for p in pool)
     _check(decoder)
     state = state or State()
-    how = Training(RULES.get(repair.update, RULES["distill"]), repair.seed)
     if share:
         method = Method("magnitude", share, seed=repair.seed, update=repair.update)
         plan = replace(planned(decoder, method, {}, data, size), state=state)
         steps = Steps(plan.costs, on_progress)
-        followed = repair.followed or _followed(plan, steps, data, size)
+        followed = _followed(plan, steps, data, size)
         for _ in prune_layers(plan, Gathered(), steps, fixed=iter([keep[p.name] for p in pool])):
             pass
         state.flush()
         if followed is not None:
             steps.begin("training", "steps")
+            how = Training(RULES[method.resolved_update], repair.seed)
             distill(decoder, followed, how=how, on_step=steps.tell, state=state)
-    elif repair.followed:
-        say(on_progress, unit="steps")
-        distill(decoder, repair.followed, how=how, on_step=on_progress, state=state)
 
 
 def _followed(

@@ -278,7 +278,7 @@ def check_dtypes(decoder: Decoder) -> None:
         if p.parameter.dtype == torch.float16:
             raise OptionError(
                 f"{p.parameter_name} is float16, in which gradients of training become zero: pass --dtype bfloat16 or "
-                "float32, or choose another update, as in causal+refit"
+                "float32, or choose another update, such as refit"
             )
 
 
@@ -301,6 +301,8 @@ def _last_slope(
     (batch, intact), after = lesson, len(decoder.layers)
     wanted = targets(replace(batch, is_target=batch.real))
     leaf = last.hidden[after].detach().requires_grad_()
+    (sent,) = intact.hidden.values()  # by a model that may have had more layers, and more devices
+    intact = LayerInputs({after: sent.to(leaf.device)}, intact.as_tuple)
     for at in range(0, len(wanted.tokens), CHUNK):
         own = slice(at, at + CHUNK)
         part = replace(

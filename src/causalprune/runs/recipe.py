@@ -28,7 +28,7 @@ from causalprune.calibration import (
 from causalprune.core import Decoder, MismatchError, OptionError, unknown
 from causalprune.evaluation import PIECE
 from causalprune.pruning import N_OF_M, Method
-from causalprune.runs.rows import Cell, Removal, is_removal, label, parse_method, parse_removal, trains
+from causalprune.runs.rows import Cell, Removal, is_removal, label, parse_method, parse_removal, writes_own
 from causalprune.shrinking import shares_for
 
 OLD = {"sources": "task", "general": "preserve", "tasks": "on"}
@@ -62,7 +62,7 @@ class CalibrationSpec:
     A source `own:NAME` is problems of NAME with the model's own answers, `own` text that it writes. `n` is the number of the task's examples, unless
     every source of it says its own as in `gsm8k:32`. Those of `preserve`, which are to keep what the task does not need, come
     on top: a source without a count of its own gives `preserve_share` of the task's number, `own` text of its tokens. Where
-    `preserve` is None, what trains preserves `own` text, and what does not nothing (`settled`).
+    `preserve` is None, what trains or removes parts for good preserves `own` text, and what does neither nothing (`settled`).
     """
 
     task: tuple[str, ...]
@@ -110,11 +110,11 @@ class CalibrationSpec:
             positions=room,
         )
 
-    def settled(self, trains: bool) -> "CalibrationSpec":
-        """Return what is asked for where nothing is said of what to preserve, for methods that train or do not."""
+    def settled(self, own: bool) -> "CalibrationSpec":
+        """Return what is asked for where nothing is said of what to preserve, with text of its `own` or without."""
         if self.preserve is not None:
             return self
-        writes = trains and OWN_TEXT not in [with_limit(source)[0] for source in self.task]
+        writes = own and OWN_TEXT not in [with_limit(source)[0] for source in self.task]
         return dataclasses.replace(self, preserve=(OWN_TEXT,) if writes else ())
 
     def counts(self, tokens: int = 0) -> dict[str, int]:
@@ -207,7 +207,7 @@ class Recipe:
         for method in self.save if isinstance(self.save, tuple) else ():
             if method not in self.methods:
                 raise unknown("method to save", method, self.methods)
-        settled = self.calibration.settled(any(map(trains, self.cells().values())))
+        settled = self.calibration.settled(any(map(writes_own, self.cells().values())))
         object.__setattr__(self, "calibration", settled)
 
     def saves(self, name: str) -> bool:

@@ -39,10 +39,9 @@ def label(method: Method | Removal) -> str:
     return f"{method.criterion}{words}-{method.resolved_scope}-{method.sparsity:g}"
 
 
-def trains(cell: Cell) -> bool:
-    """Tell whether a row's weights are trained."""
-    update = cell.how.update if isinstance(cell, Removal) else cell and cell.resolved_update
-    return update in TRAINS
+def writes_own(cell: Cell) -> bool:
+    """Tell whether text that the model writes is preserved by default: where weights are trained, or parts go for good."""
+    return isinstance(cell, Removal) or (cell is not None and cell.resolved_update in TRAINS)
 
 
 def parse_method(

@@ -49,7 +49,7 @@ class Asked:
     settings: Settings = field(default_factory=Settings)
     mixes: tuple[str, ...] = MIXES
     shares: tuple[float, ...] = SHARES
-    update: str = "refit"
+    update: str = "distill"
     file: Exporting = field(default_factory=Exporting)
 
 

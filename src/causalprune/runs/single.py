@@ -64,7 +64,7 @@ from causalprune.runs.cells import load
 from causalprune.runs.fitting import check_stored
 from causalprune.runs.jobs import task_jobs
 from causalprune.runs.recipe import AttributionSpec, CalibrationSpec, ModelSpec
-from causalprune.runs.rows import trains
+from causalprune.runs.rows import writes_own
 from causalprune.runs.traces import calibrated
 from causalprune.streaming import Seen, Streamed, check_streams, prune_stream
 
@@ -209,7 +209,7 @@ def prune_checkpoint(
     `<output>.pruning`, until the output is there.
     """
     check_destination(output, options.overwrite)
-    wanted = wanted.settled(trains(method))
+    wanted = wanted.settled(writes_own(method))
     needs, kept_in = method.needs, output.with_name(f"{output.name}.pruning")
     calibration, effects, found = None, None, begun(kept_in)
     if method.needs_calibration or ("effects" in needs and effects_path is None):
@@ -250,7 +250,7 @@ def prune_streamed(
 ) -> Streamed:
     """Prune a checkpoint on disk without loading the model; `cap` needs effects that were measured before."""
     check_stored(spec)
-    wanted, effects = wanted.settled(trains=False), None  # a model in files does not write
+    wanted, effects = wanted.settled(own=False), None  # a model in files does not write
     if "effects" in method.needs and effects_path is not None:
         effects = load_effects(effects_path)
     folder, calibration = Path(spec.name).expanduser(), None

@@ -2,9 +2,6 @@ from .removal import (
     Shares as Shares,
 )
 from .removal import (
-    Shrinking as Shrinking,
-)
-from .removal import (
     leftovers as leftovers,
 )
 from .removal import (
@@ -15,4 +12,7 @@ from .removal import (
 )
 from .removal import (
     shrink_jobs as shrink_jobs,
+)
+from .worth import (
+    Shrinking as Shrinking,
 )

@@ -1,0 +1,171 @@
+"""What units are worth: by effect on the calibration, by activation, by magnitude, or at random."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from causalprune.attribution import Estimator, Question, attribute
+from causalprune.calibration import batches, few
+from causalprune.core import Calibration, Decoder, Layer, OptionError, Progress, Projection, say, unknown
+from causalprune.interventions import InputNorms, See, Site, gated_module, observed
+from causalprune.pruning import UPDATES
+
+Kind: TypeAlias = Literal["neurons", "kv_groups", "experts", "layers"]
+Scores: TypeAlias = Mapping[int, Float[Tensor, "_"]]
+"""What every unit of a kind is worth, by layer; for whole layers one number each."""
+
+KINDS: tuple[Kind, ...] = ("neurons", "kv_groups", "experts", "layers")
+BY = ("effect", "activation", "magnitude", "random")
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """How units are chosen (`by`), how the others make up for them, and how many tokens a pass may have.
+
+    `by` is what units are worth: `effect` (the divergence from the intact model's predictions on the calibration targets
+    without the unit: measured for KV groups, experts and layers, predicted to second order for neurons), `activation` (root
+    mean square of what a neuron or the heads of a group send; for experts weighted by the router, which is REAP), `magnitude`
+    (of their weights) or `random`. `update` is that of `Method`: `distill` and `adam` train the smaller model after `refit`.
+    """
+
+    by: str = "effect"
+    update: str = "distill"
+    seed: int = 0
+    max_batch_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.by not in BY:
+            raise unknown("choice of units (by)", self.by, BY)
+        if self.update not in UPDATES:
+            raise unknown("update", self.update, UPDATES)
+
+
+def sizes_of(decoder: Decoder, kind: Kind) -> dict[int, int]:
+    """Return the number of units of a kind in every layer that has some."""
+    sizes = {layer.index: n for layer in decoder.layers if (n := _count(layer, kind))}
+    if not sizes:
+        raise OptionError(f"{decoder.name} has no {kind.replace('_', ' ')} that could go")
+    return sizes
+
+
+def worth_of(
+    decoder: Decoder,
+    kind: Kind,
+    calibration: Calibration,
+    how: Shrinking,
+    on_progress: Progress,
+    ledger: Path | None,
+) -> Scores:
+    """Return what every unit of a kind is worth, by layer; effects are kept in the ledger. NaN where that is not known."""
+    sizes = sizes_of(decoder, kind)
+    if how.by == "random":
+        generator = torch.Generator().manual_seed(how.seed)
+        return {layer: torch.rand(n, generator=generator) for layer, n in sizes.items()}
+    if how.by == "magnitude":
+        return {i: _magnitude(decoder.layers[i], kind, n) for i, n in sizes.items()}
+    if how.by == "activation":
+        return _activation(decoder, kind, calibration, on_progress)
+    question = Question(units=("neurons:1" if kind == "neurons" else kind,), effect="kl")
+    estimator = Estimator(seed=how.seed, max_batch_tokens=how.max_batch_tokens)
+    if kind == "neurons":
+        estimator = replace(estimator, name="gradient")
+    else:
+        some = tuple(few(calibration.examples))
+        calibration = Calibration(some, (0,) * len(some))
+    effects = attribute(decoder, calibration, question, estimator, ledger=ledger, on_progress=on_progress)
+    values = effects.change_nats() if effects.predicted_nats is None else effects.predicted_nats
+    by_layer = torch.tensor([unit.layer for unit in effects.units])
+    return {layer: values.sum(1)[by_layer == layer] for layer in sizes}
+
+
+def _count(layer: Layer, kind: Kind) -> int:
+    dense = [p.shape[1] for p in layer.projections if p.name == f"layers.{layer.index}.down"]
+    counts: Mapping[Kind, int] = {
+        "neurons": dense[0] if dense else 0,
+        "kv_groups": mixer.n_kv_heads if (mixer := layer.mixer("heads")) else 0,
+        "experts": layer.n_experts,
+        "layers": 1,
+    }
+    return counts[kind]
+
+
+def _magnitude(layer: Layer, kind: Kind, n: int) -> Float[Tensor, "unit"]:
+    """Return the sum of squares of the weights of every unit of a layer."""
+    found = torch.zeros(n)
+    for p in layer.projections:
+        squares, dense = p.read().float().square(), p.name.count(".") == 2
+        if kind == "layers":
+            found += squares.sum().cpu()
+        elif kind == "experts" and p.place == "experts":
+            found[int(p.name.split(".")[3])] += squares.sum().cpu()
+        elif dense and (
+            (kind == "kv_groups" and p.blocks) or (kind == "neurons" and p.role in ("gate", "up", "down"))
+        ):
+            found += squares.sum(0 if p.role in ("o", "down") else 1).view(n, -1).sum(1).cpu()
+    return found
+
+
+def _activation(decoder: Decoder, kind: Kind, calibration: Calibration, on_progress: Progress) -> Scores:
+    """Return the sum of squares of what every unit sends to its output projection, over real tokens."""
+    if kind == "experts":
+        return _router_weighted(decoder, calibration, on_progress)
+    if kind == "layers":
+        raise OptionError("layers cannot be chosen by activation: by effect, magnitude or random")
+    norms, role = InputNorms(), "down" if kind == "neurons" else "o"
+    _look(decoder, decoder.layers, calibration, norms.see, on_progress)
+    sums: dict[int, Tensor] = {}
+    for layer in decoder.layers:
+        if n := _count(layer, kind):
+            squares = norms.squares[f"layers.{layer.index}.{role}"]
+            sums[layer.index] = squares.view(n, -1).sum(1).cpu()
+    return sums
+
+
+def _look(
+    decoder: Decoder, layers: Sequence[Layer], calibration: Calibration, see: See, on_progress: Progress
+) -> None:
+    """Run the calibration examples, and let `see` look at the projections of these layers."""
+    groups = batches(calibration.examples, max_batch_tokens=1)  # one by one: no padding
+    say(on_progress, unit="examples")
+    for done, batch in enumerate(groups, start=1):
+        with ExitStack() as stack, torch.inference_mode():
+            for layer in layers:
+                stack.enter_context(observed(layer, batch.real, see))
+            decoder.model(input_ids=batch.tokens.to(decoder.device), use_cache=False)
+        on_progress(done, len(groups))
+
+
+def _router_weighted(decoder: Decoder, calibration: Calibration, on_progress: Progress) -> Scores:
+    """Return the mean of gate · ‖output‖ over the tokens of every routed expert (REAP, arXiv 2510.13999).
+
+    NaN for experts that no token reaches.
+    """
+    layers = [layer for layer in decoder.layers if layer.n_experts]
+    sums = {layer.index: torch.zeros(2, layer.n_experts, dtype=torch.float64) for layer in layers}
+    routed: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def route(layer: int) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Tensor, ...]) -> None:
+            routed[layer] = args[1], args[2]
+
+        return hook
+
+    def see(p: Projection, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
+        if p.role == "down" and p.expert is not None:
+            chosen, weights = routed[p.layer]
+            gates = weights[torch.where(chosen == p.expert)]
+            norms = (gates * outputs.float().norm(dim=-1)).double().sum()
+            sums[p.layer][:, p.expert] += torch.stack([norms.cpu(), torch.tensor(float(len(gates)))])
+
+    with ExitStack() as stack:
+        for layer in layers:
+            module = gated_module(decoder, Site(layer.index, "experts"))
+            stack.enter_context(module.register_forward_pre_hook(route(layer.index)))
+        _look(decoder, layers, calibration, see, on_progress)
+    return {layer: total / tokens for layer, (total, tokens) in sums.items()}
