@@ -156,7 +156,9 @@ def pruned(model: Path, calibration: Calibration, sparsity: float, method: str) 
 
 def shrunk(model: Path, calibration: Calibration, share: float, by: str) -> Decoder:
     """Return the model with a share of its experts removed."""
-    return shrink(load(str(model)), Shares(experts=share), calibration, Shrinking(by, "refit"), stage=quiet).decoder
+    return shrink(
+        load(str(model)), Shares(experts=share), calibration, Shrinking(by, "refit"), stage=quiet
+    ).decoder
 
 
 def figures(rows: dict[str, EvalResult]) -> dict[str, float]:

@@ -62,7 +62,9 @@ def shrunk(name: str, share: float, by: str) -> tuple[Decoder, EvalResult]:
         calibration = calibrate(
             decoder.tokenizer, ["gsm8k"], n=EXAMPLES, subsets=1, data_dir=data_folder(), exclude=exclude
         )
-        decoder = shrink(decoder, shares_for(decoder, share), calibration, Shrinking(by, "refit"), stage=shown).decoder
+        decoder = shrink(
+            decoder, shares_for(decoder, share), calibration, Shrinking(by, "refit"), stage=shown
+        ).decoder
     with shown(f"{share:g} {by}") as progress:
         return decoder, evaluate(decoder, [TEST], settings, on_progress=progress)[0]
 

@@ -117,7 +117,7 @@ class RemovalOptions:
     ] = "effect"
     update: Annotated[
         Literal["none", "obs", "refit", "distill", "adam"],
-        typer.Option(help="What stays makes up for what goes: distill (refit, then training), refit, obs, or none."),
+        typer.Option(help="Makes up for what goes: distill (refit, then training), refit, obs, or none."),
     ] = "distill"
 
     def shares(self) -> "Shares | None":

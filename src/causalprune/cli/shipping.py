@@ -165,7 +165,7 @@ class TriedOptions:
     ] = "0.1,0.2,0.3"
     update: Annotated[
         Literal["none", "obs", "refit", "distill", "adam"],
-        typer.Option(help="What stays makes up for what goes: distill (refit, then training), refit, obs, or none."),
+        typer.Option(help="Makes up for what goes: distill (refit, then training), refit, obs, or none."),
     ] = "distill"
 
     def tried(self) -> tuple[tuple[str, ...], tuple[float, ...]]:
