@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from causalprune.calibration import batches
@@ -259,17 +259,18 @@ class _Run:
 
     def _move(self, p: Projection, gradient: Tensor, number: int, rate: float) -> None:
         weight = p.read()
-        keep = weight != 0
-        slope = replace(p, parameter=nn.Parameter(gradient, requires_grad=False)).read().float() * keep
-        if not bool(slope.any()):  # an expert of a stack that no token reached
+        keep = torch.ne(weight, 0, out=torch.empty_like(weight, dtype=torch.float32))
+        slope = replace(p, parameter=nn.Parameter(gradient, requires_grad=False)).read().float().mul_(keep)
+        if p.expert is not None and not bool(slope.any()):  # no token reached it
             return
         if p.name not in self.scales:
             self.scales[p.name] = _root_mean_square(weight, keep)
         known = {name: own.to(p.device) for name, own in self.known.get(p.name, {}).items()}
-        move = self.how.rule(known, slope, keep, number).mul_(-rate * self.scales[p.name])
+        move = self.how.rule(known, slope, keep, number)
         self.known[p.name] = known
         draw = zlib.crc32(repr((self.how.seed, number, p.name)).encode())
-        p.write(stored(move.add_(weight), keep, weight.dtype, draw))
+        moved = torch.add(weight, move, alpha=-rate * self.scales[p.name], out=move)
+        p.write(stored(moved, keep, weight.dtype, draw))
 
 
 def check_dtypes(decoder: Decoder) -> None:
@@ -282,8 +283,8 @@ def check_dtypes(decoder: Decoder) -> None:
             )
 
 
-def _root_mean_square(weight: Tensor, mask: Bool[Tensor, "out in"]) -> float:
-    return math.sqrt(float(weight.float().square().sum()) / max(float(mask.count_nonzero()), 1.0))
+def _root_mean_square(weight: Tensor, keep: Float[Tensor, "out in"]) -> float:
+    return math.sqrt(float(weight.float().square().sum()) / max(float(keep.count_nonzero()), 1.0))
 
 
 def _rate(part: float, total: int) -> float:
