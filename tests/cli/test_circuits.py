@@ -126,6 +126,13 @@ def test_pairs_from_templates(run: Run, place: Path) -> None:
     assert load_circuit(place / "ioi").problems[0].instead is not None
 
 
+def test_effects_say_that_they_do_not_look_at_a_wrong_answer(run: Run, place: Path) -> None:
+    words = ("attribute", place / "model", "-o", place / "effects", "-t", "ioi", "-n", 3)
+    with pytest.warns(UserWarning, match="3 examples come with a wrong answer .* `causalprune circuit`"):
+        code, _, err = run(*words, "--estimator", "gradient", "--data-dir", place / "data")
+    assert code == 0, err
+
+
 @pytest.mark.thorough
 def test_circuits_are_compared(run: Run, place: Path) -> None:
     for name, task in (("a", "gsm8k:20"), ("b", "strategyqa:20")):

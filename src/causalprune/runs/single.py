@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,12 @@ def measured(
     wanted: AttributionSpec = AttributionSpec(),
 ) -> Effects:
     """Measure the units of a loaded model and leave `effects.json` and the ledger in `folder`."""
+    if paired := sum(example.instead is not None for example in calibration.examples):
+        warnings.warn(
+            f"{paired} examples come with a wrong answer (`instead`), which effects here do not look at: they are of the "
+            "target alone, and `causalprune circuit` compares the two",
+            stacklevel=2,
+        )
     with options.stage("attribution") as progress:
         effects = measure(
             decoder,
