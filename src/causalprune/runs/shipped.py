@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from causalprune.calibration import OWN_TEXT
 from causalprune.checkpoints import resolve
 from causalprune.core import CheckpointError, Ledger, OptionError, versions
 from causalprune.evaluation import check_tasks, headline, interval, paired_difference, write_json
@@ -190,10 +191,11 @@ def _row(search: Search, point: Point, rises: Mapping[str, float]) -> dict[str, 
 
 
 def _asked(search: Search, file: Path) -> list[dict[str, Any]]:
-    """Return what the file that was written says to ten prompts of the calibration examples, in llama.cpp."""
+    """Return what the file that was written says to ten problems of the calibration examples, in llama.cpp."""
     tokenizer, found = tokenizer_of(search.folder(0.0)), []
+    problems = [own for own in search.calibration.examples if own.source != OWN_TEXT]
     with search.options.stage("asking the file"), running(file, context=1024) as run:
-        for example in search.calibration.examples[:PROMPTS]:
+        for example in problems[:PROMPTS]:
             prompt = example.tokens[: max(example.target_start, 1)]
             text, rate = run.write(prompt, WRITTEN)
             found.append({"prompt": tokenizer.decode(prompt), "text": text, "tokens_per_second": rate})
