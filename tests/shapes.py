@@ -3,6 +3,7 @@
 import ast
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -30,10 +31,16 @@ def code_lines(path: Path) -> int:
         alone = token.type == tokenize.STRING and token.line.strip().startswith(('"""', 'r"""'))
         if not alone:
             found.update(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path.read_text(encoding="utf-8")):
         if isinstance(node, ast.Import | ast.ImportFrom):
             found.difference_update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return len(found)
+
+
+@cache
+def nodes(source: str) -> list[ast.AST]:
+    """Return all nodes of a source."""
+    return [*ast.walk(ast.parse(source))]
 
 
 def length(node: Function | ast.ClassDef) -> int:
@@ -43,12 +50,12 @@ def length(node: Function | ast.ClassDef) -> int:
 
 def functions(source: str) -> list[Function]:
     """Return all functions of a source, methods and inner ones too."""
-    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, Function)]
+    return [node for node in nodes(source) if isinstance(node, Function)]
 
 
 def classes(source: str) -> list[ast.ClassDef]:
     """Return all classes of a source."""
-    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+    return [node for node in nodes(source) if isinstance(node, ast.ClassDef)]
 
 
 def parameters(function: Function) -> int:
@@ -60,6 +67,7 @@ def parameters(function: Function) -> int:
     )
 
 
+@cache
 def public() -> set[str]:
     """Return the names that the package itself offers."""
     stub = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))

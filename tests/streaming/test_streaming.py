@@ -81,7 +81,9 @@ def test_a_global_threshold_is_that_in_memory(family: str, tmp_path: Path) -> No
     check_same(source, CAP, tmp_path, effects_of(source))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.thorough), torch.bfloat16]
+)
 @pytest.mark.parametrize("family", ["llama3", "gpt2", "gpt_neox", "mixtral"])
 @pytest.mark.parametrize("method", ["cap:global", "magnitude:global", "magnitude:row", "random:matrix"])
 def test_streaming_is_pruning_in_memory(family: str, dtype: torch.dtype, method: str, tmp_path: Path) -> None:
