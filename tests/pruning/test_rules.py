@@ -48,6 +48,17 @@ def test_no_direction_is_longer_than_it_may_be(seed: int, size: float) -> None:
         assert float((move.square().sum() / keep.sum()).sqrt()) <= MOST * 1.001
 
 
+def test_rows_columns_and_matrices_of_which_nothing_stays_do_not_count() -> None:
+    keep = torch.ones(6, 8)
+    keep[2], keep[:, 5] = 0, 0
+    slope = torch.randn(6, 8) * 10
+    found = factored({}, slope * keep, keep, 1)
+    left = [0, 1, 3, 4, 5], [0, 1, 2, 3, 4, 6, 7]
+    expected = factored({}, slope[left[0]][:, left[1]].clone(), torch.ones(5, 7), 1)
+    torch.testing.assert_close(found[left[0]][:, left[1]], expected)
+    assert not factored({}, torch.zeros(6, 8), torch.zeros(6, 8), 1).any()
+
+
 def test_adam_is_torchs() -> None:
     weight = torch.nn.Parameter(torch.randn(6, 8))
     other, known = weight.detach().clone(), dict[str, torch.Tensor]()

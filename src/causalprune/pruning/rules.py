@@ -37,14 +37,15 @@ def factored(
     tiny, squares = torch.finfo(torch.float32).tiny, slope.square()
     for axis, name in ((1, "rows"), (0, "columns")):
         if (counted := f"kept {name}") not in known:  # what is kept stays the same
-            known[counted] = keep.sum(axis).clamp_min_(1)
-        own = squares.sum(axis).div_(known[counted])
+            known[counted] = keep.sum(axis)
+        own = squares.sum(axis).div_(known[counted].clamp_min(1))
         known[name] = known.get(name, own).lerp(own, number**-LONGER)
     del squares
     counts, rows, columns = known["kept rows"], known["rows"], known["columns"]
-    mean = ((rows * counts).sum() / counts.sum()).clamp_min_(tiny)
+    total = counts.sum().clamp_min_(1)
+    mean = ((rows * counts).sum() / total).clamp_min_(tiny)
     move = slope.mul_((rows / mean).clamp_min_(tiny).rsqrt_()[:, None]).mul_(columns.clamp_min(tiny).rsqrt_())
-    size = torch.linalg.vector_norm(move) / counts.sum().sqrt()
+    size = torch.linalg.vector_norm(move) / total.sqrt()
     return move.div_((size / MOST).clamp_min(1.0))
 
 
