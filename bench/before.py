@@ -27,6 +27,7 @@ EXTRAS = "dev,demo"
 """What `make` installs, so that both builds see the same packages."""
 SINCE = ("lazy-loader==0.6",)
 """What today's build needs beside, so that it runs in the same environment."""
+PLACE = Path(os.environ.get("CAUSALPRUNE_BEFORE", ROOT / "bench" / ".before"))
 RESAMPLES = 10_000
 Times = dict[str, float]
 """Seconds of one run by `wall` and `cpu`, the latter of the process and all that it waited for."""
@@ -34,7 +35,7 @@ Times = dict[str, float]
 
 def before(place: Path | None = None) -> Path:
     """Return the interpreter of an environment with the build before, made on the first call (minutes)."""
-    place = (place or Path(os.environ.get("CAUSALPRUNE_BEFORE", ROOT / "bench" / ".before"))).absolute()
+    place = (place or PLACE).absolute()
     python, made = place / "venv" / "bin" / "python", place / "commit"
     if made.exists() and made.read_text() == COMMIT and python.exists():
         return python
@@ -49,6 +50,11 @@ def before(place: Path | None = None) -> Path:
     subprocess.run([*pip, "-e", f"{source}[{EXTRAS}]", *SINCE], check=True, stdout=sys.stderr)
     made.write_text(COMMIT)
     return python
+
+
+def _here(word: str) -> str:
+    """Return a word of a command without folders of this machine."""
+    return word.replace(str(PLACE.absolute()), "bench/.before").replace(f"{ROOT}/", "")
 
 
 def alternate(
@@ -78,7 +84,7 @@ def alternate(
             variables = {**os.environ, **(env or {}).get(name, {})}
             seconds[name].append(timed(command, cwd, variables))
     found = {kind: _ratios(seconds, kind) for kind in ("wall", "cpu")}
-    shown = {name: [word.replace(f"{ROOT}/", "") for word in words] for name, words in commands.items()}
+    shown = {name: [_here(word) for word in words] for name, words in commands.items()}
     return {"commands": shown, "seconds": seconds, "ours_over_theirs": found}
 
 

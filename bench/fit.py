@@ -79,14 +79,15 @@ def smaller(name: str, percent: int) -> Found:
         f"shrink_minutes_{step}": seconds["ours"] / 60,
     }
     if PEERS:
-        best, other = (min(PEERS, key=lambda peer: headline(own[peer])) for own in (losses, texts))
+        best, clearest = (min(PEERS, key=lambda peer: headline(own[peer])) for own in (losses, texts))
         figures[f"shrink_over_best_peer_{step}"] = rise["ours"] / rise[best]
-        apart = paired_difference(texts["ours"], texts[other])
+        apart = paired_difference(texts["ours"], texts[clearest])
         figures[f"shrink_ppl_minus_best_peer_high_{step}"] = apart.high
     pairs = {
-        f"ours - {label}": [vars(paired_difference(own[at], results[label][at])) for at in (0, 1)]
-        for own in [results["ours"]]
-        for label in results
+        f"ours - {label}": [
+            vars(paired_difference(one, its)) for one, its in zip(results["ours"], other, strict=True)
+        ]
+        for label, other in results.items()
         if label != "ours"
     }
     values = {

@@ -274,7 +274,10 @@ def _both(
     own = own_text(decoder, hardest, settings.limit or TOKENS, settings.seed, on_progress)
     size = {"window": own.text.piece, "tokens": own.text.tokens}
     description = described(decoder, settings) | size | {"written_by": own.text.model}
-    found = own_measures(decoder, own, names, settings.batch_tokens, on_progress)
+    if "own_kl" in names:
+        found = own_measures(decoder, own, names, settings.batch_tokens, on_progress)
+    else:
+        found = {"own_ppl": _nats(decoder, own.documents, settings, on_progress)}
     metrics: dict[str, Metric] = {"own_ppl": "perplexity", "own_kl": "nats_per_token"}
     return [_loss_result(name, metrics[name], found[name], own.documents, description) for name in names]
 

@@ -54,7 +54,6 @@ from causalprune.interventions import (
     last_hidden,
     selected,
     target_logits,
-    target_nats,
     targets,
 )
 from causalprune.models import fingerprint, frame_fingerprint, positions
@@ -187,7 +186,7 @@ def own_measures(
     max_batch_tokens: int,
     on_progress: Progress = silent,
 ) -> dict[str, list[float]]:
-    """Return what is `wanted` of `OWN_TASKS` for each document, in nats summed over its targets, by one pass for both.
+    """Return the divergence, and what else is `wanted` of `OWN_TASKS`, of each document, summed over its targets, by one pass.
 
     `own_ppl` is the loss; `own_kl` is KL(intact ‖ this model), for which the head runs twice; 0 for the intact model itself,
     with a pass where the cache has not yet what others need.
@@ -197,9 +196,6 @@ def own_measures(
         MismatchError: embedding, final norm or head are not the intact model's.
     """
     groups = batches(own.documents, max_batch_tokens=max_batch_tokens)
-    if "own_kl" not in wanted:
-        nats = by_example(groups, lambda batch: target_nats(decoder, batch).tolist(), on_progress)
-        return {"own_ppl": nats}
     path = own.text.path.with_suffix(".hidden")
     hidden, intact = _hidden(path, own, decoder), fingerprint(decoder.model) == own.text.model
     if hidden is None and not intact:

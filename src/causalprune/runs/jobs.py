@@ -51,11 +51,8 @@ def run_jobs(
         found["attribution"] = tokens * attribution_passes(recipe, shape)
     cells += [(f"{number} more", cells[-1][1]) for number in range(1, coming.further + 1)]
     for name, method in cells:
-        left = {
-            job: cost
-            for job, cost in tasks.items()
-            if not all(f"{name}/{task}" in done for task in job.split(AND))
-        }
+        over = [AND.join(g) for g in together(recipe.on) if {f"{name}/{task}" for task in g} <= done]
+        left = {job: cost for job, cost in tasks.items() if job not in over}
         making = dict[str, float]()
         if isinstance(method, Removal):
             shares = shares_for(decoder, method.share)

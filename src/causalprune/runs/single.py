@@ -300,8 +300,8 @@ def evaluate_model(
     with options.stage("loading model") as progress:
         note = f"going on: {len(done)} of {len(tasks)} tasks done" if done else ""
         jobs = task_jobs(tasks, settings)
-        over = {job: 0.0 for job in jobs if all(task in done for task in job.split(AND))}
-        say(progress, note=note, jobs=jobs | over)
+        over = [AND.join(group) for group in together(tasks) if set(group) <= set(done)]
+        say(progress, note=note, jobs=jobs | dict.fromkeys(over, 0.0))
         decoder = load(spec)
     identity = {
         "model": decoder.fingerprint,
