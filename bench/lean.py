@@ -3,13 +3,15 @@
     python bench/lean.py                 # all steps that are not there yet (many hours, `qwen` and `draws` most of them)
     python bench/lean.py smollm2 kills   # some of them, anew
 
-Steps: bytes (of training, for each weight), smollm2, gemma, qwen (both builds in turn on 48 problems: time and loss), stream (from
-files against in memory), large (a step of training in the shape of Llama 3 8B), kills, draws (against SparseGPT over five draws of
-problems), pattern (2:4).
+Steps: bytes (of training, for each weight), smollm2, gemma, qwen (both builds in turn on 48 problems, and with text of the
+model's own preserved: time and loss), more (problems in the time of the build before), stream (from files against in memory), large
+(a step of training in the shape of Llama 3 8B), kills, draws (defaults against SparseGPT over five draws of problems), pattern (2:4).
 """
 
 import gc
+import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,8 +26,8 @@ from typing import Any
 import faults
 import numpy as np
 import torch
-from before import alternate, before
-from common import BENCH, Found, carry_out, data_folder, step_parser
+from before import alternate, before, timed
+from common import BENCH, Found, carry_out, data_folder, record, step_parser
 from large import EIGHT, write_checkpoint
 from models import fetched
 from safetensors.torch import load_file
@@ -36,6 +38,7 @@ from torch.utils._pytree import tree_leaves
 from causalprune.calibration.examples import calibrate
 from causalprune.checkpoints.embedded import load as load_embedded
 from causalprune.checkpoints.saving import save
+from causalprune.core.places import cache_folder
 from causalprune.core.resuming import State
 from causalprune.core.types import EvalResult, Example
 from causalprune.evaluation.measures import evaluate
@@ -45,8 +48,10 @@ from causalprune.models import open_checkpoint
 from causalprune.models.loading import load
 from causalprune.pruning import training
 from causalprune.pruning.layers import prune
-from causalprune.runs.data import calibrate as problems
-from causalprune.runs.rows import parse_method
+from causalprune.pruning.methods import Method
+from causalprune.runs.recipe import CalibrationSpec
+from causalprune.runs.rows import parse_method, writes_own
+from causalprune.runs.traces import calibrated
 from causalprune.streaming import files
 from causalprune.streaming.copies import Copies
 from causalprune.streaming.residence import HiddenStates
@@ -58,7 +63,7 @@ MODELS = {"smollm2": ("embedded", "auto"), "gemma": ("gemma", "float32"), "qwen"
 PAIRS = {"smollm2": 3, "gemma": 1, "qwen": 1}
 """Of both builds in turn, where three were asked for: an hour each for Qwen, and Gemma's time is no figure."""
 PROBLEMS, DRAWS = 48, 5
-ON = "gsm8k_nll:200"
+ONS = ("gsm8k_nll:200", "wikitext2_ppl:40000")
 COMMAND = "from causalprune.cli import main; main()"
 SHORT = 64, 128
 """Tokens of two steps of training, below the positions whose logits exist at once: what the first has beyond half of the second stays."""
@@ -135,37 +140,86 @@ def one_round() -> Iterator[None]:
 
 
 def builds(name: str) -> Found:
-    """Prune with both builds in turn on the same problems, and compare times and losses."""
-    ours, theirs = (KEPT / f"{name}-{build}" for build in ("ours", "before"))
+    """Prune with both builds in turn on the same problems, and with text of its own preserved; compare times and losses."""
     model, dtype = MODELS[name]
     model = model if model == "embedded" else str(fetched(model))
     words = ["prune", model, "-t", "gsm8k", "-n", str(PROBLEMS), "--sparsity", "0.5", "--method", "causal"]
     words += ["--dtype", dtype, "--device", "cpu", "--data-dir", str(data_folder())]
     KEPT.mkdir(parents=True, exist_ok=True)
-    times = alternate(
-        [sys.executable, "-c", COMMAND, *words, "--preserve", "none", "-o", str(ours)],
-        [str(before()), "-c", COMMAND, *words, "-o", str(theirs)],
-        PAIRS[name],
-        caches=[path for own in (ours, theirs) for path in (own, own.with_name(f"{own.name}.pruning"))]
-        if PAIRS[name] > 1
-        else [],
-    )
-    results = {build: loss(path, dtype) for build, path in (("ours", ours), ("before", theirs))}
-    results["dense"] = loss(Path(model), dtype)
-    apart = paired_difference(results["ours"], results["before"])
+    places = {build: KEPT / f"{name}-{build}" for build in ("ours", "before", "preserve")}
+    pythons = {"ours": sys.executable, "before": str(before()), "preserve": sys.executable}
+    own = {"ours": ["--preserve", "none"], "before": [], "preserve": ["--preserve", "own"]}
+    commands = {
+        build: [pythons[build], "-c", COMMAND, *words, *own[build], "-o", str(places[build])]
+        for build in places
+    }
+    seconds: dict[str, list[float]] = {build: [] for build in places}
+    for _ in range(PAIRS[name]):
+        for build, command in commands.items():
+            found = once(command, places[build], anew=PAIRS[name] > 1)
+            seconds[build].append(found)
+            print(name, build, found, flush=True)
+    results = {build: measured(path, dtype) for build, path in {"dense": Path(model), **places}.items()}
+    losses, texts = ({build: own[at] for build, own in results.items()} for at in (0, 1))
+    apart = paired_difference(losses["ours"], losses["before"])
+    cost = paired_difference(losses["preserve"], losses["ours"])
+    ratios = {
+        build: [one / other for one, other in zip(seconds[build], seconds["before"], strict=True)]
+        for build in ("ours", "preserve")
+    }
     figures = {f"loss_minus_before_{name}_high": apart.high}
     if name != "gemma":
-        figures[f"time_over_before_{name}"] = times["ours_over_theirs"]["wall"]["median"]
-    values = {build: {"value": headline(own), "values": list(own.values)} for build, own in results.items()}
-    return {"figures": figures, "raw": {"times": times, "losses": values, "difference": vars(apart)}}
+        figures[f"time_over_before_{name}"] = statistics.median(ratios["ours"])
+    if name == "smollm2":
+        figures["time_with_preserve_over_before_smollm2"] = statistics.median(ratios["preserve"])
+        figures["ppl_over_dense_50"] = headline(texts["preserve"]) / headline(texts["dense"])
+        figures["task_cost_of_preserve"] = cost.difference
+    values = {
+        build: [{"value": headline(one), "values": list(one.values)} for one in both]
+        for build, both in results.items()
+    }
+    raw = {"seconds": seconds, "ratios": ratios, "on": ONS, "measured": values}
+    return {
+        "figures": figures,
+        "raw": {**raw, "ours - before": vars(apart), "preserve - ours": vars(cost)},
+    }
 
 
-def loss(model: Path, dtype: str = "auto") -> EvalResult:
-    """Return the loss of a model on test problems."""
-    decoder = (
-        load_embedded("embedded") if str(model) == "embedded" else load(str(model), dtype=dtype, device="cpu")
-    )
-    return evaluate(decoder, [ON], Settings(data_dir=data_folder()))[0]
+def more() -> Found:
+    """Prune with as many problems as the build before's time for 48 has room for, by the median ratio of `smollm2`."""
+    ratio = statistics.median(record("lean")["raw"]["smollm2"]["raw"]["ratios"]["ours"])
+    count, place = int(PROBLEMS / ratio), KEPT / "smollm2-more"
+    words = ["prune", "embedded", "-t", "gsm8k", "-n", str(count), "--preserve", "none", "--sparsity", "0.5"]
+    words += ["--device", "cpu", "--data-dir", str(data_folder()), "-o", str(place)]
+    seconds = once([sys.executable, "-c", COMMAND, *words], place, anew=False)
+    dense, ours = (measured(path)[0] for path in (Path("embedded"), place))
+    apart = paired_difference(ours, dense)
+    return {
+        "figures": {"rise_at_before_time": apart.difference},
+        "raw": {
+            "problems": count,
+            "seconds": seconds,
+            "ours - dense": vars(apart),
+            "values": list(ours.values),
+        },
+    }
+
+
+def once(command: list[str], place: Path, *, anew: bool) -> float:
+    """Prune to a place with nothing of the product's caches, and return the seconds; where it need not be `anew`, go on."""
+    if anew:
+        for path in (place, place.with_name(f"{place.name}.pruning"), cache_folder() / "own"):
+            shutil.rmtree(path, ignore_errors=True)
+    note = place.with_name(f"{place.name}.seconds")
+    if anew or not note.exists():
+        note.write_text(str(timed(command)["wall"]))
+    return float(note.read_text())
+
+
+def measured(model: Path, dtype: str = "auto") -> list[EvalResult]:
+    """Return the loss of a model on test problems, and its perplexity on general text."""
+    decoder = load_embedded(str(model), dtype=dtype, device="cpu")
+    return evaluate(decoder, ONS, Settings(data_dir=data_folder()))
 
 
 def stream() -> Found:
@@ -252,29 +306,45 @@ def kills() -> Found:
 
 
 def against(name: str, methods: tuple[str, str], sparsity: float | None, draws: int) -> Found:
-    """Return the rise of one method over that of SparseGPT on the same problems, over some draws of them."""
-    dense = loss(Path("embedded"))
+    """Return the rise of one method over that of SparseGPT on the same problems, over some draws of them; defaults else.
+
+    What a draw gave is kept, so that a stopped step goes on.
+    """
+    dense = measured(Path("embedded"))
+    KEPT.mkdir(parents=True, exist_ok=True)
     rises: dict[str, list[list[float]]] = {method: [] for method in methods}
+    texts: dict[str, list[float]] = {method: [] for method in methods}
     for seed in range(draws):
         for method in methods:
-            decoder = load_embedded("embedded")
-            data = problems(decoder, ["gsm8k"], n=PROBLEMS, seed=seed, data_dir=data_folder())
-            prune(decoder, parse_method(method, sparsity), calibration=data)
-            own = evaluate(decoder, [ON], Settings(data_dir=data_folder()))[0]
-            rises[method].append(list(np.array(own.values) - np.array(dense.values)))
-            print(name, method, seed, float(np.mean(rises[method][-1])), flush=True)
+            note = KEPT / f"{name}-{method.replace(':', '-')}-{seed}.json"
+            if not note.exists():
+                note.write_text(json.dumps(drawn(parse_method(method, sparsity), seed)))
+            losses, perplexity = json.loads(note.read_text())
+            rises[method].append(list(np.array(losses) - np.array(dense[0].values)))
+            texts[method].append(perplexity / headline(dense[1]))
+            print(name, method, seed, float(np.mean(rises[method][-1])), texts[method][-1], flush=True)
     means = {method: np.mean(own, 0) for method, own in rises.items()}
     ours, theirs = (means[method] for method in methods)
     at = np.random.default_rng(0).integers(len(ours), size=(10_000, len(ours)))
     low, high = np.percentile(ours[at].sum(1) / theirs[at].sum(1), (2.5, 97.5))
-    raw = {"rises": rises, "interval": [low, high], "tokens": list(dense.weights)}
+    raw = {"rises": rises, "interval": [low, high], "ppl_over_dense": texts}
     raw["by_draw"] = {method: [float(np.mean(one)) for one in own] for method, own in rises.items()}
     return {"figures": {name: float(ours.sum() / theirs.sum())}, "raw": raw}
+
+
+def drawn(method: Method, seed: int) -> tuple[list[float], float]:
+    """Return the losses and the perplexity after pruning the embedded model by a method, with a draw of problems."""
+    decoder = load_embedded("embedded", device="cpu")
+    wanted = CalibrationSpec(("gsm8k",), n=PROBLEMS, seed=seed).settled(writes_own(method))
+    prune(decoder, method, calibration=calibrated(decoder, wanted, data_folder()))
+    losses, text = evaluate(decoder, ONS, Settings(data_dir=data_folder()))
+    return list(losses.values), headline(text)
 
 
 STEPS: dict[str, Callable[[], Found]] = {
     "bytes": bytes_of_training,
     "smollm2": partial(builds, "smollm2"),
+    "more": more,
     "kills": kills,
     "stream": stream,
     "large": large,

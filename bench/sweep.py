@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -16,6 +17,8 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ from causalprune import Method, load, prune, save
 from causalprune.core.errors import CausalPruneError
 from causalprune.evaluation.results import read_json, write_json
 
+PLACE = RUNS / "families" / "sweep"
 SECONDS = 600
 """For one check, at most."""
 NAMED = [
@@ -72,16 +76,23 @@ NAMED = [
 
 def sweep() -> dict[str, Any]:
     """Return a row for every type, by what loads it."""
-    place = RUNS / "families" / "sweep"
-    place.mkdir(parents=True, exist_ok=True)
-    transformers.logging.set_verbosity(50)
-    logging.disable(logging.CRITICAL)
+    PLACE.mkdir(parents=True, exist_ok=True)
+    _quiet()
     kinds = {"causal": configs.CAUSAL, "image_text": configs.IMAGE_TEXT}
     found: dict[str, Any] = {"transformers": transformers.__version__}
-    for kind, names in kinds.items():
-        found[kind] = {name: _kept(place / f"{kind}-{name}.json", kind, name) for name in names}
+    workers, spawned = os.cpu_count() or 1, multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawned, _quiet) as pool:
+        for kind, names in kinds.items():
+            found[kind] = dict(zip(names, pool.map(partial(_kept, kind), names), strict=True))
     found["packed"] = packed()
     return found
+
+
+def _quiet() -> None:
+    """Say nothing of a model's own, and compute on one core: models are tiny, and another is checked beside."""
+    transformers.logging.set_verbosity(50)
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
 
 
 def packed() -> dict[str, Any]:
@@ -104,7 +115,8 @@ def packed() -> dict[str, Any]:
         }
 
 
-def _kept(path: Path, kind: str, name: str) -> dict[str, Any]:
+def _kept(kind: str, name: str) -> dict[str, Any]:
+    path = PLACE / f"{kind}-{name}.json"
     files = [Path(own.__file__ or "") for own in (configs, working, finishing)]
     made = [transformers.__version__, *(hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files)]
     if path.exists() and (row := read_json(path))["made"] == made:

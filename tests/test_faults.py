@@ -128,12 +128,27 @@ def test_of_two_that_save_to_one_folder_the_first_stays(
     pids = itertools.count()
     monkeypatch.setattr(os, "getpid", lambda: next(pids))  # as two processes have
     with (
-        pytest.warns(UserWarning, match=r"out\.partial-0 is of a run that was killed, or is not over"),
+        pytest.warns(UserWarning, match=r"out\.partial-0-\w+ is of a run that was killed, or is not over"),
         pytest.raises(CheckpointError, match=r"cannot save to .*out: .*not empty"),
     ):
         save(fresh("llama2"), tmp_path / "out", manifest={"run": "the first to begin"})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert read_manifest(tmp_path / "out")["run"] == {"run": "the other"}
+
+
+def test_what_another_process_is_writing_is_not_said_to_be_left(tmp_path: Path) -> None:
+    (tmp_path / f"out.partial-{os.getppid()}-abc").mkdir()
+    save(fresh("llama3"), tmp_path / "out")
+
+
+def test_in_a_container_a_killed_run_may_have_had_the_same_number(tmp_path: Path) -> None:
+    for left in (f"out.partial-{os.getpid()}", f"out.partial-{os.getpid()}-abc", f"out.old-{os.getpid()}"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "file").touch()
+    for overwrite in (False, True):
+        with pytest.warns(UserWarning, match=r"is of a run that was killed, or is not over"):
+            save(fresh("llama3"), tmp_path / "out", overwrite=overwrite)
+    assert read_manifest(tmp_path / "out")
 
 
 @pytest.mark.thorough

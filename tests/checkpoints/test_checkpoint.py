@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from causalprune.checkpoints import placing
 from causalprune.checkpoints import saving as checkpoint
+from causalprune.checkpoints.placing import check_destination
 from causalprune.checkpoints.saving import (
-    check_destination,
     load_effects,
     load_keep,
     read_manifest,
@@ -213,14 +214,15 @@ def test_a_full_disk_leaves_nothing_behind(
     keep = prune_half(decoder)
     if before:
         save(decoder, tmp_path / "out", manifest={"run": "first"})
-    real = getattr(checkpoint, step)
+    module = placing if step in ("sync", "_replace") else checkpoint
+    real = getattr(module, step)
 
     def full_disk(*args: Any, **options: Any) -> None:
         if step != "_replace":
             real(*args, **options)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, step, full_disk)
+    monkeypatch.setattr(module, step, full_disk)
     with pytest.raises(CheckpointError, match=r"cannot save to .*out: .*No space left.* GB free"):
         save(decoder, tmp_path / "out", manifest={}, keep=keep, overwrite=before)
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if before else [])

@@ -23,14 +23,14 @@ from .kept import (
 from .kept import (
     reapply as reapply,
 )
-from .saving import (
-    KEEP as KEEP,
-)
-from .saving import (
+from .placing import (
     check_destination as check_destination,
 )
-from .saving import (
+from .placing import (
     complete as complete,
+)
+from .saving import (
+    KEEP as KEEP,
 )
 from .saving import (
     count as count,

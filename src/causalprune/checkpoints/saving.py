@@ -8,15 +8,13 @@
 | `effects.json` | the measured losses that the factors came from, exact to the bit |
 | `README.md` | the model card, written from the manifest; `README.base.md` is that of the base |
 
-A folder is written beside its final name and renamed when it is complete and on disk.
+The folder appears complete or not at all (`causalprune.checkpoints.placing`).
 """
 
-import glob
 import hashlib
 import json
 import math
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,9 +31,9 @@ from torch import Tensor
 from causalprune.checkpoints.aside import LARGE, aside_of, put_aside, taken_from
 from causalprune.checkpoints.card import write_card
 from causalprune.checkpoints.carrying import EFFECTS, MANIFEST
-from causalprune.checkpoints.writing import WrittenError, read_back, write_model
+from causalprune.checkpoints.placing import complete
+from causalprune.checkpoints.writing import read_back, write_model
 from causalprune.core import (
-    CausalPruneError,
     CheckpointError,
     Decoder,
     Effects,
@@ -57,31 +55,6 @@ FORMAT = 1
 KEEP = "keep_masks.safetensors"
 TENSORS = ("masked_nats", "intact_nats", "tokens", "subset", "kl_nats", "predicted_nats", "curvature_nats")
 Keep = Mapping[str, Bool[Tensor, "_ _"]]
-
-
-def check_destination(folder: Path, overwrite: bool = False) -> None:
-    """Raise `CheckpointError` unless `save` can write `folder`: to be called before any work.
-
-    With `overwrite`, an existing folder must be empty or hold a manifest of ours, so that nothing
-    else is ever deleted.
-    """
-    if os.path.lexists(folder):
-        if not overwrite:
-            raise CheckpointError(f"{folder} exists: choose another folder, or pass --overwrite")
-        if folder.is_symlink() or not folder.is_dir():
-            raise CheckpointError(
-                f"{folder} is not a folder and will not be overwritten: choose another name"
-            )
-        if any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-            raise CheckpointError(
-                f"{folder} was not written by causalprune (it has no {MANIFEST}) and will not be "
-                "overwritten: choose another folder"
-            )
-    parent = folder.absolute().parent
-    while not os.path.lexists(parent):
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"cannot write {folder}: {parent} is not a folder that you may write to")
 
 
 def save(  # noqa: PLR0913 (what there is to say of a model)
@@ -122,40 +95,6 @@ def save(  # noqa: PLR0913 (what there is to say of a model)
         write_manifest(temporary, decoder, run, [count(p, dtype) for p in decoder.projections])
         read_back(decoder, stored, temporary)
     return folder
-
-
-@contextmanager
-def complete(folder: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Give out a temporary folder that gets the name `folder` when all in it is on disk, or vanishes.
-
-    On any failure nothing new is left under the final name, and the error is a `CheckpointError`.
-    """
-    check_destination(folder, overwrite)
-    place = folder.absolute()
-    temporary = place.with_name(f"{place.name}.partial-{os.getpid()}")
-    for left in place.parent.glob(f"{glob.escape(place.name)}.partial-*"):
-        warnings.warn(
-            f"{left} is of a run that was killed, or is not over: delete it if none is", stacklevel=4
-        )
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            sync(path)
-        _replace(temporary, place, overwrite)
-    except WrittenError as error:
-        kept = temporary.rename(place.with_name(f"{place.name}.differs-{os.getpid()}"))
-        raise CheckpointError(
-            f"{error}: it is in {kept}, do not use it; save again, on another disk"
-        ) from error
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, Exception) and not isinstance(error, CausalPruneError):
-            free = shutil.disk_usage(_existing(folder)).free
-            raise CheckpointError(
-                f"cannot save to {folder}: {error} ({free / 1e9:.2f} GB free there); nothing was left behind"
-            ) from error
-        raise
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -362,30 +301,3 @@ def _read_json(path: Path, required: tuple[str, ...]) -> dict[str, Any]:
     if missing := [key for key in required if key not in record]:
         raise CheckpointError(f"{path} is damaged: it has no entry {missing[0]!r}")
     return record
-
-
-def _replace(temporary: Path, folder: Path, overwrite: bool) -> None:
-    """Rename `temporary` to `folder`; what was there is deleted only when the new one is in place.
-
-    Without `overwrite`, a folder that another run has written in the meantime makes this fail, and stays.
-    """
-    old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
-    replaced = overwrite and os.path.lexists(folder)
-    if replaced:
-        folder.rename(old)
-    try:
-        temporary.rename(folder)
-    except BaseException:
-        if replaced:
-            old.rename(folder)
-        raise
-    sync(folder.parent)
-    if replaced:
-        shutil.rmtree(old, ignore_errors=True)
-        if old.exists():
-            warnings.warn(f"{folder} was replaced, but {old} could not be deleted", stacklevel=3)
-
-
-def _existing(folder: Path) -> Path:
-    """Return the nearest parent of `folder` that exists."""
-    return next(parent for parent in folder.absolute().parents if parent.is_dir())

@@ -77,7 +77,12 @@ from .memory import (
 from .memory import (
     zeros_in as zeros_in,
 )
-from .places import cache_folder as cache_folder
+from .places import (
+    cache_folder as cache_folder,
+)
+from .places import (
+    is_being_written as is_being_written,
+)
 from .progress import shown as shown
 from .provenance import (
     METHOD_VERSION as METHOD_VERSION,
