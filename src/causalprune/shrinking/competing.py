@@ -68,13 +68,14 @@ def step_of(kind: Kind, units: int) -> int:
 class Offers:
     """The kinds of units that a model can lose, how many of each there are in a layer, and what is left of a budget.
 
-    `over` are kinds that cannot go, and why.
+    `over` are kinds that cannot go, and why; `known` are the parameters of what was asked for already.
     """
 
     decoder: Decoder
     budget: Budget
     sizes: dict[Kind, int] = field(default_factory=dict)
     over: dict[Kind, str] = field(default_factory=dict)
+    known: dict[tuple[tuple[Kind, int], ...], int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for kind in KINDS:
@@ -121,8 +122,11 @@ class Offers:
         return Kept(**found)
 
     def parameters(self, left: Left) -> int:
-        """Return the parameters of the model that is left."""
-        return parameters_of(self.decoder, self.kept(left))
+        """Return the parameters of the model that is left; raises what `smaller` does."""
+        sizes = tuple(sorted(left.items()))
+        if sizes not in self.known:
+            self.known[sizes] = parameters_of(self.decoder, self.kept(left))
+        return self.known[sizes]
 
     def cost(self, left: Left) -> float:
         """Return what the budget counts of the model that is left: parameters, bytes, or seconds for a token."""
