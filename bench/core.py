@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,14 @@ from causalprune.calibration.examples import calibrate, with_limit
 from causalprune.checkpoints.embedded import load
 from causalprune.checkpoints.saving import load_effects
 from causalprune.core.progress import shown
+from causalprune.evaluation.measures import evaluate, evaluation_contents
 from causalprune.evaluation.results import headline, read_json, rows_of, write_json
+from causalprune.evaluation.settings import Settings
 from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
 from causalprune.runs.recipe import Recipe, read_recipe, without_limits
 from causalprune.runs.study import run
+from causalprune.runs.traces import calibrated
 
 NAMES = {"magnitude-matrix": "magnitude_matrix", "magnitude-global": "magnitude_global", "wanda-row": "wanda"}
 NAMES |= {"cap-global": "cap", "dense": "dense"}
@@ -62,23 +65,42 @@ def table(full: bool) -> dict[str, float]:
 
 
 def _completed(recipe: Recipe, before: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the table with the tasks that it lacks, each result with where it was `made`."""
-    there = {r["task"] for row in before["rows"] for r in row["results"]} if before else set()
+    """Return the table with the tasks that it lacks, each result with where it was `made`; a row that is finished is kept.
+
+    The first time it is a run; later, models are pruned again with the effects that it has left.
+    """
+    if not before:
+        return light(run(recipe, RUNS / "core", data_dir=data_folder(), stage=shown))
+    there = {r["task"] for row in before["rows"] for r in row["results"]}
     tasks = [with_limit(task)[0] for task in recipe.on]
     missing = tuple(task for task, name in zip(recipe.on, tasks, strict=True) if name not in there)
-    if before and not missing:
-        return before
-    recipe = replace(recipe, on=missing, general_text="none", texts=False)
-    found = light(run(recipe, RUNS / "core", data_dir=data_folder(), stage=shown))
-    for row in found["rows"]:
-        row["results"] = [{**r, "description": {**r["description"], "made": made()}} for r in row["results"]]
-    if not before:
-        return found
-    for row, new in zip(before["rows"], found["rows"], strict=True):
-        if row["label"] != new["label"]:
-            raise SystemExit(f"the table has {row['label']} where {new['label']} was measured")
-        row["results"] = sorted(row["results"] + new["results"], key=lambda r: tasks.index(r["task"]))
+    settings, place = Settings(data_dir=data_folder()), RUNS / "core_more"
+    cells = recipe.cells()
+    for row in before["rows"] if missing else ():
+        path = place / f"{row['label']}.json"
+        if not path.exists():
+            results = evaluate(_pruned(recipe, cells[row["label"]]), missing, settings)
+            place.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"results": [asdict(result) for result in results]})
+            print(row["label"], *map(headline, results), flush=True)
+        new = light(read_json(path))["results"]
+        new = [{**r, "description": {**r["description"], "made": made()}} for r in new]
+        row["results"] = sorted(row["results"] + new, key=lambda r: tasks.index(r["task"]))
     return before
+
+
+def _pruned(recipe: Recipe, method: Any) -> Any:
+    """Return a model of the table: with the calibration and the effects that it was first made with."""
+    decoder = load("embedded")
+    if method is None:
+        return decoder
+    exclude = evaluation_contents(recipe.on, Settings(data_dir=data_folder()), decoder)
+    data = calibrated(decoder, recipe.calibration, data_folder(), exclude)
+    effects = load_effects(RUNS / "core" / "effects.json", decoder)
+    if effects.calibration_fingerprint != data.fingerprint:
+        raise SystemExit("other calibration examples are drawn than those of the effects in bench/runs/core")
+    prune(decoder, method, calibration=data, effects=effects if "effects" in method.needs else None)
+    return decoder
 
 
 def speed(full: bool) -> dict[str, float]:

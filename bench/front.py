@@ -79,7 +79,7 @@ def demo() -> Found:
         "demo_minutes": minutes,
         "demo_has_causal": float(any(label.startswith("causal") for label in labels)),
     }
-    return {"figures": figures, "raw": {"rows": labels, "checkpoints": kept, "said": said}}
+    return {"figures": figures, "raw": {"rows": labels, "checkpoints": kept, **said}}
 
 
 def first_table() -> Found:
@@ -98,22 +98,20 @@ def first_table() -> Found:
         labels = [row["label"] for row in json.loads((folder / "own/results.json").read_text())["rows"]]
     if not any(label.startswith("causal") for label in labels):
         raise SystemExit(f"the recipe has no causal: {labels}")
-    return {"figures": {"first_table_minutes": minutes}, "raw": {"rows": labels, "said": said}}
+    return {"figures": {"first_table_minutes": minutes}, "raw": {"rows": labels, **said}}
 
 
-def _timed(command: list[str], folder: Path, cache: Path) -> tuple[list[str], float]:
-    """Run a command with an empty cache of the product; return the end of what it said, and its minutes."""
+def _timed(command: list[str], folder: Path, cache: Path) -> tuple[dict[str, Any], float]:
+    """Run a command with an empty cache of the product; return its stages, the end of what it printed, and its minutes."""
     env = {**os.environ, "PYTHONPATH": "" if command[0] == "make" else str(ROOT / "src")}
     pip = subprocess.run(
         [sys.executable, "-m", "pip", "cache", "dir"], capture_output=True, text=True, check=True
     ).stdout.strip()
     env |= {"XDG_CACHE_HOME": str(cache), "PIP_CACHE_DIR": pip}  # packages may be there, models not
-    start = time.perf_counter()
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
-    minutes = (time.perf_counter() - start) / 60
-    if done.returncode:
-        raise SystemExit(f"{command} failed: {done.stderr[-2000:]}")
-    return done.stdout.splitlines()[-60:], minutes
+    env.pop("CAUSALPRUNE_DATA", None)  # who is new has no data sets
+    said, printed = heard(command, env, folder)
+    stages = [[round(at, 1), text] for at, text in said if not text.startswith((" ", "WARNING"))]
+    return {"stages": stages, "said": printed[-60:]}, said[-1][0] / 60
 
 
 class Recorder:
@@ -255,28 +253,37 @@ def silence() -> Found:
 
 def gaps(words: list[str], *, terminal: bool) -> Found:
     """Run a command; return the longest times between two things that it said, which were not the same."""
-    command = [*COMMAND, *words]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "CAUSALPRUNE_DATA": str(data_folder())}
-    read, write = pty.openpty() if terminal else os.pipe()
-    start = time.time()
-    process = subprocess.Popen(command, stderr=write, stdout=subprocess.DEVNULL, env=env)
-    os.close(write)
-    said: list[tuple[float, str]] = [(start, "")]
-    while data := _more(read):
-        for text in re.split(r"[\r\n]+", ESCAPES.sub("", data.decode(errors="replace"))):
-            if text.strip() and text.strip() != said[-1][1]:
-                said.append((time.time(), text.strip()))
-    os.close(read)
-    if process.wait():
-        raise SystemExit(f"{' '.join(words)} failed: {said[-5:]}")
-    said.append((time.time(), ""))
-    found = [(after - at, at - start, text) for (at, text), (after, _) in pairwise(said)]
+    said, _ = heard([*COMMAND, *words], env, terminal=terminal)
+    found = [(after - at, at, text) for (at, text), (after, _) in pairwise([(0.0, ""), *said])]
     return {
-        "seconds": time.time() - start,
+        "seconds": said[-1][0],
         "said": len(said),
         "gaps": sorted(found, reverse=True)[:5],
         "lines": [] if terminal else [text for _, text in said],
     }
+
+
+def heard(
+    command: list[str], env: dict[str, str], folder: Path | None = None, *, terminal: bool = False
+) -> tuple[list[tuple[float, str]], list[str]]:
+    """Run a command; return what else it said after how many seconds, its end as the last, and the lines that it printed."""
+    read, write = pty.openpty() if terminal else os.pipe()
+    said: list[tuple[float, str]] = []
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
+        start = time.time()
+        process = subprocess.Popen(command, cwd=folder, stderr=write, stdout=printed, env=env)
+        os.close(write)
+        while data := _more(read):
+            for text in re.split(r"[\r\n]+", ESCAPES.sub("", data.decode(errors="replace"))):
+                if text.strip() and (not said or text.strip() != said[-1][1].strip()):
+                    said.append((time.time() - start, text.rstrip()))
+        os.close(read)
+        if process.wait():
+            raise SystemExit(f"{' '.join(command)} failed: {said[-5:]}")
+        said.append((time.time() - start, ""))
+        printed.seek(0)
+        return said, printed.read().splitlines()
 
 
 def _more(descriptor: int) -> bytes:

@@ -131,8 +131,9 @@ def measured(
     """Measure the rows of a table that were not there `before`, or are asked for `again`; yield all that are there after each."""
     table, folder = TABLES[name], RUNS / ("quality" if name == "gsm8k" else f"quality_{name}")
     recipes = [table.recipe(*cell, device) for cell in table.cells]
-    if before and _asked(before["recipe"]) != _asked(dataclasses.asdict(recipes[0])):
-        before = {}
+    more = _tasks_more(before, recipes[0])
+    if more is None:
+        before, more = {}, ()
     rows = {row["label"]: row for row in before.get("rows", ()) if row["label"] not in again}
     order = dict.fromkeys(label for recipe in recipes for label in recipe.cells())
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,6 +142,9 @@ def measured(
     for written in (folder / "answers").glob("*.ledger"):
         _into_cache(written)
     found = before
+    for recipe in recipes if before and more else ():
+        if recipe.cells().keys() <= rows.keys():
+            _added(rows, dataclasses.replace(recipe, on=more), folder.with_name(f"{folder.name}_more"))
     for recipe in recipes:
         if not recipe.cells().keys() <= rows.keys():
             found = light(run(recipe, folder, data_dir=data_folder(), stage=shown))
@@ -151,11 +155,35 @@ def measured(
         yield before
 
 
+def _added(rows: dict[str, Any], recipe: Recipe, folder: Path) -> None:
+    """Prune again, and add results on tasks that were not asked for when these rows were measured."""
+    found = light(
+        run(dataclasses.replace(recipe, general_text="none"), folder, data_dir=data_folder(), stage=shown)
+    )
+    for new in found["rows"]:
+        row = rows[new["label"]]
+        there = {result["task"] for result in row["results"]}
+        own = [result for result in new["results"] if result["task"] not in there]
+        own = [{**r, "description": {**r["description"], "made": made()}} for r in own]
+        rows[new["label"]] = {**row, "results": [*row["results"], *own]}
+
+
+def _tasks_more(before: dict[str, Any], recipe: Recipe) -> tuple[str, ...] | None:
+    """Return the tasks that rows of `before` lack; None where they were made by something else than is asked for now."""
+    if not before:
+        return ()
+    old, new = before["recipe"], dataclasses.asdict(recipe)
+    tasks = old.get("on", old.get("tasks"))
+    if _asked(old) != _asked(new) or not set(tasks) <= set(recipe.on):
+        return None
+    return tuple(task for task in recipe.on if task not in tasks)
+
+
 def _asked(recipe: Any) -> Any:
-    """Return what the rows of a table depend on besides their method: rows by something else are measured anew."""
-    own, on = recipe["calibration"], recipe.get("on", recipe.get("tasks"))
+    """Return what the rows of a table depend on besides method and tasks: rows by something else are measured anew."""
+    own = recipe["calibration"]
     how = [own[name] for name in ("subsets", "seed", "max_tokens", "chat")]
-    return light([_counts(own), how, on, recipe["model"]["dtype"]])
+    return light([_counts(own), how, recipe["model"]["dtype"]])
 
 
 def _counts(calibration: dict[str, Any]) -> dict[str, int]:

@@ -33,7 +33,7 @@ from causalprune.core.progress import shown
 from causalprune.core.types import Decoder, EvalResult
 from causalprune.evaluation.measures import Settings, evaluate, evaluation_contents
 from causalprune.evaluation.results import headline, paired_difference, results_in
-from causalprune.shrinking.removal import shares_for, shrink
+from causalprune.shrinking.removal import shrink
 from causalprune.shrinking.worth import Shrinking
 
 MODELS = {"smollm2": lambda: "embedded", "qwen": lambda: str(fetched("qwen"))}
@@ -62,9 +62,7 @@ def shrunk(name: str, share: float, by: str) -> tuple[Decoder, EvalResult]:
         calibration = calibrate(
             decoder.tokenizer, ["gsm8k"], n=EXAMPLES, subsets=1, data_dir=data_folder(), exclude=exclude
         )
-        decoder = shrink(
-            decoder, shares_for(decoder, share), calibration, Shrinking(by, "refit"), stage=shown
-        ).decoder
+        decoder = shrink(decoder, share, calibration, Shrinking(by, "refit"), stage=shown).decoder
     with shown(f"{share:g} {by}") as progress:
         return decoder, evaluate(decoder, [TEST], settings, on_progress=progress)[0]
 
@@ -176,10 +174,7 @@ def again(model: str, rows: dict[str, Any], keep: Callable[[], None], *, memory:
         row = rows.get(f"{model} {CHOICES[0]} {share}")
         if row and not (memory and "resident_bytes" in row):
             decoder = load(MODELS[model]())
-            shares = shares_for(decoder, share)
-            decoder = shrink(
-                decoder, shares, calibration, Shrinking("magnitude", "none"), stage=shown
-            ).decoder
+            decoder = shrink(decoder, share, calibration, Shrinking("magnitude", "none"), stage=shown).decoder
             row |= held(whole, decoder) if memory else compared(whole, decoder)
             keep()
 

@@ -25,6 +25,7 @@ from .reports import report as report
 from .runs import calibrate as calibrate
 from .runs import run as run
 from .runs import sweep as sweep
+from .shrinking import Budget as Budget
 from .shrinking import Shares as Shares
 from .shrinking import shrink as shrink
 

@@ -24,7 +24,7 @@ from causalprune.evaluation.measures import evaluate
 from causalprune.evaluation.results import paired_difference
 from causalprune.models.anatomy import inspect_model
 from causalprune.pruning import begun, training
-from causalprune.shrinking.removal import Shares, Shrunk, leftovers, shares_for, shrink
+from causalprune.shrinking.removal import Shares, Shrunk, leftovers, shrink
 from causalprune.shrinking.worth import BY, Shrinking, worth_of
 
 
@@ -263,14 +263,6 @@ def test_unknown_choices_are_refused() -> None:
         shrunk("llama3", Shares(neurons=0.5), update="hope")
     with pytest.raises(OptionError, match="cannot be chosen by activation"):
         shrunk("llama3", Shares(layers=0.5), by="activation")
-
-
-def test_a_share_of_all_parameters_comes_from_the_neurons() -> None:
-    decoder = decoder_of("llama3")
-    found = shrink(decoder, shares_for(decoder, 0.1), problems(), stage=quiet)
-    assert 1 - found.parameters_after / found.parameters_before == pytest.approx(0.1, abs=0.01)
-    with pytest.raises(OptionError, match="cannot come from them"):
-        shares_for(decoder, 0.9)
 
 
 def test_activations_are_those_of_the_calibration() -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from causalprune import __version__
-from causalprune.cli import circuits, correcting, looking, measuring, pruning, reporting, shipping
+from causalprune.cli import circuits, correcting, looking, measuring, pruning, removing, reporting, shipping
 from causalprune.cli import options as opt
 from causalprune.cli.groups import ready
 from causalprune.cli.options import app
@@ -24,6 +24,7 @@ COMMANDS = (
     measuring,
     circuits,
     pruning,
+    removing,
     correcting,
     shipping,
     reporting,

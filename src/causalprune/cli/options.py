@@ -315,3 +315,29 @@ class RunningOptions:
         from causalprune.runs import Options
 
         return Options(data_dir, self.batch_tokens, overwrite, voice.stage)
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Where the checkpoint goes besides its folder."""
+
+    panel: ClassVar[str] = "Hub"
+
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            help="Repository on the Hugging Face Hub (owner/name) that gets the checkpoint too; it is made, private."
+        ),
+    ] = None
+    public: Annotated[bool, typer.Option("--public", help="Everybody may see that repository.")] = False
+
+    def reserve(self, output: Path, overwrite: bool) -> str | None:
+        """Make the repository, if one is asked for, before the long work, and return its name."""
+        from causalprune.checkpoints import check_destination, reserve
+
+        if self.public and self.push_to_hub is None:
+            raise OptionError("--public is about --push-to-hub: name a repository there, or leave it out")
+        if self.push_to_hub is None:
+            return None
+        check_destination(output, overwrite)
+        return reserve(self.push_to_hub, public=self.public, overwrite=overwrite)

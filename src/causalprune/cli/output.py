@@ -98,3 +98,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
+
+
+def pushed_to(output: Path, repository: str | None) -> str | None:
+    """Upload what was saved to a repository, if there is one, and return its address."""
+    from causalprune.checkpoints import push
+
+    if repository is None:
+        return None
+    with voice.stage(f"pushing to {repository}"):
+        place = push(output, repository)
+    console.print(f"pushed: {place}")
+    return place

@@ -3,20 +3,19 @@
 import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from causalprune.cli import options as opt
 from causalprune.cli.groups import grouped
 from causalprune.cli.options import app
-from causalprune.cli.output import AsJson, console, document, say, voice
+from causalprune.cli.output import AsJson, console, document, pushed_to, say, voice
 from causalprune.core import OptionError
 
 if TYPE_CHECKING:
     from causalprune.pruning import Method
     from causalprune.runs import Options
-    from causalprune.shrinking import Shares
 
 
 @dataclass(frozen=True)
@@ -85,91 +84,6 @@ class StreamOptions(opt.RunningOptions):
         return replace(super().options(data_dir, overwrite=overwrite), cache_gib=self.cache_gib)
 
 
-@dataclass(frozen=True)
-class RemovalOptions:
-    """Which units go for good, and how many."""
-
-    panel: ClassVar[str] = "Method"
-
-    parameters: Annotated[
-        float | None,
-        typer.Option("--parameters", help="Share of all parameters that goes, taken from MLP neurons."),
-    ] = None
-    neurons: Annotated[
-        float, typer.Option("--neurons", help="Share of the MLP neurons of every layer that goes.")
-    ] = 0.0
-    kv_groups: Annotated[
-        float,
-        typer.Option(
-            "--kv-groups", help="Share of the KV heads of every layer that goes, with their query heads."
-        ),
-    ] = 0.0
-    experts: Annotated[
-        float, typer.Option("--experts", help="Share of the experts of every layer that goes.")
-    ] = 0.0
-    layers: Annotated[float, typer.Option("--layers", help="Share of the layers that goes.")] = 0.0
-    by: Annotated[
-        Literal["effect", "activation", "magnitude", "random"],
-        typer.Option(
-            help="What units are worth: effect (on the task), activation (for experts as REAP ranks them; not for layers), "
-            "magnitude or random."
-        ),
-    ] = "effect"
-    update: Annotated[
-        Literal["none", "obs", "refit", "distill", "adam"],
-        typer.Option(help="Makes up for what goes: distill (refit, then training), refit, obs, or none."),
-    ] = "distill"
-
-    def shares(self) -> "Shares | None":
-        """Return the shares that go; None where a share of all parameters is asked for."""
-        from causalprune.shrinking import Shares
-
-        own = (self.neurons, self.kv_groups, self.experts, self.layers)
-        if self.parameters is None:
-            return Shares(*own)
-        if any(own):
-            raise OptionError("--parameters chooses the share of neurons itself: leave the other shares out")
-        return None
-
-
-@dataclass(frozen=True)
-class HubOptions:
-    """Where the checkpoint goes besides its folder."""
-
-    panel: ClassVar[str] = "Hub"
-
-    push_to_hub: Annotated[
-        str | None,
-        typer.Option(
-            help="Repository on the Hugging Face Hub (owner/name) that gets the checkpoint too; it is made, private."
-        ),
-    ] = None
-    public: Annotated[bool, typer.Option("--public", help="Everybody may see that repository.")] = False
-
-    def reserve(self, output: Path, overwrite: bool) -> str | None:
-        """Make the repository, if one is asked for, before the long work, and return its name."""
-        from causalprune.checkpoints import check_destination, reserve
-
-        if self.public and self.push_to_hub is None:
-            raise OptionError("--public is about --push-to-hub: name a repository there, or leave it out")
-        if self.push_to_hub is None:
-            return None
-        check_destination(output, overwrite)
-        return reserve(self.push_to_hub, public=self.public, overwrite=overwrite)
-
-
-def _pushed(output: Path, repository: str | None) -> str | None:
-    """Upload what was saved to a repository, if there is one, and return its address."""
-    from causalprune.checkpoints import push
-
-    if repository is None:
-        return None
-    with voice.stage(f"pushing to {repository}"):
-        place = push(output, repository)
-    console.print(f"pushed: {place}")
-    return place
-
-
 @app.command()
 @grouped
 def prune(
@@ -178,7 +92,7 @@ def prune(
     data: opt.MixedOptions,
     method: PruningOptions,
     running: StreamOptions,
-    hub: HubOptions,
+    hub: opt.HubOptions,
     subsets: opt.Subsets = 3,
     overwrite: opt.Overwrite = False,
     as_json: AsJson = False,
@@ -207,7 +121,7 @@ def prune(
         say(tables.unrouted(done.unrouted, said))
     made = outcome(output)
     say(tables.outcome(made))
-    pushed = _pushed(output, repository)
+    pushed = pushed_to(output, repository)
     document(as_json, saved=output, **vars(made), unrouted=done.unrouted, pushed=pushed)
 
 
@@ -273,69 +187,6 @@ def sweep(
     document(
         as_json, method=method.method, sparsity=best, tried=tried, results=output / RESULTS, outcome=made
     )
-
-
-@app.command()
-@grouped
-def shrink(
-    *,
-    model: opt.ModelOptions,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the smaller checkpoint.")],
-    data: opt.MixedOptions = opt.MixedOptions(n=48),
-    method: RemovalOptions,
-    running: opt.RunningOptions,
-    time: Annotated[
-        bool,
-        typer.Option("--time/--no-time", help="Time the model beside the whole one, for at most 20 seconds."),
-    ] = True,
-    hub: HubOptions,
-    overwrite: opt.Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Remove units for good: a smaller and faster model that every runtime loads, chosen by effect on the task."""
-    from causalprune.checkpoints import check_destination, save, warn_unpacked
-    from causalprune.cli import tables
-    from causalprune.core import forget, size_of
-    from causalprune.pruning import begun
-    from causalprune.runs import outcome, prepared, speeds
-    from causalprune.shrinking import Shrinking, leftovers, shares_for
-    from causalprune.shrinking import shrink as smaller
-
-    shares = method.shares()
-    check_destination(output, overwrite)
-    repository = hub.reserve(output, overwrite)
-    options, ledger = running.options(data.reading.data_dir), output.with_name(f"{output.name}.attribution")
-    found = begun(leftovers(ledger)["update"])
-    wanted = data.spec(1).settled(own=True)
-    decoder, calibration = prepared(model.spec(), wanted, options, found)
-    warn_unpacked(decoder)
-    shares = shares or shares_for(decoder, method.parameters or 0.0)
-    seed = data.reading.seed
-    shrunk = smaller(
-        decoder,
-        shares,
-        calibration,
-        Shrinking(method.by, method.update, seed, options.batch_tokens),
-        ledger=ledger,
-        stage=options.stage,
-    )
-    speed = None
-    if time:
-        with options.stage("timing"):
-            speed = speeds(decoder, shrunk.decoder)
-    sizes = {"before": asdict(size_of(decoder)), "after": asdict(size_of(shrunk.decoder))}
-    told = shrunk.options | {"speed": speed and asdict(speed), "size": sizes}
-    with options.stage("saving"):
-        save(shrunk.decoder, output, replace(shrunk, options=told), overwrite=overwrite)
-    for path in leftovers(ledger).values():
-        forget(path)
-    if shrunk.unrouted:
-        said = "experts, put before others, got no token that tells their worth"
-        say(tables.unrouted(shrunk.unrouted, said))
-    made = outcome(output)
-    say(tables.outcome(made))
-    pushed = _pushed(output, repository)
-    document(as_json, saved=output, **vars(made), unrouted=shrunk.unrouted, pushed=pushed)
 
 
 @app.command()

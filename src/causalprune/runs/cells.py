@@ -32,7 +32,7 @@ from causalprune.runs.keeping import keep_for_now, let_go
 from causalprune.runs.recipe import ModelSpec, Recipe
 from causalprune.runs.rows import SHRINK, Cell, Removal
 from causalprune.runs.timing import speeds
-from causalprune.shrinking import leftovers, shares_for, shrink
+from causalprune.shrinking import leftovers, shrink
 
 ADDED = "added"
 """In the description of a result: nobody named its task, so that it is shown, and decides nothing."""
@@ -186,9 +186,11 @@ class Cells:
 
     def _shrink(self, name: str, method: Removal, decoder: Decoder) -> Decoder:
         """Return a smaller model, timed beside the whole one where it is new."""
-        start, shares = time.perf_counter(), shares_for(decoder, method.share)
+        start = time.perf_counter()
         side: dict[str, Any] = {"stage": lambda what: self.stage(f"{name}: {what}")}
-        shrunk = shrink(decoder, shares, self.calibration, method.how, ledger=self._kept_in(name), **side)
+        shrunk = shrink(
+            decoder, method.share, self.calibration, method.how, ledger=self._kept_in(name), **side
+        )
         after, seconds = size_of(shrunk.decoder), time.perf_counter() - start
         if f"{name}/pruned" not in self.book.rows:
             with self.stage(f"{name}: timing"):

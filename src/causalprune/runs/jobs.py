@@ -10,7 +10,7 @@ from causalprune.pruning import Method
 from causalprune.runs.plans import answer_tokens, attribution_passes, task_tokens
 from causalprune.runs.recipe import Recipe, Shape
 from causalprune.runs.rows import Removal
-from causalprune.shrinking import shares_for, shrink_jobs
+from causalprune.shrinking import Budget, shrink_jobs
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ def run_jobs(
         left = {job: cost for job, cost in tasks.items() if job not in over}
         making = dict[str, float]()
         if isinstance(method, Removal):
-            shares = shares_for(decoder, method.share)
-            making = shrink_jobs(decoder, shares, calibration, method.how)
+            making = shrink_jobs(decoder, Budget(parameters=method.share), calibration, method.how)
         elif method is not None:
             making = {"pruning": method.passes(len(decoder.layers), len(calibration.examples), int(tokens))}
         found |= {f"{name}: {what}": (1 + passes * tokens) * bool(left) for what, passes in making.items()}

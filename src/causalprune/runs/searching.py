@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from causalprune.checkpoints import MANIFEST, resolve, save
-from causalprune.core import Calibration, CheckpointError, Decoder, EvalResult, Ledger, OptionError, forget
+from causalprune.core import (
+    Calibration,
+    CheckpointError,
+    Decoder,
+    EvalResult,
+    Ledger,
+    ModelError,
+    OptionError,
+    forget,
+)
 from causalprune.evaluation import Settings, evaluate, evaluation_contents, kept_rows, results_in
 from causalprune.runs.cells import load, outlined
 from causalprune.runs.recipe import CalibrationSpec, ModelSpec
@@ -30,7 +39,7 @@ from causalprune.shipping import (
     save_importance,
     worse,
 )
-from causalprune.shrinking import Shrinking, leftovers, shares_for, shrink
+from causalprune.shrinking import Budget, Offers, Shrinking, leftovers, shrink
 
 MIXES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "q2_k")
 SHARES = (0.1, 0.2, 0.3)
@@ -174,7 +183,7 @@ class Search:
         )
         decoder = self.load(0.0)
         how = Shrinking(update=self.asked.update, max_batch_tokens=self.options.batch_tokens)
-        found = shrink(decoder, shares_for(decoder, share), calibration, how, ledger=ledger, stage=stage)
+        found = shrink(decoder, share, calibration, how, ledger=ledger, stage=stage)
         with stage(f"saving without {share:.0%}"):
             save(found.decoder, folder, found, overwrite=True)
         for path in leftovers(ledger).values():
@@ -182,12 +191,12 @@ class Search:
 
 
 def possible(spec: ModelSpec, shares: Sequence[float]) -> tuple[float, ...]:
-    """Return the shares of all parameters that the neurons of a model can give, with a warning for every other."""
+    """Return the shares of all parameters that a model can lose, with a warning for every other."""
     bare, found = outlined(spec), list[float]()
     for share in shares:
         try:
-            shares_for(bare, share)
-        except OptionError as error:
+            Offers(bare, Budget(parameters=share)).check()
+        except (ModelError, OptionError) as error:
             warnings.warn(f"no file without {share:.0%} of the parameters is tried: {error}", stacklevel=2)
         else:
             found.append(share)

@@ -26,6 +26,9 @@ from .frontier import (
     best as best,
 )
 from .frontier import (
+    bytes_of as bytes_of,
+)
+from .frontier import (
     half as half,
 )
 from .frontier import (

@@ -41,10 +41,7 @@ def limit_of(size: str | None, speed: str | None, keep: float | None) -> Limit:
     if sum(own is not None for own in (size, speed, keep)) != 1:
         raise OptionError("name one limit: --size 400MB, --speed 1.5x or --keep 0.95")
     if size is not None:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(kb|mb|gb)", size.strip().lower())
-        if not found or not float(found[1]):
-            raise OptionError(f"a size is a number and its unit, as 400MB (10⁶ bytes) or 1.5GB, not {size!r}")
-        return Limit("size", float(found[1]) * _UNITS[found[2]])
+        return Limit("size", bytes_of(size))
     if speed is not None:
         found = re.fullmatch(r"(\d+(?:\.\d+)?)x?", speed.strip().lower())
         if not found or not float(found[1]):
@@ -53,6 +50,14 @@ def limit_of(size: str | None, speed: str | None, keep: float | None) -> Limit:
     if keep is None or not 0 < keep <= 1:
         raise OptionError(f"a share to keep is above 0 and at most 1, as 0.95, not {keep}")
     return Limit("keep", keep)
+
+
+def bytes_of(size: str) -> float:
+    """Return the bytes that `400MB` (10⁶ bytes) or `1.5GB` names; raises `OptionError` for what names none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(kb|mb|gb)", size.strip().lower())
+    if not found or not float(found[1]):
+        raise OptionError(f"a size is a number and its unit, as 400MB (10⁶ bytes) or 1.5GB, not {size!r}")
+    return float(found[1]) * _UNITS[found[2]]
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,9 @@
+from .competing import (
+    Budget as Budget,
+)
+from .competing import (
+    Offers as Offers,
+)
 from .removal import (
     Shares as Shares,
 )
@@ -5,13 +11,13 @@ from .removal import (
     leftovers as leftovers,
 )
 from .removal import (
-    shares_for as shares_for,
-)
-from .removal import (
     shrink as shrink,
 )
 from .removal import (
     shrink_jobs as shrink_jobs,
+)
+from .timing import (
+    read_and_written as read_and_written,
 )
 from .worth import (
     Shrinking as Shrinking,

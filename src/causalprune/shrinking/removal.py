@@ -26,13 +26,14 @@ from causalprune.pruning import (
     lessons,
     remove,
 )
+from causalprune.shrinking.competing import Budget, Offers, competed, step_of, worthiest
 from causalprune.shrinking.structure import Kept, column_keep, silence, smaller
-from causalprune.shrinking.worth import KINDS, Kind, Scores, Shrinking, sizes_of, worth_of
+from causalprune.shrinking.worth import KINDS, Kind, Scores, Shrinking, sizes_of, worth_of, worths_of
 
 LOOKING = {"effect": 5.0, "activation": 1.0}
 """Passes of all examples that it takes, about, to know what units are worth."""
-MULTIPLE = 32
-"""Widths of MLPs stay multiples of this where they are, as kernels like them."""
+WORTH, GIVES = "what units are worth", "what each kind gives"
+"""Stages where kinds compete."""
 
 
 @dataclass(frozen=True)
@@ -89,24 +90,9 @@ class Shrunk(Shown):
         return f"Shrunk({sizes}; what stays updated by {self.update}; the model is .decoder)"
 
 
-def shares_for(decoder: Decoder, parameters: float) -> Shares:
-    """Return the share of MLP neurons that makes up this share of all parameters."""
-    total = sum(p.numel() for p in decoder.model.parameters())
-    pool = sum(
-        p.size for p in decoder.projections if p.role in ("gate", "up", "down") and p.name.count(".") == 2
-    )
-    if not 0 < parameters * total < pool:
-        most = pool / total
-        raise OptionError(
-            f"neurons of dense MLPs are {most:.0%} of {decoder.name}: a share of {parameters:g} of all parameters "
-            "cannot come from them; name shares of KV groups, experts or layers"
-        )
-    return Shares(neurons=parameters * total / pool)
-
-
 def shrink(
     decoder: Decoder,
-    shares: Shares | float,
+    shares: Shares | Budget | float,
     calibration: Calibration,
     how: Shrinking = Shrinking(),
     *,
@@ -116,18 +102,20 @@ def shrink(
 ) -> Shrunk:
     """Return a smaller model without the units that matter least, the others updated to make up for them.
 
-    `shares` may be the share of all parameters that goes, 0 … 1, from the neurons of MLPs. All layers lose equally many
-    units of a kind. `changes` are fields of `Shrinking`. Where only experts go, nothing but training makes up for them. The
+    `shares` may be a `Budget`, or the share of all parameters that goes, 0 … 1: kinds of units compete for it, each giving as
+    much as lowers the measured divergence from the intact model. All layers lose equally many units of a kind. `changes` are
+    fields of `Shrinking`. Where only experts go, nothing but training makes up for them. The
     decoder that is given is changed on the way. Effects that were measured, layers that were updated and training are kept in
     the `leftovers` of a path, so that a stopped run goes on. Where no `stage` is given, every stage of the work has a bar
     (`quiet`: none has).
 
     Raises:
-        OptionError: a kind the model does not have, a share too small to remove one unit, or weights that cannot be trained.
+        OptionError: a kind the model does not have, a share too small to remove one unit, a budget that cannot be met, or
+            weights that cannot be trained.
         ModelError: the architecture cannot lose units of a kind, or some of the model is not in memory.
     """
     how, stage = replace(how, **changes), stage or bars
-    shares = shares if isinstance(shares, Shares) else shares_for(decoder, shares)
+    wanted = Budget(parameters=shares) if isinstance(shares, float) else shares
     if decoder.offloaded:
         raise ModelError(
             f"{decoder.name} is not all in memory, which shrinking needs: leave out --device-map"
@@ -136,7 +124,10 @@ def shrink(
         check_dtypes(decoder)
     given, before = decoder, sum(p.numel() for p in decoder.model.parameters())
     update = next(own for own in UPDATES if own == how.update)
-    chosen, unrouted = _chosen(decoder, shares, calibration, how, ledger=ledger, stage=stage)
+    if isinstance(wanted, Budget):
+        chosen, unrouted, told = _competed(decoder, wanted, calibration, how, ledger=ledger, stage=stage)
+    else:
+        chosen, unrouted, told = _chosen(decoder, wanted, calibration, how, ledger=ledger, stage=stage)
     identity = [fingerprint(decoder.model), _listed(chosen), calibration.fingerprint, asdict(how)]
     state = State(leftovers(ledger)["update"] if ledger else None, identity)
     followed = _followed(decoder, calibration, how, state, stage)
@@ -156,7 +147,7 @@ def shrink(
             distill(found, followed, how=training, on_step=progress, state=state)
     after = sum(p.numel() for p in found.model.parameters())
     kept = replace(kept, experts=chosen.get("experts", {}))
-    options = {"by": how.by, "seed": how.seed, "shares": asdict(shares)}
+    options = {"by": how.by, "seed": how.seed, **told}
     return Shrunk(found, kept, update, before, after, unrouted, calibration, options)
 
 
@@ -181,8 +172,8 @@ def _listed(kept: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def leftovers(path: Path) -> dict[str, Path]:
-    """Return the file in which the effects of every kind are kept, and the folder of the `update` of what stays."""
-    return {what: path.with_name(f"{path.name}.{what}") for what in (*KINDS, "update")}
+    """Return the file in which the effects of every kind, or of `units` of several, are kept, and the folder of the `update` of what stays."""
+    return {what: path.with_name(f"{path.name}.{what}") for what in (*KINDS, "units", "update")}
 
 
 def _chosen(
@@ -193,26 +184,56 @@ def _chosen(
     *,
     ledger: Path | None,
     stage: Stage,
-) -> tuple[dict[Kind, Any], tuple[str, ...]]:
-    """Return the indices that stay of every kind that loses some, and the experts that no token reached.
+) -> tuple[dict[Kind, Any], tuple[str, ...], dict[str, Any]]:
+    """Return the indices that stay of every kind that loses some, the experts that no token reached, and what the record says.
 
     What cannot be is refused before anything is measured.
     """
     wanted = {kind: share for kind in KINDS if (share := asdict(shares)[kind])}
     some = {kind: {i: torch.zeros(n) for i, n in sizes_of(decoder, kind).items()} for kind in wanted}
     smaller(decoder, Kept(**{kind: _kept(kind, some[kind], share) for kind, share in wanted.items()}))
-    chosen: dict[Kind, Any] = {}
-    unrouted: list[str] = []
-    for kind, share in wanted.items():
+    worths: dict[Kind, Scores] = {}
+    for kind in wanted:
         with stage(_worth_of(kind)) as progress:
-            if not chosen:
+            if not worths:
                 say(progress, jobs=shrink_jobs(decoder, shares, calibration, how))
             path = None if ledger is None else leftovers(ledger)[kind]
-            worth = worth_of(decoder, kind, calibration, how, progress, path)
-        chosen[kind] = _kept(kind, worth, share)
-        for layer, own in worth.items() if kind == "experts" else ():
-            unrouted += [f"layers.{layer}.experts.{i}" for i in own.isnan().nonzero()[:, 0].tolist()]
-    return chosen, tuple(unrouted)
+            worths[kind] = worth_of(decoder, kind, calibration, how, progress, path)
+    chosen: dict[Kind, Any] = {kind: _kept(kind, worths[kind], share) for kind, share in wanted.items()}
+    return chosen, _unrouted(worths), {"shares": asdict(shares)}
+
+
+def _competed(
+    decoder: Decoder,
+    budget: Budget,
+    calibration: Calibration,
+    how: Shrinking,
+    *,
+    ledger: Path | None,
+    stage: Stage,
+) -> tuple[dict[Kind, Any], tuple[str, ...], dict[str, Any]]:
+    """Return what `_chosen` does, of the kinds that compete for a budget; the record has what was tried."""
+    offers = Offers(decoder, budget)
+    with stage(WORTH) as progress:
+        say(progress, jobs=shrink_jobs(decoder, budget, calibration, how))
+        offers.check()
+        path = None if ledger is None else leftovers(ledger)["units"]
+        worths = worths_of(decoder, list(offers.sizes), calibration, how, progress, path)
+    with stage(GIVES) as progress:
+        left, tried = competed(offers, worths, calibration, progress)
+    kept = vars(offers.kept(left, worths))
+    shares = {kind: 1 - left.get(kind, n) / n for kind, n in offers.sizes.items()}
+    told = {"budget": budget.named, "shares": shares, "tried": tried, "not_tried": offers.over}
+    return {kind: kept[kind] for kind in left}, _unrouted(worths), told
+
+
+def _unrouted(worths: Mapping[Kind, Scores]) -> tuple[str, ...]:
+    """Return the names of the experts whose worth is not known."""
+    return tuple(
+        f"layers.{layer}.experts.{i}"
+        for layer, own in worths.get("experts", {}).items()
+        for i in own.isnan().nonzero()[:, 0].tolist()
+    )
 
 
 def _worth_of(kind: str) -> str:
@@ -220,13 +241,17 @@ def _worth_of(kind: str) -> str:
 
 
 def shrink_jobs(
-    decoder: Decoder, shares: Shares, calibration: Calibration, how: Shrinking
+    decoder: Decoder, wanted: Shares | Budget, calibration: Calibration, how: Shrinking
 ) -> dict[str, float]:
     """Return the stages of `shrink` in their order, with what they cost in passes of all examples."""
     trains = how.update in TRAINS
     method = Method("magnitude", 0.5, update="refit" if trains else how.update)  # whatever the share
     n, tokens = len(calibration.examples), sum(len(e.tokens) for e in calibration.examples)
-    found = {_worth_of(kind): LOOKING.get(how.by, 0.001) for kind, share in asdict(shares).items() if share}
+    if isinstance(wanted, Budget):
+        found = {WORTH: LOOKING.get(how.by, 0.001), GIVES: 1.0}
+    else:
+        kinds = [kind for kind, share in asdict(wanted).items() if share]
+        found = {_worth_of(kind): LOOKING.get(how.by, 0.001) for kind in kinds}
     found |= {"what training follows": 1.0} if trains else {}
     found["updating what stays"] = method.passes(len(decoder.layers), n, tokens)
     return found | ({"training what stays": 3.0 * epochs(tokens)} if trains else {})
@@ -241,11 +266,11 @@ def _kept(kind: Kind, worth: Scores, share: float) -> Any:
 
 def _best(worth: Float[Tensor, "unit"], kind: Kind, share: float) -> Tensor:
     n = len(worth)
-    step = MULTIPLE if kind == "neurons" and n % MULTIPLE == 0 and n > MULTIPLE else 1
+    step = step_of(kind, n)
     left = max(round(n * (1 - share) / step) * step, step)
     if left == n:
         raise OptionError(
             f"a share of {share:g} of {n} {kind.replace('_', ' ')} is less than one step of {step}: "
             f"ask for {step / n:.2g} or more, or leave it out"
         )
-    return worth.nan_to_num(nan=torch.inf).argsort(descending=True, stable=True)[:left].sort().values
+    return worthiest(worth, left)

@@ -69,6 +69,18 @@ def smaller(decoder: Decoder, kept: Kept) -> Decoder:
     return replace(own, source=decoder.source and replace(decoder.source, reshaped=True))
 
 
+def parameters_of(decoder: Decoder, kept: Kept) -> int:
+    """Return the parameters that a model with only what is kept has, without making it; raises what `smaller` does."""
+    config = _configured(decoder, kept)
+    try:
+        with torch.device("meta"):
+            model = type(decoder.model)._from_config(config, dtype=decoder.model.dtype)  # noqa: SLF001
+    except _UNFIT as cause:
+        raise ModelError(f"a smaller {config.model_type} cannot be: {cause}") from cause
+    model.tie_weights()
+    return sum(p.numel() for p in model.parameters())
+
+
 def _check_runs(model: Any) -> None:
     """Run one token: some shapes, such as those of norms over all heads, do not follow the configuration."""
     try:

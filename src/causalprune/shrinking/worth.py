@@ -12,7 +12,17 @@ from torch import Tensor
 
 from causalprune.attribution import Estimator, Question, attribute
 from causalprune.calibration import batches, few
-from causalprune.core import Calibration, Decoder, Layer, OptionError, Progress, Projection, say, unknown
+from causalprune.core import (
+    Calibration,
+    Decoder,
+    Layer,
+    OptionError,
+    Progress,
+    Projection,
+    UnitKind,
+    say,
+    unknown,
+)
 from causalprune.interventions import InputNorms, See, Site, gated_module, observed
 from causalprune.pruning import UPDATES
 
@@ -20,7 +30,14 @@ Kind: TypeAlias = Literal["neurons", "kv_groups", "experts", "layers"]
 Scores: TypeAlias = Mapping[int, Float[Tensor, "_"]]
 """What every unit of a kind is worth, by layer; for whole layers one number each."""
 
-KINDS: tuple[Kind, ...] = ("neurons", "kv_groups", "experts", "layers")
+UNITS: dict[Kind, UnitKind] = {
+    "neurons": "neurons",
+    "kv_groups": "kv_group",
+    "experts": "expert",
+    "layers": "layer",
+}
+"""What a unit of every kind is called where effects are measured."""
+KINDS: tuple[Kind, ...] = tuple(UNITS)
 BY = ("effect", "activation", "magnitude", "random")
 
 
@@ -71,17 +88,56 @@ def worth_of(
         return {i: _magnitude(decoder.layers[i], kind, n) for i, n in sizes.items()}
     if how.by == "activation":
         return _activation(decoder, kind, calibration, on_progress)
-    question = Question(units=("neurons:1" if kind == "neurons" else kind,), effect="kl")
-    estimator = Estimator(seed=how.seed, max_batch_tokens=how.max_batch_tokens)
-    if kind == "neurons":
-        estimator = replace(estimator, name="gradient")
-    else:
+    if kind != "neurons":
         some = tuple(few(calibration.examples))
         calibration = Calibration(some, (0,) * len(some))
+    estimator = Estimator("gradient" if kind == "neurons" else "exact", seed=how.seed)
+    return _effects(
+        decoder,
+        [kind],
+        calibration,
+        replace(estimator, max_batch_tokens=how.max_batch_tokens),
+        on_progress,
+        ledger,
+    )[kind]
+
+
+def worths_of(
+    decoder: Decoder,
+    kinds: Sequence[Kind],
+    calibration: Calibration,
+    how: Shrinking,
+    on_progress: Progress,
+    ledger: Path | None,
+) -> dict[Kind, Scores]:
+    """Return what every unit of several kinds is worth, as far as the choice knows it; effects are predicted, all in one pass."""
+    if how.by == "effect":
+        estimator = Estimator("gradient", seed=how.seed, max_batch_tokens=how.max_batch_tokens)
+        return _effects(decoder, kinds, calibration, estimator, on_progress, ledger)
+    known = [kind for kind in kinds if (kind, how.by) != ("layers", "activation")]
+    return {kind: worth_of(decoder, kind, calibration, how, on_progress, ledger) for kind in known}
+
+
+def _effects(
+    decoder: Decoder,
+    kinds: Sequence[Kind],
+    calibration: Calibration,
+    estimator: Estimator,
+    on_progress: Progress,
+    ledger: Path | None,
+) -> dict[Kind, Scores]:
+    """Return the divergence that every unit of some kinds stands for, by kind and layer, summed over the examples."""
+    names: dict[Kind, str] = {kind: "neurons:1" if kind == "neurons" else kind for kind in kinds}
+    question = Question(units=tuple(names.values()), effect="kl")
     effects = attribute(decoder, calibration, question, estimator, ledger=ledger, on_progress=on_progress)
     values = effects.change_nats() if effects.predicted_nats is None else effects.predicted_nats
-    by_layer = torch.tensor([unit.layer for unit in effects.units])
-    return {layer: values.sum(1)[by_layer == layer] for layer in sizes}
+    found: dict[Kind, Scores] = {}
+    for kind in kinds:
+        own = [(at, unit.layer) for at, unit in enumerate(effects.units) if unit.kind == UNITS[kind]]
+        numbers, layers = (torch.tensor(column) for column in zip(*own, strict=True))
+        sums = values.sum(1)[numbers]
+        found[kind] = {layer: sums[layers == layer] for layer in sizes_of(decoder, kind)}
+    return found
 
 
 def _count(layer: Layer, kind: Kind) -> int:

@@ -1,0 +1,144 @@
+"""The command that makes smaller models."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import typer
+
+from causalprune.cli import options as opt
+from causalprune.cli.groups import grouped
+from causalprune.cli.options import app
+from causalprune.cli.output import AsJson, document, pushed_to, say
+from causalprune.core import OptionError
+
+if TYPE_CHECKING:
+    from causalprune.shrinking import Budget, Shares
+
+
+@dataclass(frozen=True)
+class RemovalOptions:
+    """Which units go for good, and how many."""
+
+    panel: ClassVar[str] = "Method"
+
+    parameters: Annotated[
+        float | None,
+        typer.Option(
+            "--parameters",
+            help="Share of all parameters that goes; neurons, KV groups, experts and layers compete for it.",
+        ),
+    ] = None
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", help="The weights take at most so many bytes: 200MB (10⁶ bytes), 1.5GB."),
+    ] = None
+    latency: Annotated[
+        float | None,
+        typer.Option(
+            "--latency",
+            help="A written token takes at most this share of the whole model's time, on this machine in transformers: 0.8.",
+        ),
+    ] = None
+    neurons: Annotated[
+        float, typer.Option("--neurons", help="Share of the MLP neurons of every layer that goes.")
+    ] = 0.0
+    kv_groups: Annotated[
+        float,
+        typer.Option(
+            "--kv-groups", help="Share of the KV heads of every layer that goes, with their query heads."
+        ),
+    ] = 0.0
+    experts: Annotated[
+        float, typer.Option("--experts", help="Share of the experts of every layer that goes.")
+    ] = 0.0
+    layers: Annotated[float, typer.Option("--layers", help="Share of the layers that goes.")] = 0.0
+    by: Annotated[
+        Literal["effect", "activation", "magnitude", "random"],
+        typer.Option(
+            help="What units are worth: effect (on the task), activation (for experts as REAP ranks them; not for layers), "
+            "magnitude or random."
+        ),
+    ] = "effect"
+    update: Annotated[
+        Literal["none", "obs", "refit", "distill", "adam"],
+        typer.Option(help="Makes up for what goes: distill (refit, then training), refit, obs, or none."),
+    ] = "distill"
+
+    def wanted(self) -> "Shares | Budget":
+        """Return the shares that go, or the budget that kinds of units compete for."""
+        from causalprune.shipping import bytes_of
+        from causalprune.shrinking import Budget, Shares
+
+        own = (self.neurons, self.kv_groups, self.experts, self.layers)
+        budgets = {"--parameters": self.parameters, "--memory": self.memory, "--latency": self.latency}
+        named = [name for name, value in budgets.items() if value is not None]
+        if not named:
+            return Shares(*own)
+        if any(own) or len(named) > 1:
+            raise OptionError(
+                f"{named[0]} chooses every kind's share itself: leave the other shares out, and other budgets"
+            )
+        return Budget(self.parameters, None if self.memory is None else bytes_of(self.memory), self.latency)
+
+
+@app.command()
+@grouped
+def shrink(
+    *,
+    model: opt.ModelOptions,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the smaller checkpoint.")],
+    data: opt.MixedOptions = opt.MixedOptions(n=48),
+    method: RemovalOptions,
+    running: opt.RunningOptions,
+    time: Annotated[
+        bool,
+        typer.Option("--time/--no-time", help="Time the model beside the whole one, for at most 20 seconds."),
+    ] = True,
+    hub: opt.HubOptions,
+    overwrite: opt.Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove units for good: a smaller and faster model that every runtime loads, chosen by effect on the task."""
+    from causalprune.checkpoints import check_destination, save, warn_unpacked
+    from causalprune.cli import tables
+    from causalprune.core import forget, size_of
+    from causalprune.pruning import begun
+    from causalprune.runs import outcome, prepared, speeds
+    from causalprune.shrinking import Shrinking, leftovers
+    from causalprune.shrinking import shrink as smaller
+
+    goes = method.wanted()
+    check_destination(output, overwrite)
+    repository = hub.reserve(output, overwrite)
+    options, ledger = running.options(data.reading.data_dir), output.with_name(f"{output.name}.attribution")
+    found = begun(leftovers(ledger)["update"])
+    wanted = data.spec(1).settled(own=True)
+    decoder, calibration = prepared(model.spec(), wanted, options, found)
+    warn_unpacked(decoder)
+    seed = data.reading.seed
+    shrunk = smaller(
+        decoder,
+        goes,
+        calibration,
+        Shrinking(method.by, method.update, seed, options.batch_tokens),
+        ledger=ledger,
+        stage=options.stage,
+    )
+    speed = None
+    if time:
+        with options.stage("timing"):
+            speed = speeds(decoder, shrunk.decoder)
+    sizes = {"before": asdict(size_of(decoder)), "after": asdict(size_of(shrunk.decoder))}
+    told = shrunk.options | {"speed": speed and asdict(speed), "size": sizes}
+    with options.stage("saving"):
+        save(shrunk.decoder, output, replace(shrunk, options=told), overwrite=overwrite)
+    for path in leftovers(ledger).values():
+        forget(path)
+    if shrunk.unrouted:
+        said = "experts, put before others, got no token that tells their worth"
+        say(tables.unrouted(shrunk.unrouted, said))
+    made = outcome(output)
+    say(tables.outcome(made))
+    pushed = pushed_to(output, repository)
+    document(as_json, saved=output, **vars(made), unrouted=shrunk.unrouted, pushed=pushed)

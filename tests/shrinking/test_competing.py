@@ -1,0 +1,168 @@
+"""One budget for every kind of units: met, by what costs least, or refused in one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run
+from families import FAMILIES
+from reference import problems
+from tinydata import tiny_decoder, write_jsonl, write_model
+
+from causalprune.calibration.examples import batches, few
+from causalprune.core.errors import OptionError
+from causalprune.core.sizes import size_of
+from causalprune.core.types import Decoder, quiet, silent
+from causalprune.interventions.ablation import last_hidden
+from causalprune.models.anatomy import inspect_model
+from causalprune.shrinking import competing
+from causalprune.shrinking.competing import Budget, Offers, competed, harm
+from causalprune.shrinking.removal import shrink
+from causalprune.shrinking.structure import Kept, parameters_of, smaller
+from causalprune.shrinking.worth import Shrinking, worths_of
+
+
+def decoder_of(name: str) -> Decoder:
+    return inspect_model(FAMILIES[name](), None, name=name)
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "mixtral"])
+def test_parameters_are_counted_without_making_the_model(name: str) -> None:
+    decoder = decoder_of(name)
+    offers = Offers(decoder, Budget(parameters=0.2))
+    for kind, n in offers.sizes.items():
+        left = {kind: max(n // 2, 2 if kind == "experts" else 1)}
+        assert offers.possible(left)
+        kept = offers.kept(left)
+        made = smaller(decoder, kept)
+        assert parameters_of(decoder, kept) == sum(p.numel() for p in made.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "mixtral"])
+def test_a_share_of_all_parameters_goes(name: str) -> None:
+    found = shrink(decoder_of(name), 0.2, problems(), update="none", stage=quiet)
+    step = 1 / 12  # an expert of a layer, or a neuron
+    assert 1 - found.parameters_after / found.parameters_before == pytest.approx(0.2, abs=step)
+    record = found.record()["shrink"]
+    assert record["budget"] == {"parameters": 0.2}
+    assert record["shares"].keys() >= {"layers"}
+    assert [row["divergence"] > 0 for row in record["tried"]] == [True] * len(record["tried"])
+
+
+def test_a_budget_of_bytes_is_never_exceeded() -> None:
+    decoder = decoder_of("llama3")
+    whole = size_of(decoder)
+    for share in (0.95, 0.8, 0.7):
+        found = shrink(
+            decoder_of("llama3"), Budget(memory=share * whole.bytes), problems(), update="none", stage=quiet
+        )
+        assert share * 0.9 * whole.bytes < size_of(found.decoder).bytes <= share * whole.bytes
+
+
+def test_what_costs_less_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that does nothing goes before neurons that do something, and the other way round."""
+    for idle in (True, False):
+        decoder = decoder_of("llama3")
+        layer = decoder.layers[1]
+        for p in layer.projections:
+            if p.role in ("o", "down"):
+                p.write(p.read() * (0.0 if idle else 30.0))
+        offers = Offers(decoder, Budget(parameters=0.15))
+        worths = worths_of(decoder, list(offers.sizes), problems(), Shrinking(), silent, None)
+        left, tried = competed(offers, worths, problems(), silent)
+        assert ("layers" in left) == idle
+        assert min(row["divergence"] for row in tried) == next(
+            row["divergence"] for row in tried if row["left"] == left
+        )
+
+
+def test_divergence_is_that_of_whole_predictions() -> None:
+    decoder = decoder_of("llama3")
+    groups = batches(few(problems().examples), max_batch_tokens=64)
+    intact = [last_hidden(decoder, batch) for batch in groups]
+    kept = Kept(neurons={i: torch.arange(20) for i in range(3)})
+    small, total, tokens = smaller(decoder, kept), 0.0, 0
+    for batch in groups:
+        with torch.inference_mode():
+            own, whole = (
+                model(batch.tokens).logits.log_softmax(-1) for model in (small.model, decoder.model)
+            )
+        rows, at = batch.is_target.nonzero(as_tuple=True)
+        p, q = whole[rows, at - 1], own[rows, at - 1]
+        total, tokens = total + float((p.exp() * (p - q)).sum()), tokens + len(rows)
+    assert harm(small, groups, intact) == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_time_is_measured_once_and_what_is_left_is_predicted_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model whose time is 4 ms, 2 of them the MLPs', and all of it in 3 layers."""
+    calls = []
+
+    def timed(decoder: Decoder, parts: dict[str, Any]) -> dict[str, float]:
+        calls.append(parts)
+        gone = {kind: 1 - share for kind, (share, _) in parts.items()}
+        return {
+            "whole": 4e-3,
+            "neurons": 4e-3 - 2e-3 * gone["neurons"],
+            "kv_groups": 4e-3,
+            "layers": 4e-3 * (1 - gone["layers"]),
+        }
+
+    monkeypatch.setattr(competing, "token_seconds", timed)
+    offers = Offers(decoder_of("llama3"), Budget(latency=0.75))
+    n = offers.sizes["neurons"]
+    assert offers.cost({}) == pytest.approx(4e-3)
+    assert offers.cost({"neurons": n // 2}) == pytest.approx(3e-3)
+    assert offers.cost({"layers": 1}) == pytest.approx(4e-3 / 3)
+    assert offers.filled({}) == {"neurons": n // 2}
+    assert calls
+
+
+def test_times_are_kept_for_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    seconds = Offers(tiny_decoder(), Budget(latency=0.9)).cost({})
+    (kept,) = (tmp_path / "causalprune" / "times").iterdir()
+    assert json.loads(kept.read_text())["seconds"].keys() >= {"whole", "neurons", "layers"}
+    assert Offers(tiny_decoder(), Budget(latency=0.9)).cost({}) == seconds
+    kept.write_text(json.dumps({"parts": {"neurons": 0.1}, "seconds": {}}))  # of another half
+    assert Offers(tiny_decoder(), Budget(latency=0.9)).cost({}) > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--memory", "much"), "a size is a number and its unit"),
+        (("--memory", "1kb"), "cannot be so small"),
+        (("--parameters", "0.2", "--memory", "1MB"), "leave the other shares out, and other budgets"),
+        (("--parameters", "0.2", "--layers", "0.5"), "leave the other shares out, and other budgets"),
+        (("--latency", "1.5"), "latency must be a share between 0 and 1, not 1.5"),
+        (("--parameters", "0.99"), "cannot be so small"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_one_line(
+    run: Run, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    model = tmp_path / "model"
+    write_model(model, tiny_decoder())
+    task = write_jsonl(
+        tmp_path / "own.jsonl", [{"prompt": f"{i}?", "target": f"It is {2 * i}."} for i in range(8)]
+    )
+    code, _, err = run(
+        "shrink", model, "-t", task, "-n", 6, "--preserve", "none", *words, "-o", tmp_path / "small"
+    )
+    assert code == 2
+    assert said in err.splitlines()[-1]
+
+
+def test_a_budget_is_one_thing() -> None:
+    with pytest.raises(OptionError, match="one of parameters, memory and latency"):
+        Budget(parameters=0.1, memory=1e6)
+
+
+def test_groups_of_heads_stay_where_runtimes_work_out_their_width() -> None:
+    assert "kv_groups" in Offers(decoder_of("llama3"), Budget(parameters=0.2)).sizes
+    assert (
+        "does not state the width of a head"
+        in Offers(decoder_of("qwen2"), Budget(parameters=0.2)).over["kv_groups"]
+    )
