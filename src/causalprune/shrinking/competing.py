@@ -27,8 +27,8 @@ Left: TypeAlias = Mapping[Kind, int]
 
 FINEST: tuple[Kind, ...] = ("neurons", "experts", "layers")
 """The first of these that a model can lose gives the rest."""
-TRIED = (0.125, 0.25, 0.375, 0.5)
-"""Shares of the experts, or of the layers, that are tried; of KV groups every number up to half."""
+TRIED = (0.0, 0.125, 0.25, 0.375, 0.5)
+"""Shares of the experts, or of the layers, that are tried, at least one; of KV groups every number up to half."""
 MULTIPLE = 32
 """Widths of MLPs stay multiples of this where they are, as kernels like them."""
 
