@@ -4,36 +4,52 @@
     python bench/fit.py smollm2_20        # `shrink` of both builds at 20 % of the parameters, on the same problems
     python bench/fit.py smollm2_20 --peer optipfair=FOLDER --peer 2ssp=FOLDER   # and models that peers have written, beside them
 
-Steps: zeros, smollm2_20, smollm2_30, qwen_20 (hours). A peer's folder is measured, not made: beside it may lie `FOLDER.json` with
+Steps: zeros, smollm2_20, smollm2_30, qwen_20, qwen_solved (hours), runtime (tiny models in transformers and llama.cpp), speed (of the model of
+`smollm2_20`, in llama.cpp), smollm2_files, qwen_files (what `fit` chooses at some sizes, from a model off the grid that it lies on). A peer's folder is measured, not made: beside it may lie `FOLDER.json` with
 `repository`, `commit` and `options`. Models are kept in `runs/fit`, so that a stopped bench goes on. Figures and raw data are in
 `results/fit.json`.
 """
 
 import hashlib
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import consumers
 import numpy as np
-from before import before
-from common import RUNS, Found, carry_out, data_folder, step_parser
+import torch
+from before import before, median_interval
+from common import ROOT, RUNS, Found, carry_out, data_folder, step_parser
 from lean import COMMAND, MODELS
 from models import fetched
 
-from causalprune.checkpoints.embedded import load
+sys.path.insert(0, str(ROOT / "tests"))
+import shipped
+
+from causalprune.checkpoints.embedded import load, resolve
+from causalprune.core.progress import shown
+from causalprune.core.sizes import size_of
 from causalprune.core.types import EvalResult
 from causalprune.evaluation.measures import evaluate
 from causalprune.evaluation.results import headline, paired_difference
 from causalprune.evaluation.settings import Settings
+from causalprune.evaluation.written import own_pieces
+from causalprune.shipping.exporting import export
+from causalprune.shipping.runtime import running
 
 NAME, MATRIX, ROWS, KEEPS = "fit", "layers.15.down", 64, 0.999
+CLOSE, ROUNDS = 1e-3, 7
+"""Of the range of logits, how far two runtimes may be apart; and how often speeds are taken."""
+PIECES, STEPS_OFF, STEP = 32, 300, 1e-5
+"""Text and steps of training that take a model off its grid."""
 PROBLEMS, ON = 48, ("gsm8k_nll:100", "wikitext2_ppl:20000")
 PEERS: dict[str, Path] = {}
 """Folders of models that peers have written, by name."""
@@ -110,8 +126,8 @@ def _made(place: Path, command: list[str]) -> float:
     return float(note.read_text())
 
 
-def _measured(model: Path, dtype: str) -> list[EvalResult]:
-    return evaluate(load(str(model), dtype=dtype, device="cpu"), ON, Settings(data_dir=data_folder()))
+def _measured(model: Path, dtype: str, on: tuple[str, ...] = ON) -> list[EvalResult]:
+    return evaluate(load(str(model), dtype=dtype, device="cpu"), on, Settings(data_dir=data_folder()))
 
 
 def _described(folder: Path) -> Mapping[str, Any]:
@@ -122,11 +138,138 @@ def _described(folder: Path) -> Mapping[str, Any]:
     return {"sha256": sha.hexdigest(), **(json.loads(note.read_text()) if note.exists() else {})}
 
 
+def runtime() -> Found:
+    """Run tiny models of every architecture in transformers and in llama.cpp, from one folder."""
+    rows = {}
+    for family in shipped.CONFIGS:
+        with tempfile.TemporaryDirectory() as scratch:
+            other, apart = shipped.in_both(family, Path(scratch))
+        rows[family] = {"cut_otherwise": other, "logits_apart": apart}
+    figures: dict[str, float | None] = {
+        "gguf_same_tokens_families": sum(row["cut_otherwise"] is None for row in rows.values()),
+        "gguf_same_logits_families": sum(row["logits_apart"] <= CLOSE for row in rows.values()),
+    }
+    return {"figures": figures, "raw": rows}
+
+
+def speed() -> Found:
+    """Time the whole model and the one that `smollm2_20` made, in turns, in llama.cpp: F16, two threads, 128 tokens after 64."""
+    places = {"dense": Path(resolve("embedded")), "ours": RUNS / "fit" / "smollm2_20-ours"}
+    sizes = {name: size_of(load(str(place), device="cpu")).parameters for name, place in places.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in places}
+    with tempfile.TemporaryDirectory() as scratch:
+        files = {name: Path(scratch) / f"{name}.gguf" for name in places}
+        for name, place in places.items():
+            export(place, files[name], "f16")
+        for _ in range(ROUNDS):
+            for name, file in files.items():
+                with running(file, context=512, threads=2) as run:
+                    run.write([*range(100, 108)], 8)
+                    seconds[name].append(1 / run.write([*range(100, 164)], 128)[1])
+    share = 1 - sizes["ours"] / sizes["dense"]
+    saved = [1 - ours / dense for ours, dense in zip(seconds["ours"], seconds["dense"], strict=True)]
+    figures = {"decode_time_saved_over_share_20": statistics.median(saved) / share}
+    raw = {"seconds_a_token": seconds, "saved": saved, "share": share, "interval": median_interval(saved)}
+    return {"figures": figures, "raw": raw}
+
+
+def frontier(name: str, sizes: tuple[int, ...]) -> Found:
+    """Let `fit` choose files of a model that is off its grid, at some sizes; the smaller of each is compared with the best whole one."""
+    place, base = RUNS / "fit" / f"{name}-frontier", off_grid(name)
+    words = [
+        "fit",
+        str(base),
+        "-o",
+        str(place),
+        "-t",
+        f"gsm8k:{PROBLEMS}",
+        "--on",
+        "gsm8k_nll:200",
+        "--device",
+        "cpu",
+    ]
+    words += ["--data-dir", str(data_folder())]
+    found = {}
+    for number, size in enumerate(sizes):
+        start, note = time.perf_counter(), place.with_name(f"{place.name}-{size}.json")
+        if not note.exists():
+            subprocess.run([sys.executable, "-c", COMMAND, *words, "--size", f"{size}MB"], check=True)
+            record = json.loads((place / "frontier.json").read_text())
+            minutes = (time.perf_counter() - start) / 60 if not number else None
+            note.write_text(json.dumps({**record, "minutes": minutes}))
+        found[str(size)] = json.loads(note.read_text())
+    over = {size: own["minus_best_whole"] for size, own in found.items()}
+    figures = {
+        f"fit_minus_unshrunk_nats_high_{name}_{size}": own["high"] if own else 0.0
+        for size, own in over.items()
+    }
+    figures |= {
+        f"fit_pays_points_{name}": float(sum(own is not None and own["high"] < 0 for own in over.values()))
+    }
+    if (minutes := found[str(sizes[0])]["minutes"]) is not None:
+        figures[f"fit_minutes_{name}"] = minutes
+    return {"figures": figures, "raw": found}
+
+
+def solved() -> Found:
+    """Let Qwen2.5-Coder-0.5B, and what `shrink` makes of it on its own answers, solve problems."""
+    model, dtype = MODELS["qwen"]
+    place, own = RUNS / "fit" / "qwen_solved-ours", str(fetched(model))
+    words = ["shrink", own, "-t", "own:gsm8k", "-n", str(PROBLEMS), "--parameters", "0.2", "--dtype", dtype]
+    words += ["--device", "cpu", "--data-dir", str(data_folder())]
+    seconds = _made(place, [sys.executable, "-c", COMMAND, *words])
+    results = {}
+    for name, path in {"dense": Path(own), "ours": place}.items():
+        note = place.with_name(f"qwen_solved-{name}.json")
+        if not note.exists():
+            result = _measured(path, dtype, ("gsm8k_answers:800",))[0]
+            note.write_text(json.dumps(asdict(result)))
+        results[name] = EvalResult(**json.loads(note.read_text()))
+    share = headline(results["ours"]) / headline(results["dense"])
+    apart = paired_difference(results["ours"], results["dense"])
+    values = {name: list(result.values) for name, result in results.items()}
+    raw = {"seconds": seconds, "solved": values, "ours - dense": vars(apart)}
+    return {"figures": {"qwen_solved_share_20": share}, "raw": raw}
+
+
+def off_grid(name: str) -> Path:
+    """Return a model that lies on no grid of quantised values: trained for some steps on text that it writes itself.
+
+    The models at hand come from files of four bits, and lie on their grid: there, four bits cost nothing.
+    """
+    place = RUNS / "fit" / f"{name}-base"
+    if (place / "config.json").exists():
+        return place
+    model, _ = MODELS[name]
+    decoder = load(model if model == "embedded" else str(fetched(model)), dtype="float32", device="cpu")
+    torch.manual_seed(0)
+    pieces = own_pieces(decoder, PIECES, 512, seed=0)
+    optimizer = torch.optim.AdamW(decoder.model.parameters(), lr=STEP, weight_decay=0.0)
+    for parameter in decoder.model.parameters():
+        parameter.requires_grad_()
+    with shown("off the grid") as progress:
+        for step in range(STEPS_OFF):
+            row = torch.tensor([pieces[step % len(pieces)].tokens])
+            decoder.model(input_ids=row, labels=row, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            progress(step + 1, STEPS_OFF)
+    decoder.model.requires_grad_(requires_grad=False)
+    decoder.model.save_pretrained(place)
+    decoder.tokenizer.save_pretrained(place)
+    return place
+
+
 STEPS = {
     "zeros": zeros,
     "smollm2_20": partial(smaller, "smollm2", 20),
     "smollm2_30": partial(smaller, "smollm2", 30),
     "qwen_20": partial(smaller, "qwen", 20),
+    "qwen_solved": solved,
+    "runtime": runtime,
+    "speed": speed,
+    "smollm2_files": partial(frontier, "smollm2", (80, 60, 100)),
+    "qwen_files": partial(frontier, "qwen", (250, 350)),
 }
 
 

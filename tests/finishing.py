@@ -1,5 +1,6 @@
 """What counts as working for a type of model, from pruning to generating; the first half is in tests/working.py."""
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,6 +116,10 @@ def _files(folder: Path) -> dict[str, Any]:
 def shrinks(make: Callable[[], Decoder], auto: Any, folder: Path) -> dict[str, str]:
     """(f) A standard configuration that loads with stock transformers, or why there is none, by kind of unit."""
     found = {}
+    with contextlib.suppress(
+        ModelError, OptionError
+    ):  # whoever can go for a tenth of the parameters, or a line that says why not
+        shrink(make(), 0.1, examples(), Shrinking(by="magnitude", update="none"))
     for kind, shares in {
         "neurons": Shares(neurons=0.5),
         "kv_groups": Shares(kv_groups=0.5),

@@ -4,10 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from families import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
     BloomConfig,
     CohereConfig,
     Gemma3TextConfig,
@@ -27,6 +31,9 @@ from transformers import (
     StableLmConfig,
     Starcoder2Config,
 )
+
+from causalprune.shipping.converting import convert
+from causalprune.shipping.runtime import running, same_tokens
 
 PRE = {"qwen2": "qwen2"}
 """How tokenizers of a family cut texts, by llama.cpp's name for it, where transformers gives them a class of their own; else gpt-2."""
@@ -106,3 +113,22 @@ def write(folder: Path, family: str = "llama", **changes: Any) -> Path:
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def in_both(family: str, place: Path) -> tuple[str | None, float]:
+    """Write a tiny model as a folder and as a file, and run both.
+
+    Returns the text that their tokenizers cut otherwise, if there is one, and how far log-probabilities are apart over their range.
+    """
+    folder, file = write(place / "model", family), place / "model.gguf"
+    convert(folder, file, pre_tokenizer=PRE.get(family, "gpt-2"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens, apart = tokenizer.encode(TEXT)[:40], 0.0
+    with running(file, context=256, exact=True) as run, torch.inference_mode():
+        other = same_tokens(run, tokenizer)
+        for length in (5, 17, 40):
+            expected = model(torch.tensor([tokens[:length]])).logits[0, -1].double().log_softmax(-1).numpy()
+            found = run.log_probabilities(tokens[:length], model.config.vocab_size)
+            apart = max(apart, float(np.abs(found - expected).max() / np.ptp(expected)))
+    return other, apart

@@ -17,7 +17,19 @@ from causalprune.core import waiting
 from causalprune.core.errors import OptionError
 from causalprune.core.types import Decoder
 
-NEW = {"calibrate", "compare", "drawn", "quiet", "report", "run", "shrink", "silent", "sweep", "Shares", "Budget"}
+NEW = {
+    "calibrate",
+    "compare",
+    "drawn",
+    "quiet",
+    "report",
+    "run",
+    "shrink",
+    "silent",
+    "sweep",
+    "Shares",
+    "Budget",
+}
 PARAMETERS = 10
 
 

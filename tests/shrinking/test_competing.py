@@ -4,20 +4,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import configs
 import pytest
 import torch
+import working
 from conftest import Run
 from families import FAMILIES
 from reference import problems
 from tinydata import tiny_decoder, write_jsonl, write_model
 
 from causalprune.calibration.examples import batches, few
-from causalprune.core.errors import OptionError
+from causalprune.core.errors import MismatchError, OptionError
 from causalprune.core.sizes import size_of
 from causalprune.core.types import Decoder, quiet, silent
 from causalprune.interventions.ablation import last_hidden
 from causalprune.models.anatomy import inspect_model
-from causalprune.shrinking import competing
+from causalprune.shrinking import competing, removal
 from causalprune.shrinking.competing import Budget, Offers, competed, harm
 from causalprune.shrinking.removal import shrink
 from causalprune.shrinking.structure import Kept, parameters_of, smaller
@@ -61,7 +63,7 @@ def test_a_budget_of_bytes_is_never_exceeded() -> None:
         assert share * 0.9 * whole.bytes < size_of(found.decoder).bytes <= share * whole.bytes
 
 
-def test_what_costs_less_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_costs_less_goes() -> None:
     """A layer that does nothing goes before neurons that do something, and the other way round."""
     for idle in (True, False):
         decoder = decoder_of("llama3")
@@ -69,9 +71,13 @@ def test_what_costs_less_goes(monkeypatch: pytest.MonkeyPatch) -> None:
         for p in layer.projections:
             if p.role in ("o", "down"):
                 p.write(p.read() * (0.0 if idle else 30.0))
-        offers = Offers(decoder, Budget(parameters=0.15))
+        whole = Offers(decoder, Budget(parameters=0.5))
+        share = 1 - whole.parameters({"layers": 2}) / whole.parameters({})  # as much as a layer has
+        offers = Offers(decoder, Budget(parameters=share))
         worths = worths_of(decoder, list(offers.sizes), problems(), Shrinking(), silent, None)
-        left, tried = competed(offers, worths, problems(), silent)
+        left, tried = competed(
+            Offers(decoder, offers.budget, tuple(offers.sizes), worths), problems(), silent
+        )
         assert ("layers" in left) == idle
         assert min(row["divergence"] for row in tried) == next(
             row["divergence"] for row in tried if row["left"] == left
@@ -151,7 +157,7 @@ def test_a_budget_that_cannot_be_is_one_line(
     code, _, err = run(
         "shrink", model, "-t", task, "-n", 6, "--preserve", "none", *words, "-o", tmp_path / "small"
     )
-    assert code == 2
+    assert code == 2, err
     assert said in err.splitlines()[-1]
 
 
@@ -166,3 +172,49 @@ def test_groups_of_heads_stay_where_runtimes_work_out_their_width() -> None:
         "does not state the width of a head"
         in Offers(decoder_of("qwen2"), Budget(parameters=0.2)).over["kv_groups"]
     )
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "deepseek_v3", "bitnet", "gpt2", "qwen2_moe", "qwen3_next"])
+def test_kinds_that_an_architecture_cannot_lose_are_left_out(name: str) -> None:
+    """By their shapes alone, or when the first candidate is made: what is left competes on."""
+    decoder = working.inspected(configs.build(configs.tiny_config(name)))
+    found = shrink(decoder, 0.25, working.examples(), update="none", stage=quiet)
+    assert found.parameters_after < found.parameters_before
+
+
+def test_bytes_are_kept_where_layers_differ() -> None:
+    decoder = decoder_of("qwen3_moe")
+    worth = {layer: torch.tensor([float(layer)]) for layer in range(len(decoder.layers))}
+    offers = Offers(decoder, Budget(parameters=0.2), ("layers",), {"layers": worth})
+    for left in offers.options("layers"):
+        made = smaller(decoder, offers.kept({"layers": left}))
+        assert offers.parameters({"layers": left}) == sum(p.numel() for p in made.model.parameters())
+
+
+def test_a_budget_of_less_than_a_step_is_refused() -> None:
+    for budget in (Budget(parameters=1e-4), Budget(memory=1e12)):
+        with pytest.raises(OptionError, match="nothing of llama3 would go"):
+            shrink(decoder_of("llama3"), budget, problems(), stage=quiet)
+
+
+def test_layers_do_not_compete_where_nobody_knows_their_worth() -> None:
+    found = shrink(decoder_of("llama3"), 0.1, problems(), by="activation", update="none", stage=quiet)
+    assert "layers" not in {kind for row in found.options["tried"] for kind in row["left"]}
+
+
+def test_what_was_decided_is_not_decided_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = shrink(decoder_of("llama3"), 0.2, problems(), update="refit", ledger=tmp_path / "l", stage=quiet)
+    monkeypatch.setattr(removal, "competed", None)
+    again = shrink(decoder_of("llama3"), 0.2, problems(), update="refit", ledger=tmp_path / "l", stage=quiet)
+    assert again.record() == first.record()
+    monkeypatch.undo()
+    with pytest.raises(MismatchError, match="with other options"):
+        shrink(decoder_of("llama3"), 0.3, problems(), update="refit", ledger=tmp_path / "l", stage=quiet)
+
+
+def test_damaged_times_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert Offers(tiny_decoder(), Budget(latency=0.9)).cost({}) > 0
+    (kept,) = (tmp_path / "causalprune" / "times").iterdir()
+    kept.write_text(kept.read_text()[:20])
+    assert Offers(tiny_decoder(), Budget(latency=0.9)).cost({}) > 0

@@ -17,7 +17,7 @@ METHOD_VERSION = 2
 CHANGES = {
     2: "prompt and target are tokenised as one text, equal prompts with other targets count, templates write one date, "
     "training remembers no moments of each weight and goes through the data three times at most, causal prunes all "
-    "matrices alike unless +graded is written, and shrink trains what stays, on text of the model's own too"
+    "matrices alike unless +graded is written, and shrink trains what stays, on text of the model's own too; kinds of units compete for a share of the parameters"
 }
 """What each version brought that numbers depend on."""
 

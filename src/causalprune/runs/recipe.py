@@ -29,7 +29,7 @@ from causalprune.core import Decoder, MismatchError, OptionError, unknown
 from causalprune.evaluation import PIECE
 from causalprune.pruning import N_OF_M, Method
 from causalprune.runs.rows import Cell, Removal, is_removal, label, parse_method, parse_removal, writes_own
-from causalprune.shrinking import Budget, Offers
+from causalprune.shrinking import Budget, Offers, check_budget
 
 OLD = {"sources": "task", "general": "preserve", "tasks": "on"}
 OLD_WORD = "{} is an old word, which the next version will not know: it is now {}"
@@ -230,7 +230,7 @@ class Recipe:
             )
         for method in self.cells().values():
             if isinstance(method, Removal):
-                Offers(decoder, Budget(parameters=method.share)).check()
+                check_budget(Offers(decoder, Budget(parameters=method.share)))
 
     def cells(self) -> dict[str, Cell]:
         """Return every row of the table by its label, dense (None) first."""

@@ -14,7 +14,7 @@ SHRINK = "shrink"
 
 @dataclass(frozen=True)
 class Removal:
-    """A smaller model among the methods of a recipe: this share of all parameters goes, taken from MLP neurons by effect."""
+    """A smaller model among the methods of a recipe: this share of all parameters goes, for which kinds of units compete."""
 
     share: float
     how: Shrinking

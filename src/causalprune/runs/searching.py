@@ -39,7 +39,7 @@ from causalprune.shipping import (
     save_importance,
     worse,
 )
-from causalprune.shrinking import Budget, Offers, Shrinking, leftovers, shrink
+from causalprune.shrinking import Budget, Offers, Shrinking, check_budget, leftovers, shrink
 
 MIXES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "q2_k")
 SHARES = (0.1, 0.2, 0.3)
@@ -195,7 +195,7 @@ def possible(spec: ModelSpec, shares: Sequence[float]) -> tuple[float, ...]:
     bare, found = outlined(spec), list[float]()
     for share in shares:
         try:
-            Offers(bare, Budget(parameters=share)).check()
+            check_budget(Offers(bare, Budget(parameters=share)))
         except (ModelError, OptionError) as error:
             warnings.warn(f"no file without {share:.0%} of the parameters is tried: {error}", stacklevel=2)
         else:

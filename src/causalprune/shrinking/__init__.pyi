@@ -4,6 +4,9 @@ from .competing import (
 from .competing import (
     Offers as Offers,
 )
+from .competing import (
+    check_budget as check_budget,
+)
 from .removal import (
     Shares as Shares,
 )

@@ -1,12 +1,13 @@
 """One budget for every kind of units: each gives what lowers the measured divergence, and the finest kind gives the rest."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from causalprune.calibration import batches, few
 from causalprune.core import Batch, Calibration, Decoder, ModelError, OptionError, Progress, size_of
@@ -26,11 +27,15 @@ Left: TypeAlias = Mapping[Kind, int]
 """Units that stay in every layer, or layers that stay; a kind that is not named stays whole."""
 
 FINEST: tuple[Kind, ...] = ("neurons", "experts", "layers")
-"""The first of these that a model can lose gives the rest."""
-TRIED = (0.125, 0.25, 0.375, 0.5)
-"""Shares of the experts, or of the layers, that are tried; of KV groups every number up to half."""
+"""The first of these that can give all alone gives the rest."""
+TRIED = (0.0, 0.125, 0.25, 0.375, 0.5)
+"""Shares of the experts, or of the layers, that are tried, at least one; of KV groups every number up to half."""
+OVER = 0.02
+"""Share of the whole by which a candidate may be smaller than asked for, where a finer one is at hand."""
 MULTIPLE = 32
 """Widths of MLPs stay multiples of this where they are, as kernels like them."""
+COUNTED = {"parameters": "parameters", "memory": "bytes", "latency": "time for a token"}
+"""What a budget counts, in words."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Budget:
     """What a smaller model may be, by one of three.
 
     `parameters` is the share of all parameters that goes, `memory` the bytes that the weights take at most, `latency` the time
-    for a written token over the whole model's, at most, on this machine in transformers.
+    for a written token over the whole model's, at most, on this machine in transformers, as predicted from timed parts.
     """
 
     parameters: float | None = None
@@ -66,58 +71,48 @@ def step_of(kind: Kind, units: int) -> int:
 
 @dataclass(frozen=True)
 class Offers:
-    """The kinds of units that a model can lose, how many of each there are in a layer, and what is left of a budget.
+    """The units that a model can lose within a budget: how many of each of some `kinds` there are in a layer, as `sizes`.
 
-    `over` are kinds that cannot go, and why; `known` are the parameters of what was asked for already.
+    Where their `worths` are known, the least of them go, else any. `over` are kinds that cannot go, and why; `known` are the
+    parameters of what was asked for already.
+
+    Raises:
+        ModelError: no kind of units can go.
     """
 
     decoder: Decoder
     budget: Budget
+    kinds: Collection[Kind] = KINDS
+    worths: Mapping[Kind, Scores] | None = None
     sizes: dict[Kind, int] = field(default_factory=dict)
     over: dict[Kind, str] = field(default_factory=dict)
     known: dict[tuple[tuple[Kind, int], ...], int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for kind in KINDS:
+        for kind in self.kinds:
             try:
-                self.sizes[kind] = self._size(kind)
+                self.sizes[kind] = _even(self.decoder, kind)
+                next(self.options(kind))
+            except StopIteration:
+                self.over[kind] = "no smaller number of them fits this architecture"
             except (ModelError, OptionError) as error:
                 self.over[kind] = str(error)
+            if kind in self.over:
+                self.sizes.pop(kind, None)
+        if not set(self.sizes) & set(FINEST):
+            why = "; ".join(f"{kind.replace('_', ' ')}: {said}" for kind, said in self.over.items())
+            raise ModelError(f"{self.decoder.name} has no units that can go: {why}")
 
-    def _size(self, kind: Kind) -> int:
-        """Return how many units of a kind a layer has, or how many layers there are, if some can go."""
-        sizes = set(sizes_of(self.decoder, kind).values())
-        if (
-            kind == "kv_groups"
-            and "head_dim" not in self.decoder.model.config.get_text_config(decoder=True).to_dict()
-        ):
-            raise ModelError(
-                "its configuration does not state the width of a head, which runtimes work out from their number"
-            )
-        n = len(self.decoder.layers) if kind == "layers" else min(sizes)
-        if len(sizes) > 1 or n < 2 * step_of(kind, n):
-            raise OptionError(f"layers have {sorted(sizes)} of them")
-        self.parameters({kind: n - step_of(kind, n)})
-        return n
-
-    @property
-    def finest(self) -> Kind:
-        """The kind that gives the rest."""
-        for kind in FINEST:
-            if kind in self.sizes:
-                return kind
-        why = "; ".join(f"{kind.replace('_', ' ')}: {said}" for kind, said in self.over.items())
-        raise ModelError(f"{self.decoder.name} has no units that can go: {why}")
-
-    def kept(self, left: Left, worths: Mapping[Kind, Scores] | None = None) -> Kept:
-        """Return what stays, the worthiest of every kind; without `worths` any, for the sizes alone."""
+    def kept(self, left: Left) -> Kept:
+        """Return what stays, the worthiest of every kind."""
         found: dict[Kind, Any] = {}
         for kind, n in left.items():
+            known = None if self.worths is None else self.worths[kind]
             if kind == "layers":
-                own = torch.cat([worths[kind][i] for i in sorted(worths[kind])]) if worths else None
+                own = None if known is None else torch.cat([known[i] for i in sorted(known)])
                 found[kind] = tuple(worthiest(own, n).tolist())
             else:
-                scores = worths[kind] if worths else dict.fromkeys(sizes_of(self.decoder, kind))
+                scores = known or dict.fromkeys(sizes_of(self.decoder, kind))
                 found[kind] = {layer: worthiest(own, n) for layer, own in scores.items()}
         return Kept(**found)
 
@@ -128,37 +123,47 @@ class Offers:
             self.known[sizes] = parameters_of(self.decoder, self.kept(left))
         return self.known[sizes]
 
-    def cost(self, left: Left) -> float:
-        """Return what the budget counts of the model that is left: parameters, bytes, or seconds for a token."""
-        if self.budget.latency is None:
-            return float(self.parameters(left))
-        halves = self.halves
-        seconds = token_seconds(self.decoder, halves)
-        saved = {
-            kind: (seconds["whole"] - seconds[kind]) / (1 - share) * (1 - left.get(kind, n) / n)
-            for kind, (share, _) in halves.items()
-            for n in [self.sizes[kind]]
-        }
-        layers, inside = saved.pop("layers", 0.0), sum(saved.values())
-        deep = left.get("layers", 1) / self.sizes.get("layers", 1) if "layers" in left else 1.0
-        return seconds["whole"] - layers - inside * deep  # what layers have lost goes with them
-
-    @cached_property
-    def halves(self) -> dict[Kind, tuple[float, Kept]]:
-        """The model with half of every kind, and the share that is: what is timed."""
-        found = dict[Kind, tuple[float, Kept]]()
-        for kind, n in self.sizes.items():
-            left = max(n // 2 // step_of(kind, n), 1) * step_of(kind, n)
-            if self.possible({kind: left}):
-                found[kind] = left / n, self.kept({kind: left})
-        return found
-
     def possible(self, left: Left) -> bool:
         """Tell whether the architecture has such sizes."""
         try:
             return self.parameters(left) > 0
         except (ModelError, OptionError):
             return False
+
+    def options(self, kind: Kind) -> Iterator[int]:
+        """Yield how many units of a kind may be left where others give too, the most first."""
+        n = self.sizes[kind]
+        some = sorted({max(round(n * own / step_of(kind, n)), 1) * step_of(kind, n) for own in TRIED})
+        counts = range(1, n // 2 + 1) if kind == "kv_groups" else some
+        yield from (n - count for count in counts if count < n and self.possible({kind: n - count}))
+
+    @cached_property
+    def halves(self) -> dict[Kind, tuple[float, Kept]]:
+        """The model with about half of every kind, and the share that is: what is timed."""
+        found = dict[Kind, tuple[float, Kept]]()
+        for kind, n in self.sizes.items():
+            *_, left = self.options(kind)
+            found[kind] = left / n, self.kept({kind: left})
+        return found
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """The time for a written token of the whole model and of those `halves`."""
+        return token_seconds(self.decoder, self.halves)
+
+    def cost(self, left: Left) -> float:
+        """Return what the budget counts of the model that is left: parameters, also for bytes, or seconds for a token."""
+        if self.budget.latency is None:
+            return float(self.parameters(left))
+        halves, seconds = self.halves, self.seconds
+        saved = {
+            kind: (seconds["whole"] - seconds[kind]) / (1 - share) * (1 - left.get(kind, n) / n)
+            for kind, (share, _) in halves.items()
+            for n in [self.sizes[kind]]
+        }
+        layers, inside = saved.pop("layers", 0.0), sum(saved.values())
+        deep = left["layers"] / self.sizes["layers"] if "layers" in left else 1.0
+        return seconds["whole"] - layers - inside * deep  # what layers have lost goes with them
 
     @cached_property
     def most(self) -> float:
@@ -171,95 +176,144 @@ class Offers:
         assert self.budget.latency is not None
         return self.budget.latency * self.cost({})
 
+    @cached_property
+    def finest(self) -> Kind:
+        """The kind that gives the rest: the first that could give all."""
+        own = [kind for kind in FINEST if kind in self.sizes]
+        return next((kind for kind in own if self._given(kind, {}) is not None), own[0])
+
     def filled(self, given: Left) -> dict[Kind, int] | None:
         """Return what is left where the finest kind gives the rest; None where it has not enough.
 
-        A share of the parameters is met as nearly as the steps allow; memory and latency are kept.
+        A share of the parameters is met as nearly as the steps allow; bytes, and the time that is predicted, are kept.
         """
-        kind, n = self.finest, self.sizes[self.finest]
+        return self._given(self.finest, given)
+
+    def _given(self, kind: Kind, given: Left) -> dict[Kind, int] | None:
+        n = self.sizes[kind]
         start, step = given.get(kind, n), step_of(kind, n)
         if not self.possible(given):
             return None
-        whole = self.cost(given)
-        each = whole - self.cost({**given, kind: start - step})
-        need = max((whole - self.most) / each, 0.0) if each > 0 else math.inf
-        if not math.isfinite(need):
-            return None
-        steps = round(need) if self.budget.parameters is not None else math.ceil(need - 1e-9)
-        found = {**given, kind: start - steps * step} if steps else dict(given)
-        return found if start - steps * step >= step and self.possible(found) else None
+        near = self.budget.parameters is not None
+        last, left = self.cost(given) - self.most, start
+        while last > 0:
+            nearer = next(
+                (own for own in range(left - step, 0, -step) if self.possible({**given, kind: own})), 0
+            )
+            if not nearer:
+                return None
+            each = self.cost({**given, kind: left}) - self.cost({**given, kind: nearer})
+            if each <= 0:
+                return None
+            jump = max(math.floor(last / each) - 1, 0) * (
+                left - nearer
+            )  # all but the last at once: costs are linear
+            some = min(jump, (left - 1) // step * step)
+            if some and self.possible({**given, kind: left - some}):
+                nearer = left - some
+            over = self.cost({**given, kind: nearer}) - self.most
+            if near and -over > last:
+                break
+            last, left = over, nearer
+        return {**given, kind: left} if left < n else dict(given)
 
-    def options(self, kind: Kind) -> Iterator[int]:
-        """Yield how many units of a kind are left, the most first."""
-        n = self.sizes[kind]
-        counts = (
-            range(1, n // 2 + 1) if kind == "kv_groups" else sorted({max(round(n * own), 1) for own in TRIED})
+
+def _even(decoder: Decoder, kind: Kind) -> int:
+    """Return how many units of a kind a layer has, or how many layers there are, where they can be even."""
+    sizes = set(sizes_of(decoder, kind).values())
+    config = decoder.model.config.get_text_config(decoder=True)
+    if kind == "kv_groups" and "head_dim" not in config.to_dict():
+        raise ModelError(
+            "its configuration does not state the width of a head, which runtimes work out from their number"
         )
-        yield from (n - count for count in counts if n - count >= 1)
+    n = len(decoder.layers) if kind == "layers" else min(sizes)
+    if len(sizes) > 1 or n < 2 * step_of(kind, n):
+        raise OptionError(f"too few, or not equally many, in its layers: {sorted({n} | sizes)}")
+    return n
 
-    def check(self) -> None:
-        """Raise `OptionError` where nothing that will be tried is as small as the budget asks for."""
-        kind, n = self.finest, self.sizes[self.finest]
-        given = [{}, *({own: left} for own in self.sizes if own != kind for left in self.options(own))]
-        if any(self.filled(own) is not None for own in given):
-            return
-        least, whole = self.cost({kind: step_of(kind, n)}), self.cost({})
+
+def check_budget(offers: Offers) -> None:
+    """Raise `OptionError` where nothing has to go, or nothing that will be tried is small enough."""
+    filled = offers.filled({})
+    if filled == {}:
         raise OptionError(
-            f"{self.decoder.name} cannot be so small: without all but {step_of(kind, n)} of the {n} {kind} of a layer "
-            f"{least / whole:.0%} of its {self.counted} are left, and {self.most / whole:.0%} are asked for; "
-            "ask for more, or name shares of its units"
+            f"nothing of {offers.decoder.name} would go: the budget is less than one step of "
+            f"{step_of(offers.finest, offers.sizes[offers.finest])} {offers.finest.replace('_', ' ')}"
         )
-
-    @property
-    def counted(self) -> str:
-        """What `cost` counts, in words."""
-        words = {"parameters": "parameters", "memory": "bytes", "latency": "time for a token"}
-        return words[next(iter(self.budget.named))]
+    others = [kind for kind in offers.sizes if kind != offers.finest]
+    if filled is None and all(offers.filled({own: n}) is None for own in others for n in offers.options(own)):
+        kind, n = offers.finest, offers.sizes[offers.finest]
+        fewest = next(
+            own for own in range(step_of(kind, n), n + 1, step_of(kind, n)) if offers.possible({kind: own})
+        )
+        least, whole = offers.cost({kind: fewest}), offers.cost({})
+        where = "" if kind == "layers" else " of a layer"
+        counted = COUNTED[next(iter(offers.budget.named))]
+        raise OptionError(
+            f"{offers.decoder.name} cannot be so small: with {fewest} of the {n} {kind}{where} {least / whole:.0%} of its "
+            f"{counted} are left, and {offers.most / whole:.0%} are asked for; ask for more, or name shares of its units"
+        )
 
 
 def competed(
-    offers: Offers, worths: Mapping[Kind, Scores], calibration: Calibration, on_progress: Progress
+    offers: Offers, calibration: Calibration, on_progress: Progress
 ) -> tuple[dict[Kind, int], list[dict[str, Any]]]:
     """Return how many units of each kind stay within the budget, and what was tried with the divergence that it had.
 
     Kind after kind gives more as long as the divergence from the intact model's predictions falls; the finest kind gives the
     rest. Divergences are those of whole candidates without an update, in nats a target token, on a few examples.
     """
-    groups = batches(few(calibration.examples), max_batch_tokens=1024)
-    decoder = offers.decoder
-    intact = [last_hidden(decoder, batch) for batch in groups]
-    tried: list[dict[str, Any]] = []
-    others = [kind for kind in offers.sizes if kind != offers.finest and kind in worths]
-    total, done = 1 + sum(len([*offers.options(kind)]) for kind in others), 0
+    trials = _Trials(offers, calibration)
+    others = [kind for kind in offers.sizes if kind != offers.finest]
+    counts = {kind: [*offers.options(kind)] for kind in others}
+    total = done = 1 + sum(map(len, counts.values()))
+    given, best = dict[Kind, int](), offers.filled({})
+    lowest, done = trials.measured(best), 1
+    on_progress(done, total)
+    for kind in others:
+        for left in counts[kind]:
+            candidate = offers.filled({**given, kind: left})
+            if candidate is None or trials.wasteful(candidate, best):
+                continue
+            if (own := trials.measured(candidate)) < lowest:
+                lowest, best = own, candidate
+            elif math.isfinite(own):
+                break
+        done += len(counts[kind])
+        given = {own: n for own, n in (best or {}).items() if own != offers.finest}
+        on_progress(done, total)
+    if best is None or not math.isfinite(lowest):
+        why = "; ".join(offers.over.values())
+        raise OptionError(
+            f"nothing that was tried makes {offers.decoder.name} as small as that; name shares of its units ({why})"
+        )
+    return best, trials.tried
 
-    def measured(left: dict[Kind, int] | None) -> float:
+
+class _Trials:
+    """Candidates that were made and measured."""
+
+    def __init__(self, offers: Offers, calibration: Calibration) -> None:
+        self.offers, self.tried = offers, list[dict[str, Any]]()
+        self.groups = batches(few(calibration.examples), max_batch_tokens=1024)
+        self.intact = [last_hidden(offers.decoder, batch) for batch in self.groups]
+
+    def measured(self, left: dict[Kind, int] | None) -> float:
+        """Return the divergence of a candidate; infinite where it cannot be made."""
         if left is None:
             return math.inf
-        own = harm(smaller(decoder, offers.kept(left, worths)), groups, intact)
-        tried.append({"left": left, "divergence": own})
+        try:
+            own = harm(smaller(self.offers.decoder, self.offers.kept(left)), self.groups, self.intact)
+        except (ModelError, OptionError) as error:
+            self.offers.over.update(dict.fromkeys(left, str(error)))
+            return math.inf
+        self.tried.append({"left": dict(left), "divergence": own})
         return own
 
-    given, best = dict[Kind, int](), offers.filled({})
-    lowest = measured(best)
-    on_progress(1, total)
-    for kind in others:
-        done += len([*offers.options(kind)])
-        for left in offers.options(kind):
-            candidate = offers.filled({**given, kind: left})
-            if (own := measured(candidate)) < lowest:
-                lowest, best = own, candidate
-            elif math.isfinite(lowest):
-                break
-            if candidate is not None and offers.finest not in candidate:  # it gives more than was asked for
-                break
-        given = {own: n for own, n in (best or {}).items() if own != offers.finest}
-        on_progress(1 + done, total)
-    if best is None:
-        offers.check()
-        raise OptionError(
-            f"nothing that was tried makes {decoder.name} as small as that: name shares of its units"
-        )
-    return best, tried
+    def wasteful(self, candidate: Left, best: Left | None) -> bool:
+        """Tell whether a candidate is much smaller than asked for, where another is at hand."""
+        offers = self.offers
+        return best is not None and offers.most - offers.cost(candidate) > OVER * offers.cost({})
 
 
 def harm(decoder: Decoder, groups: Sequence[Batch], intact: Sequence[LayerInputs]) -> float:
@@ -275,11 +329,11 @@ def harm(decoder: Decoder, groups: Sequence[Batch], intact: Sequence[LayerInputs
             with entered_at(decoder, after, LayerInputs({after: hidden}, sent.as_tuple)):
                 whole = target_logits(decoder, batch, wanted)
             own = divergence(whole, torch.arange(len(whole)), target_logits(decoder, batch, wanted))
-        total, tokens = total + float(own.double().sum()), tokens + len(own)
+        total, tokens = total + float(own.cpu().double().sum()), tokens + len(own)
     return total / tokens
 
 
-def worthiest(worth: torch.Tensor | None, n: int) -> torch.Tensor:
+def worthiest(worth: Tensor | None, n: int) -> Tensor:
     """Return the indices of the `n` units that are worth most, in order; of those whose worth is not known first."""
     if worth is None:
         return torch.arange(n)

@@ -26,7 +26,7 @@ from causalprune.pruning import (
     lessons,
     remove,
 )
-from causalprune.shrinking.competing import Budget, Offers, competed, step_of, worthiest
+from causalprune.shrinking.competing import Budget, Offers, check_budget, competed, step_of, worthiest
 from causalprune.shrinking.structure import Kept, column_keep, silence, smaller
 from causalprune.shrinking.worth import KINDS, Kind, Scores, Shrinking, sizes_of, worth_of, worths_of
 
@@ -115,7 +115,7 @@ def shrink(
         ModelError: the architecture cannot lose units of a kind, or some of the model is not in memory.
     """
     how, stage = replace(how, **changes), stage or bars
-    wanted = Budget(parameters=shares) if isinstance(shares, float) else shares
+    wanted = shares if isinstance(shares, Shares | Budget) else Budget(parameters=shares)
     if decoder.offloaded:
         raise ModelError(
             f"{decoder.name} is not all in memory, which shrinking needs: leave out --device-map"
@@ -172,8 +172,8 @@ def _listed(kept: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def leftovers(path: Path) -> dict[str, Path]:
-    """Return the file in which the effects of every kind, or of `units` of several, are kept, and the folder of the `update` of what stays."""
-    return {what: path.with_name(f"{path.name}.{what}") for what in (*KINDS, "units", "update")}
+    """Return where is kept what units are worth, of a kind or of all `units`, what is `left` of each, and the `update` of what stays."""
+    return {what: path.with_name(f"{path.name}.{what}") for what in (*KINDS, "units", "left", "update")}
 
 
 def _chosen(
@@ -213,17 +213,31 @@ def _competed(
     stage: Stage,
 ) -> tuple[dict[Kind, Any], tuple[str, ...], dict[str, Any]]:
     """Return what `_chosen` does, of the kinds that compete for a budget; the record has what was tried."""
-    offers = Offers(decoder, budget)
+    kinds = [
+        kind for kind in KINDS if (kind, how.by) != ("layers", "activation")
+    ]  # nobody knows what those are worth
+    offers = Offers(decoder, budget, kinds)
     with stage(WORTH) as progress:
         say(progress, jobs=shrink_jobs(decoder, budget, calibration, how))
-        offers.check()
+        check_budget(offers)
         path = None if ledger is None else leftovers(ledger)["units"]
         worths = worths_of(decoder, list(offers.sizes), calibration, how, progress, path)
+    over, offers = offers.over, Offers(decoder, budget, tuple(offers.sizes), worths)
     with stage(GIVES) as progress:
-        left, tried = competed(offers, worths, calibration, progress)
-    kept = vars(offers.kept(left, worths))
+        identity = [fingerprint(decoder.model), calibration.fingerprint, asdict(how), budget.named]
+        state = State(leftovers(ledger)["left"] if ledger else None, identity)
+        if "left" not in state.values:
+            left, tried = competed(offers, calibration, progress)
+            state.keep(left=left, tried=tried)
+        left, tried = state.values["left"], state.values["tried"]
+    kept = vars(offers.kept(left))
     shares = {kind: 1 - left.get(kind, n) / n for kind, n in offers.sizes.items()}
-    told = {"budget": budget.named, "shares": shares, "tried": tried, "not_tried": offers.over}
+    told = {
+        "budget": budget.named,
+        "shares": dict.fromkeys(KINDS, 0.0) | shares,
+        "tried": tried,
+        "not_tried": over | offers.over,
+    }
     return {kind: kept[kind] for kind in left}, _unrouted(worths), told
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from causalprune.core import Decoder, Layer, ModelError, OptionError, Projection
+from causalprune.core import CausalPruneError, Decoder, Layer, ModelError, OptionError, Projection
 from causalprune.models import LEFT_OUT, inspect_model, setting
 
 Indices: TypeAlias = Mapping[int, Int[Tensor, "_"]]
@@ -52,14 +52,8 @@ def smaller(decoder: Decoder, kept: Kept) -> Decoder:
         model = type(decoder.model)._from_config(config, dtype=decoder.model.dtype)  # noqa: SLF001
     except _UNFIT as cause:
         raise ModelError(f"a smaller {config.model_type} cannot be: {cause}") from cause
-    wanted, found = model.state_dict(), dict(_cut(decoder, kept))
-    for name, weight in wanted.items():
-        if name not in found or found[name].shape != weight.shape:
-            have = list(found[name].shape) if name in found else "nothing"
-            raise ModelError(
-                f"a smaller {config.model_type} wants {name} as {list(weight.shape)}, and {have} is left: "
-                "this architecture cannot lose such units"
-            )
+    wanted, found = model.state_dict(), dict(_cut(decoder, kept, decoder.model.state_dict()))
+    _check_shapes(config, wanted, found)
     model.load_state_dict({name: found[name] for name in wanted})
     model.tie_weights()
     model.generation_config = copy.deepcopy(decoder.model.generation_config)
@@ -78,7 +72,20 @@ def parameters_of(decoder: Decoder, kept: Kept) -> int:
     except _UNFIT as cause:
         raise ModelError(f"a smaller {config.model_type} cannot be: {cause}") from cause
     model.tie_weights()
+    state = {name: weight.to("meta") for name, weight in decoder.model.state_dict().items()}
+    _check_shapes(config, model.state_dict(), dict(_cut(decoder, kept, state)))
     return sum(p.numel() for p in model.parameters())
+
+
+def _check_shapes(config: Any, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise `ModelError` where the model that a configuration states does not have the weights that are left."""
+    for name, weight in wanted.items():
+        if name not in found or found[name].shape != weight.shape:
+            have = list(found[name].shape) if name in found else "nothing"
+            raise ModelError(
+                f"a smaller {config.model_type} wants {name} as {list(weight.shape)}, and {have} is left: "
+                "this architecture cannot lose such units"
+            )
 
 
 def _check_runs(model: Any) -> None:
@@ -113,6 +120,19 @@ def column_keep(decoder: Decoder, kept: Kept) -> dict[str, Tensor]:
 
 
 def _configured(decoder: Decoder, kept: Kept) -> Any:
+    """Return the configuration of the smaller model, as it will be loaded."""
+    try:
+        return _stated(decoder, kept)
+    except CausalPruneError:
+        raise
+    except _UNFIT as cause:
+        said = " ".join(str(cause).split())
+        raise ModelError(
+            f"a smaller {decoder.model.config.model_type} cannot be configured: {said}"
+        ) from cause
+
+
+def _stated(decoder: Decoder, kept: Kept) -> Any:
     whole = copy.deepcopy(decoder.model.config)
     config = whole.get_text_config(decoder=True)
     if kept.neurons:
@@ -213,10 +233,9 @@ def _common(indices: Indices, what: str) -> int:
     return sizes.pop()
 
 
-def _cut(decoder: Decoder, kept: Kept) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of the smaller model, by their names there."""
+def _cut(decoder: Decoder, kept: Kept, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of the smaller model, by their names there, from those of the whole one."""
     layers = kept.layers or tuple(range(len(decoder.layers)))
-    state = decoder.model.state_dict()
     inside = {layer.index: f"{layer.name}." for layer in decoder.layers}
     for name, weight in state.items():
         if not name.startswith(tuple(inside.values())):

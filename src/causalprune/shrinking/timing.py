@@ -5,11 +5,13 @@ import json
 import statistics
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from causalprune.core import Decoder, cache_folder
+from causalprune.core import Decoder, ModelError, cache_folder
+from causalprune.evaluation import write_json
 from causalprune.shrinking.structure import Kept, smaller
 from causalprune.shrinking.worth import Kind
 
@@ -35,26 +37,59 @@ def read_and_written(decoder: Decoder, read: int, written: int) -> tuple[float, 
 
 
 def token_seconds(decoder: Decoder, parts: Mapping[Kind, tuple[float, Kept]]) -> dict[str, float]:
-    """Return the seconds for a written token of the whole model and of every one that `parts` keeps, from the cache if there."""
+    """Return the seconds for a written token of the whole model and of every one that `parts` keeps, from the cache if there.
+
+    Each part takes turns with the whole model, one part in memory at a time.
+
+    Raises:
+        ModelError: the model has no cache of keys and values to write with.
+    """
     path = cache_folder() / "times" / f"{decoder.fingerprint[:16]}-{_here(decoder)}.json"
-    names = {name: round(share, 4) for name, (share, _) in parts.items()}
-    if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if known["parts"] == names:
-            return dict(known["seconds"])
-    models: dict[str, Decoder] = {"whole": decoder}
-    models |= {name: smaller(decoder, kept) for name, (_, kept) in parts.items()}
-    taken: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(ROUNDS):
-        for name, own in models.items():
-            taken[name].append(read_and_written(own, TOKENS, TOKENS)[1] / TOKENS)
-    seconds = {name: statistics.median(own[1:]) for name, own in taken.items()}
+    names = {str(name): round(share, 4) for name, (share, _) in parts.items()}
+    if (known := _kept(path, names)) is not None:
+        return known
+    whole, ratios = list[float](), dict[str, float]()
+    try:
+        for name, (_, kept) in parts.items():
+            turns = _turns(decoder, smaller(decoder, kept))
+            whole += [own for own, _ in turns]
+            ratios[str(name)] = statistics.median(other / own for own, other in turns)
+    except AttributeError as error:
+        raise ModelError(
+            f"{decoder.name} cannot be timed as it writes ({error}): ask for --parameters or --memory"
+        ) from error
+    middle = statistics.median(whole)
+    seconds = {"whole": middle, **{name: middle * ratio for name, ratio in ratios.items()}}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"parts": names, "seconds": seconds}), encoding="utf-8")
+    write_json(path, {"parts": names, "seconds": seconds})
     return seconds
 
 
+def _kept(path: Path, names: Mapping[str, float]) -> dict[str, float] | None:
+    """Return the seconds that are kept, None where they are of other parts or cannot be read."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return dict(known["seconds"]) if known["parts"] == names else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _turns(whole: Decoder, part: Decoder) -> list[tuple[float, float]]:
+    """Return the seconds for a token of both models, in turns."""
+    rounds = [
+        tuple(read_and_written(own, TOKENS, TOKENS)[1] / TOKENS for own in (whole, part))
+        for _ in range(ROUNDS)
+    ]
+    return [(own, other) for own, other in rounds[1:]]
+
+
 def _here(decoder: Decoder) -> str:
-    """Return what times depend on besides the model: device, type of numbers, threads."""
-    dtype = str(decoder.model.dtype).removeprefix("torch.")
-    return f"{decoder.device.type}-{dtype}-{torch.get_num_threads()}"
+    """Return what times depend on besides the weights: size, type of numbers, device, threads."""
+    dtype, size = (
+        str(decoder.model.dtype).removeprefix("torch."),
+        sum(p.numel() for p in decoder.model.parameters()),
+    )
+    cuda = (
+        torch.cuda.get_device_name(decoder.device).replace(" ", "_") if decoder.device.type == "cuda" else ""
+    )
+    return f"{size}-{dtype}-{decoder.device.type}{cuda}-{torch.get_num_threads()}"

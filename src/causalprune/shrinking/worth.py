@@ -46,8 +46,9 @@ class Shrinking:
     """How units are chosen (`by`), how the others make up for them, and how many tokens a pass may have.
 
     `by` is what units are worth: `effect` (the divergence from the intact model's predictions on the calibration targets
-    without the unit: measured for KV groups, experts and layers, predicted to second order for neurons), `activation` (root
-    mean square of what a neuron or the heads of a group send; for experts weighted by the router, which is REAP), `magnitude`
+    without the unit: measured for KV groups, experts and layers that are named, predicted to second order for neurons and
+    where kinds compete for a budget), `activation` (root mean
+    square of what a neuron or the heads of a group send; for experts weighted by the router, which is REAP), `magnitude`
     (of their weights) or `random`. `update` is that of `Method`: `distill` and `adam` train the smaller model after `refit`.
     """
 
