@@ -180,9 +180,19 @@ def generates(decoder: Decoder) -> float:
     return error
 
 
-def kernels_agree(make: Callable[..., Decoder]) -> float:
-    """Effects with eager attention and with sdpa agree; the largest difference in nats per token."""
+def kernels_agree(make: Callable[..., Decoder]) -> float | str:
+    """Effects with eager attention and with sdpa agree; the largest difference in nats per token, or which of them does not run.
+
+    Some attention of transformers' own does not, in a model that nothing was done to.
+    """
     data = examples(2)
+    for name in ("eager", "sdpa"):
+        try:
+            logits(make(attn_implementation=name).model)
+        except RuntimeError as error:
+            return f"{name} does not run in transformers alone: {error}"
+        except ValueError:
+            break
     try:
         found = [effects_of(make(attn_implementation=name), data).delta_nats() for name in ("eager", "sdpa")]
     except ValueError as error:

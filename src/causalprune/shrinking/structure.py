@@ -156,6 +156,8 @@ def _stated(decoder: Decoder, kept: Kept) -> Any:
             if hasattr(config, name):
                 setattr(config, name, left)
     if kept.layers is not None:
+        if any(p.uses for p in decoder.projections):
+            raise ModelError(f"layers of {config.model_type} share weights: none of them can go")
         _fewer_layers(config, kept.layers)
     _validate(whole)
     _validate(config)
