@@ -38,7 +38,7 @@ from causalprune.checkpoints.embedded import embedded_model
 from causalprune.checkpoints.saving import load_effects, save_effects
 from causalprune.core.progress import shown
 from causalprune.core.types import Calibration, Decoder, Effects
-from causalprune.evaluation.results import read_json, write_json
+from causalprune.evaluation.results import headline, read_json, rows_of, write_json
 from causalprune.models.loading import load
 
 FOLDER = RUNS / "families"
@@ -227,6 +227,13 @@ def figures(done: dict[str, Any]) -> dict[str, float | None]:
         found["experts_kept_alike"] = own["kept_alike"] / own["kept"]
     for name, own in done.get("wanda", {}).items():
         found[f"wanda_time_over_before_{name}"] = own["ours_over_theirs"]["wall"]["median"]
+    for name, rows in done.get("hybrids", {}).items():
+        own = {label.partition("-")[0]: headline(results[0]) for label, results in rows_of({"rows": rows})}
+        found |= {
+            f"hybrid_{name}_{method}_rise": value - own["dense"]
+            for method, value in own.items()
+            if method != "dense"
+        }
     for effect, own in done.get("qwen", {}).items():
         found[f"qwen_{effect}_spearman_between_draws"] = own["spearman_between_draws"]
         found[f"qwen_{effect}_share_of_naive_tokens"] = own["draws"][0]["share_of_naive_tokens"]

@@ -199,6 +199,23 @@ def moe() -> str:
     return "\n".join(lines) + "\n"
 
 
+def hybrids() -> str:
+    """Losses of two small hybrids, half of whose weights every method sets to zero."""
+    found = record("families")["raw"].get("hybrids")
+    if not found:
+        return "Not measured yet.\n"
+    lines = ["| model | method | nats/token | over dense | over `causal` |", "|---|---|---:|---:|---:|"]
+    for name, rows in found.items():
+        results = {label: own[0] for label, own in rows_of({"rows": rows})}
+        best = next(own for label, own in results.items() if label.startswith("causal"))
+        for label, own in results.items():
+            pairs = [paired_difference(own, other) for other in (results["dense"], best) if other is not own]
+            said = [f"{pair.difference:+.3f} [{pair.low:+.3f}, {pair.high:+.3f}]" for pair in pairs]
+            said = said if len(said) == 2 else ["", *said] if label == "dense" else [*said, ""]
+            lines.append(f"| {name} | {label} | {headline(own):.3f} | {' | '.join(said)} |")
+    return "\n".join(lines) + "\n"
+
+
 def cost() -> str:
     """Seconds and tokens of naive attribution and of every estimator."""
     timed = _attribution("speed")
@@ -449,6 +466,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "predicted": predicted,
     "speed": speed,
     "moe": moe,
+    "hybrids": hybrids,
     "cost": cost,
     "reliability": reliability,
     "families": families,
