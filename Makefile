@@ -43,7 +43,7 @@ static: $(INSTALLED)  ## format, lint, types and bandit
 	$(BIN)/mypy
 	$(BIN)/bandit -q -r src -c pyproject.toml
 
-sweep: $(INSTALLED)  ## every type of model that transformers knows, tiny, from end to end (about an hour)
+sweep: $(INSTALLED)  ## every type of model that transformers knows, tiny, from end to end (ten minutes to an hour)
 	$(BIN)/python bench/families.py sweep
 
 bench: $(INSTALLED)  ## all measurements, one after the other (many hours; what is finished is kept)
