@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from conftest import PACKAGE, REPOSITORY, Run, assert_refused
 from tinydata import write_jsonl
 
 import causalprune
-from causalprune.cli.app import app, in_front, one_line
+from causalprune.cli.app import app, in_front, main, one_line
 from causalprune.cli.output import Voice, document, voice
 from causalprune.core import say
 
@@ -276,3 +277,13 @@ def test_shares_are_measured_apart_and_merged(run: Run, model: Path, data: Path,
     assert values[0] == values[1]
     assert run("merge", shares[0], "-o", tmp_path / "half.json")[0] == 2
     assert run("attribute", model, "-o", tmp_path / "bad", *common, "--shard", "half")[0] == 2
+
+
+def test_the_syntax_of_other_packages_is_not_the_users_to_mend(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(SystemExit):
+            main(["--version"])
+        for folder in ("site-packages", "own"):
+            compile("1 is 1", str(tmp_path / folder / "other.py"), "exec")
+    assert [Path(str(own.filename)).parent.name for own in caught] == ["own"]

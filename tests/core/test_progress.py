@@ -190,6 +190,27 @@ def test_time_left_is_that_of_all_jobs_each_by_those_of_its_kind(
         assert tell.left() == f"{spoken(50 * 110 / 200 + 10 + 100)} left"
 
 
+def test_a_job_that_costs_next_to_nothing_tells_nothing_of_the_others(
+    monkeypatch: pytest.MonkeyPatch, now: list[float]
+) -> None:
+    """As `cap`, which has its effects and looks at no data, between methods that do."""
+    monkeypatch.setattr(progress, "console", console(terminal=False))
+    with progress.shown("loading model") as tell:
+        say(tell, jobs={"wanda: pruning": 2000.0, "cap: pruning": 1.0, "causal: pruning": 10_000.0})
+    with progress.shown("wanda: pruning") as tell:
+        tell(0, 20)
+        fed(tell, now, 1, 20, 20)
+    with progress.shown("cap: pruning") as tell:
+        assert isinstance(tell, Line)
+        tell(0, 10)
+        fed(tell, now, 1, 5, 10)
+        assert tell.left() == f"{spoken(5 + 100)} left"
+        fed(tell, now, 1, 5, 10)
+    with progress.shown("causal: pruning") as tell:
+        assert isinstance(tell, Line)
+        assert tell.left() == f"{spoken(100)} left"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

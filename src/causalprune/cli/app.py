@@ -210,6 +210,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")  # asks a bot on the Hub for other weights
     warnings.formatwarning = one_line
+    # of packages that are compiled when they are first imported: nothing that a user could mend
+    warnings.filterwarnings("ignore", category=SyntaxWarning, module=r".*(site|dist)-packages")
     given = in_front(sys.argv[1:] if arguments is None else arguments)
     voice.begin()
     voice.command = shlex.join(["causalprune", *given])

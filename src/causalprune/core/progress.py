@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # torch takes seconds
 LOG_SECONDS = 8.0
 AT_ONCE = 0.2
 """Seconds after which a log names what has begun: what is over by then is not worth a line."""
+TELLING = 0.02
+"""Of what the dearest job of a kind costs: the least that tells of its pace."""
 MARKS = 300
 """Seconds of the part at hand that its rate is taken from."""
 
@@ -65,12 +67,16 @@ class _Command:
 
     def __init__(self) -> None:
         self.jobs: dict[str, float] = {}
+        self._dearest: dict[str, float] = {}
+        """What the dearest job of a kind costs."""
         self._spent: dict[str, tuple[float, float]] = {}
         """Seconds, and what they bought, of the latest job of a kind."""
 
     def plan(self, jobs: Mapping[str, float]) -> None:
         """Take note of what is to come; what costs nothing is done already."""
-        self.jobs = dict(jobs)
+        self.jobs, self._dearest = dict(jobs), {}
+        for label, price in jobs.items():
+            self._dearest[_kind(label)] = max(price, self._dearest.get(_kind(label), 0.0))
 
     def number(self, label: str) -> str:
         """Return which job of how many this is, where there are several."""
@@ -80,7 +86,7 @@ class _Command:
     def later(self, line: "Line", own: float | None) -> float | None:
         """Return the seconds of the jobs after this one, and of this one where it cannot tell; None where nothing tells."""
         spent, left = dict(self._spent), self.jobs.get(line.label, 0.0) * (1 - line.share())
-        if own and left:
+        if own and left and self._tells(line.label, self.jobs[line.label]):
             spent[_kind(line.label)] = own, left
         seconds, bought = (sum(column) for column in zip((0.0, 0.0), *spent.values(), strict=True))
         total = 0.0
@@ -93,11 +99,19 @@ class _Command:
         return total
 
     def finish(self, line: "Line") -> None:
-        """Take note of how long a job took; of one that went on from an earlier run, by the share that was done now."""
-        if bought := self.jobs.get(line.label, 0.0) * line.worked():
+        """Take note of how long a job took; of one that went on from an earlier run, by the share that was done now.
+
+        What costs next to nothing, as a pruning that looks at no data, tells nothing of the pace of others.
+        """
+        bought = self.jobs.get(line.label, 0.0) * line.worked()
+        if bought and self._tells(line.label, bought):
             self._spent[_kind(line.label)] = time.monotonic() - line.began, bought
         if line.label in self.jobs:
             self.jobs[line.label] = 0.0
+
+    def _tells(self, label: str, price: float) -> bool:
+        """Tell whether work at a price says something of the pace of a kind of jobs."""
+        return price >= TELLING * self._dearest.get(_kind(label), 0.0)
 
 
 _command = _Command()
