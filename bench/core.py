@@ -81,10 +81,10 @@ def _completed(recipe: Recipe, before: dict[str, Any] | None) -> dict[str, Any]:
         if not path.exists():
             results = evaluate(_pruned(recipe, cells[row["label"]]), missing, settings)
             place.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"results": [asdict(result) for result in results]})
+            write_json(path, {"made": made(), "results": [asdict(result) for result in results]})
             print(row["label"], *map(headline, results), flush=True)
-        new = light(read_json(path))["results"]
-        new = [{**r, "description": {**r["description"], "made": made()}} for r in new]
+        own = light(read_json(path))
+        new = [{**r, "description": {**r["description"], "made": own["made"]}} for r in own["results"]]
         row["results"] = sorted(row["results"] + new, key=lambda r: tasks.index(r["task"]))
     return before
 

@@ -266,14 +266,14 @@ def competed(
     trials = _Trials(offers, calibration)
     others = [kind for kind in offers.sizes if kind != offers.finest]
     counts = {kind: [*offers.options(kind)] for kind in others}
-    total = done = 1 + sum(map(len, counts.values()))
+    total = 1 + sum(map(len, counts.values()))
     given, best = dict[Kind, int](), offers.filled({})
     lowest, done = trials.measured(best), 1
     on_progress(done, total)
     for kind in others:
         for left in counts[kind]:
             candidate = offers.filled({**given, kind: left})
-            if candidate is None or trials.wasteful(candidate, best):
+            if candidate is None or (best is not None and trials.wasteful(candidate)):
                 continue
             if (own := trials.measured(candidate)) < lowest:
                 lowest, best = own, candidate
@@ -310,10 +310,9 @@ class _Trials:
         self.tried.append({"left": dict(left), "divergence": own})
         return own
 
-    def wasteful(self, candidate: Left, best: Left | None) -> bool:
-        """Tell whether a candidate is much smaller than asked for, where another is at hand."""
-        offers = self.offers
-        return best is not None and offers.most - offers.cost(candidate) > OVER * offers.cost({})
+    def wasteful(self, candidate: Left) -> bool:
+        """Tell whether a candidate is much smaller than asked for."""
+        return self.offers.most - self.offers.cost(candidate) > OVER * self.offers.cost({})
 
 
 def harm(decoder: Decoder, groups: Sequence[Batch], intact: Sequence[LayerInputs]) -> float:
