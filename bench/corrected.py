@@ -18,7 +18,7 @@ from causalprune.core.errors import OptionError
 from causalprune.core.types import Calibration, Decoder, EvalResult
 from causalprune.correction.correcting import correct
 from causalprune.correction.records import Contrast
-from causalprune.evaluation.measures import evaluate
+from causalprune.evaluation.measures import evaluate, together
 from causalprune.evaluation.results import headline, kept_rows, paired_difference, results_in
 from causalprune.evaluation.settings import Settings
 from causalprune.runs.correcting import joined, to_stay
@@ -86,20 +86,21 @@ def samples(
 
 
 def measured(decoder: Decoder | None, tasks: Sequence[str], name: str) -> dict[str, list[dict[str, Any]]]:
-    """Return results by task as they are kept, each made once."""
-    settings = Settings(data_dir=data_folder())
-    return {
-        task: kept(
-            f"{name}/{task.replace(':', '-')}",
-            partial(_results, decoder, task, settings),
+    """Return results by task as they are kept, made once for all tasks that take one pass."""
+    settings, found = Settings(data_dir=data_folder()), dict[str, list[dict[str, Any]]]()
+    for group in together(tasks):
+        found |= kept(
+            f"{name}/{'+'.join(group).replace(':', '-')}", partial(_results, decoder, group, settings)
         )
-        for task in tasks
-    }
+    return found
 
 
-def _results(decoder: Decoder | None, task: str, settings: Settings) -> list[dict[str, Any]]:
-    assert decoder is not None, f"{task} should have been measured by now"
-    return kept_rows(evaluate(decoder, [task], settings, on_progress=cp.silent))
+def _results(
+    decoder: Decoder | None, tasks: Sequence[str], settings: Settings
+) -> dict[str, list[dict[str, Any]]]:
+    assert decoder is not None, f"{tasks} should have been measured by now"
+    found = evaluate(decoder, tasks, settings, on_progress=cp.silent)
+    return {task: kept_rows([own]) for task, own in zip(tasks, found, strict=True)}
 
 
 def result(rows: dict[str, list[dict[str, Any]]], task: str) -> EvalResult:

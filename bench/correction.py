@@ -245,7 +245,7 @@ def baselines() -> Found:
     ours, low = raw[f"contrast at {LIMIT:.0%}"], None
     if best is not None and "error" not in ours:
         names = [own["found"]["contrast"]["score"] for own in (best, ours)]
-        pair = [result(measured(None, TASKS[:1], f"smollm2/rows/{name}-limit-0"), TASKS[0]) for name in names]
+        pair = [result(measured(None, TASKS, f"smollm2/rows/{name}-limit-0"), TASKS[0]) for name in names]
         low = (
             100 * paired_difference(*pair).low
         )  # points by which loops are more often there with the baseline

@@ -9,6 +9,7 @@ from speaking import own_file
 from tinydata import tiny_decoder, write_data, write_jsonl
 
 from causalprune.core.errors import DataError, OptionError
+from causalprune.evaluation import continuing
 from causalprune.evaluation.continuing import judge_of
 from causalprune.evaluation.measures import evaluate, evaluation_contents, output_type, source_of
 from causalprune.evaluation.results import headline, paired_difference
@@ -44,11 +45,17 @@ def test_traits_of_tokens_worked_out_by_hand() -> None:
     assert spans("Of course, of Course", ["of course"]) == [(0, 9), (11, 20)]
 
 
-def test_all_traits_of_the_same_continuations(tmp_path: Path) -> None:
+def test_all_traits_of_the_same_continuations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, decoder = write_data(tmp_path / "data"), tiny_decoder(chat=True)
+    written: list[int] = []
+    answered = continuing.answered_in_order
+    monkeypatch.setattr(
+        continuing, "answered_in_order", lambda *own: written.append(len(own[1])) or answered(*own)
+    )
     own = {"data_dir": data, "max_new_tokens": 24, "phrases": ("a", "e")}
     names = [f"wikitext2_{trait}:5" for trait in ("rep4", "loops", "uniqueness", "diversity", "phrases")]
     found = evaluate(decoder, names, Settings(), **own)
+    assert written == [5]
     first = found[0]
     assert len(first.values) == len(set(first.examples)) == 5
     assert all(result.texts == first.texts for result in found)
@@ -64,6 +71,9 @@ def test_all_traits_of_the_same_continuations(tmp_path: Path) -> None:
     assert problems.description["chat_template"] is True
     assert paired_difference(first, first).verdict == "no difference shown"
     assert headline(found[1]) == sum(found[1].values) / 5
+    few, many = evaluate(decoder, ["gsm8k_rep4:2", "gsm8k_loops:3"], Settings(), **own)
+    assert written == [5, 3, 2, 3]  # nothing is shared by other prompts
+    assert (len(few.values), len(many.values)) == (2, 3)
     (web,) = evaluate(decoder, ["c4_loops:4"], Settings(), **own)
     contents = evaluation_contents(["c4_loops:4"], Settings(data_dir=data), decoder)
     assert set(web.examples) <= contents.keys()

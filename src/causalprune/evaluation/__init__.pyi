@@ -21,6 +21,9 @@ from .continuing import (
     judge_of as judge_of,
 )
 from .measures import (
+    AND as AND,
+)
+from .measures import (
     check_tasks as check_tasks,
 )
 from .measures import (
@@ -40,6 +43,9 @@ from .measures import (
 )
 from .measures import (
     source_of as source_of,
+)
+from .measures import (
+    together as together,
 )
 from .results import (
     AT_CHANCE as AT_CHANCE,
@@ -149,9 +155,6 @@ from .tasks.repeating import (
 )
 from .tasks.scorers import load_scorers as load_scorers
 from .written import (
-    AND as AND,
-)
-from .written import (
     OWN_TASKS as OWN_TASKS,
 )
 from .written import (
@@ -171,7 +174,4 @@ from .written import (
 )
 from .written import (
     own_texts as own_texts,
-)
-from .written import (
-    together as together,
 )

@@ -84,14 +84,22 @@ def _openings(
             yield replace(problem, question=problem.target, prompt=shown, target=""), tokens[:size]
 
 
-def behaving(decoder: Decoder, name: str, settings: Settings, on_progress: Progress) -> list[EvalResult]:
-    """Return how much of a trait is in what a model writes of its own, or what a user's function says of it."""
-    measure = scorer_in(name, (*settings.scorers, *TRAITS))
-    judge = judge_of(measure, settings)
-    source = name.removesuffix(f"_{measure}")
+def behaving(
+    decoder: Decoder, names: Sequence[str], settings: Settings, on_progress: Progress
+) -> list[EvalResult]:
+    """Return how much of each trait is in what a model writes of its own, or what a user's function says of it.
+
+    The names are of one source, from which the model goes on once.
+    """
+    measures = {name: scorer_in(name, (*settings.scorers, *TRAITS)) for name in names}
+    judges = {name: judge_of(measure, settings) for name, measure in measures.items()}
+    (source,) = {name.removesuffix(f"_{measure}") for name, measure in measures.items()}
     begun = begin(decoder, source, "evaluation", settings)
     found = continued(decoder, source, "evaluation", begun, settings, on_progress)
-    return [found.result(name, measure, judge.values(found), **judge.about)]
+    return [
+        found.result(name, measures[name], judge.values(found), **judge.about)
+        for name, judge in judges.items()
+    ]
 
 
 @dataclass(frozen=True)

@@ -40,19 +40,14 @@ from causalprune.evaluation.continuing import behaving
 from causalprune.evaluation.settings import Settings, described, reader_for
 from causalprune.evaluation.tasks.files import is_task_file, task_file
 from causalprune.evaluation.tasks.repeating import TRAITS
-from causalprune.evaluation.written import (
-    AND,
-    OWN_TASKS,
-    TOKENS,
-    by_example,
-    own_measures,
-    own_text,
-    together,
-)
+from causalprune.evaluation.written import OWN_TASKS, TOKENS, by_example, own_measures, own_text
 from causalprune.interventions import target_nats
 from causalprune.models import positions
 
 Metric = Literal["accuracy", "acc_norm", "nats_per_token", "perplexity"]
+
+AND = " and "
+"""Between the names of tasks that are measured together."""
 
 METRICS: dict[str, Metric] = {"acc": "accuracy", "exact_match": "accuracy", "acc_norm": "acc_norm"}
 """The harness's metrics that are 0 or 1 per example, and what we call them."""
@@ -85,13 +80,28 @@ def evaluate(
         with bar(on_progress, AND.join(names)) as tell:
             say(tell, unit=_unit(names[0], settings.scorers))
             if len(names) > 1:
-                every = [[result] for result in _both(decoder, names, own, tell)]
+                shared = _both if names[0] in OWN_TASKS else behaving
+                every = [[result] for result in shared(decoder, names, own, tell)]
             else:
                 every = [_runner(names[0], settings.scorers)(decoder, names[0], own, tell)]
         seconds = (time.perf_counter() - start) / len(group)
         for task, results in zip(group, every, strict=True):
             found[task] = [replace(result, seconds=seconds) for result in results]
     return [result for task in tasks for result in found[task]]
+
+
+def together(tasks: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the tasks in groups of which each takes one pass.
+
+    Together are measures of the same text of the model's own, and those of how it goes on after the same prompts.
+    """
+    groups: dict[Any, list[str]] = {}
+    for task in dict.fromkeys(tasks):
+        name, limit = calibration.with_limit(task)
+        source, _, measure = name.rpartition("_")
+        shared: Any = ("own", limit) if name in OWN_TASKS else (source, limit) if measure in TRAITS else task
+        groups.setdefault(shared, []).append(task)
+    return [tuple(group) for group in groups.values()]
 
 
 def _unit(name: str, scorers: Iterable[str]) -> str:
@@ -138,7 +148,7 @@ def output_type(name: str, scorers: Iterable[str] = ()) -> str:
 
 def goes_on(name: str, scorers: Iterable[str] = ()) -> bool:
     """Tell whether a task (without its limit) looks at what the model writes of its own."""
-    return _runner(name, scorers) is behaving
+    return _runner(name, scorers) is _behaving
 
 
 def evaluation_contents(tasks: Sequence[str], settings: Settings, decoder: Decoder | None) -> dict[str, str]:
@@ -193,8 +203,12 @@ def same_as_before(tasks: Sequence[str], settings: Settings, decoder: Decoder) -
     return True
 
 
+def _behaving(decoder: Decoder, name: str, settings: Settings, on_progress: Progress) -> list[EvalResult]:
+    return behaving(decoder, [name], settings, on_progress)
+
+
 Runner = Callable[[Decoder, str, Settings, Progress], list[EvalResult]]
-WRITING: tuple[Runner, ...] = (right_or_wrong, scored, behaving)
+WRITING: tuple[Runner, ...] = (right_or_wrong, scored, _behaving)
 """What lets the model write."""
 
 
@@ -218,7 +232,7 @@ def _runner(name: str, scorers: Iterable[str] = ()) -> Runner:
         return _own
     if measure in OF_SOURCES:
         return OF_SOURCES[measure]
-    other = behaving if name.removesuffix(f"_{scorer}") in TEXT_SOURCES else scored
+    other = _behaving if name.removesuffix(f"_{scorer}") in TEXT_SOURCES else scored
     return _harness if (TASK_FILES / f"{name}.yaml").exists() else other
 
 
@@ -285,7 +299,7 @@ def _both(
 OF_FILES: dict[str, Runner] = {
     "nll": _solution_loss,
     "answers": right_or_wrong,
-    **dict.fromkeys(TRAITS, behaving),
+    **dict.fromkeys(TRAITS, _behaving),
 }
 """Measures of a user's file, by the last word of a task."""
 OF_SOURCES: dict[str, Runner] = {**OF_FILES, "cot": right_or_wrong, "ppl": _perplexity}

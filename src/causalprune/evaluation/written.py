@@ -60,8 +60,6 @@ from causalprune.models import fingerprint, frame_fingerprint, positions
 
 Found = TypeVar("Found")
 OWN_TASKS = ("own_ppl", "own_kl")
-AND = " and "
-"""Between the names of tasks that are measured together."""
 VERSION = 1
 """Of the way in which a text is written: with another one it is another text."""
 TOKENS, PIECE = 4096, 512
@@ -74,15 +72,6 @@ CHUNK = 256
 def on_general_text(task: str) -> bool:
     """Tell whether a task, with its limit or without, measures general text (`_ppl`, `_kl`) and not what a user is after."""
     return with_limit(task)[0].endswith(("_ppl", "_kl"))
-
-
-def together(tasks: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the tasks in groups of which each takes one pass: both measures of the same text of the model's own, or one task."""
-    groups: dict[Any, list[str]] = {}
-    for task in dict.fromkeys(tasks):
-        name, limit = with_limit(task)
-        groups.setdefault(("own", limit) if name in OWN_TASKS else task, []).append(task)
-    return [tuple(group) for group in groups.values()]
 
 
 @dataclass(frozen=True)
