@@ -79,13 +79,14 @@ def carry_out(
     """Carry out the steps that are given, or those not done yet and `always` these; write `results/<name>.json` after each."""
     if unknown := set(given) - set(steps):
         parser.error(f"no step {', '.join(sorted(unknown))}: choose from {', '.join(steps)}")
-    done: dict[str, Found] = record(name)["raw"]
-    for step in given or [own for own in steps if own not in done or own in always]:
+    first = record(name)["raw"]
+    for step in given or [own for own in steps if own not in first or own in always]:
         print(f"== {step}", flush=True)
-        done[step] = steps[step]()
+        found = steps[step]()
+        done: dict[str, Found] = record(name)["raw"] | {step: found}  # another process may be at other steps
         figures = {key: value for own in done.values() for key, value in own["figures"].items()}
         write_figures(name, figures, done, [0])
-        print(json.dumps(done[step]["figures"]), flush=True)
+        print(json.dumps(found["figures"]), flush=True)
 
 
 def machine() -> dict[str, Any]:
