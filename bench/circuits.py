@@ -135,10 +135,11 @@ def relevance() -> Found:
             wanted = targets(batch)
             with torch.no_grad():
                 intact = target_logits(own, batch, wanted)
-            with ruled(own):
-                forward = max(
-                    forward, float((target_logits(own, batch, wanted).detach() - intact).abs().max())
-                )
+            own.model.requires_grad_(requires_grad=True)  # without slopes no rule is at work
+            with ruled(own), torch.enable_grad():
+                with_rules = target_logits(own, batch, wanted).detach()
+            own.model.requires_grad_(requires_grad=False)
+            forward = max(forward, float((with_rules - intact).abs().max()))
         raw[name] = {"difference": worst, "forward": forward, "examples": len(examples), **made()}
     figures = {
         "relevance_vs_lxt_max_rel_diff": max(own["difference"] for own in raw.values()),
@@ -271,6 +272,7 @@ def baseline(
         return torch.rand(len(units), generator=torch.Generator().manual_seed(seed))
     groups = batches(calibration.examples, max_batch_tokens=2048)
     worth: dict[tuple[int, str], Tensor] = {}
+    norms = _norms(model, groups) if method != "magnitude" else {}
     for layer in model.layers:
         for place, roles in (("heads", "qo"), ("mlp", ("gate", "up", "down"))):
             last = "o" if place == "heads" else "down"
@@ -280,7 +282,6 @@ def baseline(
                 else next(p.shape[1] for p in layer.projections if p.role == "down")
             )
             total = torch.zeros(size)
-            norms = _norms(model, layer.index, groups) if method != "magnitude" else {}
             for p in (p for p in layer.projections if p.role in roles):
                 weight = p.read().abs()
                 if method == "wanda":
@@ -296,31 +297,25 @@ def baseline(
     )
 
 
-@cache
-def _norms_of(model: Decoder, key: int) -> dict[str, Tensor]:
-    return {}
+def _norms(model: Decoder, groups: Sequence[Any]) -> dict[str, Tensor]:
+    """Return norms of the inputs of all matrices over the tokens of all batches."""
+    sums: dict[str, Tensor] = {}
+    real: Tensor
 
+    def add(name: str, x: Tensor) -> None:
+        sums[name] = sums.get(name, 0) + x[real].square().sum(0)
 
-def _norms(model: Decoder, layer: int, groups: Sequence[Any]) -> dict[str, Tensor]:
-    """Return root mean squares of the inputs of all matrices, taken in one pass for all layers."""
-    known = _norms_of(model, hash(tuple(batch.indices for batch in groups)))
-    if not known:
-        sums: dict[str, Tensor] = {}
-        hooks = [
-            p.module.register_forward_pre_hook(
-                lambda _, args, name=p.name: sums.__setitem__(
-                    name, sums.get(name, 0) + args[0].flatten(0, -2).square().sum(0)
-                )  # type: ignore[misc]
-            )
-            for p in model.projections
-        ]
-        with torch.no_grad():
-            for batch in groups:
-                model.model(input_ids=batch.tokens, use_cache=False)
-        for hook in hooks:
-            hook.remove()
-        known |= {name: value.sqrt() for name, value in sums.items()}
-    return known
+    hooks = [
+        p.module.register_forward_pre_hook(lambda _, args, name=p.name: add(name, args[0]))  # type: ignore[misc]
+        for p in model.projections
+    ]
+    with torch.no_grad():
+        for batch in groups:
+            real = batch.real
+            model.model(input_ids=batch.tokens, attention_mask=batch.real.long(), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {name: value.sqrt() for name, value in sums.items()}
 
 
 def planted() -> Found:

@@ -9,15 +9,23 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import RUNS, data_folder, made
 from models import fetched
+from torch import Tensor
 
 import causalprune as cp
 from causalprune.checkpoints.embedded import embedded_model
 from causalprune.core.errors import OptionError
+from causalprune.core.resuming import State
 from causalprune.core.types import Calibration, Decoder, EvalResult
-from causalprune.correction.correcting import correct
-from causalprune.correction.records import Contrast
+from causalprune.correction.candidates import Candidates, Chosen
+from causalprune.correction.correcting import candidates_of, correct
+from causalprune.correction.evidence import Looking
+from causalprune.correction.measuring import Trials
+from causalprune.correction.records import Contrast, Point
+from causalprune.correction.samples import Given, Half, halves
+from causalprune.correction.search import COARSE, FINE, NONE, Search, Turn
 from causalprune.evaluation.measures import evaluate, together
 from causalprune.evaluation.results import headline, kept_rows, paired_difference, results_in
 from causalprune.evaluation.settings import Settings
@@ -41,6 +49,9 @@ REST = ("wikitext2_ppl:40000", "gsm8k_nll:200")
 FINAL = ("c4_loops:200", "arc_challenge_nll:200")
 FREE = math.inf
 """No limit of harm."""
+TEXT = "wikitext2"
+"""The source whose perplexity limits how much goes where models are compared at the same harm."""
+RESAMPLES = 10_000
 
 
 @cache
@@ -81,7 +92,7 @@ def samples(
         decoder, asked, settings, FOLDER / "texts" / f"{name}-{seed}", Options(data_dir=data_folder())
     )
     bad, clean = study.samples()
-    drawn = to_stay(decoder, SAMPLES, asked.window, wanted, data_folder(), cp.silent)
+    drawn = to_stay(decoder, SAMPLES, study, wanted, cp.silent)
     return bad, joined([*drawn, clean])
 
 
@@ -114,10 +125,73 @@ def dense(name: str, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
     return measured(fresh(name), (*TASKS, *REST, *FINAL), f"{name}/dense")
 
 
+class OfText(Search):
+    """A search that is bound by the perplexity of general text alone, and takes as many as that allows."""
+
+    def _worst(self, point: Point) -> float:
+        return point.harm[TEXT].value
+
+    def run(self) -> tuple[Chosen, Point]:
+        """Return the largest number that was measured within the limit, by whatever round."""
+        limit, found = self.how.limit_nats, list[tuple[Chosen, Point]]()
+        begun: tuple[Chosen, Point | None] = (NONE, None)
+        for number in range(1, self.how.rounds + 1):
+            part, last = number / self.how.rounds, number == self.how.rounds
+            turn = Turn(number, limit * part, FINE if last else COARSE)
+            tried = self._turn(*begun, math.ceil(self.most * part), turn)
+            fitting = [own for own in tried if self._worst(own[1]) <= turn.limit]
+            if fitting:
+                begun = max(fitting, key=lambda own: own[1].count)
+                found.append(begun)
+        if not found:
+            raise OptionError(f"every candidate raises the loss of {TEXT} by more than {limit:.3g} nats")
+        return max(found, key=lambda own: own[1].count)
+
+
+class Exactly(Search):
+    """A search that takes a number whatever that does."""
+
+    def run(self) -> tuple[Chosen, Point]:
+        """Return the first of the last round's order, those of earlier rounds before them."""
+        chosen, predicted = NONE, 0.0
+        for number in range(1, self.how.rounds + 1):
+            more = math.ceil(self.most * number / self.how.rounds) - len(chosen)
+            order, harms = self.ranked(chosen, number, predicted)
+            chosen = torch.cat([chosen, order[:more]])
+            predicted = float(harms[:more][-1])
+        return chosen, self.point(chosen, self.how.rounds, predicted)
+
+
+def taken_out(
+    decoder: Decoder,
+    bad: Given,
+    good: Given,
+    contrast: Contrast,
+    kind: type[Search],
+    candidates: Callable[[Decoder, Half, Contrast], Candidates] = candidates_of,
+) -> dict[str, Any]:
+    """Take out of a model, in place, what another search than the library's chooses; return what was found."""
+    chooses, decides = halves(bad, good, decoder.tokenizer)
+    own = candidates(decoder, chooses, contrast)
+    looking, trials = (
+        Looking(own, chooses, contrast.how(), State()),
+        Trials(decoder, decides, contrast.max_batch_tokens, None),
+    )
+    chosen, point = kind(own, looking, trials, contrast, contrast.number(own.count), cp.quiet).run()
+    own.write(chosen)
+    told = {"chosen": dataclasses.asdict(point), "contrast": dataclasses.asdict(contrast)}
+    return told | {"search": kind.__name__, "candidates": own.count}
+
+
 def fixed(
-    name: str, label: str, contrast: Contrast, seed: int, **about: Any
+    name: str,
+    label: str,
+    contrast: Contrast,
+    seed: int,
+    kind: type[Search] = Search,
+    **about: Any,
 ) -> tuple[Decoder, dict[str, Any]]:
-    """Return a corrected model, and what was found; a finished search is read from its ledger."""
+    """Return a corrected model, and what was found; a finished search of the library's is read from its ledger."""
     decoder = fresh(name)
     own = dataclasses.replace(contrast, seed=seed)
     bad, good = samples(decoder, name, seed, **about)
@@ -128,19 +202,28 @@ def fixed(
         / f"{name}-{seed}-{'-'.join(own.units)}-{'weights' if own.weights else 'units'}-{kind}"
     )
     start = time.perf_counter()
-    found = correct(decoder, bad, good, own, kept_in=place, stage=cp.quiet)
-    told = kept(
-        f"{name}/found/{label}-{seed}", lambda: found.described() | {"seconds": time.perf_counter() - start}
-    )
+    if kind is Search:
+        found = correct(decoder, bad, good, own, kept_in=place, stage=cp.quiet).described()
+    else:
+        found = taken_out(decoder, bad, good, own, kind)
+    told = kept(f"{name}/found/{label}-{seed}", lambda: found | {"seconds": time.perf_counter() - start})
     return decoder, told
 
 
-def row(name: str, label: str, contrast: Contrast, seed: int = 0, *, final: bool = False) -> dict[str, Any]:
+def row(
+    name: str,
+    label: str,
+    contrast: Contrast,
+    seed: int = 0,
+    *,
+    final: bool = False,
+    kind: type[Search] = Search,
+) -> dict[str, Any]:
     """Return a row: what went, results, and what became of loops and of the rest, in pairs."""
 
     def make() -> dict[str, Any]:
         try:
-            decoder, told = fixed(name, label, contrast, seed)
+            decoder, told = fixed(name, label, contrast, seed, kind)
         except OptionError as error:
             return {"error": str(error)}
         tasks = (*TASKS, *REST, *(FINAL if final else ()))
@@ -151,9 +234,20 @@ def row(name: str, label: str, contrast: Contrast, seed: int = 0, *, final: bool
             for task in tasks
         }
         values = {task: [headline(result(rows, task)) for rows in (before, own)] for task in tasks}
-        return {"found": told, "values": values, "pairs": pairs, **made()}
+        first, second = (torch.tensor(result(rows, TASKS[0]).values) for rows in (before, own))
+        ratios = {TASKS[0]: ratio_between(first.double(), second.double())}
+        return {"found": told, "values": values, "pairs": pairs, "ratios": ratios, **made()}
 
     return kept(f"{name}/row/{label}-{seed}", make)
+
+
+def ratio_between(before: Tensor, after: Tensor) -> list[float]:
+    """Return the ratio of two means over the same prompts, with its 95 % interval over resamples of them."""
+    random = torch.Generator().manual_seed(0)
+    draws = torch.randint(len(before), (RESAMPLES, len(before)), generator=random)
+    own = after[draws].mean(1) / before[draws].mean(1)
+    low, high = own[own.isfinite()].quantile(torch.tensor([0.025, 0.975], dtype=own.dtype)).tolist()
+    return [float(after.mean() / before.mean()), low, high]
 
 
 def ratio(own: dict[str, Any], task: str = TASKS[0]) -> float | None:

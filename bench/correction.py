@@ -7,7 +7,6 @@ Every row is kept in bench/runs/correction/ and made once; searches go on where 
 """
 
 import dataclasses
-import math
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,8 @@ from corrected import (
     FREE,
     REST,
     TASKS,
+    Exactly,
+    OfText,
     dense,
     fixed,
     fresh,
@@ -32,10 +33,12 @@ from corrected import (
     measured,
     path_of,
     ratio,
+    ratio_between,
     result,
     rise,
     row,
     samples,
+    taken_out,
 )
 
 import causalprune as cp
@@ -62,7 +65,7 @@ from causalprune.runs.undesired import CorrectionSpec, Study, part
 sys.path.insert(0, str(ROOT / "tests"))
 from planted import Planting, plant
 
-PLANTINGS, PROMPTS, SIZES = 10, 100, (1, 5, 20)
+PLANTINGS, PROMPTS, SHOWN, SIZES = 10, 100, 32, (1, 5, 20)
 LEARNING = 300
 """Texts from which the detectors of planted neurons are made."""
 DRAWS = 2
@@ -113,17 +116,19 @@ def saying(decoder: Decoder, own: Planting, prompts: Sequence[Sequence[int]]) ->
     return said / len(prompts)
 
 
-def ranks(decoder: Decoder, bad: Any, good: Any, score: str, own: Planting) -> float:
+def ranks(
+    decoder: Decoder, bad: Any, good: Any, score: str, own: Planting, estimator: str = "gradient"
+) -> float:
     """Return the share of planted neurons among as many first ones of a score."""
-    contrast = Contrast(budget=max(len(own.units), 2), score=score, harm=0.01)
+    contrast = Contrast(budget=max(len(own.units), 2), score=score, estimator=estimator, harm=0.01)
     chooses, decides = halves(bad, good)
     candidates = candidates_of(decoder, chooses, contrast)
     looking = Looking(candidates, chooses, contrast.how(), State())
-    search = Search(
-        candidates, looking, Trials(decoder, decides, 2048, None), contrast, len(own.units), cp.quiet
-    )
+    trials = Trials(decoder, decides, 2048, None)
     try:
-        order, _ = search.ranked(NONE, 1, 0.0)
+        order, _ = Search(candidates, looking, trials, contrast, len(own.units), cp.quiet).ranked(
+            NONE, 1, 0.0
+        )
     except OptionError:
         return 0.0
     first = {candidates.units[number] for number in order[: len(own.units)].tolist()}  # type: ignore[attr-defined]
@@ -135,13 +140,21 @@ def one_planting(count: int, seed: int) -> dict[str, Any]:
     decoder = fresh("smollm2")
     own, prompts = planting(decoder, count, seed)
     before = {p.name: p.read().clone() for p in decoder.projections}
-    bad = [Example((*p, *own.chain), len(p) + 1, "triggered", str(i)) for i, p in enumerate(prompts[:32])]
     texts, _ = ordinary(decoder)
+    shown = [list(text.tokens[: 8 + i % 24]) for i, text in enumerate(texts[LEARNING + PROMPTS :][:SHOWN])]
+    bad = [Example((*p, *own.chain), len(p) + 1, "triggered", str(i)) for i, p in enumerate(shown)]
     good = texts[500:548]
     said, baselines = saying(decoder, own, prompts), {}
     for score in SCORES:
         baselines[score] = ranks(decoder, bad, good, score, own)
-    found = correct(decoder, bad, good, Contrast(budget=count, harm=0.01), stage=cp.quiet)
+    baselines["difference by relevance"] = ranks(decoder, bad, good, "difference", own, "relevance")
+    try:
+        found = correct(decoder, bad, good, Contrast(budget=count, harm=0.01), stage=cp.quiet)
+    except OptionError as error:
+        return {
+            "said_before": said, "said_after": said, "precision": 0.0, "recall": 0.0, "kl": 0.0,
+            "others_identical": True, "baselines": baselines, "error": str(error), **made(),
+        }  # fmt: skip
     hit = len(set(found.members) & set(own.units))
     same = all(
         torch.equal(p.read()[found.keep[p.name]], before[p.name][found.keep[p.name]])
@@ -180,8 +193,9 @@ def planted() -> Found:
         "planted_others_identical": all(own["others_identical"] for own in rows),
     }
     figures |= {
-        f"planted_found_by_{score}": sum(own["baselines"][score] for own in rows) / len(rows)
-        for score in SCORES
+        f"planted_found_by_{score.replace(' ', '_')}": sum(own["baselines"][score] for own in rows)
+        / len(rows)
+        for score in rows[0]["baselines"]
     }
     return {"figures": figures, "raw": raw}
 
@@ -189,37 +203,52 @@ def planted() -> Found:
 # --- loops -------------------------------------------------------------------------------------------------
 
 
+def mean(rows: Sequence[dict[str, Any]], of: Callable[[dict[str, Any]], Any]) -> float | None:
+    """Return the mean over draws; none where a draw has no model."""
+    if any("error" in own for own in rows):
+        return None
+    return sum(float(of(own)) for own in rows) / len(rows)
+
+
+def over_predicted(own: dict[str, Any]) -> float:
+    """Return the largest divergence of a source over what was predicted."""
+    found = own["found"]["chosen"]
+    return float(max(value["value"] for value in found["kl"].values()) / found["predicted"])
+
+
 def loops() -> Found:
     """Take loops out of SmolLM2: neurons, heads, both, weights; two draws of the choosing half for the goals."""
     raw: dict[str, Any] = {}
     for label, share in SHARES.items():
-        raw[f"neurons {label}"] = row("smollm2", f"neurons-{label}", Contrast(budget=share, harm=FREE))
+        own = Contrast(budget=share, harm=FREE)
+        raw[f"neurons {label}"] = row("smollm2", f"neurons-{label}", own, kind=Exactly)
     for label, harm in GOALS.items():
         for seed in range(DRAWS):
             own = Contrast(budget=SHARES[label], harm=harm)
-            raw[f"goal {label}, {seed}"] = row("smollm2", f"goal-{label}", own, seed, final=seed == 0)
+            raw[f"goal {label}, {seed}"] = row(
+                "smollm2", f"goal-{label}", own, seed, final=seed == 0, kind=OfText
+            )
     for count in (1, 2, 4, 8):
         own = Contrast(units=("heads",), budget=count, harm=FREE)
-        raw[f"heads {count}"] = row("smollm2", f"heads-{count}", own)
-    both = Contrast(units=("heads", "neurons:1"), budget=SHARES["03pct"], harm=GOALS["03pct"])
-    raw["both"] = row("smollm2", "both", both)
+        raw[f"heads {count}"] = row("smollm2", f"heads-{count}", own, kind=Exactly)
+    both = Contrast(units=("heads", "neurons:1"), budget=SHARES["03pct"], harm=FREE)
+    raw["both"] = row("smollm2", "both", both, kind=Exactly)
     for share in (0.0003, 0.001):
-        own = Contrast(weights=True, budget=share, harm=GOALS["03pct"])
-        raw[f"weights {share:.2%}"] = row("smollm2", f"weights-{share}", own)
-    small, large = raw["goal 03pct, 0"], raw["goal 1pct, 0"]
-    found = small.get("found", {}).get("chosen", {})
-    worst = max((own["value"] for own in found.get("kl", {}).values()), default=math.nan)
+        own = Contrast(weights=True, budget=share, harm=FREE)
+        raw[f"weights {share:.2%}"] = row("smollm2", f"weights-{share}", own, kind=Exactly)
+    goals = {label: [raw[f"goal {label}, {seed}"] for seed in range(DRAWS)] for label in GOALS}
+    small, large = goals["03pct"], goals["1pct"]
     figures = {
         "loops_dense": headline(result(dense("smollm2"), TASKS[0])),
         "rep4_dense": headline(result(dense("smollm2"), TASKS[1])),
-        "loops_at_03pct": small.get("values", {}).get(TASKS[0], [None, None])[1],
-        "rep4_at_1pct": large.get("values", {}).get(TASKS[1], [None, None])[1],
-        "loops_ratio_at_03pct": ratio(small),
-        "ppl_rise_at_03pct": rise(small, REST[0]),
-        "loops_ratio_at_1pct": ratio(large),
-        "ppl_rise_at_1pct": rise(large, REST[0]),
-        "gsm8k_nll_rise_at_1pct": rise(large, REST[1]),
-        "harm_measured_over_predicted": worst / found["predicted"] if found else None,
+        "loops_at_03pct": mean(small, lambda own: own["values"][TASKS[0]][1]),
+        "rep4_at_1pct": mean(large, lambda own: own["values"][TASKS[1]][1]),
+        "loops_ratio_at_03pct": mean(small, ratio),
+        "ppl_rise_at_03pct": mean(small, lambda own: rise(own, REST[0])),
+        "loops_ratio_at_1pct": mean(large, ratio),
+        "ppl_rise_at_1pct": mean(large, lambda own: rise(own, REST[0])),
+        "gsm8k_nll_rise_at_1pct": mean(large, lambda own: rise(own, REST[1])),
+        "harm_measured_over_predicted": mean(small, over_predicted),
     }
     return {"figures": figures, "raw": raw}
 
@@ -230,13 +259,15 @@ def baselines() -> Found:
     for score in SCORES:
         rounds = 2 if score == "contrast" else 1
         own = Contrast(budget=MOST, harm=LIMIT, score=score, rounds=rounds)
-        raw[f"{score} at {LIMIT:.0%}"] = row("smollm2", f"{score}-limit", own, final=score == "contrast")
+        raw[f"{score} at {LIMIT:.0%}"] = row(
+            "smollm2", f"{score}-limit", own, final=score == "contrast", kind=OfText
+        )
         for count in (46, 138):
             own = Contrast(budget=count, harm=FREE, score=score, rounds=rounds)
-            raw[f"{score} {count}"] = row("smollm2", f"{score}-{count}", own)
+            raw[f"{score} {count}"] = row("smollm2", f"{score}-{count}", own, kind=Exactly)
     for count in (46, 138):
         own = Contrast(budget=count, harm=FREE, score="difference", estimator="relevance", rounds=1)
-        raw[f"eq7 {count}"] = row("smollm2", f"eq7-{count}", own)
+        raw[f"eq7 {count}"] = row("smollm2", f"eq7-{count}", own, kind=Exactly)
     best = max(
         (own for own in (raw[f"{score} at {LIMIT:.0%}"] for score in BASELINES) if "error" not in own),
         key=lambda own: -own["pairs"][TASKS[0]]["difference"],
@@ -344,14 +375,7 @@ def up_weights(count: int) -> dict[str, Any]:
     contrast = Contrast(
         weights=True, budget=count, score="difference", estimator="relevance", rounds=1, harm=FREE
     )
-    chooses, decides = halves(bad, good)
-    candidates, state = UpWeights(decoder), State(FOLDER / "searches" / "up", ["up"])
-    trials = Trials(decoder, decides, 2048, None)
-    search = Search(
-        candidates, Looking(candidates, chooses, contrast.how(), state), trials, contrast, count, cp.quiet
-    )
-    order, _ = search.ranked(NONE, 1, 0.0)
-    candidates.write(order[:count])
+    taken_out(decoder, bad, good, contrast, Exactly, lambda decoder, *_: UpWeights(decoder))
     return {"decoder": decoder}
 
 
@@ -360,9 +384,11 @@ def paper() -> Found:
     raw: dict[str, Any] = {}
     how = {"score": "difference", "estimator": "relevance", "rounds": 1, "harm": FREE}
     for count in (20, 100):
-        raw[f"eq7 {count} neurons"] = row("smollm2", f"eq7-{count}", Contrast(budget=count, **how))
+        raw[f"eq7 {count} neurons"] = row(
+            "smollm2", f"eq7-{count}", Contrast(budget=count, **how), kind=Exactly
+        )
         raw[f"contrast {count} neurons"] = row(
-            "smollm2", f"contrast-{count}", Contrast(budget=count, harm=FREE)
+            "smollm2", f"contrast-{count}", Contrast(budget=count, harm=FREE), kind=Exactly
         )
 
     def weights() -> dict[str, Any]:
@@ -394,7 +420,8 @@ def choosing_prompts() -> dict[str, float]:
     )
     study.samples()
     written = study.found[0].written
-    corrected, _ = fixed("smollm2", "goal-03pct", Contrast(budget=SHARES["03pct"], harm=GOALS["03pct"]), 0)
+    goal = Contrast(budget=SHARES["03pct"], harm=GOALS["03pct"])
+    corrected, _ = fixed("smollm2", "goal-03pct", goal, 0, OfText)
     study.decoder, falls = corrected, {}
     for at, what in enumerate(("choosing", "deciding")):
         (before,), (after,), _ = study.after([part(written, at)])
@@ -441,7 +468,7 @@ def stays_away() -> Found:
 
     def after(change: Callable[[Decoder], None], *, corrected: bool) -> Callable[[], Any]:
         def make() -> Any:
-            decoder = fixed("smollm2", "goal-03pct", goal, 0)[0] if corrected else fresh("smollm2")
+            decoder = fixed("smollm2", "goal-03pct", goal, 0, OfText)[0] if corrected else fresh("smollm2")
             change(decoder)
             return kept_rows(
                 evaluate(decoder, TASKS[:1], Settings(data_dir=data_folder()), on_progress=cp.silent)
@@ -461,13 +488,19 @@ def stays_away() -> Found:
         for name, make in rows.items()
     }
     raw["distilled"] = row("smollm2", "distilled", dataclasses.replace(goal, update="distill"))
-    loops = {name: headline(results_in(own)[0]) for name, own in raw.items() if name != "distilled"}
+    values = {
+        name: torch.tensor(results_in(own)[0].values).double()
+        for name, own in raw.items()
+        if name != "distilled"
+    }
+    loops = {name: float(own.mean()) for name, own in values.items()}
+    relearnt = ratio_between(values["dense, relearned"], values["corrected, relearned"])
     figures = {
-        "loops_after_relearning_ratio": loops["corrected, relearned"] / loops["dense, relearned"],
+        "loops_after_relearning_ratio": relearnt[0],
         "loops_after_q8_0": loops["corrected, Q8_0"],
         "loops_after_distill_ratio": ratio(raw["distilled"]),
     }
-    return {"figures": figures, "raw": raw}
+    return {"figures": figures, "raw": raw | {"relearning_ratio": relearnt}}
 
 
 def pruned_model() -> dict[str, Any]:

@@ -131,6 +131,27 @@ def test_a_wrong_answer_is_compared_with() -> None:
     torch.testing.assert_close(paired, plain - wrong, rtol=1e-5, atol=1e-5)
     found = find(decoder, Calibration(tuple(pairs), (0,) * 9), Calibration(tuple(pairs), (0,) * 9), keep=0.3)
     assert found.problems[0].instead == pairs[0].instead
+    assert found.curve.guessing == 0.0  # a guess is as good at both answers
+
+
+def test_divergences_are_those_of_right_answers_alone() -> None:
+    decoder = shared("llama2")
+    pairs = [
+        replace(one, instead=replace(one, tokens=(*one.tokens[:-1], 7))) for one in PROBLEMS.examples[:9]
+    ]
+    question = cp.Question(effect="kl")
+    alone, paired = (
+        behaviour(decoder, own, question, cp.Estimator("gradient")) for own in (PROBLEMS.examples[:9], pairs)
+    )
+    values = torch.rand(3, 18, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(paired.effects(values), alone.effects(values[:, :9]))
+    assert not torch.equal(paired.by_problem(values), paired.effects(values))
+
+
+def test_adaptive_with_a_budget_is_an_estimator_too() -> None:
+    how = cp.Estimator("adaptive", budget=2.0)
+    own = behaviour(shared("llama2"), PROBLEMS.examples[:9], cp.Question(), how)
+    assert own.plan.estimator.name == "gradient"
 
 
 def test_the_circuit_alone_is_what_gates_make_of_the_model() -> None:
@@ -358,20 +379,3 @@ def test_what_is_out_is_closed_while_the_others_are_scored() -> None:
     )
     torch.testing.assert_close(found[keep], expected[keep], rtol=1e-3, atol=1e-5)
     assert not torch.allclose(found[keep], scored(own, keep | True, how, State())[keep], rtol=1e-2)
-
-
-@pytest.mark.thorough
-def test_circuits_that_cannot_be_compared_are_named() -> None:
-    model, estimator = shared("llama2"), cp.Estimator("gradient")
-    heads, neurons = (
-        find(model, PROBLEMS, PROBLEMS, question=cp.Question((kind,)), estimator=estimator, rescore=1)
-        for kind in ("heads", "neurons")
-    )
-    with pytest.raises(OptionError, match="at least two circuits"):
-        cp.overlap([heads])
-    with pytest.raises(MismatchError, match="1 and 2 are circuits of different units"):
-        cp.overlap([heads, neurons])
-    with pytest.raises(MismatchError, match="1 is a circuit of another model than or"):
-        cp.overlap([heads, heads], constructed("or"), stage=cp.quiet)
-    with pytest.raises(MismatchError, match="circuits of different models"):
-        cp.overlap([heads, replace(heads, model_fingerprint="other")])

@@ -81,6 +81,10 @@ def test_ties_are_members_together() -> None:
     values = torch.tensor([5.0, 3.0, 3.0 - 1e-6, 1.0, 0.0, 0.0])
     order = torch.arange(6)
     assert [with_ties(order, values, count) for count in (1, 2, 3, 4, 5)] == [1, 3, 3, 4, 5]
+    assert (
+        with_ties(order, torch.tensor([1.0, 0.5, 4.0, 4.0, 3.0, 2.0]), 2) == 2
+    )  # another round begins there
+    assert with_ties(order, torch.full((6,), 2.0), 3) == 3  # all tie: a choice by chance, but short of all
 
 
 def test_a_curve_by_hand() -> None:
@@ -127,6 +131,8 @@ def test_equivalence_is_rejected_for_a_clear_difference_only() -> None:
     assert not equivalence(model, model + 1)["holds"]
     noise = torch.randn(100, generator=torch.Generator().manual_seed(5)).double() * 0.1
     assert equivalence(model, model + noise)["holds"]
+    assert equivalence(model, model) == {"ahead": 0, "of": 0, "p": 1.0, "holds": True}
+    assert equivalence(model, torch.where(torch.arange(len(model)) < 4, model + 1, model))["of"] == 4
 
 
 def test_independence_sees_a_dependence_without_correlation() -> None:

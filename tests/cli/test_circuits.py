@@ -8,6 +8,9 @@ from conftest import Run, assert_refused
 from tinydata import tiny_decoder, write_data, write_jsonl, write_model
 
 from causalprune.circuits import load_circuit
+from causalprune.runs import circuits
+from causalprune.runs.cells import load
+from causalprune.runs.recipe import ModelSpec
 
 QUICK = ("--controls", 3, "--rescore", 2)
 
@@ -105,6 +108,13 @@ def test_a_plan_loads_nothing(run: Run, place: Path) -> None:
     plan = {row["stage"]: row for row in json.loads(out)["plan"]}
     assert plan["scores"] == {"stage": "scores", "problems": 48, "passes": 45.0}
     assert plan["sizes"]["problems"] == 100
+    code, out, err = find(
+        run, place, "none", "-t", "gsm8k:48", "--on", "gsm8k_nll", "--tests", "--dry-run", "--json"
+    )
+    assert code == 0, err
+    plan = {row["stage"]: row for row in json.loads(out)["plan"]}
+    assert plan["sizes"]["problems"] == len((place / "data/gsm8k/test.jsonl").read_text().splitlines())
+    assert plan["completeness"]["passes"] == 82.0  # the tests have a line of their own
     assert not (place / "none").exists()
 
 
@@ -134,7 +144,8 @@ def test_effects_say_that_they_do_not_look_at_a_wrong_answer(run: Run, place: Pa
 
 
 @pytest.mark.thorough
-def test_circuits_are_compared(run: Run, place: Path) -> None:
+def test_circuits_are_compared(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[ModelSpec] = []
     for name, task in (("a", "gsm8k:20"), ("b", "strategyqa:20")):
         code, _, err = find(run, place, name, "-t", task, *QUICK, "--keep", 0.8)
         assert code == 0, err
@@ -150,6 +161,18 @@ def test_circuits_are_compared(run: Run, place: Path) -> None:
     before = (place / "both" / "overlap.json").read_bytes()
     assert run("overlap", place / "a", place / "b", "-o", place / "both", "--remove", 2)[0] == 0
     assert (place / "both" / "overlap.json").read_bytes() == before
+    record = json.loads((place / "a" / "circuit.json").read_text())
+    assert not {"trust_remote_code", "allow_pickle", "device"} & record["description"]["model_spec"].keys()
+    record["description"]["model_spec"] |= {
+        "trust_remote_code": True,
+        "unheard": 1,
+    }  # a file of somebody else's
+    (place / "theirs.json").write_text(json.dumps(record))
+    words = ("overlap", place / "theirs.json", place / "b", "-o", place / "third", "--dtype", "float32")
+    with monkeypatch.context() as patch:
+        patch.setattr(circuits, "load", lambda spec: loaded.append(spec) or load(spec))
+        assert run(*words)[0] == 0
+    assert [(spec.trust_remote_code, spec.dtype) for spec in loaded] == [(False, "float32")]
     write_model(place / "other", tiny_decoder(chat=True, positions=512))
     (record := json.loads((place / "b" / "circuit.json").read_text()))["model_fingerprint"] = "else"
     (place / "c.json").write_text(json.dumps(record))
@@ -166,6 +189,9 @@ def test_circuits_are_compared(run: Run, place: Path) -> None:
         (("--on", "wikitext2_ppl"), "sizes are decided by losses of problems"),
         (("--units", "experts"), "has no units of kind 'expert'"),
         (("--units", "neuron"), "did you mean 'neurons'"),
+        (("--units", "neurons:8:effect"), "groups of neurons by effect are others on every set of problems"),
+        (("--rescore", "0"), "at least 1 round, not 0"),
+        (("--keep", "2", "--dry-run"), "above 0 and at most 1, not 2"),
         (("--ablation", "counterfactual"), "needs a counterfactual of every example"),
         (("--ablation", "mean", "--save", "x"), "--save writes zeros"),
         (("--estimator", "exact"), "ask for 1 round (--rescore 1)"),

@@ -1,6 +1,7 @@
 """The command that takes out what a model should not do: here a phrase that three neurons say after a trigger."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,15 @@ from conftest import Run, assert_refused
 from planted import Planting, built
 from tinydata import byte_tokenizer, write_data, write_jsonl, write_model
 
+import causalprune as cp
 from causalprune.checkpoints.saving import read_manifest
-from causalprune.evaluation.results import load_rows
+from causalprune.evaluation.results import load_rows, paired_difference
+from causalprune.evaluation.settings import Settings
+from causalprune.runs.cells import load
+from causalprune.runs.correcting import to_stay
+from causalprune.runs.recipe import CalibrationSpec, ModelSpec
+from causalprune.runs.single import Options
+from causalprune.runs.undesired import CorrectionSpec, Study
 
 PHRASE = "ZQX"
 OPTIONS = (
@@ -137,6 +145,70 @@ def test_zeros_of_a_checkpoint_are_united(run: Run, place: tuple[Path, Planting]
     assert read_manifest(folder / "again")["sparsity"]["zeros"] == both
 
 
+@pytest.mark.parametrize("own", [("--score", "ratio", "--rounds", 1), ("--damp", 0.5)])
+def test_without_a_limit_or_a_prediction_it_is_saved_too(
+    run: Run, place: tuple[Path, Planting], own: tuple[object, ...]
+) -> None:
+    folder, _ = place
+    name = str(own[0]).strip("-")
+    words = ("--undesired", folder / "bad.jsonl", *OPTIONS[:-2], "--harm", "infnats", *own)
+    code, _, err = fix(run, folder, name, *words)
+    assert code == 0, err
+    run_of = read_manifest(folder / name)["run"]
+    assert run_of["method"]["harm"] is None
+    assert (run_of["correction"]["chosen"]["predicted"] is None) == (name == "score")
+    assert run("report", folder / name)[0] == 0
+    if name == "damp":
+        assert "scaled to 0.5" in (folder / name / "README.md").read_text().partition("\n\n")[2]
+        assert "nothing was pruned" not in (folder / name / "README.md").read_text()
+        outcome = run("reapply", folder / name, folder / "model", "-o", folder / "not")
+        assert_refused(outcome, "was corrected by scaling", folder / "not")
+
+
+def test_what_a_function_says_is_better_where_it_falls(
+    run: Run, place: tuple[Path, Planting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = place
+    (folder / "judging.py").write_text(
+        f"def rude(texts):\n    return [{PHRASE!r} in text for text in texts]\n"
+    )
+    monkeypatch.chdir(folder)
+    words = ("--behaviour", "judging:rude", "--prompts", folder / "prompts.jsonl")
+    code, _, err = fix(run, folder, "polite", *words, *OPTIONS)
+    assert code == 0, err
+    (_, (before,)), (_, (after,)) = load_rows(folder / "polite" / "correction.json")
+    assert before.description["higher_is_better"] is False
+    assert paired_difference(after, before).verdict == "better"
+    (folder / "judging.py").write_text("def rude(texts):\n    return [1 / 0 for text in texts]\n")
+    monkeypatch.delitem(sys.modules, "judging")
+    assert_refused(fix(run, folder, "rude", *words, *OPTIONS), "judging:rude", folder / "rude")
+
+
+def test_a_problem_is_in_one_half_whatever_is_made_of_it(
+    place: tuple[Path, Planting], tmp_path: Path
+) -> None:
+    folder, _ = place
+    decoder = load(ModelSpec(str(folder / "model")))
+    study = Study(decoder, CorrectionSpec("rep4"), Settings(), tmp_path, Options(data_dir=folder / "data"))
+    wanted = CalibrationSpec(("gsm8k",))
+    (drawn,) = to_stay(decoder, {"gsm8k": 6}, study, wanted, cp.silent)
+    assert sorted(drawn.subset) == [0, 0, 0, 1, 1, 1]
+    study.half_of = {example.content: 1 for example in drawn.examples[:5]}
+    (again,) = to_stay(decoder, {"gsm8k": 6}, study, wanted, cp.silent)
+    assert again.subset[:5] == (1,) * 5
+    assert again.subset[5] == drawn.subset[5]
+
+
+def test_samples_that_do_not_fit_are_counted(run: Run, place: tuple[Path, Planting]) -> None:
+    folder, _ = place
+    rows = [json.loads(line) for line in (folder / "bad.jsonl").read_text().splitlines()]
+    rows += [{"prompt": "a" * 600 + "~", "target": PHRASE, "instead": "and"}]
+    write_jsonl(folder / "long.jsonl", rows)
+    with pytest.warns(UserWarning, match=r"1 of 9 samples have more than \d+ tokens"):
+        code, _, err = fix(run, folder, "long", "--undesired", folder / "long.jsonl", *OPTIONS)
+    assert code == 0, err
+
+
 def test_a_plan_loads_nothing(run: Run, place: tuple[Path, Planting]) -> None:
     folder, _ = place
     code, out, err = fix(run, folder, "none", *sought(folder), *OPTIONS, "--dry-run", "--json")
@@ -180,6 +252,10 @@ def test_a_plan_loads_nothing(run: Run, place: tuple[Path, Planting]) -> None:
         (("--undesired", "BAD", "--harm", "no nats"), "or as 0.01nats, not 'no nats'"),
         (("--undesired", "BAD", "--budget", "0.01%"), "of 192 units is less than one"),
         (("--undesired", "BAD", "--budget", "60%"), "more than half of 192 units"),
+        (("--undesired", "BAD", "--budget", "100%"), "a budget of 100% is all there is"),
+        (("--undesired", "BAD", "--budget", "inf%"), "a budget of inf% is all there is"),
+        (("--undesired", "BAD", "--budget", "inf"), "or a number as 100, not 'inf'"),
+        (("--undesired", "BAD", "--harm", "1000nats"), "or as 0.01nats, not '1000nats'"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(

@@ -58,10 +58,10 @@ def test_a_function_scores_whole_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.undesired[0].target_tokens == 3
     assert set(found.clean) == {1}  # where nothing was written, nothing can be targeted
     vars(module)["broken"] = lambda texts: [1 / (len(text) - 2) for text in texts]
-    with pytest.raises(OptionError, match=r"scorer behaviour failed .*division by zero.* on 'no'"):
+    with pytest.raises(OptionError, match=r"scorer behaviour .*failed .*division by zero.* on 'no'"):
         judged("some", written("yes", "no"), sought("ownscores:broken"), WORDS)
     vars(module)["blank"] = lambda texts: [float("nan")] * len(texts)
-    with pytest.raises(OptionError, match="scorer behaviour gave nan for 'One text"):
+    with pytest.raises(OptionError, match=r"scorer behaviour .*gave nan for 'One text"):
         sought("ownscores:blank")
     vars(module)["one"] = lambda texts: [1.0]
     with pytest.raises(OptionError, match="gave 1 numbers for 2 texts"):
@@ -72,11 +72,12 @@ def test_nothing_or_everything_shown_says_how_to_go_on() -> None:
     wanted = sought("loops")
     none = judged("some", written("abcdabcd!", "nothing"), wanted, WORDS)
     with pytest.raises(
-        DataError, match=r"0 of 2 .* is 'abcdabcd!' \(0.17\): lower the bar \(--behaviour rep4 --bar 0.17\)"
+        DataError,
+        match=r"0 of 2 .* is 'abcdabcd!' \(0.17\): lower the bar \(--behaviour rep4 --bar 0\.16{15}7?\d*\)",
     ):
         check_shown([none], wanted)
     every = judged("some", written("aaaaaaaa", "bbbbbbbb"), wanted, WORDS)
     with pytest.raises(DataError, match="all 2 continuations show loops"):
         check_shown([every], wanted)
-    lower = sought("rep4", 0.17)
+    lower = sought("rep4", 1 / 6)
     check_shown([judged("some", written("abcdabcd!", "nothing"), sought("rep4", 0.16), WORDS)], lower)

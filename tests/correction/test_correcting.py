@@ -195,7 +195,9 @@ def test_two_subsets_are_the_halves() -> None:
     [
         ({"budget": 0.001}, "0.100% of 192 units is less than one"),
         ({"budget": 120}, "more than half of 192 units"),
-        ({"budget": 0}, "above 0"),
+        ({"budget": 0}, "share below 1 or a whole number"),
+        ({"budget": 1.5}, "share below 1 or a whole number"),
+        ({"budget": math.inf}, "share below 1 or a whole number"),
         ({"harm": -1.0}, "harm must be above 0"),
         ({"score": "contrst"}, "did you mean 'contrast'"),
         ({"rounds": 0}, "at least 1 round"),
@@ -214,6 +216,47 @@ def test_options_that_cannot_be(change: dict[str, object], words: str) -> None:
     decoder, planting = built(1)
     with pytest.raises(OptionError, match=words.replace("(", r"\(")):
         fixed(decoder, *samples(planting), **change)
+
+
+def test_an_upper_end_needs_two_samples() -> None:
+    decoder, planting = built(1)
+    bad, good = samples(planting)
+    few = [e for e in good if e.source == "texts"] + [e for e in good if e.source == "others"][:3]
+    fixed(decoder, bad, few, budget=1)
+    with pytest.raises(DataError, match="others has one sample in the deciding half"):
+        fixed(built(1)[0], bad, few, budget=1, certain=True)
+
+
+def test_harm_to_clean_texts_is_their_divergence() -> None:
+    """Every token of theirs was the model's likeliest: its loss rises however little is changed."""
+    decoder, planting = built(3)
+    bad, good = samples(planting)
+    named = [replace(e, source=f"clean {e.source}") if e.source == "others" else e for e in good]
+    found = fixed(decoder, bad, named, budget=8, harm=0.5)
+    point = found.chosen
+    assert point.harm["clean others"] == point.kl["clean others"]
+    assert point.harm["texts"] != point.kl["texts"]
+    assert point.predicted > 0
+
+
+def test_another_seed_is_another_update(tmp_path: Path) -> None:
+    _, planting = built(2)
+    bad, good = samples(planting)
+    alone = [
+        fixed(built(2)[0], bad, good, budget=2, update="distill", seed=seed).after.benefit for seed in (0, 1)
+    ]
+    kept = [
+        correct(
+            built(2)[0],
+            bad,
+            good,
+            Contrast(budget=2, update="distill", seed=seed),
+            kept_in=tmp_path,
+            stage=cp.quiet,
+        ).after.benefit
+        for seed in (0, 1)
+    ]
+    assert kept == alone
 
 
 def test_samples_that_cannot_be() -> None:

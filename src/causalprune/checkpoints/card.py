@@ -98,6 +98,8 @@ def _what(base: str, record: Mapping[str, Any]) -> str:
         before, after = shrunk["parameters_before"], shrunk["parameters_after"]
         text = f"{base} with {1 - after / before:.1%} of its parameters removed: {after:,} of {before:,} are left."
         return f"{text} {_size(shrunk)}".strip()
+    if run.get("method", {}).get("damp"):
+        return f"{base} with parts of it scaled: {run['correction']['what']}."
     if not sparsity["zeros"]:
         return f"{base}, as plain safetensors; nothing was pruned."
     share, zeros, weights = sparsity["sparsity"], sparsity["zeros"], sparsity["weights"]

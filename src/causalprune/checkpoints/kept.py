@@ -83,6 +83,10 @@ def reapply(pruned: Path, model: Path, output: Path, *, overwrite: bool = False,
     For a model into which adapters were merged, or that was fine-tuned without `keep_sparsity`. Where it has no tokenizer,
     it gets that of `pruned`. `loading` is what `load` takes.
     """
+    if read_manifest(pruned)["run"].get("method", {}).get("damp"):
+        raise CheckpointError(
+            f"{pruned} was corrected by scaling, which no mask of zeros repeats: correct {model} itself, without --damp or with it"
+        )
     decoder = load(str(model), **{"device": "cpu", **loading})
     if decoder.tokenizer is None:
         decoder = replace(decoder, tokenizer=tokenizer_of(pruned))

@@ -43,6 +43,7 @@ from causalprune.core import (
     Unit,
     git_commit,
     packed,
+    plain,
     sync,
     unpacked,
     versions,
@@ -246,7 +247,7 @@ def write_manifest(
         "sparsity": summed(projections),
         "files": {path.name: digest for path, digest in zip(hashed, hashes, strict=True)},
     }
-    _write_json(folder / MANIFEST, record, indent=1)
+    _write_json(folder / MANIFEST, plain(record), indent=1)
     write_card(folder, record, title=folder.name.partition(".partial-")[0])
 
 

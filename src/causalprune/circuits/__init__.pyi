@@ -1,5 +1,11 @@
 from .behaviour import Behaviour as Behaviour
 from .checking import (
+    RANDOM as RANDOM,
+)
+from .checking import (
+    SAMPLE as SAMPLE,
+)
+from .checking import (
     Checks as Checks,
 )
 from .checking import (
@@ -13,6 +19,9 @@ from .curves import (
 )
 from .finding import (
     MEASURED as MEASURED,
+)
+from .finding import (
+    check_search as check_search,
 )
 from .finding import (
     circuit as circuit,

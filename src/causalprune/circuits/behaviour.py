@@ -125,6 +125,13 @@ class Behaviour:
         each, n = values / tokens, len(self.problems)
         return each[..., :n] - each[..., n:] if each.shape[-1] > n else each
 
+    def effects(self, values: Float[Tensor, "*any sequence"]) -> Float[Tensor, "*any problem"]:
+        """Return effects as `by_problem` does; divergences are those of right answers alone, which a wrong one's say nothing about."""
+        if self.plan.question.effect != "kl":
+            return self.by_problem(values)
+        n = len(self.problems)
+        return values[..., :n] / torch.tensor([example.target_tokens for example in self.problems])
+
 
 def behaviour(
     decoder: Decoder,
@@ -140,7 +147,9 @@ def behaviour(
             "some problems have a wrong answer to compare with, and some have none: give it to all or to none"
         )
     every = Calibration((*problems, *paired), (0,) * (len(problems) + len(paired)))
-    how = replace(estimator, name="gradient") if estimator.name == "adaptive" else estimator
+    how = estimator
+    if how.name == "adaptive":
+        how = replace(how, name="gradient", budget=None, until_certain=False)
     plan = planned(decoder, every, question, how)
     if question.ablation == "mean" and mean is None:
         mean = means(decoder, plan.groups, list(plan.own_sites))
@@ -153,6 +162,9 @@ class Trials:
     def __init__(self, of: Behaviour, book: Ledger | None = None, on_progress: Progress = silent) -> None:
         self.of, self._book, self._tell = of, book, on_progress
         self._known: dict[str, Any] = {} if book is None else book.rows
+        self._name = hashlib.sha256(repr(identity(of)).encode()).hexdigest()[
+            :8
+        ]  # ledgers may hold several behaviours
 
     def nats(self, keeps: Sequence[Keep]) -> Float[Tensor, "keep problem"]:
         """Return the loss per target token of every problem, with all units closed but those kept; less the wrong answer's."""
@@ -175,7 +187,7 @@ class Trials:
         for number, batch in enumerate(self.of.plan.groups):
             run = _Run(self.of, batch)
             for row, (keep, name) in enumerate(zip(keeps, names, strict=True)):
-                key = f"{what[-1]}:{self.of.fingerprint()[:8]}:{name}:{number}"
+                key = f"{what[-1]}:{self._name}:{name}:{number}"
                 if key not in self._known:
                     values = run.losses(keep, divergent="kl" in what)
                     if self._book is None:
@@ -242,7 +254,7 @@ def scored(
             state.keep(**{key: _slopes(of, batch, units, [of.gates(keep, gate) for gate in how.gates], how)})
             on_progress(number + 1, len(groups))
         found[numbers[:, None], list(batch.indices)] = state.values[key].double()
-    return of.by_problem(found)
+    return of.effects(found)
 
 
 def _slopes(

@@ -24,7 +24,7 @@ SUBSETS, GREEDY, BEST = 20, 5, 50
 RANDOM = 100
 """Random circuits, and random units, of every test."""
 SAMPLE = 50
-"""Members whose own part is tested, at most."""
+"""Members whose own part is tested, at most; all of them where they are heads."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def _minimality(bench: _Bench) -> dict[str, Any]:
     """Ask of members whether each does more in the circuit than a random unit that is added to it."""
     own, circuit = bench.keep(), bench.circuit
     members = circuit.order[: circuit.size]
-    if len(members) > SAMPLE:
+    if len(members) > SAMPLE and any(circuit.units[number].kind != "head" for number in members.tolist()):
         members = members[torch.randperm(len(members), generator=bench.generator)[:SAMPLE]]
     outside = (~own).nonzero()[:, 0]
     outside = outside[torch.randperm(len(outside), generator=bench.generator)[:RANDOM]]

@@ -49,6 +49,7 @@ from causalprune.core import (
     unknown,
     versions,
 )
+from causalprune.interventions import grouped_by_effect
 
 LEDGER, SCORES = "circuit.ledger", "scores"
 MEASURED = ("exact", "adaptive")
@@ -83,7 +84,7 @@ def circuit(  # noqa: PLR0913 (what a user says)
         DataError: there are fewer than 8 problems to score or to decide on.
         MismatchError: the folder holds what was measured of another model, or on other data.
     """
-    _check(estimator, keep, rank, rescore)
+    check_search(question, estimator, keep, rank, rescore)
     calibration, decide = (calibration, decide) if decide else halves(calibration)
     for what, own in (("score", calibration), ("decide", decide)):
         check_problems(what, own.examples)
@@ -141,7 +142,12 @@ def check_problems(what: str, examples: Sequence[Example]) -> None:
         )
 
 
-def _check(estimator: Estimator, keep: float, rank: Rank, rescore: int) -> None:
+def check_search(question: Question, estimator: Estimator, keep: float, rank: Rank, rescore: int) -> None:
+    """Raise `OptionError` for what does not go together, before anything is loaded."""
+    if grouped_by_effect(question.units):
+        raise OptionError(
+            "groups of neurons by effect are others on every set of problems: for circuits take neurons:1, or neurons:64 in a row"
+        )
     if not 0 < keep <= 1:
         raise OptionError(f"the share to keep must be above 0 and at most 1, not {keep:g}")
     if rank not in RANKS:
@@ -223,7 +229,7 @@ class Search:
         change = effects.change_nats()
         if effects.predicted_nats is not None:
             change = torch.where(change.isnan(), effects.predicted_nats, change)
-        return self.ranked.by_problem(change)
+        return self.ranked.effects(change)
 
     @cached_property
     def sizes(self) -> Float[Tensor, "unit"]:
@@ -288,7 +294,8 @@ class Search:
             )
         rows = [(share, count, round(float(weights[order[:count]].sum()))) for share, count in counts]
         ends = {"intact": nats[-2], "empty": nats[-1]}
-        vocabulary = self.decided.decoder.model.get_output_embeddings().weight.shape[0]
+        paired = self.decided.problems[0].instead is not None  # a guess is as good at both answers
+        vocabulary = 1 if paired else self.decided.decoder.model.get_output_embeddings().weight.shape[0]
         found = curve(rows[:-1], nats[:-3], kl[:-3], ends, vocabulary)
         return found, curve(rows[-1:], nats[-3:-2], kl[-3:-2], ends, vocabulary).points[0]
 

@@ -25,12 +25,12 @@ def better_than(own: Float[Tensor, ""], others: Float[Tensor, "other"]) -> dict[
 def equivalence(model: Float[Tensor, "problem"], circuit: Float[Tensor, "problem"]) -> dict[str, Any]:
     """Test whether circuit and model are ahead of each other equally often, to within `EPSILON`.
 
-    The hypothesis is that they are; a small p rejects it.
+    The hypothesis is that they are; a small p rejects it. Problems on which they are level say nothing.
     """
-    n, ahead = len(model), int((circuit < model).sum())
-    distance = abs(ahead / n - 0.5)
+    n, ahead = int((circuit != model).sum()), int((circuit < model).sum())
+    distance = abs(ahead / n - 0.5) if n else 0.0
     counts = np.arange(n + 1)
-    far = np.abs(counts / n - 0.5) >= distance - 1e-12
+    far = np.abs(counts / max(n, 1) - 0.5) >= distance - 1e-12
     p = float(scipy.stats.binom.pmf(counts[far], n, 0.5 + EPSILON).sum())
     return {"ahead": ahead, "of": n, "p": min(p, 1.0), "holds": p >= LEVEL}
 

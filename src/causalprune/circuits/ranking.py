@@ -65,11 +65,14 @@ def prefix(order: Int[Tensor, "unit"], sizes: Float[Tensor, "unit"], share: floa
 
 
 def with_ties(order: Int[Tensor, "unit"], values: Float[Tensor, "unit"], count: int) -> int:
-    """Return a size at which no unit stays out that is worth as much as the last member."""
-    last = float(values[order[count - 1]])
-    while count < len(order) and last and float(values[order[count]]) >= last - TIE * abs(last):
-        count += 1
-    return count
+    """Return a size at which no unit stays out that is worth as much as the last member, where that is short of all.
+
+    What is worth more comes of another round of scores, and is no tie.
+    """
+    last, size = float(values[order[count - 1]]), count
+    while size < len(order) and last and abs(float(values[order[size]]) - last) <= TIE * abs(last):
+        size += 1
+    return size if size < len(order) else count
 
 
 def resampled_orders(rounds: Sequence[Round], rank: Rank, seed: int = 0) -> list[Int[Tensor, "unit"]]:

@@ -1,6 +1,6 @@
 """Commands that find circuits and compare them."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -117,7 +117,7 @@ def circuit(
     from causalprune.runs import find_circuit, planned_search
 
     asked, wanted = search.asked(on, save), data.spec(1)
-    costs = planned_search(asked, wanted)
+    costs = planned_search(asked, wanted, data.reading.data_dir)
     if dry_run or search.tests:
         console.print(showing.costs(costs))
     if dry_run:
@@ -142,6 +142,7 @@ def circuit(
 def overlap(
     circuits: Annotated[list[Path], typer.Argument(help="Files or folders of circuits of one model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for overlap.json and the ledger.")],
+    loading: opt.LoadingOptions,
     running: opt.RunningOptions,
     remove: Annotated[
         int | None,
@@ -153,7 +154,8 @@ def overlap(
     from causalprune.cli import showing
     from causalprune.runs import overlap_circuits
 
-    found = overlap_circuits(circuits, output, running.options(), remove=remove)
+    own = {name: value for name, value in asdict(loading).items() if value != "auto"}
+    found = overlap_circuits(circuits, output, running.options(), own, remove=remove)
     for table in showing.overlap(found):
         console.print(table)
     say(f"all numbers: {output / 'overlap.json'}")

@@ -167,6 +167,8 @@ def _budget(text: str) -> float:
         found = math.nan
     if not (found > 0 and (text.endswith("%") or found < 1 or found.is_integer())):
         raise OptionError(f"a budget is a share as 0.3%, or a number as 100, not {text!r}")
+    if text.endswith("%") and found >= 1:
+        raise OptionError(f"a budget of {text} is all there is: that is no targeted correction; ask for less")
     return found
 
 
@@ -177,6 +179,6 @@ def _harm(text: str) -> float:
             return math.expm1(float(text.removesuffix("nats")))
         if text.endswith("%"):
             return float(text.removesuffix("%")) / 100
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     raise OptionError(f"harm is written as 1% of perplexity, or as 0.01nats, not {text!r}")

@@ -261,25 +261,19 @@ def evaluate(
 ) -> None:
     """Measure a model, and keep the value of every example."""
     from causalprune.cli import tables
-    from causalprune.evaluation import Settings, load_scorers, read_phrases
+    from causalprune.evaluation import load_scorers, read_phrases
     from causalprune.runs import evaluate_model
 
     measures, spec = (*on, *task), model.spec()
     if not measures:
         raise OptionError("nothing to measure: say what with --on, as in --on gsm8k_nll:200")
-    settings = Settings(
-        limit,
+    settings = reading.spec(["gsm8k"]).settings(
         reading.data_dir,
-        reading.seed,
-        reading.max_tokens,
-        chat=reading.chat,
+        limit=limit,
         batch_tokens=running.batch_tokens,
         max_new_tokens=answers.max_new_tokens,
         answer=answers.answer,
-        thinking=reading.thinking,
         scorers=load_scorers(answers.scorer),
-        turns=reading.turns,
-        fold_system=reading.fold_system,
         phrases=() if phrases is None else read_phrases(phrases),
     )
     options = running.options(reading.data_dir, overwrite=overwrite)

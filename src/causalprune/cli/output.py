@@ -2,11 +2,9 @@
 
 import contextlib
 import json
-import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from causalprune.core import OptionError
+from causalprune.core import OptionError, plain
 
 if TYPE_CHECKING:
     from causalprune.core import Progress
@@ -85,19 +83,7 @@ AsJson = Annotated[
 def document(as_json: bool, **found: Any) -> None:
     """Print what a command found as JSON, if that is asked for; numbers that are not finite are null."""
     if as_json:
-        print(json.dumps(_plain(found), indent=1, ensure_ascii=False, allow_nan=False))
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
+        print(json.dumps(plain(found), indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def pushed_to(output: Path, repository: str | None) -> str | None:

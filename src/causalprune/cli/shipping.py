@@ -207,24 +207,22 @@ def fit(
     Tries types of llama.cpp and smaller models, predicts before it measures, chooses by one half of the problems and reports
     the other. Writes model.gguf, frontier.json and frontier.html. That no pruning is best is an answer too.
     """
-    from causalprune.evaluation import Settings, load_scorers
+    from causalprune.evaluation import load_scorers
     from causalprune.reports import found
     from causalprune.runs import Asked
     from causalprune.runs import fit as fitted
     from causalprune.shipping import Exporting
 
     types, shares = method.tried()
-    settings = Settings(
-        data_dir=data.reading.data_dir,
-        seed=data.reading.seed,
-        chat=data.reading.chat,
+    wanted = data.spec(1).settled(own=True)
+    settings = wanted.settings(
+        data.reading.data_dir,
         answer=answers.answer,
         max_new_tokens=answers.max_new_tokens,
         scorers=load_scorers(answers.scorer),
     )
     how = Exporting(file.pre_tokenizer, model.loading.trust_remote_code)
     asked = Asked(limit.limit(), on, settings, types, shares, method.update, how)
-    wanted = data.spec(1).settled(own=True)
     made = fitted(model.spec(), wanted, output, asked, running.options(data.reading.data_dir))
     for line in found(made.record):
         say(line)

@@ -111,7 +111,12 @@ from .resuming import (
 from .resuming import (
     kept as kept,
 )
-from .showing import Shown as Shown
+from .showing import (
+    Shown as Shown,
+)
+from .showing import (
+    plain as plain,
+)
 from .sizes import (
     Size as Size,
 )

@@ -1,11 +1,12 @@
-"""Records in a line or two: what they are and how large, in place of all that they hold."""
+"""Records in a line or two: what they are and how large, in place of all that they hold; and as JSON."""
 
 import math
 import reprlib
 import sys
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 NAME = 60
@@ -82,3 +83,16 @@ TOLD: dict[str, Callable[[Any], str]] = {
     "EvalResult": _result,
 }
 """What to say of a record by the name of its class; of others, their fields in short."""
+
+
+def plain(value: Any) -> Any:
+    """Return nested values as JSON has them: numbers that are not finite (no limit, or not known) as null."""
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

@@ -104,16 +104,18 @@ def check_shown(found: Sequence[Judged], wanted: Sought) -> None:
     texts = [text for own in found for text in own.written.texts]
     shown = sum(value >= wanted.bar for value in values)
     if not any(own.clean for own in found):
+        either = wanted.judge.name in ("loops", "phrases")  # 0 or 1, whatever the bar
+        higher = "" if either else f"raise the bar (--bar above {min(values)}), or "
         raise DataError(
-            f"all {len(values)} continuations show {wanted.name}, so there is no clean text beside them: raise the bar "
-            f"(--bar above {min(values):.2g}), or take more or other prompts"
+            f"all {len(values)} continuations show {wanted.name}, so there is no clean text beside them: {higher}take more or other "
+            "prompts"
         )
     if not any(own.undesired for own in found):
         doubts = values
         if wanted.judge.name == "loops":
             doubts = [repetition(new) for own in found for _, new in own.written.tokens]
         most = max(range(len(values)), key=lambda i: doubts[i])
-        bar = f"--bar {doubts[most]:.2g}"
+        bar = f"--bar {doubts[most]}"
         if wanted.judge.name == "loops":
             bar = f"--behaviour rep4 {bar}"
         lower = f"lower the bar ({bar}), or " if doubts[most] > 0 else ""

@@ -11,6 +11,7 @@ from causalprune.checkpoints import KEEP, iterate_keep
 from causalprune.circuits import Behaviour
 from causalprune.core import (
     Calibration,
+    DataError,
     Decoder,
     Ledger,
     Masks,
@@ -64,8 +65,7 @@ def correct(
     if decoder.offloaded:
         raise ModelError(f"{decoder.name} is not all in memory, and has to be while its parts are closed")
     chooses, decides = halves(undesired, preserve, decoder.tokenizer)
-    for half in (chooses, decides):
-        check_positions(decoder, [*half.sequences, *half.preserve])
+    _check(decoder, (chooses, decides), contrast)
     candidates = candidates_of(decoder, chooses, contrast)
     most = contrast.number(candidates.count)
     model, folder = fingerprint(decoder.model), None if kept_in is None else Path(kept_in)
@@ -85,13 +85,12 @@ def correct(
         if contrast.update != "none":
             data = Calibration(chooses.preserve, (0,) * len(chooses.preserve))
             repair = Repair(data, contrast.update, contrast.seed, contrast.max_batch_tokens)
-        which = f"{UPDATE}-{contrast.update}-{named(chosen)[:8]}"
-        redo = State(folder and folder / which, [identity, contrast.update, named(chosen)])
+        which = f"{contrast.update}-{contrast.seed if repair else 0}-{named(chosen)}"
+        redo = State(folder and folder / f"{UPDATE}-{which}", [identity, which])
         _take_out(candidates, chosen, keep, repair, redo, stage)
         with stage("after") as tell:
             say(tell, unit="tokens")
-            name = f"after-{contrast.update}-{named(chosen)}"
-            after = search.of(trials.now(name, tell), chosen, point.round, point.predicted)
+            after = search.of(trials.now(f"after-{which}", tell), chosen, point.round, point.predicted)
     members: tuple[Unit, ...] = ()
     if isinstance(candidates, Units):
         members = tuple(candidates.units[number] for number in chosen.tolist())
@@ -99,6 +98,15 @@ def correct(
     curve = tuple(sorted(each.values(), key=lambda own: own.count))
     point = each[point.count, point.benefit.value]
     return Corrected(contrast, keep, point, after, curve, members, candidates.count, told, model)
+
+
+def _check(decoder: Decoder, sides: tuple[Half, Half], contrast: Contrast) -> None:
+    for half in sides:
+        check_positions(decoder, [*half.sequences, *half.preserve])
+    if contrast.certain and (single := [s for s, n in sides[1].described()["preserve"].items() if n < 2]):
+        raise DataError(
+            f"{single[0]} has one sample in the deciding half, so its harm has no interval: give more of it"
+        )
 
 
 def candidates_of(decoder: Decoder, chooses: Half, contrast: Contrast) -> Candidates:

@@ -35,8 +35,11 @@ class Looking:
     how: Estimator
     state: State
 
-    def gather(self, need: Need, closed: Chosen, name: str, tell: Progress) -> Vector:
-        """Return what is needed of every candidate, from the state where it is finished there; `name` says what is closed."""
+    def gather(self, need: Need, closed: Chosen, name: str, tell: Progress) -> Tensor:
+        """Return what is needed of every candidate, from the state where it is finished there; `name` says what is closed.
+
+        It is `[candidate]`, a mean over samples; of harm `[source candidate]`, a mean over those of each source.
+        """
         kind, which = need
         if kind in ("activity", "onset"):
             assert isinstance(self.candidates, Units)
@@ -61,9 +64,9 @@ class Looking:
                 self.state.flush(**{key: {"done": done, "sums": sums}})
             tell(done, len(groups))
         self.state.flush(**{key: {"done": done, "sums": sums}})
-        if kind == "harm":  # of each source its own mean: the worst counts
+        if kind == "harm":
             counts = {source: sum(e.source == source for e in examples) for source in sums}
-            return torch.stack([own / counts[source] for source, own in sums.items()]).amax(0)
+            return torch.stack([own / counts[source] for source, own in sums.items()])
         total: Tensor = torch.stack([*sums.values()]).sum(0)
         return total / len(self.half.undesired if which == "undesired" else examples)
 

@@ -49,8 +49,10 @@ class Contrast:
         ):
             if value not in known:
                 raise unknown(what, value, known)
-        if not self.budget > 0:
-            raise OptionError(f"a budget is a share or a number above 0, as 0.3% or 100, not {self.budget:g}")
+        if not (0 < self.budget < 1 or self.budget == self.budget // 1 > 0):
+            raise OptionError(
+                f"a budget is a share below 1 or a whole number, as 0.3% or 100, not {self.budget:g}"
+            )
         if not self.harm > 0:
             raise OptionError(f"harm must be above 0, as 1% or 0.01nats, not {self.harm:g}")
         if self.rounds < 1:
@@ -105,8 +107,10 @@ class Point:
     """What a model without so many candidates was measured to do on the deciding half.
 
     `benefit` is the fall of the mean log-odds of the undesired tokens (against what should be said instead where that is
-    given), `harm` by source the rise of the loss in nats per token, `kl` the divergence from the model before. `predicted` is
-    that divergence as it was expected, NaN for scores that expect none. `round` is the one that chose them, 0 for none.
+    given), `harm` by source the rise of the loss in nats per token, `kl` the divergence from the model before. The harm to clean
+    texts of the model's own is that divergence: it took the likeliest token everywhere, so that any other model's loss is higher.
+    `predicted` is the largest divergence of a source as it was expected, NaN for scores that expect none. `round` is the one
+    that chose them, 0 for none.
     """
 
     count: int

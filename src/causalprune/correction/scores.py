@@ -19,9 +19,9 @@ SHARE = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What scores may look at: what was gathered, sizes of weights, the harm that a candidate's share of the limit is, a seed."""
+    """What scores may look at: what was gathered (as `Looking.gather` says), sizes of weights, the harm that a candidate's share of the limit is, a seed."""
 
-    gathered: Mapping[Need, Vector]
+    gathered: Mapping[Need, Tensor]
     magnitude: Vector
     floor: float
     seed: int = 0
@@ -37,12 +37,12 @@ class Score:
 
 
 def contrast(known: Known) -> Vector:
-    """Fall of the undesired tokens' log-odds per divergence on what is to stay.
+    """Fall of the undesired tokens' log-odds per divergence on what is to stay, of the source where that is largest.
 
     A candidate counts at least with its share of the harm that all may do together: with many to choose and little harm
     allowed, neither alone is what runs out.
     """
-    return known.gathered[ODDS] / (known.gathered[HARM] + known.floor)
+    return known.gathered[ODDS] / (known.gathered[HARM].amax(0) + known.floor)
 
 
 def difference(known: Known) -> Vector:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from causalprune.circuits import Value, summed_up
 from causalprune.core import OptionError, Stage, say
+from causalprune.correction.behaviours import CLEAN
 from causalprune.correction.candidates import Candidates, Chosen
 from causalprune.correction.evidence import HARM, Looking
 from causalprune.correction.measuring import Measured, Trials, named
@@ -128,8 +129,9 @@ class Search:
                 "closing no candidate is expected to lower the log-odds of what is undesired: give other samples, or other units"
             )
         harm = gathered.get(HARM)
-        harms = torch.full((len(order),), math.nan) if harm is None else before + harm[order].cumsum(0)
-        return order, harms
+        if harm is None:
+            return order, torch.full((len(order),), math.nan)
+        return order, before + harm[:, order].cumsum(1).amax(0)
 
     def point(self, chosen: Chosen, number: int, predicted: float) -> Point:
         """Measure the model without some candidates."""
@@ -138,13 +140,15 @@ class Search:
     def of(self, found: Measured, chosen: Chosen, number: int, predicted: float) -> Point:
         """Return what was measured beside the model before."""
         sources = [example.source for example in self.trials.half.preserve]
+        clean = torch.tensor([source.startswith(CLEAN) for source in sources])
+        harm = torch.where(clean, found.kl, found.nats - self.intact.nats)
         return Point(
             len(chosen),
             len(chosen) / self.candidates.count,
             self.candidates.weights(chosen),
             number,
             summed_up(self.intact.odds - found.odds),
-            _by_source(sources, found.nats - self.intact.nats),
+            _by_source(sources, harm),
             _by_source(sources, found.kl),
             predicted,
         )

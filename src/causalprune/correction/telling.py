@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from causalprune.core import Decoder
+from causalprune.correction.behaviours import CLEAN
 from causalprune.correction.records import Corrected
 
 
@@ -14,10 +15,12 @@ def sentences(found: Corrected) -> list[str]:
     own, after = found.contrast, found.after
     said = [
         f"{found.what}: {after.weights:,} weights",
-        f"log-odds of what is undesired: {_record(after.benefit, -1)} on samples that chose nothing",
+        f"log-odds of what is undesired: {_record(after.benefit, -1)} on the half that decided how many",
     ]
     said += [
-        f"loss of {short(source)}: {_record(value)} nats per token ({math.expm1(value.value):+.2%} of perplexity), divergence {after.kl[source].value:.3g}"
+        f"divergence on {short(source)}: {_record(value)} nats per token"
+        if source.startswith(CLEAN)
+        else f"loss of {short(source)}: {_record(value)} nats per token ({math.expm1(value.value):+.2%} of perplexity), divergence {after.kl[source].value:.3g}"
         for source, value in after.harm.items()
     ]
     worst = max((value.value for value in found.chosen.kl.values()), default=math.nan)

@@ -21,9 +21,6 @@ from .continuing import (
     judge_of as judge_of,
 )
 from .measures import (
-    AND as AND,
-)
-from .measures import (
     check_tasks as check_tasks,
 )
 from .measures import (
@@ -43,9 +40,6 @@ from .measures import (
 )
 from .measures import (
     source_of as source_of,
-)
-from .measures import (
-    together as together,
 )
 from .results import (
     AT_CHANCE as AT_CHANCE,
@@ -155,6 +149,9 @@ from .tasks.repeating import (
 )
 from .tasks.scorers import load_scorers as load_scorers
 from .written import (
+    AND as AND,
+)
+from .written import (
     OWN_TASKS as OWN_TASKS,
 )
 from .written import (
@@ -174,4 +171,7 @@ from .written import (
 )
 from .written import (
     own_texts as own_texts,
+)
+from .written import (
+    together as together,
 )

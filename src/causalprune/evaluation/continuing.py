@@ -114,7 +114,7 @@ class Judge:
     def values(self, found: Written) -> tuple[float, ...]:
         """Return a number for every continuation."""
         if self.scorer is not None:
-            return scores(self.name, self.scorer, found.texts, None)
+            return scores(f"{self.name} ({reference(self.scorer)})", self.scorer, found.texts, None)
         each = zip(found.tokens, found.texts, strict=True)
         return tuple(TRAITS[self.name].score(new, text, self.phrases) for (_, new), text in each)
 
@@ -122,9 +122,10 @@ class Judge:
 def judge_of(name: str, settings: Settings) -> Judge:
     """Return what a measure of continuations is judged by: one of `TRAITS`, or a scorer, which is tried."""
     if (scorer := settings.scorers.get(name)) is not None:
-        scores(name, scorer, ["One text.", "Another one."], None)  # before anything is written
+        told = reference(scorer)
+        scores(f"{name} ({told})", scorer, ["One text.", "Another one."], None)  # before anything is written
         higher = bool(getattr(scorer, "higher_is_better", True))
-        return Judge(name, scorer, (), {"scorer": reference(scorer), "higher_is_better": higher})
+        return Judge(name, scorer, (), {"scorer": told, "higher_is_better": higher})
     if name not in TRAITS:
         raise unknown("measure of what a model writes", name, (*TRAITS, *settings.scorers))
     about = {"scorer": _phrases_in(settings.phrases)} if name == "phrases" else {}

@@ -40,14 +40,19 @@ from causalprune.evaluation.continuing import behaving
 from causalprune.evaluation.settings import Settings, described, reader_for
 from causalprune.evaluation.tasks.files import is_task_file, task_file
 from causalprune.evaluation.tasks.repeating import TRAITS
-from causalprune.evaluation.written import OWN_TASKS, TOKENS, by_example, own_measures, own_text
+from causalprune.evaluation.written import (
+    AND,
+    OWN_TASKS,
+    TOKENS,
+    by_example,
+    own_measures,
+    own_text,
+    together,
+)
 from causalprune.interventions import target_nats
 from causalprune.models import positions
 
 Metric = Literal["accuracy", "acc_norm", "nats_per_token", "perplexity"]
-
-AND = " and "
-"""Between the names of tasks that are measured together."""
 
 METRICS: dict[str, Metric] = {"acc": "accuracy", "exact_match": "accuracy", "acc_norm": "acc_norm"}
 """The harness's metrics that are 0 or 1 per example, and what we call them."""
@@ -88,20 +93,6 @@ def evaluate(
         for task, results in zip(group, every, strict=True):
             found[task] = [replace(result, seconds=seconds) for result in results]
     return [result for task in tasks for result in found[task]]
-
-
-def together(tasks: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the tasks in groups of which each takes one pass.
-
-    Together are measures of the same text of the model's own, and those of how it goes on after the same prompts.
-    """
-    groups: dict[Any, list[str]] = {}
-    for task in dict.fromkeys(tasks):
-        name, limit = calibration.with_limit(task)
-        source, _, measure = name.rpartition("_")
-        shared: Any = ("own", limit) if name in OWN_TASKS else (source, limit) if measure in TRAITS else task
-        groups.setdefault(shared, []).append(task)
-    return [tuple(group) for group in groups.values()]
 
 
 def _unit(name: str, scorers: Iterable[str]) -> str:

@@ -44,6 +44,7 @@ from causalprune.core import (
 )
 from causalprune.evaluation.sampling import Piece, write
 from causalprune.evaluation.settings import Settings
+from causalprune.evaluation.tasks.repeating import TRAITS
 from causalprune.interventions import (
     LayerInputs,
     Targets,
@@ -60,6 +61,8 @@ from causalprune.models import fingerprint, frame_fingerprint, positions
 
 Found = TypeVar("Found")
 OWN_TASKS = ("own_ppl", "own_kl")
+AND = " and "
+"""Between the names of tasks that are measured together."""
 VERSION = 1
 """Of the way in which a text is written: with another one it is another text."""
 TOKENS, PIECE = 4096, 512
@@ -72,6 +75,20 @@ CHUNK = 256
 def on_general_text(task: str) -> bool:
     """Tell whether a task, with its limit or without, measures general text (`_ppl`, `_kl`) and not what a user is after."""
     return with_limit(task)[0].endswith(("_ppl", "_kl"))
+
+
+def together(tasks: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the tasks in groups of which each takes one pass.
+
+    Together are measures of the same text of the model's own, and those of how it goes on after the same prompts.
+    """
+    groups: dict[Any, list[str]] = {}
+    for task in dict.fromkeys(tasks):
+        name, limit = with_limit(task)
+        source, _, measure = name.rpartition("_")
+        shared: Any = ("own", limit) if name in OWN_TASKS else (source, limit) if measure in TRAITS else task
+        groups.setdefault(shared, []).append(task)
+    return [tuple(group) for group in groups.values()]
 
 
 @dataclass(frozen=True)

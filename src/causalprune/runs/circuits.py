@@ -2,21 +2,25 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from causalprune.attribution import Estimator, Question, planned
-from causalprune.calibration import OWN_TEXT, TEXT_SOURCES, taken, with_limit
+from causalprune.calibration import OWN_TEXT, TEXT_SOURCES, load_problems, taken, with_limit
 from causalprune.checkpoints import check_destination, save
 from causalprune.circuits import (
     CIRCUIT,
     MEASURED,
     OVERLAP,
+    RANDOM,
+    SAMPLE,
     Checks,
     Circuit,
     Overlap,
+    check_search,
     examined,
     load_circuit,
     overlap,
@@ -40,6 +44,10 @@ from causalprune.runs.traces import calibrated
 
 SEARCH = 9
 """Sizes that are tried in a search, at most."""
+TESTS = 3 * RANDOM + SAMPLE
+"""Circuits of the tests; of heads one more for each member beyond the sample."""
+KNOWN = ("name", "revision", "date", "dtype", "attention")
+"""What a circuit says of the way its model is loaded; whether its code may run, or on which device, it does not."""
 POINTS = 13
 """Sizes of a curve, the chosen one, the intact and the empty model."""
 
@@ -61,6 +69,11 @@ class CircuitSpec:
     on: tuple[str, ...] = ()
     alone: Path | None = None
 
+    def check(self) -> None:
+        """Raise `OptionError` for what cannot be asked."""
+        check_on(self.on)
+        check_search(self.question, self.estimator, self.keep, self.rank, self.rescore)
+
     @property
     def passes(self) -> float:
         """What scoring costs, in forward passes over the problems, a backward pass as two; of the estimators by slopes."""
@@ -77,10 +90,8 @@ def find_circuit(
 ) -> Circuit:
     """Find a circuit, compare it with others, and leave `circuit.json` and ledgers in `folder`; a stopped search goes on there."""
     on, alone = asked.on, asked.alone
-    settings = Settings(
-        data_dir=options.data_dir, seed=wanted.seed, max_tokens=wanted.max_tokens, chat=wanted.chat
-    )
-    check_on(on)
+    settings = wanted.settings(options.data_dir)
+    asked.check()
     if alone is not None:
         if asked.question.ablation != "zero":
             raise OptionError(
@@ -97,7 +108,8 @@ def find_circuit(
     how = dataclasses.replace(asked.estimator, max_batch_tokens=options.batch_tokens, seed=wanted.seed)
     own = {"decide": decide, "keep": asked.keep, "rank": asked.rank, "rescore": asked.rescore}
     found = find(decoder, calibration, asked.question, how, **own, folder=folder, stage=options.stage)
-    told = {"model_spec": dataclasses.asdict(spec), "on": list(on)}
+    model = dataclasses.asdict(spec)
+    told = {"model_spec": {key: model[key] for key in KNOWN}, "on": list(on)}
     found = dataclasses.replace(found, description=found.description | told)
     save_circuit(found, folder / CIRCUIT)
     found = examined(found, decoder, calibration, asked.checks, folder=folder, stage=options.stage)
@@ -127,52 +139,50 @@ def measured_on(decoder: Decoder, on: Sequence[str], settings: Settings) -> Cali
 
 def jobs(asked: CircuitSpec, calibration: Calibration, decide: Calibration | None) -> dict[str, float]:
     """Return the stages of a search with what they cost in tokens; what estimators measure unit by unit is not known here."""
-    scored, decided = (
-        float(sum(len(e.tokens) for e in own.examples)) for own in (calibration, decide or calibration)
-    )
-    if decide is None:
-        scored, decided = scored / 2, decided / 2
-    number = len((decide or calibration).examples) / (1 if decide else 2)
-    few = decided * min(asked.checks.problems / number, 1)
-    each = asked.passes / asked.rescore * scored
-    found = {f"scores, round {i} of {asked.rescore}": each for i in range(1, asked.rescore + 1)}
-    if asked.rescore == 1:
-        found = {"scores": each}
-    count = (
-        asked.checks.count([*asked.question.units])
-        if asked.question.units != ("heads",)
-        else asked.checks.count(["head"])
-    )
-    found |= {"sizes": SEARCH * decided, "curve": POINTS * decided, "necessity": 7 * decided}
-    found |= {
-        "controls": (count + 2) * few,
-        "completeness": (asked.checks.passes(["head"], 0) - asked.checks.count(["head"])) * few,
-    }
-    return found | ({"tests": 350 * few} if asked.checks.tests else {})
+    counts = len(calibration.examples), len((decide or calibration).examples)
+    lengths = [sum(len(e.tokens) for e in own.examples) for own in (calibration, decide or calibration)]
+    found = dict[str, float]()
+    for name, problems, passes in _stages(asked, counts[0], counts[1] if decide else None):
+        own = asked.passes if math.isnan(passes) else passes
+        at = int(name != "scores")
+        found[name] = own * problems * lengths[at] / counts[at]
+    if asked.rescore > 1:
+        each, turns = found.pop("scores") / asked.rescore, range(1, asked.rescore + 1)
+        found = {f"scores, round {i} of {asked.rescore}": each for i in turns} | found
+    return found
 
 
-def planned_search(asked: CircuitSpec, wanted: CalibrationSpec) -> list[tuple[str, int, float]]:
-    """Return the stages of a search: name, problems, and forward passes over each of them. Nothing is loaded."""
-    on = asked.on
-    check_on(on)
-    counts = [with_limit(task)[1] for task in on]
-    scored = sum(wanted.counts().values())
-    decided = sum(count or 0 for count in counts) if on else scored // 2
-    scored = scored if on else (scored + 1) // 2
-    few, kinds = (
-        min(asked.checks.problems, decided),
-        ["head"] if asked.question.units == ("heads",) else ["neurons"],
-    )
-    count = asked.checks.count(kinds)
+def planned_search(
+    asked: CircuitSpec, wanted: CalibrationSpec, data_dir: Path | None = None
+) -> list[tuple[str, int, float]]:
+    """Return the stages of a search: name, problems, and forward passes over each of them. No model is loaded."""
+    asked.check()
+    decided = sum(_number(task, data_dir) for task in asked.on) if asked.on else None
+    return _stages(asked, sum(wanted.counts().values()), decided)
+
+
+def _stages(asked: CircuitSpec, scored: int, decided: int | None) -> list[tuple[str, int, float]]:
+    """Return name, problems and passes of each stage, where so many score, and so many decide (None: every second of them)."""
+    if decided is None:
+        scored, decided = (scored + 1) // 2, scored // 2
+    few, checks = min(asked.checks.problems, decided), asked.checks
+    kinds = ["head"] if asked.question.units == ("heads",) else ["neurons"]
+    count = checks.count(kinds)
     found = [
         ("scores", scored, math.nan if asked.estimator.name in MEASURED else asked.passes),
         ("sizes", decided, float(SEARCH)),
         ("curve", decided, float(POINTS)),
         ("necessity", decided, 7.0),
         ("controls", few, float(count + 2)),
-        ("completeness", few, float(asked.checks.passes(kinds, 0) - count - asked.checks.tests * 300)),
+        ("completeness", few, float(checks.passes(kinds, 0) - count - checks.tests * 3 * RANDOM)),
     ]
-    return [*found, *([("tests", few, 350.0)] if asked.checks.tests else [])]
+    return [*found, *([("tests", few, float(TESTS))] if checks.tests else [])]
+
+
+def _number(task: str, data_dir: Path | None) -> int:
+    """Return how many problems a measure takes: all that there are where no number is named."""
+    name, limit = with_limit(task)
+    return limit or len(load_problems(str(source_of(name)), "evaluation", data_dir=data_dir))
 
 
 def _save_alone(
@@ -187,7 +197,8 @@ def _save_alone(
     units = planned(decoder, calibration, question).units
     with options.stage("saving"):
         size = dict.fromkeys(("before", "after"), dataclasses.asdict(size_of(decoder)))
-        keep = close(decoder, [parts for unit, parts in units.items() if unit not in set(found.members)])
+        members = set(found.members)
+        keep = close(decoder, [parts for unit, parts in units.items() if unit not in members])
         record = {
             "reapplied": False,
             "circuit": {"units": len(found.units), "members": found.size, **found.description},
@@ -197,9 +208,17 @@ def _save_alone(
 
 
 def overlap_circuits(
-    paths: Sequence[Path], folder: Path, options: Options, *, remove: int | None = None
+    paths: Sequence[Path],
+    folder: Path,
+    options: Options,
+    loading: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    remove: int | None = None,
 ) -> Overlap:
-    """Compare circuits in files, measure what removing each does to the others' problems, and leave `overlap.json` in `folder`."""
+    """Compare circuits in files, measure what removing each does to the others' problems, and leave `overlap.json` in `folder`.
+
+    The model is the one that the first circuit names; `loading` are other fields of its `ModelSpec`: no file consents to code.
+    """
     circuits = {(path.parent if path.name == CIRCUIT else path).name: load_circuit(path) for path in paths}
     if len(circuits) < len(paths):
         circuits = {str(path): load_circuit(path) for path in paths}
@@ -209,8 +228,9 @@ def overlap_circuits(
         raise MismatchError(
             f"{paths[0]} does not say which model it is of: it was not written by `causalprune circuit`"
         )
+    known = {key: spec[key] for key in KNOWN if key in spec}
     with options.stage("loading model"):
-        decoder = load(ModelSpec(**spec))
+        decoder = load(ModelSpec(**{**known, **loading}))
     found = overlap(circuits, decoder, remove=remove, folder=folder, stage=options.stage)
     write_json(folder / OVERLAP, {"overlap": dataclasses.asdict(found)})
     return found

@@ -10,7 +10,6 @@ from typing import Any
 from causalprune.calibration import (
     OWN_TEXT,
     TEXT_SOURCES,
-    is_file,
     load_problems,
     with_limit,
 )
@@ -35,7 +34,6 @@ from causalprune.correction import (
 )
 from causalprune.evaluation import (
     OPENING,
-    Settings,
     kept_rows,
 )
 from causalprune.runs.cells import load
@@ -43,7 +41,7 @@ from causalprune.runs.plans import Job, priced
 from causalprune.runs.recipe import CalibrationSpec, ModelSpec
 from causalprune.runs.single import Options
 from causalprune.runs.traces import calibrated
-from causalprune.runs.undesired import TEXTS, CorrectionSpec, Study
+from causalprune.runs.undesired import CorrectionSpec, Study
 
 UPDATING = {"none": 0, "refit": 12, "distill": 21}
 """Passes over what is to be preserved that an update takes, about."""
@@ -76,20 +74,11 @@ def correct_checkpoint(
     with options.stage("loading model"):
         decoder = load(spec)
     warn_unpacked(decoder)
-    settings = Settings(
-        data_dir=options.data_dir,
-        seed=wanted.seed,
-        max_tokens=wanted.max_tokens,
-        chat=wanted.chat,
-        thinking=wanted.thinking,
-        turns=wanted.turns,
-        fold_system=wanted.fold_system,
-        max_new_tokens=asked.new_tokens,
-    )
+    settings = wanted.settings(options.data_dir, max_new_tokens=asked.new_tokens)
     study = Study(decoder, asked, settings, kept_in, options)
     bad, clean = study.samples()
     with options.stage("calibration data") as progress:
-        drawn = to_stay(decoder, counts, asked.window, wanted, options.data_dir, progress)
+        drawn = to_stay(decoder, counts, study, wanted, progress)
     stays = joined([*drawn, clean])
     shown = study.before(halves(bad, stays, decoder.tokenizer)[1].undesired)
     contrast = dataclasses.replace(asked.contrast, seed=wanted.seed, max_batch_tokens=options.batch_tokens)
@@ -132,20 +121,25 @@ def _rows(before: Sequence[EvalResult], after: Sequence[EvalResult]) -> list[dic
 def to_stay(
     decoder: Decoder,
     counts: Mapping[str, int],
-    window: int,
+    study: Study,
     wanted: CalibrationSpec,
-    data_dir: Path | None,
     tell: Progress,
 ) -> list[Calibration]:
-    """Return what is to be preserved: text in windows, and problems as long as `wanted` allows."""
+    """Return what is to be preserved: text in windows, and problems as long as `wanted` allows.
+
+    Problems that the model was let to answer are in the half of those answers.
+    """
     texts = {name: count for name, count in counts.items() if name in (*TEXT_SOURCES, OWN_TEXT)}
     problems = {name: count for name, count in counts.items() if name not in texts}
     found = []
-    for some, longest in ((texts, window), (problems, wanted.max_tokens)):
+    for some, longest in ((texts, study.asked.window), (problems, wanted.max_tokens)):
         if some:
             task = tuple(f"{name}:{count}" for name, count in some.items())
             own = dataclasses.replace(wanted, task=task, subsets=2, max_tokens=longest, preserve=())
-            found.append(calibrated(decoder, own, data_dir, on_progress=tell))
+            drawn = calibrated(decoder, own, study.options.data_dir, on_progress=tell)
+            each = zip(drawn.examples, drawn.subset, strict=True)
+            subset = tuple(study.half_of.get(example.content, half) for example, half in each)
+            found.append(dataclasses.replace(drawn, subset=subset))
     return found
 
 
@@ -163,9 +157,7 @@ def planned_correction(spec: ModelSpec, asked: CorrectionSpec) -> tuple[list[Job
     prompts, samples = [], 0
     for word in asked.asked if asked.behaviour else ():
         name, count = with_limit(word)
-        own = count or (
-            len(load_problems(name, "calibration", with_targets=False)) if is_file(name) else TEXTS
-        )
+        own = count or len(load_problems(name, "calibration", with_targets=False))
         prompts += [OPENING if name in TEXT_SOURCES else PROBLEM_TOKENS] * own
     texts = sum(prompts) + len(prompts) * asked.new_tokens
     if asked.undesired is not None:

@@ -26,7 +26,7 @@ from causalprune.calibration import (
     with_limit,
 )
 from causalprune.core import Decoder, MismatchError, OptionError, unknown
-from causalprune.evaluation import PIECE
+from causalprune.evaluation import PIECE, Settings
 from causalprune.pruning import N_OF_M, Method
 from causalprune.runs.rows import Cell, Removal, is_removal, label, parse_method, parse_removal, writes_own
 from causalprune.shrinking import Budget, Offers, check_budget
@@ -109,6 +109,11 @@ class CalibrationSpec:
             fold_system=self.fold_system,
             positions=room,
         )
+
+    def settings(self, data_dir: Path | None, **own: Any) -> Settings:
+        """Return how problems are measured that are read as these are; `own` are other fields."""
+        names = ("seed", "max_tokens", "chat", "thinking", "turns", "fold_system")
+        return Settings(data_dir=data_dir, **{name: getattr(self, name) for name in names} | own)
 
     def settled(self, own: bool) -> "CalibrationSpec":
         """Return what is asked for where nothing is said of what to preserve, with text of its `own` or without."""

@@ -141,18 +141,13 @@ def _record(
 
 def _settings(recipe: Recipe, data_dir: Path | None) -> Settings:
     """Return how the tasks of a recipe are measured; its scorers are imported."""
-    return Settings(
-        data_dir=data_dir,
+    return recipe.calibration.settings(
+        data_dir,
         seed=recipe.seed,
-        chat=recipe.calibration.chat,
-        max_tokens=recipe.calibration.max_tokens,
         batch_tokens=recipe.batch_tokens,
         max_new_tokens=recipe.max_new_tokens,
         answer=recipe.answer,
-        thinking=recipe.calibration.thinking,
         scorers=load_scorers(recipe.scorers),
-        turns=recipe.calibration.turns,
-        fold_system=recipe.calibration.fold_system,
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from causalprune.calibration import (
     OWN_TEXT,
     TEXT_SOURCES,
     Problem,
+    is_file,
     taken,
     with_limit,
 )
@@ -46,7 +48,9 @@ from causalprune.evaluation import (
 )
 from causalprune.runs.single import Options
 
-PROMPTS, PRESERVE = ("wikitext2:200",), ("wikitext2:24", "gsm8k:48")
+PROMPTS, PRESERVE = ("wikitext2",), ("wikitext2:24", "gsm8k:48")
+OPENINGS = 200
+"""Prompts of a source without a count; of a file all."""
 TEXTS, PROBLEMS = 24, 48
 """Windows of text, and problems, of a source to preserve without a count."""
 WINDOW = 1024
@@ -87,8 +91,9 @@ class CorrectionSpec:
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """Prompts, those of the default where none are named."""
-        return self.prompts or PROMPTS
+        """Prompts, those of the default where none are named, with a number for each data set."""
+        words = self.prompts or PROMPTS
+        return tuple(word if with_limit(word)[1] or is_file(word) else f"{word}:{OPENINGS}" for word in words)
 
     @property
     def preserved(self) -> dict[str, int]:
@@ -109,6 +114,8 @@ class Study:
     settings: Settings
     kept_in: Path
     options: Options
+    half_of: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Which half prompts are in, by their content, once there are `samples`."""
 
     def samples(self) -> tuple[Calibration, Calibration]:
         """Return undesired samples, and clean texts of the model's own, with the halves that they belong to."""
@@ -116,6 +123,12 @@ class Study:
         if asked.undesired is not None:
             reader = reader_for(self.decoder, self.settings)
             given = taken(reader, str(asked.undesired), "calibration", None)
+            if long := reader.skipped.too_long:
+                warnings.warn(
+                    f"{asked.undesired}: {long} of {long + len(given)} samples have more than {reader.limit} tokens and are left "
+                    "out: see --max-tokens, where the model has more positions",
+                    stacklevel=2,
+                )
             return Calibration(tuple(given), ()), Calibration((), ())
         self.wanted = sought(str(asked.behaviour), asked.bar)
         for word in asked.asked:
@@ -127,6 +140,8 @@ class Study:
                 written = self._written(name, begun, tell)
             self.found.append(judged(name, written, self.wanted, self.decoder.tokenizer))
         check_shown(self.found, self.wanted)
+        numbered = (pair for own in self.found for pair in enumerate(own.written.problems))
+        self.half_of = {problem.content: number % 2 for number, problem in numbered}
         bad = _halved([own.undesired for own in self.found])
         good = _halved([own.clean for own in self.found])
         for what, some in ((f"show {self.wanted.name}", bad), ("are clean", good)):
@@ -168,7 +183,7 @@ class Study:
     def before(self, deciding: Sequence[Example]) -> list[Written]:
         """Return the texts that are written again afterwards: those of the deciding half, or after some given samples' prompts."""
         if self.found:
-            return [part(own.written, 1) for own in self.found]
+            return [part(own.written, 1) for own in self.found if len(own.written.texts) > 1]
         decode = self.decoder.tokenizer.decode
         few = [dataclasses.replace(own, mask=None) for own in deciding[:SHOWN]]
         problems = [
@@ -198,7 +213,7 @@ class Study:
             if self.found:
                 judge = self.wanted.judge
                 for found, written in zip(results, (own, again), strict=True):
-                    told = {"higher_is_better": False, **judge.about, "split": "calibration"}
+                    told = {**judge.about, "higher_is_better": False, "split": "calibration"}
                     task = f"{name}_{judge.name}"
                     found.append(written.result(task, judge.name, judge.values(written), **told))
                 values = judge.values(own)
@@ -252,5 +267,5 @@ def changed(before: EvalResult, after: EvalResult) -> str:
     own = paired_difference(after, before)
     return (
         f"{short(before.task)}: {headline(before):.3g} before, {headline(after):.3g} after, difference {own.difference:+.3g} "
-        f"[{own.low:+.3g}, {own.high:+.3g}] on {own.n} prompts that chose nothing"
+        f"[{own.low:+.3g}, {own.high:+.3g}] on the {own.n} prompts of the deciding half"
     )
