@@ -1,13 +1,12 @@
 """The report in a real browser: time, size, silence, accessibility, and runs that try to make it execute something.
 
     python bench/report.py             # needs Chromium and the extra `browser`
-    python bench/report.py --picture   # the picture in the README, of the run that `bench/core.py table` made
+    python bench/report.py --picture   # the picture in the README, of the run that `bench/quality.py qwen` made
 
 The run is made up: 1,024 heads, three methods at three sparsities on four tasks, 500 examples each.
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, RUNS, record, write_figures
+from common import ROOT, record, write_figures
 
 sys.path.insert(0, str(ROOT / "tests"))
 from browsing import browser, opened
@@ -73,9 +72,8 @@ def hostile(own: Any, folder: Path) -> dict[str, list[str]]:
 def picture() -> None:
     """Write the first screen of a report on the table of the README to `docs/report.png`."""
     with tempfile.TemporaryDirectory() as scratch, browser() as own:
-        run = Path(scratch) / "core"
-        write_json(run / "results.json", record("core")["raw"]["table"])
-        shutil.copy(RUNS / "core" / "effects.json", run)
+        run = Path(scratch) / "qwen"
+        write_json(run / "results.json", record("quality")["raw"]["qwen"])
         report([run], Path(scratch) / "report.html")
         with opened(own, Path(scratch) / "report.html", width=1280) as seen:
             seen.page.screenshot(path=ROOT / "docs" / "report.png")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import Run
-from tinydata import tiny_decoder, write_jsonl
+from tinydata import tiny_decoder, write_data, write_jsonl
 
 import causalprune as cp
 from causalprune.checkpoints.saving import load_keep, read_manifest
@@ -67,6 +67,42 @@ def test_public_functions_take_few_parameters() -> None:
     functions = [getattr(cp, name) for name in cp.__all__ if inspect.isfunction(getattr(cp, name))]
     assert len(functions) > 14
     assert not [f.__name__ for f in functions if len(inspect.signature(f).parameters) > PARAMETERS]
+
+
+def test_paths_are_text_too(tmp_path: Path) -> None:
+    """Whoever works in a notebook writes strings."""
+    functions = [getattr(cp, name) for name in cp.__all__ if inspect.isfunction(getattr(cp, name))]
+    strict = [
+        f"{f.__name__}({name})"
+        for f in functions
+        for name, own in inspect.signature(f).parameters.items()
+        if "Path" in str(own.annotation) and "str" not in str(own.annotation)
+    ]
+    assert not strict
+    data, folder = str(write_data(tmp_path / "data")), str(tmp_path)
+    decoder = tiny_decoder(chat=True)
+    calibration = cp.calibrate(decoder, ["gsm8k"], n=4, subsets=2, data_dir=data)
+    effects = cp.attribute(decoder, calibration, ledger=f"{folder}/effects", on_progress=cp.silent)
+    assert (tmp_path / "effects").exists()
+    assert cp.evaluate(decoder, ["gsm8k_nll:2"], data_dir=data, on_progress=cp.silent)
+    made = cp.shrink(
+        decoder, 0.1, calibration, by="random", update="none", ledger=f"{folder}/small", stage=cp.quiet
+    )
+    assert made.decoder.layers
+    method, decoder = cp.Method("cap", 0.5), tiny_decoder(chat=True)
+    pruned = cp.prune(
+        decoder,
+        method,
+        calibration=calibration,
+        effects=effects,
+        kept_in=f"{folder}/p",
+        on_progress=cp.silent,
+    )
+    cp.save(decoder, f"{folder}/pruned", pruned)
+    assert cp.verify(f"{folder}/pruned", against=f"{folder}/pruned").ok
+    cp.run(recipe(tmp_path / "pruned"), f"{folder}/run", data_dir=data, stage=cp.quiet)
+    files = cp.report(f"{folder}/run", json=f"{folder}/own.json", csv=f"{folder}/own.csv")
+    assert all(file.is_file() for file in files)
 
 
 def work(name: str, decoder: Decoder, data: Path) -> Any:

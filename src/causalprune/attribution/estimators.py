@@ -36,7 +36,7 @@ def attribute(
     question: Question = Question(),
     estimator: Estimator = Estimator(),
     *,
-    ledger: Path | None = None,
+    ledger: Path | str | None = None,
     on_progress: Progress | None = None,
 ) -> Effects:
     """Measure or estimate the effect of every unit on every calibration sequence.

@@ -125,9 +125,9 @@ class Plan:
         return Ledger(path, identity)
 
 
-def opened(plan: Plan, ledger: Path | None) -> AbstractContextManager[Ledger | None]:
+def opened(plan: Plan, ledger: Path | str | None) -> AbstractContextManager[Ledger | None]:
     """Return a context in which finished jobs are recalled from, and added to, a file, where there is one."""
-    return nullcontext() if ledger is None else plan.ledger(ledger)
+    return nullcontext() if ledger is None else plan.ledger(Path(ledger))
 
 
 def planned(

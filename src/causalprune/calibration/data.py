@@ -184,7 +184,7 @@ OWN = "own:"
 
 
 def load_problems(
-    name: str, split: Split, *, data_dir: Path | None = None, with_targets: bool = True
+    name: str, split: Split, *, data_dir: Path | str | None = None, with_targets: bool = True
 ) -> list[Problem]:
     """Return the problems of a source or of a file of the user's (see `forms`), in file order.
 
@@ -211,7 +211,7 @@ def load_problems(
     return problems
 
 
-def load_texts(name: str, split: Split, *, data_dir: Path | None = None) -> list[str]:
+def load_texts(name: str, split: Split, *, data_dir: Path | str | None = None) -> list[str]:
     """Return the rows of running text; blank rows of WikiText are the empty string.
 
     Joined by two newlines they are the text that perplexity is usually reported on.
@@ -220,7 +220,7 @@ def load_texts(name: str, split: Split, *, data_dir: Path | None = None) -> list
     return [_parsed(source, where, row)["target"] for where, row in _rows(name, split, data_dir)]
 
 
-def contents(name: str, split: Split, *, data_dir: Path | None = None) -> frozenset[str]:
+def contents(name: str, split: Split, *, data_dir: Path | str | None = None) -> frozenset[str]:
     """Return the content hashes of a split, for the `exclude` of a calibration."""
     problems = load_problems(name, split, data_dir=data_dir)
     if name in TEXT_SOURCES:
@@ -273,7 +273,7 @@ def _own_problems(name: str, split: Split, *, with_targets: bool) -> list[Proble
     return problems
 
 
-def _rows(name: str, split: Split, data_dir: Path | None) -> Iterator[tuple[str, Row]]:
+def _rows(name: str, split: Split, data_dir: Path | str | None) -> Iterator[tuple[str, Row]]:
     """Yield rows with the place they come from, for error messages."""
     if name == "gsm_symbolic":
         yield from _generated(split)
@@ -282,11 +282,11 @@ def _rows(name: str, split: Split, data_dir: Path | None) -> Iterator[tuple[str,
     elif data_dir is None:
         yield from _hub_rows(name, split)
     elif name == "wikitext2":
-        path = data_dir / SOURCES[name].path(name, split)
+        path = Path(data_dir) / SOURCES[name].path(name, split)
         for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
             yield f"{path}:{number}", {"text": line + "\n" if line.strip() else ""}
     else:
-        rows = read_json_rows(data_dir / SOURCES[name].path(name, split))
+        rows = read_json_rows(Path(data_dir) / SOURCES[name].path(name, split))
         if name == "c4":  # one file serves both splits: alternate rows
             rows = itertools.islice(rows, 0 if split == "calibration" else 1, None, 2)
         yield from rows

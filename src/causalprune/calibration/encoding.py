@@ -70,7 +70,7 @@ class Reader:
     chat: bool
     max_tokens: int
     seed: int = 0
-    data_dir: Path | None = None
+    data_dir: Path | str | None = None
     skipped: Skipped = field(default_factory=Skipped)
     thinking: bool = False
     turns: Turns = "last"
@@ -243,7 +243,7 @@ def text_tokens(
     name: str,
     split: Split,
     *,
-    data_dir: Path | None = None,
+    data_dir: Path | str | None = None,
     exclude: Collection[str] = frozenset(),
 ) -> list[int]:
     """Return running text as tokens: rows joined by two newlines, tokenised once."""

@@ -49,7 +49,7 @@ def calibrate(  # noqa: PLR0913 (the command's options)
     seed: int = 0,
     max_tokens: int = 512,
     chat: Chat = "auto",
-    data_dir: Path | None = None,
+    data_dir: Path | str | None = None,
     exclude: Exclude | None = None,
     given: Mapping[str, Sequence[Example]] = MappingProxyType({}),
 ) -> Calibration:

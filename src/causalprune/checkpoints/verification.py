@@ -50,15 +50,15 @@ class Verification:
         return all(f.problem == "changed" for f in self.findings)
 
 
-def verify(folder: Path | str, *, against: Path | None = None, **loading: Any) -> Verification:
+def verify(folder: Path | str, *, against: Path | str | None = None, **loading: Any) -> Verification:
     """Compare a saved folder with its manifest: hashes, zeros per matrix, and keep masks if any.
 
     Loads the model; `loading` is what `load` takes. A file that was written again with the same zeros, or whose weights are in
     others now, is reported as `changed` only; missing or unreadable files raise `CheckpointError`. `against` is the pruned checkpoint that
     the model in `folder` was made from, by fine-tuning say: zeros are compared with those, and hashes with nothing.
     """
-    folder = Path(folder)
-    manifest = read_manifest(against or folder)
+    folder, origin = Path(folder), Path(against or folder)
+    manifest = read_manifest(origin)
     findings = _changed_files(folder, manifest["files"]) if against is None else []
     try:
         decoder = load(str(folder), **{"device": "cpu", **loading})
@@ -69,7 +69,7 @@ def verify(folder: Path | str, *, against: Path | None = None, **loading: Any) -
         raise CheckpointError(f"{folder} cannot be loaded{changed}: {error}") from error
     found = count_zeros(decoder)
     findings += _recount(manifest["sparsity"]["projections"], found["projections"])
-    if (masks := (against or folder) / KEEP).exists():
+    if (masks := origin / KEEP).exists():
         findings += _lost_zeros(decoder, masks)
     return Verification(folder, len(found["projections"]), found["weights"], found["zeros"], tuple(findings))
 

@@ -174,7 +174,7 @@ def _print_draws(record: dict[str, Any], folder: Path, as_json: bool) -> None:
     document(as_json, results=folder / DRAWS, report=page, rows=tables.figures(rows))
 
 
-def typed(recipe: str, folder: Path, data_dir: Path | None, *, full: bool, seeds: int) -> list[str]:
+def typed(recipe: str, folder: Path, data_dir: Path | str | None, *, full: bool, seeds: int) -> list[str]:
     """Return the words of a `run` command with everything that was left to defaults or the environment."""
     words = ["causalprune", "run", recipe, "-o", str(folder)]
     words += [] if data_dir is None else ["--data-dir", str(data_dir)]

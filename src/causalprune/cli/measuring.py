@@ -86,7 +86,7 @@ class SpreadOptions(opt.RunningOptions):
         str | None, typer.Option(help="A running Ray cluster, as auto; else one on this machine.")
     ] = None
 
-    def options(self, data_dir: Path | None = None, *, overwrite: bool = False) -> "Options":
+    def options(self, data_dir: Path | str | None = None, *, overwrite: bool = False) -> "Options":
         """Return how the work is done as runs take it."""
         from causalprune.attribution import Cluster
 

@@ -310,7 +310,7 @@ class RunningOptions:
         int, typer.Option(help="Tokens in one forward pass; not of generation.", min=1)
     ] = 2048
 
-    def options(self, data_dir: Path | None = None, *, overwrite: bool = False) -> "Options":
+    def options(self, data_dir: Path | str | None = None, *, overwrite: bool = False) -> "Options":
         """Return how the work is done as runs take it."""
         from causalprune.runs import Options
 

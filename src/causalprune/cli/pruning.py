@@ -79,7 +79,7 @@ class StreamOptions(opt.RunningOptions):
         ),
     ] = 1.0
 
-    def options(self, data_dir: Path | None = None, *, overwrite: bool = False) -> "Options":
+    def options(self, data_dir: Path | str | None = None, *, overwrite: bool = False) -> "Options":
         """Return how the work is done as runs take it."""
         return replace(super().options(data_dir, overwrite=overwrite), cache_gib=self.cache_gib)
 

@@ -30,7 +30,7 @@ class Settings:
     """
 
     limit: int | None = None
-    data_dir: Path | None = None
+    data_dir: Path | str | None = None
     seed: int = 0
     max_tokens: int = 512
     window: int = 2048

@@ -52,7 +52,7 @@ def prune(  # noqa: PLR0913 (the command's options)
     calibration: Calibration | None = None,
     effects: Effects | None = None,
     max_batch_tokens: int = 2048,
-    kept_in: Path | None = None,
+    kept_in: Path | str | None = None,
     on_progress: Progress | None = None,
 ) -> Pruned:
     """Set the least important weights of the decoder to exactly zero, in place, and update the others.
@@ -76,12 +76,12 @@ def prune(  # noqa: PLR0913 (the command's options)
     factors = head_factors(decoder, effects, fingerprint(decoder.model)) if "effects" in method.needs else {}
     _check(decoder, method.group if pattern_sparsity(method.resolved_scope) else 1)
     identity: list[object] = []
-    kept_in = kept_in if kept_in and (method.takes_long or kept_in.exists()) else None
-    if kept_in is not None:  # a fingerprint reads the whole model
+    place = Path(kept_in) if kept_in and (method.takes_long or Path(kept_in).exists()) else None
+    if place is not None:  # a fingerprint reads the whole model
         data, measured = calibration and calibration.fingerprint, effects and effects.fingerprint
         identity = [fingerprint(decoder.model), asdict(method), data, measured, max_batch_tokens]
     plan = planned(decoder, method, factors, calibration, max_batch_tokens)
-    plan = replace(plan, state=State(kept_in, identity))
+    plan = replace(plan, state=State(place, identity))
     with bar(on_progress, "pruning") as tell:
         pruned, _ = carry_out(plan, Steps(plan.costs, tell), calibration, max_batch_tokens)
     looked_at = calibration if method.needs_calibration else None

@@ -19,9 +19,9 @@ def report(
     folders: Sequence[Path | str] | Path | str,
     output: Path | str | None = None,
     *,
-    figures: Path | None = None,
-    json: Path | None = None,
-    csv: Path | None = None,
+    figures: Path | str | None = None,
+    json: Path | str | None = None,
+    csv: Path | str | None = None,
 ) -> list[Path]:
     """Write the report on one run or several as one HTML file, and what else is asked for; return all files written.
 
@@ -40,9 +40,9 @@ def report(
     write_text(output, page(told))
     files = [output]
     if json is not None:
-        write_json(json, told)
-        files.append(json)
+        files.append(Path(json))
+        write_json(files[-1], told)
     if csv is not None:
-        write_text(csv, to_csv(told))
-        files.append(csv)
-    return files + (draw(told, figures) if figures is not None else [])
+        files.append(Path(csv))
+        write_text(files[-1], to_csv(told))
+    return files + (draw(told, Path(figures)) if figures is not None else [])

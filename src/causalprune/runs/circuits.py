@@ -153,7 +153,7 @@ def jobs(asked: CircuitSpec, calibration: Calibration, decide: Calibration | Non
 
 
 def planned_search(
-    asked: CircuitSpec, wanted: CalibrationSpec, data_dir: Path | None = None
+    asked: CircuitSpec, wanted: CalibrationSpec, data_dir: Path | str | None = None
 ) -> list[tuple[str, int, float]]:
     """Return the stages of a search: name, problems, and forward passes over each of them. No model is loaded."""
     asked.check()
@@ -179,7 +179,7 @@ def _stages(asked: CircuitSpec, scored: int, decided: int | None) -> list[tuple[
     return [*found, *([("tests", few, float(TESTS))] if checks.tests else [])]
 
 
-def _number(task: str, data_dir: Path | None) -> int:
+def _number(task: str, data_dir: Path | str | None) -> int:
     """Return how many problems a measure takes: all that there are where no number is named."""
     name, limit = with_limit(task)
     return limit or len(load_problems(str(source_of(name)), "evaluation", data_dir=data_dir))
@@ -196,13 +196,12 @@ def _save_alone(
     """Save the circuit alone: all other units are zeros."""
     units = planned(decoder, calibration, question).units
     with options.stage("saving"):
-        size = dict.fromkeys(("before", "after"), dataclasses.asdict(size_of(decoder)))
         members = set(found.members)
         keep = close(decoder, [parts for unit, parts in units.items() if unit not in members])
         record = {
             "reapplied": False,
             "circuit": {"units": len(found.units), "members": found.size, **found.description},
-            "size": size,
+            "size": dict.fromkeys(("before", "after"), dataclasses.asdict(size_of(decoder))),
         }
         save(decoder, folder, manifest=record, keep=keep, overwrite=options.overwrite)
 

@@ -36,7 +36,7 @@ def run_draws(
     seeds: int,
     folder: Path,
     *,
-    data_dir: Path | None = None,
+    data_dir: Path | str | None = None,
     stage: Stage = quiet,
     command: str | None = None,
 ) -> dict[str, Any]:

@@ -16,7 +16,7 @@ NOTE = "general_text"
 TEXT, TEXT_TOKENS = "wikitext2", 40_000
 
 
-def with_general_text(recipe: Recipe, folder: Path, data_dir: Path | None) -> Recipe:
+def with_general_text(recipe: Recipe, folder: Path, data_dir: Path | str | None) -> Recipe:
     """Return the recipe with tasks on general text, unless it names one itself, or wants none.
 
     A folder that was begun with some goes on with those of them that can be had; one in which models were measured by a
@@ -45,9 +45,9 @@ def _begun(rows: Mapping[str, Any]) -> bool:
     return any("/" in key for key in rows)
 
 
-def _at_hand(data_dir: Path | None) -> bool:
+def _at_hand(data_dir: Path | str | None) -> bool:
     """Tell whether the text is in the data folder; a token is at least a byte."""
     if data_dir is None:
         return False
-    path = data_dir / SOURCES[TEXT].path(TEXT, "evaluation")
+    path = Path(data_dir) / SOURCES[TEXT].path(TEXT, "evaluation")
     return path.is_file() and path.stat().st_size >= TEXT_TOKENS

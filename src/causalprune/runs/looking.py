@@ -48,7 +48,7 @@ class Looked:
 
 
 def look(
-    spec: ModelSpec, wanted: CalibrationSpec, row: int = 1, data_dir: Path | None = None
+    spec: ModelSpec, wanted: CalibrationSpec, row: int = 1, data_dir: Path | str | None = None
 ) -> list[Looked]:
     """Return what each source of `wanted` is to a model, of which only tokenizer and configuration are read.
 

@@ -88,7 +88,7 @@ class Plan:
     folder: Path
 
 
-def plan(recipe: Recipe, folder: Path, *, data_dir: Path | None = None) -> Plan:
+def plan(recipe: Recipe, folder: Path, *, data_dir: Path | str | None = None) -> Plan:
     """Check all that can be checked without weights, and return what the run will cost.
 
     Raises:
@@ -213,7 +213,7 @@ def answer_tokens(thinking: str, most: int | None) -> int:
     return min(own, most or own)
 
 
-def task_tokens(task: str, scorers: Iterable[str], answer: int, data_dir: Path | None) -> int:
+def task_tokens(task: str, scorers: Iterable[str], answer: int, data_dir: Path | str | None) -> int:
     """Return what goes through the model for a task, with answers of so many tokens.
 
     Raises:

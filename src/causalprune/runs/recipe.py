@@ -97,7 +97,7 @@ class CalibrationSpec:
                     f"{OWN}{text}: {text} is running text, with nothing to answer: leave out {OWN}"
                 )
 
-    def reader(self, tokenizer: Any, room: int | None, data_dir: Path | None = None) -> Reader:
+    def reader(self, tokenizer: Any, room: int | None, data_dir: Path | str | None = None) -> Reader:
         """Return how the examples become tokens for a model with so many positions (None: no limit)."""
         return Reader(
             tokenizer,
@@ -110,7 +110,7 @@ class CalibrationSpec:
             positions=room,
         )
 
-    def settings(self, data_dir: Path | None, **own: Any) -> Settings:
+    def settings(self, data_dir: Path | str | None, **own: Any) -> Settings:
         """Return how problems are measured that are read as these are; `own` are other fields."""
         names = ("seed", "max_tokens", "chat", "thinking", "turns", "fold_system")
         return Settings(data_dir=data_dir, **{name: getattr(self, name) for name in names} | own)

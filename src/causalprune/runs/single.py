@@ -78,7 +78,7 @@ class Options:
     `cache_gib` is the memory for hidden states of a streaming run.
     """
 
-    data_dir: Path | None = None
+    data_dir: Path | str | None = None
     batch_tokens: int = 2048
     overwrite: bool = False
     stage: Stage = quiet

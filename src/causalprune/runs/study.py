@@ -64,7 +64,7 @@ def run(  # noqa: PLR0913 (what a user says, and what the caller knows)
     recipe: Recipe | Mapping[str, Any] | Path | str,
     folder: Path | str,
     *,
-    data_dir: Path | None = None,
+    data_dir: Path | str | None = None,
     stage: Stage | None = None,
     command: str | None = None,
     best: Callable[[Mapping[str, Any]], str | None] = lambda record: verdict(record).label,
@@ -139,7 +139,7 @@ def _record(
     }
 
 
-def _settings(recipe: Recipe, data_dir: Path | None) -> Settings:
+def _settings(recipe: Recipe, data_dir: Path | str | None) -> Settings:
     """Return how the tasks of a recipe are measured; its scorers are imported."""
     return recipe.calibration.settings(
         data_dir,

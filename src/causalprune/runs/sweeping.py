@@ -43,7 +43,7 @@ def sweep(
     folder: Path | str,
     *,
     certain: bool = False,
-    data_dir: Path | None = None,
+    data_dir: Path | str | None = None,
     stage: Stage | None = None,
 ) -> list[Tried]:
     """Return what was tried of the recipe's sparsities, ascending; the last that holds is the answer.

@@ -59,7 +59,7 @@ TRIES = 4
 def calibrated(
     decoder: Decoder,
     wanted: CalibrationSpec,
-    data_dir: Path | None = None,
+    data_dir: Path | str | None = None,
     exclude: Exclude | None = None,
     on_progress: Progress = silent,
     beside: Sequence[Text] = (),

@@ -96,7 +96,7 @@ def shrink(
     calibration: Calibration,
     how: Shrinking = Shrinking(),
     *,
-    ledger: Path | None = None,
+    ledger: Path | str | None = None,
     stage: Stage | None = None,
     **changes: Any,
 ) -> Shrunk:
@@ -124,12 +124,13 @@ def shrink(
         check_dtypes(decoder)
     given, before = decoder, sum(p.numel() for p in decoder.model.parameters())
     update = next(own for own in UPDATES if own == how.update)
+    path = None if ledger is None else Path(ledger)
     if isinstance(wanted, Budget):
-        chosen, unrouted, told = _competed(decoder, wanted, calibration, how, ledger=ledger, stage=stage)
+        chosen, unrouted, told = _competed(decoder, wanted, calibration, how, ledger=path, stage=stage)
     else:
-        chosen, unrouted, told = _chosen(decoder, wanted, calibration, how, ledger=ledger, stage=stage)
+        chosen, unrouted, told = _chosen(decoder, wanted, calibration, how, ledger=path, stage=stage)
     identity = [fingerprint(decoder.model), _listed(chosen), calibration.fingerprint, asdict(how)]
-    state = State(leftovers(ledger)["update"] if ledger else None, identity)
+    state = State(leftovers(path)["update"] if path else None, identity)
     followed = _followed(decoder, calibration, how, state, stage)
     if "experts" in chosen:
         decoder = smaller(decoder, Kept(experts=chosen["experts"]))
