@@ -65,7 +65,8 @@ from causalprune.runs.undesired import CorrectionSpec, Study, part
 sys.path.insert(0, str(ROOT / "tests"))
 from planted import Planting, plant
 
-PLANTINGS, PROMPTS, SHOWN, SIZES = 10, 100, 32, (1, 5, 20)
+PLANTINGS, COMPARED, PROMPTS, SHOWN, SIZES = 4, 2, 100, 32, (1, 5, 20)
+"""Plantings of each number (ten were cut to four), those of them in which baselines look too, prompts, and samples."""
 LEARNING = 300
 """Texts from which the detectors of planted neurons are made."""
 DRAWS = 2
@@ -145,9 +146,10 @@ def one_planting(count: int, seed: int) -> dict[str, Any]:
     bad = [Example((*p, *own.chain), len(p) + 1, "triggered", str(i)) for i, p in enumerate(shown)]
     good = texts[500:548]
     said, baselines = saying(decoder, own, prompts), {}
-    for score in SCORES:
-        baselines[score] = ranks(decoder, bad, good, score, own)
-    baselines["difference by relevance"] = ranks(decoder, bad, good, "difference", own, "relevance")
+    if seed < COMPARED:
+        for score in SCORES:
+            baselines[score] = ranks(decoder, bad, good, score, own)
+        baselines["difference by relevance"] = ranks(decoder, bad, good, "difference", own, "relevance")
     try:
         found = correct(decoder, bad, good, Contrast(budget=count, harm=0.01), stage=cp.quiet)
     except OptionError as error:
@@ -180,6 +182,7 @@ def planted() -> Found:
         for seed in range(PLANTINGS)
     }
     rows = list(raw.values())
+    compared = [own for own in rows if own["baselines"]]
     mean = {
         key: sum(own[key] for own in rows) / len(rows)
         for key in ("precision", "recall", "said_before", "said_after")
@@ -193,8 +196,8 @@ def planted() -> Found:
         "planted_others_identical": all(own["others_identical"] for own in rows),
     }
     figures |= {
-        f"planted_found_by_{score.replace(' ', '_')}": sum(own["baselines"][score] for own in rows)
-        / len(rows)
+        f"planted_found_by_{score.replace(' ', '_')}": sum(own["baselines"][score] for own in compared)
+        / len(compared)
         for score in rows[0]["baselines"]
     }
     return {"figures": figures, "raw": raw}
