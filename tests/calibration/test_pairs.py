@@ -93,3 +93,12 @@ def test_ioi_flips_who_acts() -> None:
     reader = Reader(byte_tokenizer(chat=True), chat=True, max_tokens=512)
     text = reader.tokenizer.decode(encode(reader, problems[0]).tokens)
     assert text == problems[0].prompt + problems[0].target, "never in a chat template"
+
+
+def test_names_of_two_lengths_are_left_out_of_our_own_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizers cut names differently; of a user's file such a pair is an error."""
+    monkeypatch.setattr(ioi, "NAMES", "Al Bo Anna Carl")
+    found = calibrate(byte_tokenizer(), ["ioi"], n=40, subsets=1)
+    assert len(found.examples) == 40
+    assert found.description["skipped"]["unequal"] > 10
+    assert all(len(e.tokens) == len(e.counterfactual) for e in found.examples)

@@ -20,23 +20,29 @@ BLANK = "\n\n"
 """What stands between prompt and target where there is no chat template."""
 
 
+class UnequalError(DataError):
+    """A prompt and its counterfactual have different numbers of tokens."""
+
+
 @dataclass
 class Skipped:
     """Examples that were looked at and left out, by reason; and turns after the last answer, which are left out too.
 
-    `also_in` says where those that are `excluded` are measured, where that is known.
+    `unequal` are pairs of our own templates whose names have different numbers of tokens here; `also_in` says where those that
+    are `excluded` are measured, where that is known.
     """
 
     too_long: int = 0
     duplicate: int = 0
     excluded: int = 0
     open_turns: int = 0
+    unequal: int = 0
     also_in: Counter[str] = field(default_factory=Counter)
 
     @property
     def examples(self) -> int:
         """Number of examples that were left out."""
-        return self.too_long + self.duplicate + self.excluded
+        return self.too_long + self.duplicate + self.excluded + self.unequal
 
     def since(self, before: "Skipped") -> "Skipped":
         """Return what was left out since an earlier count."""
@@ -52,7 +58,7 @@ class Skipped:
         return {k: v for k, v in vars(self).items() if v or k in ("too_long", "duplicate", "excluded")}
 
     def __str__(self) -> str:
-        words = ("too long", "repeated", "kept for measuring", "turns after the last answer")
+        words = "too long;repeated;kept for measuring;turns after the last answer;of two lengths".split(";")
         return ", ".join(f"{n} {word}" for n, word in zip(vars(self).values(), words, strict=False) if n)
 
 
@@ -137,35 +143,19 @@ def encode(reader: Reader, problem: Problem) -> Example:
 
 def _paired(reader: Reader, problem: Problem, example: Example) -> Example:
     """Return an example with its counterfactual, which must be as long, and with the wrong answer."""
+    pair = replace(problem, instead="", plain=problem.plain or not reader.chat)  # one text, as they stand
     if problem.counterfactual:
-        other = encode(
-            reader,
-            replace(
-                problem,
-                prompt=problem.counterfactual,
-                counterfactual="",
-                instead="",
-                plain=_bare(reader, problem),
-            ),
-        )
+        other = encode(reader, replace(pair, prompt=problem.counterfactual, counterfactual=""))
         own, theirs = example.target_start, other.target_start
         if (own, len(example.tokens)) != (theirs, len(other.tokens)):
-            raise DataError(
+            raise UnequalError(
                 f"{problem.where or problem.source}: the counterfactual has {theirs} tokens and the prompt {own}: both must have "
                 "the same number"
             )
         example = replace(example, counterfactual=other.tokens)
     if problem.instead:
-        wrong = encode(
-            reader, replace(problem, target=problem.instead, instead="", plain=_bare(reader, problem))
-        )
-        example = replace(example, instead=wrong)
+        example = replace(example, instead=encode(reader, replace(pair, target=problem.instead)))
     return example
-
-
-def _bare(reader: Reader, problem: Problem) -> bool:
-    """Tell whether prompt and target of a pair are one text, as they stand."""
-    return problem.plain or not reader.chat
 
 
 def apart(reader: Reader, problem: Problem) -> bool:

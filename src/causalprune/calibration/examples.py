@@ -18,7 +18,14 @@ from causalprune.calibration.data import (
     contents,
     load_problems,
 )
-from causalprune.calibration.encoding import Reader, Skipped, encode, text_tokens, windows
+from causalprune.calibration.encoding import (
+    Reader,
+    Skipped,
+    UnequalError,
+    encode,
+    text_tokens,
+    windows,
+)
 from causalprune.calibration.templates import Chat, date_of, uses_chat
 from causalprune.core import METHOD_VERSION, Batch, Calibration, DataError, Decoder, Example, OptionError
 from causalprune.models import positions
@@ -176,7 +183,13 @@ def draw(
     else:
         candidates = load_problems(name, split, data_dir=reader.data_dir)
     for candidate in shuffled(candidates, reader.seed):
-        if (found := usable(reader, candidate, exclude, seen)) is not None:
+        try:
+            found = usable(reader, candidate, exclude, seen)
+        except UnequalError:
+            if name != "ioi":
+                raise
+            found, reader.skipped.unequal = None, reader.skipped.unequal + 1
+        if found is not None:
             yield found
 
 
