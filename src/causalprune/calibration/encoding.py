@@ -58,7 +58,13 @@ class Skipped:
         return {k: v for k, v in vars(self).items() if v or k in ("too_long", "duplicate", "excluded")}
 
     def __str__(self) -> str:
-        words = "too long;repeated;kept for measuring;turns after the last answer;of two lengths".split(";")
+        words = [
+            "too long",
+            "repeated",
+            "kept for measuring",
+            "turns after the last answer",
+            "of two lengths",
+        ]
         return ", ".join(f"{n} {word}" for n, word in zip(vars(self).values(), words, strict=False) if n)
 
 
