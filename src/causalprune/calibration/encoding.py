@@ -58,13 +58,7 @@ class Skipped:
         return {k: v for k, v in vars(self).items() if v or k in ("too_long", "duplicate", "excluded")}
 
     def __str__(self) -> str:
-        words = [
-            "too long",
-            "repeated",
-            "kept for measuring",
-            "turns after the last answer",
-            "of two lengths",
-        ]
+        words = ("too long", "repeated", "kept for measuring", "turns after the last answer", "unequal")
         return ", ".join(f"{n} {word}" for n, word in zip(vars(self).values(), words, strict=False) if n)
 
 
