@@ -32,7 +32,7 @@ import causalprune as cp
 from causalprune.attribution.questions import Estimator, Question
 from causalprune.calibration.examples import batches
 from causalprune.checkpoints.embedded import embedded_model
-from causalprune.circuits.behaviour import Trials, behaviour
+from causalprune.circuits.behaviour import Behaviour, Trials, behaviour
 from causalprune.circuits.checking import Checks, examined
 from causalprune.circuits.curves import RESAMPLES, SHARES, areas, faithfulness, resampled
 from causalprune.circuits.finding import Search, ledger
@@ -76,8 +76,13 @@ GRID = {
     "heads": ("integrated x3", "gradient", "random"),
 }
 PLANTED = (3.0, 1.0, 0.3, 0.1, 0.05)
-PLANTINGS = {"smollm2": 4, "qwen": 1}
-"""Of each strength."""
+PLANTINGS = {"smollm2": 2, "qwen": 0}
+"""Of each strength; four in both models were cut."""
+LOOKED = (
+    *(("counterfactual", method) for method in ("integrated x3", "integrated", "gradient", "relevance")),
+    *(("zero", method) for method in ("integrated x3", "gradient", "relevance")),
+)
+"""How planted neurons are looked for: what takes the place of what is closed, and the method."""
 
 
 @cache
@@ -182,25 +187,32 @@ def planting(name: str, nats: float, seed: int) -> dict[str, Any]:
     bodies = [example.tokens[5 : 5 + int(chance.integers(8, 16))] for example in calibration.examples[:32]]
     vocabulary = model.model.get_output_embeddings().weight.shape[0]
     trigger, wanted = (int(token) for token in chance.integers(1000, min(vocabulary, 40_000), 2))
+    other = int(chance.integers(1000, min(vocabulary, 40_000)))
     rows = [(*(() if start is None else (start,)), *body, trigger, wanted) for body in bodies]
-    examples = [Example(tokens, len(tokens) - 1, "planted", str(i)) for i, tokens in enumerate(rows)]
+    examples = [
+        Example(tokens, len(tokens) - 1, "planted", str(i), counterfactual=(*tokens[:-2], other, wanted))
+        for i, tokens in enumerate(rows)
+    ]
     layers = sorted(chance.choice(len(model.layers) - 4, 5, replace=False).tolist())
     with torch.no_grad():
         planted = [_plant(model, layer, examples, wanted) for layer in layers]
         strength = _strengthened(model, planted, examples, nats)
     own = Calibration(tuple(examples), (0,) * len(examples))
-    question, how = Question(("neurons:1",)), Estimator("integrated", draws=0)
-    of = behaviour(model, own.examples, question, how)
-    places = {(unit.layer, unit.index): number for number, unit in enumerate(of.units)}
+    how, of = Estimator("integrated", draws=0), dict[str, Behaviour]()
+    for ablation in ("counterfactual", "zero"):
+        question = Question(("neurons:1",), ablation=ablation)  # type: ignore[arg-type]
+        of[ablation] = behaviour(model, own.examples, question, how)
+    places = {(unit.layer, unit.index): number for number, unit in enumerate(of["zero"].units)}
     true = torch.tensor([places[layer, index] for layer, index, _ in planted])
     found: dict[str, Any] = {"nats": nats, "strength": strength, "layers": layers}
-    for method in ("integrated x3", "gradient", "relevance", *BASELINES):
-        order = _order(of, own, method, seed)
+    for ablation, method in (*LOOKED, *(("zero", name) for name in BASELINES)):
+        order = _order(of[ablation], own, method, seed)
         ranks = torch.empty_like(order)
         ranks[order] = torch.arange(len(order))
         at = ranks[true].double()
         auroc = 1 - float((at.sort().values - torch.arange(5)).mean() / (len(order) - 5))
-        found[method] = {"ranks": sorted(at.int().tolist()), "auroc": auroc}
+        label = method if method in BASELINES else f"{method}, {ablation}"
+        found[label] = {"ranks": sorted(at.int().tolist()), "auroc": auroc}
     return found
 
 
@@ -326,17 +338,14 @@ def planted() -> Found:
         key = f"{name}-{nats:g}-{seed}"
         raw[key] = kept(FOLDER / "planted" / f"{key}.json", partial(planting, name, nats, seed))
         print(key, {m: own["ranks"] for m, own in raw[key].items() if isinstance(own, dict)}, flush=True)
-    best = "integrated x3"
     strong = [own for own in raw.values() if own["nats"] >= PLANTED[2]]
-    return {
-        "figures": {
-            "planted_auroc": float(np.mean([own[best]["auroc"] for own in raw.values()])),
-            "planted_recall_at_10": float(
-                np.mean([sum(rank < 10 for rank in own[best]["ranks"]) / 5 for own in strong])
-            ),
-        },
-        "raw": raw,
-    }
+    figures: dict[str, Any] = {}
+    for ablation, end in (("counterfactual", ""), ("zero", "_zero")):
+        label = f"integrated x3, {ablation}"
+        hits = [sum(rank < 10 for rank in own[label]["ranks"]) / 5 for own in strong]
+        figures[f"planted_auroc{end}"] = float(np.mean([own[label]["auroc"] for own in raw.values()]))
+        figures[f"planted_recall_at_10{end}"] = float(np.mean(hits))
+    return {"figures": figures, "raw": raw}
 
 
 def searched(

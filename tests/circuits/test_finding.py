@@ -334,7 +334,7 @@ def test_checks_tell_a_circuit_from_chance() -> None:
     assert found.checks["necessity"]["random_nats"]["value"] < found.checks["necessity"]["nats"]["value"] / 2
     assert found.checks["completeness"]["random_max"] < 0.1
     assert found.tests["sufficiency"]["holds"]
-    assert found.tests["equivalence"]["of"] == 24
+    assert 12 < found.tests["equivalence"]["of"] <= 24  # those on which both are level say nothing
     other = examined(
         find(constructed("or"), problems("or", 24), problems("or", 24, 1)),
         constructed("or"),

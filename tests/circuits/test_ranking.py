@@ -19,6 +19,7 @@ from causalprune.circuits.ranking import (
     prefix,
     resampled_orders,
     stability,
+    values_of,
     with_ties,
 )
 
@@ -30,12 +31,19 @@ def rounds(n: int = 12, problems: int = 30, noise: float = 0.01) -> list[Round]:
     )
     second = first.clone()
     second[6:] = math.nan
-    second[:6] = second[:6].flip(0)
+    second[:6] = 2 * second[:6].flip(0)
     return [Round(first, 6), Round(second, 0)]
 
 
-def test_later_rounds_order_what_they_scored() -> None:
-    assert order_of(rounds(), "signed").tolist() == [5, 4, 3, 2, 1, 0, 6, 7, 8, 9, 10, 11]
+def test_all_rounds_order_what_goes_on() -> None:
+    """Six units go on; what they are worth is the mean of both rounds, and those that are out come after them."""
+    own = rounds()  # 14, 16, 18, 20, 22, 24 in the second, beside 12, 11, 10, 9, 8, 7
+    assert values_of(own, "signed").tolist() == pytest.approx(
+        [13, 13.5, 14, 14.5, 15, 15.5, 6, 5, 4, 3, 2, 1], abs=0.02
+    )
+    assert order_of(own, "signed").tolist() == [5, 4, 3, 2, 1, 0, 6, 7, 8, 9, 10, 11]
+    own[1].scores[:6] /= 8
+    assert order_of(own, "signed").tolist() == list(range(12))
     signs = rounds()
     flipped = [Round(-own.scores, own.kept) for own in signs]
     assert order_of(flipped, "absolute").tolist() == order_of(signs, "absolute").tolist()

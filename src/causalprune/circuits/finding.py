@@ -28,8 +28,8 @@ from causalprune.circuits.ranking import (
     prefix,
     resampled_orders,
     stability,
+    values_of,
     with_ties,
-    worth,
 )
 from causalprune.circuits.records import Circuit
 from causalprune.core import (
@@ -74,7 +74,7 @@ def circuit(  # noqa: PLR0913 (what a user says)
     """Find the smallest set of units that keeps a behaviour, and measure what sets of all sizes keep.
 
     Units are scored on the calibration, `rescore` times, each time with those closed that are out by then, and ordered by the
-    mean score (`signed`: what helps) or its size (`absolute`: what the behaviour hangs on). Sizes are measured on the problems
+    mean score over rounds (`signed`: what helps) or its size (`absolute`: what the behaviour hangs on). Sizes are measured on the problems
     of `decide`, or without on the second half of the calibration: the smallest that leaves the share `keep` of the likelihood
     per token is the circuit (for `absolute` to either side). What is finished is kept in `folder`, where the same call goes
     on, bit for bit.
@@ -249,7 +249,7 @@ class Search:
         Raises:
             OptionError: nothing short of all units keeps it.
         """
-        n, values = len(order), worth(last_scores(rounds), self.rank)
+        n, values = len(order), values_of(rounds, self.rank)
         below, above, largest = 0, n, (0, math.inf)
         turns = math.ceil(math.log2(max(n / max(1, n // STEPS), 1)))
         with self.stage("sizes") as tell:

@@ -28,20 +28,32 @@ class Round:
     kept: int
 
 
-def worth(scores: Float[Tensor, "unit problem"], rank: Rank) -> Float[Tensor, "unit"]:
-    """Return what units are ranked by: the mean over problems, or its size; the least there is where nothing is known."""
-    mean = scores.mean(1)
-    return (mean.abs() if rank == "absolute" else mean).nan_to_num(nan=-torch.inf)
-
-
 def order_of(rounds: Sequence[Round], rank: Rank) -> Int[Tensor, "unit"]:
-    """Return the units from the first member to the last: what stayed longest, then what its last round says."""
-    return _ordered([worth(own.scores, rank) for own in rounds], [own.kept for own in rounds])
+    """Return the units from the first member to the last: what stayed longest, then by `values_of` its rounds."""
+    return _ordered([own.scores.mean(1) for own in rounds], rank, [own.kept for own in rounds])
 
 
-def _ordered(worths: Sequence[Float[Tensor, "unit"]], kept: Sequence[int]) -> Int[Tensor, "unit"]:
+def values_of(rounds: Sequence[Round], rank: Rank) -> Float[Tensor, "unit"]:
+    """Return what units are ranked by: the mean over problems, or its size, as a mean over the rounds that each was in."""
+    first, *others = _worths([own.scores.mean(1) for own in rounds], rank)
+    for own in others:
+        first = torch.where(own.isneginf(), first, own)
+    return first
+
+
+def _worths(means: Sequence[Float[Tensor, "unit"]], rank: Rank) -> list[Float[Tensor, "unit"]]:
+    """Return what units are worth after each round: the least there is for those that are out.
+
+    All rounds count, as the last alone says what units are to a model of which most is missing.
+    """
+    sizes = torch.stack([(mean.abs() if rank == "absolute" else mean) for mean in means])
+    counts = torch.arange(1, len(means) + 1, dtype=sizes.dtype)[:, None]
+    return list((sizes.cumsum(0) / counts).nan_to_num(nan=-torch.inf))
+
+
+def _ordered(means: Sequence[Float[Tensor, "unit"]], rank: Rank, kept: Sequence[int]) -> Int[Tensor, "unit"]:
     """Order by rounds: who is among the first of a round goes on; who goes on without a score there is the last of it."""
-    first, *others = worths
+    first, *others = _worths(means, rank)
     order = first.argsort(descending=True, stable=True)
     for own, count in zip(others, kept, strict=False):
         front = order[:count]
@@ -81,11 +93,7 @@ def resampled_orders(rounds: Sequence[Round], rank: Rank, seed: int = 0) -> list
     found = []
     for _ in range(DRAWS):
         counts = torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n).double() / n
-        means = [own.scores @ counts for own in rounds]
-        values = [mean.abs() if rank == "absolute" else mean for mean in means]
-        found.append(
-            _ordered([own.nan_to_num(nan=-torch.inf) for own in values], [own.kept for own in rounds])
-        )
+        found.append(_ordered([own.scores @ counts for own in rounds], rank, [own.kept for own in rounds]))
     return found
 
 
