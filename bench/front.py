@@ -40,7 +40,7 @@ from causalprune.runs import CalibrationSpec, ModelSpec, Options, prune_checkpoi
 EXAMPLES = int(os.environ.get("FRONT_EXAMPLES", "128"))
 """Examples that `resumed` calibrates on, those of the default; fewer for a trial."""
 KILLS = 10
-SPOKEN_EXAMPLES = 48
+SPOKEN_EXAMPLES = int(os.environ.get("FRONT_SPOKEN", "48"))
 """Examples in `silence`: everything that takes long is there, in less time."""
 FIRST_DATA, CALIBRATED, MEASURED = "gsm8k/train.jsonl", 60, 40
 """An own task of a hundred problems."""
@@ -248,7 +248,7 @@ def silence() -> Found:
                 raw[f"{name} as a {kind}"] = gaps(given, terminal=terminal)
                 shutil.rmtree(output)
     longest = max(own["gaps"][0][0] for own in raw.values())
-    return {"figures": {"progress_silence_seconds": longest}, "raw": raw}
+    return {"figures": {"progress_silence_seconds": longest}, "raw": raw | {"examples": SPOKEN_EXAMPLES}}
 
 
 def gaps(words: list[str], *, terminal: bool) -> Found:
