@@ -230,10 +230,10 @@ def silence() -> Found:
     causal = ("prune", "embedded", "-o", "OUTPUT", "--method", "causal", "-t", "gsm8k", "-n")
     recipe = {
         "model": {"name": "embedded"},
-        "calibration": {"sources": ["gsm8k"], "n": 16},
+        "calibration": {"task": ["gsm8k"], "n": 16},
         "methods": ["wanda"],
         "sparsities": [0.5],
-        "tasks": list(ANSWERS),
+        "on": list(ANSWERS),
     }
     raw: Found = {}
     with tempfile.TemporaryDirectory() as scratch:
