@@ -156,9 +156,11 @@ class Exactly(Search):
         chosen, predicted = NONE, 0.0
         for number in range(1, self.how.rounds + 1):
             more = math.ceil(self.most * number / self.how.rounds) - len(chosen)
+            if more < 1:  # all of them went in an earlier round
+                continue
             order, harms = self.ranked(chosen, number, predicted)
             chosen = torch.cat([chosen, order[:more]])
-            predicted = float(harms[:more][-1])
+            predicted = float(harms[:more][-1]) if len(order) else predicted
         return chosen, self.point(chosen, self.how.rounds, predicted)
 
 
@@ -195,11 +197,11 @@ def fixed(
     decoder = fresh(name)
     own = dataclasses.replace(contrast, seed=seed)
     bad, good = samples(decoder, name, seed, **about)
-    kind = about.get("behaviour", "loops").partition(":")[0]
+    sought = about.get("behaviour", "loops").partition(":")[0]
     place = (
         FOLDER
         / "searches"
-        / f"{name}-{seed}-{'-'.join(own.units)}-{'weights' if own.weights else 'units'}-{kind}"
+        / f"{name}-{seed}-{'-'.join(own.units)}-{'weights' if own.weights else 'units'}-{sought}"
     )
     start = time.perf_counter()
     if kind is Search:

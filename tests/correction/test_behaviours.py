@@ -33,7 +33,7 @@ def test_tokens_that_repeat_are_targets_and_the_rest_is_clean() -> None:
     assert shown == "dabcd"[0:1] + "abcd"  # the second d, and all of the third block
     assert example.target_start == 2 + 8
     clean = found.clean[1]
-    assert clean.source == "clean some"
+    assert clean.source == "clean: some"
     assert clean.target_tokens == len("nothing here")
     check_shown([found], sought("loops"))
 

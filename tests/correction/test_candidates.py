@@ -1,5 +1,7 @@
 """Closing candidates, by gates or in the weights, is one thing; what is known of them is what plain loops give."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from reference import calibration, fresh, shared
@@ -11,9 +13,10 @@ from causalprune.circuits.behaviour import Behaviour
 from causalprune.core.resuming import State
 from causalprune.core.types import Decoder, silent
 from causalprune.correction.candidates import Units, Weights
-from causalprune.correction.evidence import Looking
+from causalprune.correction.evidence import HARM, Looking
 from causalprune.correction.measuring import Trials
 from causalprune.correction.samples import Half
+from causalprune.correction.scores import Known, contrast
 from causalprune.interventions.asked import likelihood, odds
 
 PROBLEMS = calibration(tuple((12 + i % 3, 5) for i in range(12))).examples
@@ -93,8 +96,19 @@ def test_evidence_is_a_mean_over_samples_and_the_worst_source_counts() -> None:
         (batch,) = batches([example], max_batch_tokens=1)
         expected += own.slopes(batch, odds, none, 1.0, relevant=False)[:, 0] / example.target_tokens / 6
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
-    harm = looking.gather(("harm", "preserve"), none, "none", silent)
-    assert float(harm.min()) >= 0
+    whole = looking.gather(("harm", "preserve"), none, "none", silent)
+    assert whole.shape == (1, own.count)
+    assert float(whole.max()) > 0
+    others = tuple(replace(e, source="other") for e in HALF.preserve[4:])
+    two = Looking(own, Half(HALF.undesired, (*HALF.preserve[:4], *others)), GRADIENT, State())
+    harm = two.gather(("harm", "preserve"), none, "none", silent)
+    torch.testing.assert_close((4 * harm[0] + 2 * harm[1]) / 6, whole[0], rtol=1e-3, atol=1e-9)
+    known = Known(
+        {("odds", "undesired"): torch.ones(2), HARM: torch.tensor([[1.0, 3.0], [2.0, 1.0]])},
+        torch.ones(2),
+        0.0,
+    )
+    assert contrast(known).tolist() == [0.5, pytest.approx(1 / 3)]
 
 
 def test_activity_is_the_mean_size_of_what_is_sent() -> None:

@@ -13,6 +13,7 @@ from causalprune.calibration.examples import batches
 from causalprune.core.errors import CausalPruneError, DataError, MismatchError, OptionError
 from causalprune.core.resuming import State
 from causalprune.core.types import Calibration, Decoder, Example
+from causalprune.correction.behaviours import CLEAN
 from causalprune.correction.correcting import candidates_of, correct
 from causalprune.correction.evidence import Looking
 from causalprune.correction.records import Contrast, Corrected
@@ -231,10 +232,10 @@ def test_harm_to_clean_texts_is_their_divergence() -> None:
     """Every token of theirs was the model's likeliest: its loss rises however little is changed."""
     decoder, planting = built(3)
     bad, good = samples(planting)
-    named = [replace(e, source=f"clean {e.source}") if e.source == "others" else e for e in good]
+    named = [replace(e, source=f"{CLEAN}{e.source}") if e.source == "others" else e for e in good]
     found = fixed(decoder, bad, named, budget=8, harm=0.5)
     point = found.chosen
-    assert point.harm["clean others"] == point.kl["clean others"]
+    assert point.harm[f"{CLEAN}others"] == point.kl[f"{CLEAN}others"]
     assert point.harm["texts"] != point.kl["texts"]
     assert point.predicted > 0
 

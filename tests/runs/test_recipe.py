@@ -8,7 +8,14 @@ from tinydata import tiny_decoder, write_data
 
 from causalprune.core.errors import OptionError
 from causalprune.runs.plans import plan
-from causalprune.runs.recipe import RECIPES, as_recipe, find_recipe, read_recipe, without_limits
+from causalprune.runs.recipe import (
+    RECIPES,
+    CalibrationSpec,
+    as_recipe,
+    find_recipe,
+    read_recipe,
+    without_limits,
+)
 from causalprune.runs.rows import label, parse_method
 
 MINIMAL: dict[str, Any] = {
@@ -209,3 +216,13 @@ def test_a_plan_counts_what_training_takes(tmp_path: Path, method: str, each: fl
 def test_what_makes_a_smaller_model_is_no_method_of_zeros() -> None:
     with pytest.raises(OptionError, match=r"shrink:0.2 makes a smaller model: `causalprune shrink`"):
         parse_method("shrink:0.2")
+
+
+def test_what_is_measured_is_read_as_what_calibrates() -> None:
+    wanted = CalibrationSpec(
+        ("gsm8k",), seed=3, max_tokens=99, chat=False, thinking="on", turns="all", fold_system=True
+    )
+    found = wanted.settings(None, answer="text")
+    names = ("seed", "max_tokens", "chat", "thinking", "turns", "fold_system")
+    assert [getattr(found, name) for name in names] == [3, 99, False, "on", "all", True]
+    assert found.answer == "text"

@@ -101,6 +101,9 @@ from .examples import (
     few as few,
 )
 from .examples import (
+    read as read,
+)
+from .examples import (
     shuffle_key as shuffle_key,
 )
 from .examples import (

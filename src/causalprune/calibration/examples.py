@@ -183,14 +183,19 @@ def draw(
     else:
         candidates = load_problems(name, split, data_dir=reader.data_dir)
     for candidate in shuffled(candidates, reader.seed):
-        try:
-            found = usable(reader, candidate, exclude, seen)
-        except UnequalError:
-            if name != "ioi":
-                raise
-            found, reader.skipped.unequal = None, reader.skipped.unequal + 1
-        if found is not None:
+        if (found := usable(reader, candidate, exclude, seen)) is not None:
             yield found
+
+
+def read(reader: Reader, problem: Problem) -> Example | None:
+    """Return a problem as tokens; nothing, and count it, for a pair of our own templates that has two lengths here."""
+    try:
+        return encode(reader, problem)
+    except UnequalError:
+        if problem.source != "ioi":
+            raise
+        reader.skipped.unequal += 1
+        return None
 
 
 def usable(
@@ -205,7 +210,9 @@ def usable(
     elif key in seen:
         skipped.duplicate += 1
     else:
-        example = example or (encode(reader, row) if isinstance(row, Problem) else row)
+        example = example or (read(reader, row) if isinstance(row, Problem) else row)
+        if example is None:
+            return None
         if len(example.tokens) <= reader.limit:
             seen.add(key)
             skipped.open_turns += getattr(row, "open_turns", 0)

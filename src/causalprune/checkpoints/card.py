@@ -98,16 +98,20 @@ def _what(base: str, record: Mapping[str, Any]) -> str:
         before, after = shrunk["parameters_before"], shrunk["parameters_after"]
         text = f"{base} with {1 - after / before:.1%} of its parameters removed: {after:,} of {before:,} are left."
         return f"{text} {_size(shrunk)}".strip()
-    if run.get("method", {}).get("damp"):
-        return f"{base} with parts of it scaled: {run['correction']['what']}."
+    damped = f" Parts of it are scaled: {run['correction']['what']}." if is_damped(run) else ""
     if not sparsity["zeros"]:
-        return f"{base}, as plain safetensors; nothing was pruned."
+        return f"{base}, as plain safetensors; no weight was set to zero.{damped}"
     share, zeros, weights = sparsity["sparsity"], sparsity["zeros"], sparsity["weights"]
     counts = f"{zeros:,} of {weights:,}"
     text = (
         f"{base} with {share:.2%} of the weights in its decoder layers ({counts}) set to zero by causalprune."
     )
-    return f"{text} {_size(run)}".strip()
+    return f"{text}{damped} {_size(run)}".strip()
+
+
+def is_damped(run: Mapping[str, Any]) -> bool:
+    """Tell whether a run scaled what units send, which leaves no zeros."""
+    return bool(run.get("method", {}).get("damp"))
 
 
 def _corrected(own: Mapping[str, Any] | None) -> str:

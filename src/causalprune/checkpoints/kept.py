@@ -19,6 +19,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
+from causalprune.checkpoints.card import is_damped
 from causalprune.checkpoints.saving import KEEP, load_keep, read_manifest, save
 from causalprune.core import CheckpointError, MismatchError, Projection
 from causalprune.models import load, outline, tokenizer_of
@@ -83,7 +84,9 @@ def reapply(pruned: Path, model: Path, output: Path, *, overwrite: bool = False,
     For a model into which adapters were merged, or that was fine-tuned without `keep_sparsity`. Where it has no tokenizer,
     it gets that of `pruned`. `loading` is what `load` takes.
     """
-    if read_manifest(pruned)["run"].get("method", {}).get("damp"):
+    if is_damped(read_manifest(pruned)["run"]) and all(
+        bool(mask.all()) for mask in load_keep(pruned).values()
+    ):
         raise CheckpointError(
             f"{pruned} was corrected by scaling, which no mask of zeros repeats: correct {model} itself, without --damp or with it"
         )

@@ -46,7 +46,7 @@ class Curve:
     """Circuits of all sizes; `cpr` is the area under f, `cmd` that under |1 − f|, over the share.
 
     `empty` is the loss above the intact model's with no unit left, `intact` the intact model's own, both in nats per target
-    token, `guessing` what a guess among all tokens costs. Where the empty model is above guessing, f flatters.
+    token, `guessing` what a guess among all tokens costs (nothing where right and wrong answers are compared). Where the empty model is above guessing, f flatters.
     """
 
     points: tuple[Point, ...]

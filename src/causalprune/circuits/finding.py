@@ -74,10 +74,10 @@ def circuit(  # noqa: PLR0913 (what a user says)
     """Find the smallest set of units that keeps a behaviour, and measure what sets of all sizes keep.
 
     Units are scored on the calibration, `rescore` times, each time with those closed that are out by then, and ordered by the
-    mean score over rounds (`signed`: what helps) or its size (`absolute`: what the behaviour hangs on). Sizes are measured on the problems
-    of `decide`, or without on the second half of the calibration: the smallest that leaves the share `keep` of the likelihood
-    per token is the circuit (for `absolute` to either side). What is finished is kept in `folder`, where the same call goes
-    on, bit for bit.
+    mean over rounds of the mean score (`signed`: what helps) or of its size (`absolute`: what the behaviour hangs on). Sizes are
+    measured on the problems of `decide`, or without on the second half of the calibration: the smallest that leaves the share
+    `keep` of the likelihood per token is the circuit (for `absolute` to either side). What is finished is kept in `folder`, where
+    the same call goes on, bit for bit.
 
     Raises:
         OptionError: what is asked does not go together, or nothing short of all units keeps the share.

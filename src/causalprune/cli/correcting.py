@@ -75,7 +75,8 @@ class ContrastOptions:
     harm: Annotated[
         str,
         typer.Option(
-            help="How much the loss of each source that is to stay may rise, measured: 1% of perplexity, or 0.01nats."
+            help="How much the loss of each source that is to stay may rise, measured: 1% of perplexity, or 0.01nats; of clean texts of "
+            "the model's own their divergence counts."
         ),
     ] = "1%"
     certain: Annotated[

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from causalprune.circuits import Circuit, Overlap
-from causalprune.correction import Corrected, short
+from causalprune.correction import CLEAN, Corrected, short
 from causalprune.runs import Job
 
 
@@ -93,14 +93,14 @@ def prices(jobs: Sequence[Job], seconds: float) -> Table:
 def correction(found: Corrected) -> Table:
     """Return what was measured without so many candidates; what was chosen is bold."""
     table = Table(
-        caption="measured on the half of the samples that chose nothing, against the model before; loss and divergence in nats per token"
+        caption="measured on the half of the samples that decided how many, against the model before; loss and divergence in nats per token"
     )
     sources = list(found.chosen.harm)
     columns = (
         "without",
         "share",
         "log-odds of the undesired",
-        *(f"loss of {short(name)}" for name in sources),
+        *(f"{'divergence on' if name.startswith(CLEAN) else 'loss of'} {short(name)}" for name in sources),
         "divergence",
     )
     for name in columns:
@@ -111,5 +111,5 @@ def correction(found: Corrected) -> Table:
         cells += [f"{-fall.value:+.3g} [{-fall.high:+.3g}, {-fall.low:+.3g}]"]
         cells += [f"{point.harm[name].value:+.3g}" for name in sources]
         worst = max((own.value for own in point.kl.values()), default=0.0)
-        table.add_row(*cells, f"{worst:.3g}", style="bold" if point == found.chosen else "")
+        table.add_row(*cells, f"{worst:.3g}", style="bold" if point is found.chosen else "")
     return table

@@ -1,4 +1,7 @@
 from .behaviours import (
+    CLEAN as CLEAN,
+)
+from .behaviours import (
     Judged as Judged,
 )
 from .behaviours import (

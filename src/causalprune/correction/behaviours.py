@@ -22,8 +22,8 @@ BAR = 0.5
 """Value from which on a continuation shows a behaviour, where nothing else is asked for."""
 OWN = "behaviour"
 """Name of a user's function where it is a behaviour."""
-CLEAN = "clean "
-"""Before the name of a source: its continuations that do not show the behaviour."""
+CLEAN = "clean: "
+"""Before the name of a source: what the model itself writes there, the likeliest token everywhere, without the behaviour."""
 REPEATING = ("loops", "rep4")
 
 

@@ -22,7 +22,7 @@ class Contrast:
 
     `units` are as everywhere, or with `weights` single weights are taken instead. `budget` is how many go at most: a share
     below 1, a number from 1 on. `harm` is how much the perplexity of each source that is to be preserved may rise on the
-    deciding half, as a share (0.01 is 1 %); with `certain` by the upper end of its interval. `score` ranks them (`scores.SCORES`),
+    deciding half, as a share (0.01 is 1 %), or of clean texts the divergence (`Point`); with `certain` by the upper end of its interval. `score` ranks them (`scores.SCORES`),
     by slopes of an `estimator`, anew in each of the `rounds` with those closed that are chosen by then. `damp` is what is left
     of what they send, 0: nothing. Kept weights make up for them by an `update` on the preserved samples of the choosing half.
     """
@@ -74,7 +74,7 @@ class Contrast:
 
     @property
     def limit_nats(self) -> float:
-        """What the loss of each preserved source may rise by."""
+        """What the harm to each preserved source may be."""
         return math.log1p(self.harm)
 
     def how(self) -> Estimator:
@@ -184,5 +184,5 @@ class Corrected(Shown):
     def __repr__(self) -> str:
         return (
             f"Corrected({self.what}; log-odds of what is undesired {-self.after.benefit.value:+.3g} "
-            f"[{-self.after.benefit.high:+.3g}, {-self.after.benefit.low:+.3g}], loss of what is to stay at most {self.after.worst():+.3g} nats)"
+            f"[{-self.after.benefit.high:+.3g}, {-self.after.benefit.low:+.3g}], harm to what is to stay at most {self.after.worst():+.3g} nats)"
         )

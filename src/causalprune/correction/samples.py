@@ -64,9 +64,7 @@ def halves(undesired: Given, preserve: Given, tokenizer: Any = None) -> tuple[Ha
                 f"and needs {FEWEST // 2}: give more, or more prompts"
             )
     if missing := set(found[0].sources) ^ set(found[1].sources):
-        raise DataError(
-            f"{min(missing)} has too few samples to be cut into halves: give at least 2 of what is to be preserved"
-        )
+        raise DataError(f"{min(missing)} has too few samples to be cut into halves: give more of it")
     if len({example.instead is None for own in found for example in own.undesired}) > 1:
         raise DataError(
             "some undesired samples say what should be said instead, and some do not: give it to all or to none"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from causalprune.correction import CORRECTION
+from causalprune.correction import CLEAN, CORRECTION
 from causalprune.evaluation import headline, interval, paired_difference, read_json, rows_of
 
 PLACES = (CORRECTION, f"*/{CORRECTION}", f"*/*/{CORRECTION}")
@@ -24,8 +24,11 @@ def _told(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
         "name": name,
         "behaviour": own["behaviour"],
         "sentences": own["sentences"],
-        "sources": list(own["chosen"]["harm"]),
-        "points": [{**point, "chosen": point == own["chosen"]} for point in own["curve"]],
+        "sources": [
+            f"divergence on {name}" if name.startswith(CLEAN) else f"rise of the loss of {name}"
+            for name in own["chosen"]["harm"]
+        ],
+        "points": [{**point, "chosen": _same(point, own["chosen"])} for point in own["curve"]],
         "pairs": [
             {
                 "task": one.task,
@@ -46,3 +49,8 @@ def _told(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
             "minutes": record["minutes"],
         },
     }
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Tell whether two points are one: what is not known of them is equal to nothing."""
+    return bool(one["count"] == other["count"] and one["benefit"]["value"] == other["benefit"]["value"])

@@ -46,7 +46,7 @@ SEARCH = 9
 """Sizes that are tried in a search, at most."""
 TESTS = 3 * RANDOM + SAMPLE
 """Circuits of the tests; of heads one more for each member beyond the sample."""
-KNOWN = ("name", "revision", "date", "dtype", "attention")
+KNOWN = ("name", "revision", "date", "dtype", "attention", "device_map")
 """What a circuit says of the way its model is loaded; whether its code may run, or on which device, it does not."""
 POINTS = 13
 """Sizes of a curve, the chosen one, the intact and the empty model."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from causalprune.calibration import (
+    OWN,
     OWN_TEXT,
     TEXT_SOURCES,
     load_problems,
@@ -25,6 +26,7 @@ from causalprune.core import (
     versions,
 )
 from causalprune.correction import (
+    CLEAN,
     CORRECTION,
     Corrected,
     correct,
@@ -51,7 +53,7 @@ PROBLEM_TOKENS, TRIALS, WRITING = 200, 6, 3
 
 @dataclass(frozen=True, eq=False)
 class Fixed:
-    """What came of a correction: what was taken out, results before and after on what chose nothing, and what is to be said."""
+    """What came of a correction: what was taken out, results before and after on the deciding half, and what is to be said."""
 
     corrected: Corrected
     before: tuple[EvalResult, ...]
@@ -127,7 +129,7 @@ def to_stay(
 ) -> list[Calibration]:
     """Return what is to be preserved: text in windows, and problems as long as `wanted` allows.
 
-    Problems that the model was let to answer are in the half of those answers.
+    Problems that the model was let to answer are in the half of those answers; answers of its own count as clean texts.
     """
     texts = {name: count for name, count in counts.items() if name in (*TEXT_SOURCES, OWN_TEXT)}
     problems = {name: count for name, count in counts.items() if name not in texts}
@@ -139,7 +141,12 @@ def to_stay(
             drawn = calibrated(decoder, own, study.options.data_dir, on_progress=tell)
             each = zip(drawn.examples, drawn.subset, strict=True)
             subset = tuple(study.half_of.get(example.content, half) for example, half in each)
-            found.append(dataclasses.replace(drawn, subset=subset))
+            names = [name for name, count in drawn.description["sources"].items() for _ in range(count)]
+            examples = [
+                dataclasses.replace(own, source=CLEAN + name) if name.startswith(OWN) else own
+                for own, name in zip(drawn.examples, names, strict=True)
+            ]
+            found.append(dataclasses.replace(drawn, examples=tuple(examples), subset=subset))
     return found
 
 

@@ -14,14 +14,14 @@ from causalprune.calibration import (
     Reader,
     Skipped,
     contents,
-    encode,
     load_problems,
     on_date,
+    read,
     usable,
     with_limit,
 )
 from causalprune.checkpoints import resolve
-from causalprune.core import Example, OptionError
+from causalprune.core import DataError, Example, OptionError
 from causalprune.models import reading
 from causalprune.runs.recipe import CalibrationSpec, ModelSpec
 
@@ -81,16 +81,22 @@ def _looked(
 ) -> Looked:
     if not 1 <= row <= len(problems):
         raise OptionError(f"{name} has {len(problems)} rows: there is no row {row}")
-    examples, seen = [encode(reader, problem) for problem in problems], set[tuple[str, str]]()
-    for problem, example in zip(problems, examples, strict=True):
-        usable(reader, problem, elsewhere, seen, example)
+    if (shown := read(reader, problems[row - 1])) is None:
+        raise DataError(
+            f"{name}: row {row} has names of different lengths in this tokenizer: look at another"
+        )
+    each, seen = [(problem, read(reader, problem)) for problem in problems], set[tuple[str, str]]()
+    examples = [example for _, example in each if example is not None]
+    for problem, example in each:
+        if example is not None:
+            usable(reader, problem, elsewhere, seen, example)
     return Looked(
         name,
         len(problems),
         reader.skipped,
         _spread([len(example.tokens) for example in examples]),
         _spread([example.target_tokens for example in examples]),
-        tuple(_pieces(reader.tokenizer, examples[row - 1])),
+        tuple(_pieces(reader.tokenizer, shown)),
     )
 
 
