@@ -65,7 +65,7 @@ from causalprune.runs.undesired import CorrectionSpec, Study, part
 sys.path.insert(0, str(ROOT / "tests"))
 from planted import Planting, plant
 
-PLANTINGS, COMPARED, PROMPTS, SHOWN, SIZES = 3, 2, 100, 32, (1, 5, 20)
+PLANTINGS, COMPARED, PROMPTS, SHOWN, SIZES = 3, 1, 100, 32, (1, 5, 20)
 """Plantings of each number (ten were cut to three), those of them in which baselines look too, prompts, and samples."""
 LEARNING = 300
 """Texts from which the detectors of planted neurons are made."""
@@ -117,9 +117,7 @@ def saying(decoder: Decoder, own: Planting, prompts: Sequence[Sequence[int]]) ->
     return said / len(prompts)
 
 
-def ranks(
-    decoder: Decoder, bad: Any, good: Any, score: str, own: Planting, estimator: str = "gradient"
-) -> float:
+def ranks(decoder: Decoder, bad: Any, good: Any, score: str, own: Planting, estimator: str = "auto") -> float:
     """Return the share of planted neurons among as many first ones of a score."""
     contrast = Contrast(budget=max(len(own.units), 2), score=score, estimator=estimator, harm=0.01)
     chooses, decides = halves(bad, good)

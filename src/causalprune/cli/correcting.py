@@ -92,12 +92,12 @@ class ContrastOptions:
         ),
     ] = "contrast"
     estimator: Annotated[
-        Literal["gradient", "integrated", "relevance"],
+        Literal["auto", "gradient", "integrated", "relevance"],
         typer.Option(
-            help="gradient, integrated (at five gates, five times the cost on undesired samples), or relevance (AttnLRP; LRP is "
-            "patented, and whether that matters is yours to judge)."
+            help="integrated (at five gates, five times the cost on undesired samples), gradient (at one), or relevance (AttnLRP; LRP is "
+            "patented, and whether that matters is yours to judge); auto is integrated for units by contrast, else gradient."
         ),
-    ] = "gradient"
+    ] = "auto"
     rounds: Annotated[
         int, typer.Option(help="Rounds of scoring, each with those closed that are chosen by then.", min=1)
     ] = 2

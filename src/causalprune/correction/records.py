@@ -13,7 +13,8 @@ from causalprune.pruning import Update
 
 CORRECTION = "correction.json"
 UPDATES: tuple[Update, ...] = ("none", "refit", "distill")
-ESTIMATORS = ("gradient", "integrated", "relevance")
+AUTO = "auto"
+ESTIMATORS = ("gradient", "integrated", "relevance", AUTO)
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Contrast:
     `units` are as everywhere, or with `weights` single weights are taken instead. `budget` is how many go at most: a share
     below 1, a number from 1 on. `harm` is how much the perplexity of each source that is to be preserved may rise on the
     deciding half, as a share (0.01 is 1 %), or of clean texts the divergence (`Point`); with `certain` by the upper end of its interval. `score` ranks them (`scores.SCORES`),
-    by slopes of an `estimator`, anew in each of the `rounds` with those closed that are chosen by then. `damp` is what is left
+    by slopes of an `estimator`, anew in each of the `rounds` with those closed that are chosen by then; `auto` is integrated for
+    units by contrast, as the slope at an open gate misses a unit that outweighs all else after the norm, and else gradient. `damp` is what is left
     of what they send, 0: nothing. Kept weights make up for them by an `update` on the preserved samples of the choosing half.
     """
 
@@ -31,7 +33,7 @@ class Contrast:
     budget: float = 0.003
     harm: float = 0.01
     score: str = "contrast"
-    estimator: str = "gradient"
+    estimator: str = AUTO
     rounds: int = 2
     weights: bool = False
     certain: bool = False
@@ -49,6 +51,9 @@ class Contrast:
         ):
             if value not in known:
                 raise unknown(what, value, known)
+        if self.estimator == AUTO:
+            closing = self.score == "contrast" and not self.weights
+            object.__setattr__(self, "estimator", "integrated" if closing else "gradient")
         if not (0 < self.budget < 1 or self.budget == self.budget // 1 > 0):
             raise OptionError(
                 f"a budget is a share below 1 or a whole number, as 0.3% or 100, not {self.budget:g}"
