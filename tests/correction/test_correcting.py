@@ -81,12 +81,38 @@ def test_losses_have_no_slope_where_the_model_is_sure() -> None:
     """What a loss says of a neuron vanishes as its token becomes certain; log-odds say the same of it as before."""
     decoder, planting = built(4)
     chooses, _ = halves(*samples(planting))
-    units, none = candidates_of(decoder, chooses, Contrast()), torch.zeros(0, dtype=torch.long)
-    looking = Looking(units, chooses, Contrast().how(), State())
+    units, none = candidates_of(decoder, chooses, Contrast(estimator="gradient")), torch.zeros(0, dtype=torch.long)
+    looking = Looking(units, chooses, Contrast(estimator="gradient").how(), State())
     odds, rise = (looking.gather((kind, "undesired"), none, "none", cp.silent) for kind in ("odds", "rise"))
     at = [units.units.index(unit) for unit in planting.units]  # type: ignore[attr-defined]
     assert float(odds[at].min()) > 0.02
     assert float((rise[at].abs() / odds[at]).max()) < 0.05
+
+
+def test_a_unit_that_outweighs_all_else_is_found() -> None:
+    """After the norm, what such a unit sends hardly grows any more: its slope at an open gate is next to nothing."""
+    decoder, planting = built(4)
+    for p in decoder.projections:
+        if p.name == "layers.0.down":
+            matrix = p.read()
+            matrix[:, [unit.index for unit in planting.units]] *= 5
+            p.write(matrix)
+    chooses, _ = halves(*samples(planting))
+    none = torch.zeros(0, dtype=torch.long)
+    found = {}
+    for name in ("gradient", "integrated"):
+        how = Contrast(estimator=name)
+        units = candidates_of(decoder, chooses, how)
+        looking = Looking(units, chooses, how.how(), State())
+        found[name] = looking.gather(("odds", "undesired"), none, "none", cp.silent)
+    at = [units.units.index(unit) for unit in planting.units]  # type: ignore[attr-defined]
+    assert float(found["integrated"][at].min()) > 10 * float(found["gradient"][at].max())
+
+
+def test_the_estimator_goes_with_what_is_taken_out() -> None:
+    assert Contrast().estimator == "integrated"
+    assert Contrast(weights=True).estimator == Contrast(score="difference").estimator == "gradient"
+    assert replace(Contrast(estimator="relevance"), score="difference").estimator == "relevance"
 
 
 def test_single_weights() -> None:

@@ -51,9 +51,7 @@ class Contrast:
         ):
             if value not in known:
                 raise unknown(what, value, known)
-        if self.estimator == AUTO:
-            closing = self.score == "contrast" and not self.weights
-            object.__setattr__(self, "estimator", "integrated" if closing else "gradient")
+        self._settle()
         if not (0 < self.budget < 1 or self.budget == self.budget // 1 > 0):
             raise OptionError(
                 f"a budget is a share below 1 or a whole number, as 0.3% or 100, not {self.budget:g}"
@@ -76,6 +74,12 @@ class Contrast:
             raise OptionError(
                 "integrated closes units little by little: for single weights take gradient or relevance"
             )
+
+    def _settle(self) -> None:
+        """Name the estimator where none is named."""
+        closing = self.score == "contrast" and not self.weights
+        if self.estimator == AUTO:
+            object.__setattr__(self, "estimator", "integrated" if closing else "gradient")
 
     @property
     def limit_nats(self) -> float:
