@@ -65,8 +65,8 @@ from causalprune.runs.undesired import CorrectionSpec, Study, part
 sys.path.insert(0, str(ROOT / "tests"))
 from planted import Planting, plant
 
-PLANTINGS, COMPARED, PROMPTS, SHOWN, SIZES = 3, 1, 100, 32, (1, 5, 20)
-"""Plantings of each number (ten were cut to three), those of them in which baselines look too, prompts, and samples."""
+PLANTINGS, COMPARED, PROMPTS, SHOWN, SIZES = 2, 1, 100, 32, (1, 5, 20)
+"""Plantings of each number (ten were cut to two), those of them in which baselines look too, prompts, and samples."""
 LEARNING = 300
 """Texts from which the detectors of planted neurons are made."""
 DRAWS = 2

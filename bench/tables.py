@@ -448,6 +448,37 @@ def zeros() -> str:
     return "\n".join(lines) + "\n"
 
 
+def constructed() -> str:
+    """Which circuits that were built each estimator finds exactly, by what takes the place of closed heads."""
+    found = record("circuits")["raw"]["constructed"]["raw"]
+    rows = dict.fromkeys(key.split(", ")[1] for key in found)
+    names = dict.fromkeys(key.split(", ")[0] for key in found)
+    ablations = dict.fromkeys(key.split(", ")[2] for key in found)
+    lines = [f"| estimator | {' | '.join(ablations)} |", "|---|" + "---|" * len(ablations)]
+    for row in rows:
+        cells = []
+        for ablation in ablations:
+            own = [name for name in names if found[f"{name}, {row}, {ablation}"]["exact"]]
+            cells.append("all four" if len(own) == len(names) else ", ".join(own) or "none")
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def planted() -> str:
+    """At which ranks five planted neurons are, by what their removal costs and by how they are looked for."""
+    found = record("circuits")["raw"].get("planted")
+    if not found:
+        return "Not measured yet.\n"
+    rows = {key: own for key, own in found["raw"].items() if "nats" in own}
+    labels = [key for key, own in next(iter(rows.values())).items() if isinstance(own, dict)]
+    costs = [f"{own['nats']:g} nats" for own in rows.values()]
+    lines = [f"| looked for by | {' | '.join(costs)} |", "|---|" + "---:|" * len(costs)]
+    for label in labels:
+        ranks = [own[label]["ranks"] for own in rows.values()]
+        lines.append(f"| {label} | {' | '.join(f'{own[0]} … {own[-1]}' for own in ranks)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _attribution(step: str) -> Any:
     return record("attribution")["raw"].get(step)
 
@@ -480,6 +511,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "carried": carried,
     "written": written,
     "zeros": zeros,
+    "constructed": constructed,
+    "planted": planted,
 }
 
 
