@@ -81,7 +81,10 @@ def test_losses_have_no_slope_where_the_model_is_sure() -> None:
     """What a loss says of a neuron vanishes as its token becomes certain; log-odds say the same of it as before."""
     decoder, planting = built(4)
     chooses, _ = halves(*samples(planting))
-    units, none = candidates_of(decoder, chooses, Contrast(estimator="gradient")), torch.zeros(0, dtype=torch.long)
+    units, none = (
+        candidates_of(decoder, chooses, Contrast(estimator="gradient")),
+        torch.zeros(0, dtype=torch.long),
+    )
     looking = Looking(units, chooses, Contrast(estimator="gradient").how(), State())
     odds, rise = (looking.gather((kind, "undesired"), none, "none", cp.silent) for kind in ("odds", "rise"))
     at = [units.units.index(unit) for unit in planting.units]  # type: ignore[attr-defined]
