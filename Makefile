@@ -33,7 +33,7 @@ examples: $(DOCUMENTED)  ## run the notebook, every command that the documentati
 	$(BIN)/pytest -q -m slow -n auto tests/test_commands.py tests/test_notebook.py tests/test_wheel.py
 
 browser: $(BROWSED)  ## the report in Chromium, which has to be on this machine
-	$(BIN)/pytest -q -m slow tests/test_report_browser.py
+	$(BIN)/pytest -q -m slow tests/reports/test_report_browser.py
 
 check: static test docs  ## everything that must hold before a commit; wings and line budget are tests
 
