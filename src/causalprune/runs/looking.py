@@ -81,11 +81,11 @@ def _looked(
 ) -> Looked:
     if not 1 <= row <= len(problems):
         raise OptionError(f"{name} has {len(problems)} rows: there is no row {row}")
-    if (shown := read(reader, problems[row - 1])) is None:
+    each, seen = [(problem, read(reader, problem)) for problem in problems], set[tuple[str, str]]()
+    if (shown := each[row - 1][1]) is None:
         raise DataError(
             f"{name}: row {row} has names of different lengths in this tokenizer: look at another"
         )
-    each, seen = [(problem, read(reader, problem)) for problem in problems], set[tuple[str, str]]()
     examples = [example for _, example in each if example is not None]
     for problem, example in each:
         if example is not None:
