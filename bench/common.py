@@ -101,8 +101,8 @@ def made() -> dict[str, Any]:
 
 
 def _elsewhere(raw: Any) -> Any:
-    """Return what was measured without folders of this machine: `~` is home, `(scratch)` a temporary one."""
-    text = json.dumps(raw).replace(json.dumps(f"{Path.home()}/")[:-1], '"~/')
+    """Return what was measured without folders of this machine: `~` is home, `(scratch)` a temporary one, the checkout nothing."""
+    text = json.dumps(raw).replace(f'"{ROOT}/', '"').replace(json.dumps(f"{Path.home()}/")[:-1], '"~/')
     return json.loads(re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+", "(scratch)", text))
 
 

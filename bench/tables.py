@@ -200,7 +200,7 @@ def moe() -> str:
 
 
 def hybrids() -> str:
-    """Losses of two small hybrids, half of whose weights every method sets to zero."""
+    """Losses of two small hybrids, most of whose weights every method sets to zero."""
     found = record("families")["raw"].get("hybrids")
     if not found:
         return "Not measured yet.\n"
