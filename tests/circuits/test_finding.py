@@ -16,7 +16,7 @@ from reference import calibration, shared
 import causalprune as cp
 from causalprune.calibration.examples import batches
 from causalprune.circuits import Checks, Circuit, examined, save_circuit
-from causalprune.circuits.behaviour import Trials, behaviour
+from causalprune.circuits.behaviour import Trials, balanced, behaviour
 from causalprune.circuits.checking import random_like
 from causalprune.core.errors import DataError, MismatchError, OptionError
 from causalprune.core.types import Calibration, Decoder, Unit
@@ -77,6 +77,19 @@ def test_a_shorter_chain_of_estimators_agrees_with_effects() -> None:
     change = effects.change_nats() / effects.tokens
     torch.testing.assert_close(found.score, change.mean(1))
     assert found.order.tolist() == change.mean(1).abs().argsort(descending=True, stable=True).tolist()
+
+
+def test_every_gate_counts_alike_unless_nothing_is_worth_anything_at_it() -> None:
+    scores = torch.tensor([[500.0, 500.0], [6.0, 4.0], [1e-6, 9e-6]]).double()[:, :, None].expand(-1, -1, 3)
+    found = balanced(scores)[:, 0]
+    weights = torch.tensor([1 / 1000, 1 / 10, 1 / 10]).double()  # the last is at 1 % of the largest sum
+    expected = (weights[:, None] * scores[:, :, 0]).sum(0) / weights.sum()
+    torch.testing.assert_close(found, expected)
+    shares = found / found.sum()
+    assert float(shares[0]) == pytest.approx(0.55, abs=1e-3), "a half at one gate and 0.6 at the other"
+    closed = scores.clone()
+    closed[:, 1] = torch.nan
+    assert balanced(closed).isnan().all(1).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("ablation", ["zero", "mean", "resample"])
