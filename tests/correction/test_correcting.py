@@ -109,7 +109,9 @@ def test_a_unit_that_outweighs_all_else_is_found() -> None:
         looking = Looking(units, chooses, how.how(), State())
         found[name] = looking.gather(("odds", "undesired"), none, "none", cp.silent)
     at = [units.units.index(unit) for unit in planting.units]  # type: ignore[attr-defined]
-    assert float(found["integrated"][at].min()) > 10 * float(found["gradient"][at].max())
+    shares = {name: own[at].min() / own.abs().sum() for name, own in found.items()}
+    assert set(found["integrated"].topk(len(at)).indices.tolist()) == set(at)
+    assert float(shares["integrated"]) > 1.2 * float(shares["gradient"]), shares
 
 
 def test_the_estimator_goes_with_what_is_taken_out() -> None:

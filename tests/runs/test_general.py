@@ -14,7 +14,7 @@ from causalprune.checkpoints.saving import save
 from causalprune.core.errors import DataError
 from causalprune.core.ledger import Ledger, read_rows
 from causalprune.core.types import EvalResult
-from causalprune.evaluation import written
+from causalprune.evaluation import pieces, written
 from causalprune.evaluation.results import load_rows
 from causalprune.runs import cells, general, sweeping
 from causalprune.runs import study as running
@@ -95,7 +95,7 @@ def test_a_model_that_cannot_write_is_measured_on_the_rest(
     def silent(*_: Any) -> None:
         raise DataError("it cannot write")
 
-    monkeypatch.setattr(written, "write", silent)
+    monkeypatch.setattr(pieces, "write", silent)
     with pytest.warns(UserWarning, match="general text is not measured: it cannot write") as said:
         running.run(recipe(model), tmp_path / "run", data_dir=data)
     assert len(said) == 1, "once, not for each task or model"

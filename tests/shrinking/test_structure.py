@@ -12,7 +12,8 @@ from causalprune.core.errors import ModelError, OptionError
 from causalprune.core.types import Decoder, Projection
 from causalprune.models.anatomy import inspect_model
 from causalprune.models.loading import load, skeleton
-from causalprune.shrinking.structure import Kept, as_mistral, column_keep, silence, smaller
+from causalprune.models.mistral import as_mistral
+from causalprune.shrinking.structure import Kept, column_keep, silence, smaller
 
 TOKENS = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
 DENSE = [name for name in FAMILIES if name not in ("mixtral", "olmoe", "qwen2_moe")]

@@ -74,11 +74,10 @@ def circuit(  # noqa: PLR0913 (what a user says)
     """Find the smallest set of units that keeps a behaviour, and measure what sets of all sizes keep.
 
     Units are scored on the calibration, `rescore` times, each time with those closed that are out by then, and ordered by the
-    mean over rounds of the mean score (`signed`: what helps) or of its size (`absolute`: what the behaviour hangs on). By effect
-    `kl` circuits are much smaller than by `ce`, whose slopes of tokens cancel out; `ce` has a sign, and compares with a wrong answer. Sizes are
+    mean over rounds of the mean score (`signed`: what helps) or of its size (`absolute`: what the behaviour hangs on). Sizes are
     measured on the problems of `decide`, or without on the second half of the calibration: the smallest that leaves the share
-    `keep` of the likelihood per token is the circuit (for `absolute` to either side). What is finished is kept in `folder`, where
-    the same call goes on, bit for bit.
+    `keep` of the likelihood per token is the circuit (for `absolute` to either side). Circuits by the effect `kl` are smaller, those
+    by `ce` have a sign. What is finished is kept in `folder`, where the same call goes on, bit for bit.
 
     Raises:
         OptionError: what is asked does not go together, or nothing short of all units keeps the share.

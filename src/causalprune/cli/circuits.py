@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 class SearchOptions(opt.EffectOptions):
     """What a circuit is, and how it is looked for."""
 
-    effect: Annotated[  # type: ignore[assignment]
+    effect: Annotated[
         Literal["ce", "kl"] | None,
         typer.Option(
             help="kl: divergence from the intact model; ce: rise of the loss, or of its distance to a wrong answer's.",
             show_default="kl; ce for --rank signed, --ablation counterfactual, --estimator relevance",
         ),
-    ] = None
+    ] = None  # type: ignore[assignment]
     ablation: Annotated[
         Literal["zero", "mean", "resample", "counterfactual"],
         typer.Option(

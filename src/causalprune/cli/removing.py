@@ -13,6 +13,7 @@ from causalprune.cli.output import AsJson, document, pushed_to, say
 from causalprune.core import OptionError
 
 if TYPE_CHECKING:
+    from causalprune.core import Decoder
     from causalprune.shrinking import Budget, Shares
 
 
@@ -89,6 +90,12 @@ class RemovalOptions:
             )
         return Budget(self.parameters, None if self.memory is None else bytes_of(self.memory), self.latency)
 
+    def taken(self, decoder: "Decoder") -> "Decoder":
+        """Return a model as the class that it is to be."""
+        from causalprune.models import as_mistral
+
+        return as_mistral(decoder) if self.as_mistral else decoder
+
 
 @app.command()
 @grouped
@@ -113,7 +120,7 @@ def shrink(
     from causalprune.core import forget, size_of
     from causalprune.pruning import begun
     from causalprune.runs import outcome, prepared, speeds
-    from causalprune.shrinking import Shrinking, as_mistral, leftovers
+    from causalprune.shrinking import Shrinking, leftovers
     from causalprune.shrinking import shrink as smaller
 
     goes = method.wanted()
@@ -124,8 +131,7 @@ def shrink(
     wanted = data.spec(1).settled(own=True)
     decoder, calibration = prepared(model.spec(), wanted, options, found)
     warn_unpacked(decoder)
-    if method.as_mistral:
-        decoder = as_mistral(decoder)
+    decoder = method.taken(decoder)
     seed = data.reading.seed
     shrunk = smaller(
         decoder,

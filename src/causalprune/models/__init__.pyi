@@ -71,6 +71,7 @@ from .loading import (
 from .loading import (
     wrapped as wrapped,
 )
+from .mistral import as_mistral as as_mistral
 from .mixing import (
     setting as setting,
 )

@@ -1,0 +1,45 @@
+"""A Llama under another name: the same weights as a Mistral."""
+
+import copy
+from dataclasses import replace
+
+from transformers import MistralConfig, MistralForCausalLM
+
+from causalprune.core import Decoder, ModelError
+from causalprune.models.anatomy import inspect_model
+
+_LLAMA = (
+    "model_type",
+    "architectures",
+    "attention_bias",
+    "mlp_bias",
+    "pretraining_tp",
+    "transformers_version",
+)
+"""What a configuration of a Llama says that one of a Mistral does not, or says otherwise."""
+
+
+def as_mistral(decoder: Decoder) -> Decoder:
+    """Return a Llama as a Mistral without a window: the same weights, which compute the same bit for bit.
+
+    A Llama's heads have to divide its width, a Mistral's need not, so that it may lose KV groups one by one.
+
+    Raises:
+        ModelError: it is no Llama, or one with biases, for which a Mistral has no place.
+    """
+    own = decoder.model.config
+    if own.model_type != "llama" or own.attention_bias or own.mlp_bias:
+        raise ModelError(
+            f"only Llamas without biases are Mistrals, not {decoder.name} ({own.model_type}): leave out --as-mistral"
+        )
+    stated = {key: value for key, value in own.to_dict().items() if key not in _LLAMA}
+    config = MistralConfig(**stated, sliding_window=None)
+    config._attn_implementation = own._attn_implementation  # noqa: SLF001
+    model = MistralForCausalLM._from_config(config, dtype=decoder.model.dtype)  # noqa: SLF001
+    model.load_state_dict(decoder.model.state_dict())
+    model.tie_weights()
+    model.generation_config = copy.deepcopy(decoder.model.generation_config)
+    model = model.to(decoder.device).eval().requires_grad_(requires_grad=False)
+    found = inspect_model(model, decoder.tokenizer, name=decoder.name, revision=decoder.revision)
+    source = decoder.source and replace(decoder.source, reshaped=True)
+    return replace(found, source=source, fingerprint=decoder.fingerprint, base=decoder.base)
