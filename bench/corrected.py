@@ -218,8 +218,8 @@ def row(
     contrast: Contrast,
     seed: int = 0,
     *,
-    final: bool = False,
     kind: type[Search] = Search,
+    tasks: Sequence[str] = (*TASKS, *REST),
 ) -> dict[str, Any]:
     """Return a row: what went, results, and what became of loops and of the rest, in pairs."""
 
@@ -228,7 +228,6 @@ def row(
             decoder, told = fixed(name, label, contrast, seed, kind)
         except OptionError as error:
             return {"error": str(error)}
-        tasks = (*TASKS, *REST, *(FINAL if final else ()))
         own = measured(decoder, tasks, f"{name}/rows/{label}-{seed}")
         before = dense(name)
         pairs = {

@@ -7,7 +7,7 @@ python bench/tables.py --check   # fail if a table is not what its result file s
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from causalprune.evaluation.results import headline, paired_difference, results_
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LEFT_OUT = ("arc_challenge", "accuracy")
 """Options differ in length, so ARC-Challenge is usually reported by `acc_norm`."""
+CHOSEN, WIDEST = ("accuracy", "acc_norm"), 5
+"""Measures of what is chosen from options, and the most measures that a table has side by side."""
 CHOICES = ("effect", "activation", "magnitude", "random")
 CALIBRATIONS = {
     "gsm8k": "causal, 48 GSM8K problems",
@@ -46,7 +48,17 @@ def _rows(name: str, step: str, only: tuple[str, ...] = ()) -> str:
     rows = [row for row in rows if not only or row[0] in only]
     if not rows:
         return "Not measured yet.\n"
-    return to_markdown(comparison([(label, reported(results)) for label, results in rows]))
+    return _compared(rows)
+
+
+def _compared(rows: Sequence[tuple[str, list[EvalResult]]]) -> str:
+    """Return rows with paired intervals; what is chosen from options in a table of its own where all would be too wide."""
+    shown = [(label, reported(results)) for label, results in rows]
+    if len(shown[0][1]) <= WIDEST:
+        return to_markdown(comparison(shown))
+    kinds = (lambda own: own.metric not in CHOSEN, lambda own: own.metric in CHOSEN)
+    parts = [[(label, [own for own in results if kind(own)]) for label, results in shown] for kind in kinds]
+    return "\n".join(to_markdown(comparison(part)) for part in parts)
 
 
 def calibrations() -> str:
@@ -58,7 +70,7 @@ def calibrations() -> str:
             rows |= {"dense": found["dense"], name: found["causal-matrix-0.5"]}
     if len(rows) < 3:
         return "Not measured yet.\n"
-    return to_markdown(comparison([(label, reported(results)) for label, results in rows.items()]))
+    return _compared([*rows.items()])
 
 
 def front() -> str:
@@ -148,10 +160,9 @@ def speed() -> str:
     rows = record("speed")["raw"].get("rows", {})
     if not rows:
         return "Not measured yet.\n"
-    lines = [
-        "| model | parameters | MB on disk | MB in memory | prefill, tokens/s | decoding, tokens/s | nats/token: effect | activation | magnitude | random |"
-    ]
-    lines.append("|---|" + "---:|" * 9)
+    sizes = ["| model | parameters | MB on disk | MB in memory | prefill, tokens/s | decoding, tokens/s |"]
+    sizes.append("|---|" + "---:|" * 5)
+    chosen = ["| nats/token, chosen by | effect | activation | magnitude | random |", "|---|" + "---:|" * 4]
     for label, row in sorted(rows.items(), key=lambda item: (item[0].split()[0], -item[1]["parameters"])):
         model, by, *share = label.split()
         if by not in ("whole", "effect"):
@@ -173,8 +184,9 @@ def speed() -> str:
             for p in ("prefill", "decode")
         ]
         name = f"{model} −{float(share[0]):.0%}" if share else model
-        lines.append(f"| {name} | {size} | {' | '.join(fast)} | {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n"
+        sizes.append(f"| {name} | {size} | {' | '.join(fast)} |")
+        chosen.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join([*sizes, "", *chosen]) + "\n"
 
 
 def ours(label: str) -> str:
@@ -239,14 +251,15 @@ def reliability() -> str:
     drawn = _attribution("curves")
     if drawn is None:
         return "Not measured yet.\n"
-    head = "| effect | estimator | problems | budget | tokens | Spearman | intervals that contain the reference |"
-    lines = [head, "|---|---|---:|---:|---:|---:|---:|"]
+    head = "| estimator | problems | budget | tokens | Spearman | intervals that contain the reference |"
+    lines = []
     for effect in ("ce", "kl"):
+        lines += ["", f"*Effect `{effect}`*", "", head, "|---|---:|---:|---:|---:|---:|"]
         for row in (row for row in drawn[effect] if row["sequences"] in SHOWN and row["budget"] in BUDGETS):
             budget = f"{row['budget']:.0f}x" if row["budget"] else "–"
             numbers = f"{row['tokens']:,.0f} | {row['spearman']:.3f} | {row['coverage']:.1%}"
-            lines.append(f"| {effect} | {row['estimator']} | {row['sequences']} | {budget} | {numbers} |")
-    return "\n".join(lines) + f"\n\nReference: {drawn['sequences']} problems, exact.\n"
+            lines.append(f"| {row['estimator']} | {row['sequences']} | {budget} | {numbers} |")
+    return "\n".join(lines[1:]) + f"\n\nReference: {drawn['sequences']} problems, exact.\n"
 
 
 def families() -> str:

@@ -1,4 +1,4 @@
-"""Prune language models by what their attention heads are measured to do.
+"""Prune language models by what their parts are measured to do.
 
 ```python
 decoder = load("embedded")

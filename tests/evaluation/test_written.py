@@ -15,6 +15,7 @@ from causalprune.checkpoints import embedded
 from causalprune.checkpoints.saving import MANIFEST, save
 from causalprune.core.errors import DataError, MismatchError, OptionError
 from causalprune.core.types import Decoder
+from causalprune.evaluation import pieces as piecewise
 from causalprune.evaluation import written
 from causalprune.evaluation.measures import evaluate
 from causalprune.evaluation.results import headline, paired_difference
@@ -106,6 +107,31 @@ def test_a_document_begins_with_bos_where_that_begins_no_chat() -> None:
     assert [words.decode(start) for start in starts] == list(OPENERS)
 
 
+def test_text_that_is_of_no_use_is_written_again_and_then_refused(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    varied, loop, ended = ([*range(40)], [0]), ([7] * 40, [0]), ([0, 9] * 20, [*range(0, 40, 2)])
+    assert [piecewise.useless(own) for own in (varied, loop, ended)] == [False, True, True]
+    monkeypatch.setattr(piecewise, "DISTINCT", 0.2)
+    decoder, drawn, real = tiny_decoder(), list[torch.Tensor](), piecewise.write
+
+    def first_loops(own: Decoder, uniforms: torch.Tensor, on_step: Any) -> list[Any]:
+        drawn.append(uniforms)
+        found = real(own, uniforms, on_step)
+        return [([7] * 24, [0]), *found[1:]] if len(drawn) == 1 else found
+
+    monkeypatch.setattr(piecewise, "write", first_loops)
+    assert len(own_pieces(decoder, 3, 24, 0)) == 3
+    assert [len(own) for own in drawn] == [3, 1], "the one that loops, with other numbers"
+    assert not torch.equal(drawn[1][0], drawn[0][0])
+    monkeypatch.setattr(piecewise, "write", real)
+    with pytest.raises(
+        DataError, match=r"repeats itself or ends at once: 2 of 2 pieces, 3 times each.*--preserve c4"
+    ):
+        own_pieces(steered(tiny_decoder(), 9), 2, 24, 1)
+    assert len(list(cache.glob("*.ledger"))) == 2
+
+
 def test_a_text_is_written_once_and_comes_out_the_same(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, said = tiny_decoder(), list[tuple[int, int]]()
     first = own_text(decoder, "own_ppl", 100, 0, lambda *done: said.append(done)).documents
@@ -115,7 +141,7 @@ def test_a_text_is_written_once_and_comes_out_the_same(cache: Path, monkeypatch:
     assert file.name.startswith(decoder.fingerprint[:16])
     file.unlink()
     assert own_text(decoder, "own_kl", 100, 0).documents == first
-    monkeypatch.setattr(written, "write", None)  # it may not be called
+    monkeypatch.setattr(piecewise, "write", None)  # it may not be called
     assert own_text(decoder, "own_ppl", 100, 0).documents == first
     with pytest.raises(TypeError):
         own_text(decoder, "own_ppl", 100, 1)
@@ -134,7 +160,7 @@ def test_what_calibrates_and_what_is_measured_are_written_at_once(
     pieces = own_pieces(decoder, 3, 512, 0)
     for file in cache.iterdir():
         file.unlink()
-    monkeypatch.setattr(written, "write", counted)
+    monkeypatch.setattr(piecewise, "write", counted)
     beside = own_texts(decoder, TASKS, Settings())
     assert own_pieces(decoder, 3, 512, 0, beside=beside) == pieces
     assert texts(decoder) == alone
@@ -148,7 +174,7 @@ def test_what_calibrates_and_what_is_measured_are_written_at_once(
 def test_a_stopped_or_damaged_text_is_written_to_its_end(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(written, "BATCH", 1)
+    monkeypatch.setattr(piecewise, "BATCH", 1)
     calm, calls = texts(tiny_decoder()), []
     (file,) = cache.iterdir()
     whole = file.read_bytes()
@@ -158,7 +184,7 @@ def test_a_stopped_or_damaged_text_is_written_to_its_end(
         calls.append(len(given[1]))
         return write(*given)
 
-    monkeypatch.setattr(written, "write", counted)
+    monkeypatch.setattr(piecewise, "write", counted)
     file.write_bytes(b"".join(lines[:3]) + lines[3][:20])  # killed while the third piece was written
     assert texts(tiny_decoder()) == calm
     assert calls == [1, 1]
@@ -275,7 +301,7 @@ def test_pieces_to_calibrate_on_are_others_than_what_is_measured() -> None:
     assert [len(e.tokens) for e in own_pieces(decoder, 2, 16, 0)] == [16, 16]
     with torch.device("meta"):
         bare = dataclasses.replace(decoder, model=type(decoder.model)(decoder.model.config))
-    with pytest.raises(OptionError, match="leave out --stream"):
+    with pytest.raises(OptionError, match="--preserve c4, or pass --no-stream"):
         own_pieces(bare, 2, 16, 0)
 
 

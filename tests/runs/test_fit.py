@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import shipped
 from conftest import Run, assert_refused
 from tinydata import write_data
 
+from causalprune.core.types import EvalResult
 from causalprune.runs import ModelSpec, searching
+from causalprune.shipping.frontier import Limit, Point
 from causalprune.shipping.recounting import looked_into
 
 TYPES = ("--types", "q8_0,q4_0,q2_k", "--shares", "0.2", "--pre-tokenizer", "gpt-2")
@@ -61,12 +64,76 @@ def test_a_file_within_the_limit_and_a_search_that_goes_on(
         (("--on", "gsm8k_nll:6", "--size", "1MB", "--types", "q4_km"), "did you mean 'q4_k_m'"),
         (("--on", "gsm8k_nll:6", "--size", "1MB", "--shares", "half"), "0.1,0.2"),
         (("--on", "gsm8k_loss:6", "--size", "1MB"), "gsm8k_loss"),
+        (("--on", "own_kl:512", "--size", "1MB"), "own_kl needs the intact embedding"),
     ],
 )
 def test_mistakes_are_said_before_any_work(
     run: Run, tmp_path: Path, words: tuple[str, ...], said: str
 ) -> None:
     assert_refused(run("fit", "embedded", "-o", tmp_path / "out", *words), said, tmp_path / "out")
+
+
+def test_a_file_that_is_not_its_own_is_not_replaced(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"mine")
+    code, _, err = run("fit", "embedded", "-o", tmp_path, "--on", "gsm8k_nll:6", "--size", "1MB")
+    assert code == 2
+    assert "was not written by `fit`" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.thorough
+def test_a_gguf_file_is_fitted_and_what_is_there_stays(run: Run, tmp_path: Path) -> None:
+    model, file, output = (
+        shipped.write(tmp_path / "model", "qwen2"),
+        tmp_path / "whole.gguf",
+        tmp_path / "out",
+    )
+    cut = ("--pre-tokenizer", "qwen2")
+    assert run("export", model, "-o", file, "--gguf", "f32", *cut)[0] == 0
+    data = write_data(tmp_path / "data", rows=40)
+    words = ("-o", output, "--on", "gsm8k_nll:6", "--data-dir", data, "--shares", "", *cut)
+    words = (*words, "--preserve", "none", "-t")
+    assert_refused(
+        run("fit", file, *words, "gsm8k:4", "--types", "q8_0", "--size", "1KB"),
+        "outside of its layers",
+        output,
+    )
+    code, _, err = run("fit", file, *words, "gsm8k:4", "--types", "q8_0", "--size", "1MB")
+    assert code == 0, err
+    made = (output / "model.gguf").read_bytes()
+    code, _, err = run("fit", file, *words, "gsm8k:4", "--types", "q8_0,q4_0", "--size", "1MB")
+    assert code == 0, err
+    points = json.loads((output / "frontier.json").read_text(encoding="utf-8"))["points"]
+    assert {p["name"] for p in points if p["measured_rise"] is not None} == {"q8_0", "q4_0"}
+    code, _, err = run(
+        "fit", file, *words, "gsm8k:4", "--types", "q8_0", "--size", f"{len(made) / 1e3 - 10:.0f}KB"
+    )
+    assert code == 2
+    assert "MB" in err
+    assert (output / "model.gguf").read_bytes() == made
+    other = ("fit", file, *words, "gsm8k:5", "--types", "q8_0", "--size", "1MB")
+    assert "belongs to another run" in run(*other)[2]
+
+
+def test_a_model_that_is_too_far_behind_is_not_rounded() -> None:
+    def result(value: float) -> EvalResult:
+        return EvalResult("gsm8k_nll", "nats_per_token", (value,) * 4, (1.0,) * 4, ("a", "b", "c", "d"))
+
+    whole, found = result(1.0), {"small": result(1.1), "large": result(1.5)}
+    points = [Point(0.0, "q8_0", 100)]
+    for limit, far in (
+        (Limit("size", 100), {"large"}),
+        (Limit("size", 99), set()),
+        (Limit("keep", 0.9), {"large"}),
+    ):
+        search = SimpleNamespace(
+            asked=SimpleNamespace(limit=limit),
+            dense=whole,
+            rises=lambda _: {"q8_0": 0.09},
+            keeps=lambda _: {"q8_0": 0.91},
+            result=lambda share, _: found[share],
+        )
+        assert {name for name in found if searching.enough(search, name, points)} == far
 
 
 def test_shares_that_a_model_cannot_lose_are_left_out_and_said(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ def test_what_fits_is_pruned_in_memory(model: Path) -> None:
     assert not found.stream
     assert found.needed_bytes < found.free_bytes
     assert str(found).startswith("in memory: about ")
+    stored = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    assert found.disk_bytes >= 0.95 * stored, "in the dtype of its files, float32"
 
 
 @pytest.mark.usefixtures("little")
@@ -64,4 +66,5 @@ def test_prune_says_how_and_does_it(model: Path, tmp_path: Path, run: Run) -> No
     code, out, err = run("prune", model, "-o", tmp_path / "out", *options)
     assert code == 0, err
     assert out.startswith("from file to file")
+    assert "nothing is preserved beside the task" in out
     assert '"streamed": true' in (tmp_path / "out" / "causalprune.json").read_text()

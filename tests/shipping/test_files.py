@@ -102,7 +102,10 @@ def test_a_mix_falls_back_where_its_blocks_do_not_fit(whole: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_running_gives_the_same_tokens_and_logits(folder: Path, whole: Path) -> None:
+def test_running_gives_the_same_tokens_and_logits(
+    folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nobody is, and nothing should be sent
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     tokens = tokenizer.encode(shipped.TEXT)[:30]
     with running(whole, context=128, exact=True) as run, torch.inference_mode():
@@ -222,3 +225,17 @@ def test_an_uneven_llama_computes_the_same(folder: Path, tmp_path: Path) -> None
     assert {own.shape for own in written.matrices if "ffn_down" in own.name} == {(64, 96), (64, 32)}
     with pytest.raises(ModelError, match="--uneven"):
         compacted(opened(file), tmp_path / "again.gguf")
+    assert verify_file(quantise(file, tmp_path / "f32.gguf", "f32").file, tmp_path / "model").sparsity_holds
+
+
+def test_an_uneven_llama_with_biases_is_refused(tmp_path: Path) -> None:
+    names = {
+        "general.architecture": "llama",
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+    }
+    names |= {"llama.embedding_length": 8, "llama.block_count": 0, "llama.feed_forward_length": 8}
+    fields = {key: SimpleNamespace(contents=lambda value=value: value) for key, value in names.items()}
+    reader = SimpleNamespace(fields=fields, tensors=[SimpleNamespace(name="blk.0.ffn_up.bias")])
+    with pytest.raises(ModelError, match=r"blk\.0\.ffn_up\.bias .*--uneven"):
+        compacted(reader, tmp_path / "uneven.gguf")

@@ -14,6 +14,7 @@ import torch
 from conftest import Run
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
+from tinydata import tiny_decoder
 
 from causalprune.checkpoints import saving as checkpoint
 from causalprune.checkpoints.verification import verify
@@ -24,6 +25,7 @@ from causalprune.models import folders, shards
 from causalprune.models.loading import load
 from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
+from causalprune.streaming import files
 from causalprune.streaming.files import Seen, prune_stream
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -340,6 +342,21 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(CheckpointError, match="are needed"):
         prune_stream(source, tmp_path / "out", Method("magnitude", 0.5))
+
+
+def test_what_a_stopped_run_has_left_needs_no_room_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, kept = tiny_decoder(), tmp_path / "out.pruning"
+    copy = sum(p.size * p.parameter.element_size() for p in decoder.projections)
+    masks, monkey = sum(p.size for p in decoder.projections) // 8, monkeypatch.setattr
+    monkey(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 1000 + masks + copy))
+    kept.mkdir()
+    (kept / "one").write_bytes(bytes(copy - 1))
+    with pytest.raises(CheckpointError, match="are needed"):
+        files._check_room(tmp_path, decoder, 1000, kept, copies=2)
+    (kept / "one").write_bytes(bytes(copy))
+    files._check_room(tmp_path, decoder, 1000, kept, copies=2)
 
 
 def test_a_checkpoint_is_pruned_from_file_to_file(run: Run, tmp_path: Path) -> None:

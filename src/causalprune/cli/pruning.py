@@ -103,13 +103,18 @@ def prune(
     """
     from causalprune.checkpoints import check_destination
     from causalprune.cli import tables
-    from causalprune.runs import outcome, place, prune_checkpoint, prune_streamed
+    from causalprune.runs import outcome, place, prune_checkpoint, prune_streamed, writes_own
 
     spec, calibration, wanted = model.spec(), data.spec(subsets), method.parsed(data.reading.seed)
     options = running.options(data.reading.data_dir, overwrite=overwrite)
     check_destination(output, overwrite)
-    chosen = place(spec, wanted, options.batch_tokens, stream=running.stream)
+    with options.stage("finding the model"):  # which may be fetched
+        chosen = place(spec, wanted, options.batch_tokens, stream=running.stream)
     say(str(chosen))
+    if chosen.stream and calibration.preserve is None and writes_own(wanted):
+        say(
+            "nothing is preserved beside the task: a model in files writes no text (--preserve c4 takes other text)"
+        )
     if running.dry_run:
         document(as_json, **asdict(chosen))
         return

@@ -99,7 +99,7 @@ def shrink(
     overwrite: opt.Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove units for good: a smaller and faster model that every runtime loads, chosen by effect on the task."""
+    """Remove units for good: a smaller and faster model in the standard form of its architecture, chosen by effect on the task."""
     from causalprune.checkpoints import check_destination, save, warn_unpacked
     from causalprune.cli import tables
     from causalprune.core import forget, size_of

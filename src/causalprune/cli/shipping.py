@@ -1,6 +1,7 @@
 """Commands that make files to ship."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -31,15 +32,16 @@ class WeighingOptions(opt.CalibrationOptions):
     ] = field(default_factory=list)
     n: Annotated[int, typer.Option("-n", help="Examples of a source that does not say it.", min=1)] = 64
 
-    def importance(self, model: str, running: opt.RunningOptions) -> "Importance | None":
-        """Return the importance matrix of a model; None where no example is named."""
+    def importance(self, model: str, running: opt.RunningOptions, *, trust: bool) -> "Importance | None":
+        """Return the importance matrix of a model, whose code runs with `trust`; None where no example is named."""
         from causalprune.runs import ModelSpec, prepared
         from causalprune.shipping import importance
 
         if not self.task:
             return None
         options = running.options(self.reading.data_dir)
-        decoder, calibration = prepared(ModelSpec(model), self.spec(1), options)
+        spec = ModelSpec(model, trust_remote_code=trust)
+        decoder, calibration = prepared(spec, self.spec(1), options)
         with options.stage("importance of inputs") as progress:
             return importance(decoder, calibration, progress)
 
@@ -111,11 +113,12 @@ def export(
     from causalprune.shipping import export as written_as
 
     how = Exporting(file.pre_tokenizer, file.trust_remote_code, overwrite, file.check, file.uneven)
-    folder, mix = Path(resolve(checkpoint)).expanduser(), file.gguf.lower()
+    stage, mix = running.options().stage, file.gguf.lower()
+    with stage("finding the model"):
+        folder = Path(resolve(checkpoint)).expanduser()
     check_export(folder, output, mix, how)
-    weights = data.importance(checkpoint, running)
-    stage = running.options().stage
-    made = written_as(folder, output, mix, weights, how, stage)
+    weigh = partial(data.importance, checkpoint, running, trust=file.trust_remote_code)
+    made = written_as(folder, output, mix, weigh, how, stage)
     say(tables.shipped(made))
     zeros = {"zeros": made.zeros, "zeros_before": made.zeros_before, "zeros_kept": made.kept}
     document(as_json, saved=made.file, mix=mix, bytes=made.bytes, **zeros, tensors=made.matrices)

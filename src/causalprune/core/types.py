@@ -48,12 +48,12 @@ Stage = Callable[[str], AbstractContextManager[Progress]]
 
 
 def silent(done: int, total: int) -> None:
-    """Report nothing: the default `Progress`."""
+    """Report nothing, in place of a bar (a `Progress`)."""
 
 
 @contextmanager
 def quiet(name: str) -> Iterator[Progress]:
-    """Report nothing: the default `Stage`."""
+    """Report no stage, in place of a bar for each (a `Stage`)."""
     yield silent
 
 

@@ -41,6 +41,7 @@ from .measures import (
 from .measures import (
     source_of as source_of,
 )
+from .pieces import Text as Text
 from .results import (
     AT_CHANCE as AT_CHANCE,
 )
@@ -159,9 +160,6 @@ from .written import (
 )
 from .written import (
     TOKENS as TOKENS,
-)
-from .written import (
-    Text as Text,
 )
 from .written import (
     on_general_text as on_general_text,

@@ -8,19 +8,16 @@ In `own` of the cache folder a text is two files, named by model, use, tokens, p
 | `….hidden` | what the intact model sends to its final norm, in its own dtype: all that is needed to make its logits again |
 """
 
-import contextlib
 import hashlib
 import itertools
-import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -33,16 +30,13 @@ from causalprune.core import (
     DataError,
     Decoder,
     Example,
-    Ledger,
     MismatchError,
     OptionError,
     Progress,
-    cache_folder,
-    read_rows,
     silent,
     sync,
 )
-from causalprune.evaluation.sampling import Piece, write
+from causalprune.evaluation.pieces import Text, lacking, pieces_of
 from causalprune.evaluation.settings import Settings
 from causalprune.evaluation.tasks.repeating import TRAITS
 from causalprune.interventions import (
@@ -63,11 +57,7 @@ Found = TypeVar("Found")
 OWN_TASKS = ("own_ppl", "own_kl")
 AND = " and "
 """Between the names of tasks that are measured together."""
-VERSION = 1
-"""Of the way in which a text is written: with another one it is another text."""
 TOKENS, PIECE = 4096, 512
-BATCH = 32
-"""Pieces that are written at once, at most."""
 CHUNK = 256
 """Positions whose logits exist at once: bounds the memory that large vocabularies take."""
 
@@ -89,32 +79,6 @@ def together(tasks: Sequence[str]) -> list[tuple[str, ...]]:
         shared: Any = ("own", limit) if name in OWN_TASKS else (source, limit) if measure in TRAITS else task
         groups.setdefault(shared, []).append(task)
     return [tuple(group) for group in groups.values()]
-
-
-@dataclass(frozen=True)
-class Text:
-    """What a text depends on: the fingerprint of the model that writes it, its size, and the seed.
-
-    What is `measured` and what calibrates are drawn by other random numbers, whatever their seeds.
-    """
-
-    model: str
-    use: Literal["measured", "calibration"]
-    tokens: int
-    piece: int
-    seed: int
-
-    @property
-    def path(self) -> Path:
-        """Where its pieces are kept."""
-        name = "-".join(map(str, (self.model[:16], *list(asdict(self).values())[1:], VERSION)))
-        return cache_folder() / "own" / f"{name}.ledger"
-
-    def uniforms(self) -> Float[Tensor, "piece time"]:
-        """Return a random number for every token; a shorter text has the first ones of a longer one."""
-        seed = hashlib.sha256(f"{self.use}:{self.seed}".encode()).digest()
-        shape = math.ceil(self.tokens / self.piece), self.piece
-        return torch.from_numpy(np.random.default_rng([*seed]).random(shape, dtype=np.float32))
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +109,7 @@ def own_text(decoder: Decoder, name: str, tokens: int, seed: int, on_progress: P
             "which it was (an earlier release did not note it of smaller models): make it anew"
         )
     text = measured_text(decoder, tokens, seed, base["fingerprint"])
-    documents = list(_documents(decoder.tokenizer, _pieces(decoder, text, task, on_progress)))
+    documents = list(_documents(decoder.tokenizer, pieces_of(decoder, text, task, on_progress)))
     if not documents:
         raise DataError(f"{task}: that is too short a text; the limit counts tokens, as in {name}:{TOKENS}")
     return OwnText(text, task, documents)
@@ -177,11 +141,13 @@ def own_pieces(
     missing of the texts `beside` them, as many pieces at once take little longer than a few.
     """
     if decoder.device.type == "meta":
-        raise OptionError(f"{OWN_TEXT} needs a model that writes: leave out --stream, or take wikitext2")
+        raise OptionError(
+            f"{OWN_TEXT} needs a model in memory, which writes: name other text, as --preserve c4, or pass --no-stream"
+        )
     check_tokenizer(decoder.tokenizer)
     size = _piece(decoder, min(PIECE, max_tokens))
     text = Text(decoder.fingerprint, "calibration", count * size, size, seed)
-    rows = _pieces(decoder, text, OWN_TEXT, on_progress, beside)
+    rows = pieces_of(decoder, text, OWN_TEXT, on_progress, beside)
     return [_example(decoder.tokenizer, row["tokens"], 1) for row in rows]
 
 
@@ -205,7 +171,7 @@ def own_measures(
     path = own.text.path.with_suffix(".hidden")
     hidden, intact = _hidden(path, own, decoder), fingerprint(decoder.model) == own.text.model
     if hidden is None and not intact:
-        raise _lacking(decoder, own.text, own.task)
+        raise lacking(decoder, own.text, own.task)
     if hidden is not None and intact and len(wanted) == 1:
         return {"own_kl": [0.0] * len(own.documents)}
     found = by_example(groups, partial(_seen, decoder, None if intact else hidden), on_progress)
@@ -311,63 +277,6 @@ def _piece(decoder: Decoder, size: int) -> int:
     return min(size, positions(decoder.model.config) or size)
 
 
-def _pieces(
-    decoder: Decoder, text: Text, task: str, on_progress: Progress, beside: Sequence[Text] = ()
-) -> list[dict[str, list[int]]]:
-    """Return the pieces of a text: their `tokens`, and the places in them that were `given`."""
-    rows: dict[str, Any] = {}
-    with contextlib.suppress(CheckpointError):  # absent or damaged
-        rows = read_rows(text.path)
-    names = [str(number) for number in range(len(text.uniforms()))]
-    if len(rows) < len(names):
-        if fingerprint(decoder.model) != text.model:
-            raise _lacking(decoder, text, task)
-        every = {text, *(own for own in beside if (own.model, own.piece) == (text.model, text.piece))}
-        with contextlib.ExitStack() as stack:
-            ordered = sorted(every, key=lambda own: own.path)  # as any other run waits for them
-            books = {own: stack.enter_context(contextlib.closing(_opened(own))) for own in ordered}
-            _fill(decoder, books, on_progress)
-            rows = books[text].rows
-    return [rows[name] for name in names]
-
-
-def _opened(text: Text) -> Ledger:
-    """Return the ledger of a text, waited for where another run writes it, and begun anew where it is damaged."""
-    identity = {**asdict(text), "version": VERSION}
-    try:
-        return Ledger(text.path, identity, wait=True).__enter__()
-    except CheckpointError as error:
-        if text.path.exists():
-            warnings.warn(f"{error}; it is written anew", stacklevel=2)
-            text.path.unlink()
-        return Ledger(text.path, identity, wait=True).__enter__()
-
-
-def _fill(decoder: Decoder, books: Mapping[Text, Ledger], on_progress: Progress) -> None:
-    """Write the pieces that are missing of texts with pieces of one size, some at a time."""
-    uniforms, at_once = {text: text.uniforms() for text in books}, AtOnce()
-    every = [(text, number) for text, own in uniforms.items() for number in range(len(own))]
-    missing = [(text, number) for text, number in every if str(number) not in books[text].rows]
-    size = missing[0][0].piece if missing else 0
-    for first in range(0, len(missing), BATCH):
-        some, there = missing[first : first + BATCH], len(every) - len(missing) + first
-
-        def pieces(
-            rows: list[int], own: Sequence[tuple[Text, int]] = some, there: int = there
-        ) -> list[Piece]:
-            def step(done: int) -> None:
-                on_progress((there + rows[0]) * size + done * len(rows), len(every) * size)
-
-            drawn = [uniforms[text][number] for text, number in (own[row] for row in rows)]
-            return write(decoder, torch.stack(drawn), step)
-
-        found = itertools.chain(*at_once(len(some), size, pieces))
-        for (text, number), (tokens, given) in zip(some, found, strict=True):
-            end = min(text.piece, text.tokens - number * text.piece)
-            own = {"tokens": tokens[:end], "given": [at for at in given if at < end]}
-            books[text].append(str(number), own)
-
-
 def _documents(tokenizer: Any, rows: Sequence[dict[str, list[int]]]) -> Iterator[Example]:
     """Yield the documents of pieces; one of which a piece holds the beginning alone has nothing to predict."""
     for row in rows:
@@ -381,12 +290,3 @@ def _documents(tokenizer: Any, rows: Sequence[dict[str, list[int]]]) -> Iterator
 
 def _example(tokenizer: Any, tokens: list[int], start: int) -> Example:
     return Example(tuple(tokens), start, OWN_TEXT, content_hash(tokenizer.decode(tokens)))
-
-
-def _lacking(decoder: Decoder, text: Text, task: str) -> DataError:
-    """Return the error for what only the intact model can put into the cache."""
-    name = (decoder.base or {"name": decoder.name})["name"]
-    return DataError(
-        f"{task}: what the intact model writes is not in the cache, and {decoder.name} is not intact: "
-        f"`causalprune evaluate {name} --on {task} --seed {text.seed} -o intact.json` puts it there"
-    )

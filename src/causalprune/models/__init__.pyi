@@ -30,6 +30,9 @@ from .folders import (
     Stored as Stored,
 )
 from .folders import (
+    auto_dtype as auto_dtype,
+)
+from .folders import (
     open_checkpoint as open_checkpoint,
 )
 from .folders import (
@@ -37,9 +40,6 @@ from .folders import (
 )
 from .folders import (
     warn_left_over as warn_left_over,
-)
-from .loading import (
-    auto_dtype as auto_dtype,
 )
 from .loading import (
     check_folder as check_folder,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from causalprune.core import CheckpointError, ModelError, Source
 from causalprune.models.packing import SUFFIXES, Form, packing, unpack_fp8, unpack_mxfp4
@@ -206,6 +207,15 @@ def _made(name: str, codes: Entry, scales: Entry, blocks: Any, dtype: torch.dtyp
         )
     size = math.prod(shape) * dtype.itemsize
     return Made(name, codes.file, dtype, shape, 0, size, parts=(codes, scales), unpack=unpack)
+
+
+def auto_dtype(folder: Path, stored: Stored) -> torch.dtype:
+    """Return the dtype in which `load` has the weights that are stored in a local folder if none is asked for."""
+    if stored.form:
+        return torch.bfloat16
+    configured = AutoConfig.from_pretrained(folder).dtype
+    floating = (entry.dtype for entry in stored.entries.values() if entry.dtype.is_floating_point)
+    return configured if isinstance(configured, torch.dtype) else next(floating, torch.float32)
 
 
 def _again(files: Iterable[Path], entries: Mapping[str, Entry], form: Form | None) -> Stored:

@@ -27,7 +27,13 @@ from causalprune.core import CheckpointError, Decoder, ModelError, OptionError, 
 from causalprune.models.anatomy import check_config, inspect_model, outline
 from causalprune.models.classes import class_for
 from causalprune.models.context import positions
-from causalprune.models.folders import PICKLE, TOKENIZER_FILES, stored_in, warn_left_over, weight_files
+from causalprune.models.folders import (
+    PICKLE,
+    TOKENIZER_FILES,
+    stored_in,
+    warn_left_over,
+    weight_files,
+)
 from causalprune.models.gguf import Gguf, gguf_config, read_gguf
 from causalprune.models.mixing import setting
 from causalprune.models.packing import packing
@@ -284,12 +290,6 @@ def reading(
             return AutoTokenizer.from_pretrained(folder, **options), room
     except _LOAD_ERRORS as error:
         raise _load_error(name, error, local=Path(folder).is_dir()) from error
-
-
-def auto_dtype(folder: Path, stored: torch.dtype) -> torch.dtype:
-    """Return the dtype in which `load` has the weights of a local folder if none is asked for."""
-    configured = AutoConfig.from_pretrained(folder).dtype
-    return configured if isinstance(configured, torch.dtype) else stored
 
 
 def _empty(name: str, folder: str, options: dict[str, Any], dtype: torch.dtype | None = None) -> Any:

@@ -86,6 +86,7 @@ from .rows import (
 from .rows import (
     parse_method as parse_method,
 )
+from .rows import writes_own as writes_own
 from .searching import (
     Asked as Asked,
 )

@@ -4,6 +4,7 @@ Numbers are estimates, and say so: tokens from the length of texts, time from th
 product on the device of the recipe.
 """
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -25,7 +26,7 @@ from causalprune.calibration import (
     with_limit,
 )
 from causalprune.checkpoints import EMBEDDED, check_destination, resolve
-from causalprune.core import OptionError
+from causalprune.core import CausalPruneError, OptionError
 from causalprune.evaluation import (
     AND,
     CONTINUATION,
@@ -41,7 +42,7 @@ from causalprune.evaluation import (
     source_of,
     together,
 )
-from causalprune.models import check_options, device_of, read_shape
+from causalprune.models import auto_dtype, check_options, device_of, open_checkpoint, read_shape
 from causalprune.pruning import Method
 from causalprune.runs.general import with_general_text
 from causalprune.runs.recipe import ModelSpec, Recipe, Shape
@@ -145,7 +146,10 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | str | None = None) ->
 
 def size_bytes(spec: ModelSpec, parameters: float) -> float:
     """Return the bytes that so many parameters take, as they are loaded."""
-    unpacked = spec.name == EMBEDDED or spec.name.endswith(".gguf")
+    unpacked, folder = spec.name == EMBEDDED or spec.name.endswith(".gguf"), Path(spec.name).expanduser()
+    if spec.dtype == "auto" and folder.is_dir():
+        with contextlib.suppress(CausalPruneError, OSError, ValueError):  # as of code that is not trusted
+            return parameters * auto_dtype(folder, open_checkpoint(folder)).itemsize
     return parameters * BYTES["float32" if unpacked and spec.dtype == "auto" else spec.dtype]
 
 

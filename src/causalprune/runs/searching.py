@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from causalprune.calibration import with_limit
 from causalprune.checkpoints import MANIFEST, resolve, save
 from causalprune.core import (
     Calibration,
@@ -16,9 +17,12 @@ from causalprune.core import (
     Decoder,
     EvalResult,
     Ledger,
+    MismatchError,
     ModelError,
     OptionError,
     forget,
+    say,
+    size_of,
 )
 from causalprune.evaluation import Settings, evaluate, evaluation_contents, kept_rows, results_in
 from causalprune.runs.cells import load, outlined
@@ -26,10 +30,12 @@ from causalprune.runs.recipe import CalibrationSpec, ModelSpec
 from causalprune.runs.single import Options
 from causalprune.runs.traces import calibrated
 from causalprune.shipping import (
+    NEAR,
     Exporting,
     Importance,
     Limit,
     Point,
+    best,
     half,
     importance,
     kept,
@@ -43,6 +49,10 @@ from causalprune.shrinking import Budget, Offers, Shrinking, check_budget, lefto
 
 MIXES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "q2_k")
 SHARES = (0.1, 0.2, 0.3)
+PLAN, MADE, EXAMPLES = "plan/", "made/", "examples"
+"""Keys of a ledger besides those of what was measured."""
+ROUNDED = 1.1
+"""How much more than its share may go from layers whose widths are rounded."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,28 @@ class Search:
             exclude = evaluation_contents([self.asked.on], self.asked.settings, decoder)
             return calibrated(decoder, self.wanted, self.options.data_dir, exclude, progress)
 
+    def begin(self, decoder: Decoder) -> None:
+        """Have a folder of the whole model, and room for what comes of it, said before it is taken."""
+        self.work.mkdir(exist_ok=True)
+        if not self.book.rows:
+            clear(self.work)
+        folder = self.folder(0.0)
+        if not folder.exists():
+            with self.options.stage("saving the whole model"):
+                save(decoder, folder)
+        with self.options.stage("room on the disk") as progress:
+            say(progress, note=room(self))
+
+    def settle(self) -> None:
+        """Raise `MismatchError` where a stopped search was begun with other examples: files may have changed."""
+        own = {"examples": self.calibration.fingerprint}
+        if self.book.rows.get(EXAMPLES, own) != own:
+            raise MismatchError(
+                f"{self.book.path} was begun with other calibration examples: choose another folder, or delete {self.output}"
+            )
+        if EXAMPLES not in self.book.rows:
+            self.book.append(EXAMPLES, own)
+
     def measure(self, share: float, mix: str) -> None:
         """Measure a smaller model in a mix (empty: as it is), if that is not on disk yet."""
         key = f"{share:g}/{mix}"
@@ -129,22 +161,22 @@ class Search:
         """Return the files of a share; a rise is predicted as what the share costs and what the mix costs, added up."""
         found = []
         for mix, plan in self.types(share).items():
-            if mix in self.asked.mixes:
-                predicted = None
-                if share:
-                    parts = self.result(share, ""), self.result(0.0, mix)
-                    predicted = sum(worse(half(part, 0), self.dense) for part in parts)
-                found.append(Point(share, mix, plan["bytes"], predicted))
+            predicted = None
+            if share:
+                parts = self.result(share, ""), self.result(0.0, mix)
+                predicted = sum(worse(half(part, 0), self.dense) for part in parts)
+            found.append(Point(share, mix, plan["bytes"], predicted))
         return found
 
     def types(self, share: float) -> Any:
         """Return bytes and types by mix, planned once."""
-        key = f"plan/{share:g}"
-        if key not in self.book.rows:
+        keys = {mix: f"{PLAN}{share:g}/{mix}" for mix in self.asked.mixes}
+        if missing := [mix for mix, key in keys.items() if key not in self.book.rows]:
             with self.options.stage(f"planning files{f' without {share:.0%}' if share else ''}"):
-                found = plans(self.folder(share), self.asked.mixes, self.work, self.asked.file)
-            self.book.append(key, {mix: asdict(plan) for mix, plan in found.items()})
-        return self.book.rows[key]
+                found = plans(self.folder(share), missing, self.work, self.asked.file)
+            for mix, plan in found.items():
+                self.book.append(keys[mix], asdict(plan))
+        return {mix: self.book.rows[key] for mix, key in keys.items()}
 
     def folder(self, share: float) -> Path:
         """Return the checkpoint of a share; that of the whole model is written where it is none on this disk."""
@@ -155,12 +187,7 @@ class Search:
 
     def load(self, share: float) -> Decoder:
         """Load the model without a share, or the whole one."""
-        folder = self.folder(share)
-        if not share and not folder.exists():
-            decoder = load(self.spec)
-            save(decoder, folder)
-            return decoder
-        return load(dataclasses.replace(self.spec, name=str(folder), revision=None))
+        return load(dataclasses.replace(self.spec, name=str(self.folder(share)), revision=None))
 
     def importance(self, share: float, decoder: Decoder | None) -> Importance:
         """Return the importance matrix of a model that is not rounded yet (None: it is loaded), from the calibration."""
@@ -172,9 +199,9 @@ class Search:
         return load_importance(file)
 
     def shrunk(self, share: float) -> None:
-        """Make the smaller model of a share, if it is not there yet."""
-        folder = self.folder(share)
-        if (folder / MANIFEST).exists():
+        """Make the smaller model of a share, if this search has not made it yet."""
+        folder, key = self.folder(share), f"{MADE}{share:g}"
+        if key in self.book.rows and (folder / MANIFEST).exists():
             return
         ledger, stage, calibration = (
             self.work / f"{folder.name}.attribution",
@@ -188,6 +215,17 @@ class Search:
             save(found.decoder, folder, found, overwrite=True)
         for path in leftovers(ledger).values():
             forget(path)
+        if key not in self.book.rows:
+            self.book.append(key, True)
+
+
+def clear(work: Path) -> None:
+    """Remove what an earlier search has left, which is not this one's."""
+    for left in (*work.glob("without-*"), work / "whole"):
+        if (left / MANIFEST).exists():
+            shutil.rmtree(left)
+    for left in (*work.glob("importance-*.npz"), work / "whole-q8_0.gguf"):
+        left.unlink(missing_ok=True)
 
 
 def possible(spec: ModelSpec, shares: Sequence[float]) -> tuple[float, ...]:
@@ -203,25 +241,63 @@ def possible(spec: ModelSpec, shares: Sequence[float]) -> tuple[float, ...]:
     return tuple(found)
 
 
-def check_room(search: Search) -> None:
-    """Raise `CheckpointError` where the disk has no room for the models on the way."""
-    own = Path(resolve(search.spec.name)).expanduser()
-    size = sum(path.stat().st_size for path in own.glob("*.safetensors")) if own.is_dir() else 0
-    needs, free = size * (len(search.asked.shares) + 2), shutil.disk_usage(search.output).free
+def room(search: Search) -> str:
+    """Return what room the models on the way still take, and what there is.
+
+    Raises:
+        CheckpointError: it is too little.
+    """
+    size = sum(path.stat().st_size for path in search.folder(0.0).glob("*.safetensors"))
+    missing = [share for share in search.asked.shares if not search.folder(share).exists()]
+    needs, free = size * (len(missing) + 2), shutil.disk_usage(search.output).free
     if needs > free:
         raise CheckpointError(
             f"{search.output} has {free / 1e9:.1f} GB of room, and smaller models and files take up to {needs / 1e9:.1f} GB"
         )
+    return f"up to {needs / 1e9:.1f} GB for smaller models and files, {free / 1e9:.1f} GB free"
+
+
+def check_measure(on: str) -> None:
+    """Raise `OptionError` for a measure that cannot decide between files."""
+    if with_limit(on)[0] == "own_kl":
+        raise OptionError(
+            "own_kl needs the intact embedding, which files round: let own_ppl, answers or a loss decide"
+        )
+
+
+def check_halves(result: EvalResult) -> None:
+    """Raise `OptionError` where a measure has too few values for one half to decide and the other to be reported."""
+    if len(result.values) < 2:
+        raise OptionError(
+            f"{result.task} has {len(result.values)} value, and one half decides while the other is reported: measure more"
+        )
 
 
 def check_reach(search: Search, points: list[Point]) -> None:
-    """Raise `OptionError`, before anything is made smaller, for a size that even the embeddings do not fit into."""
-    least = min(points, key=lambda p: p.bytes)
+    """Raise `OptionError`, before anything is made smaller, for a size that nothing which is tried can have.
+
+    All that goes is taken from layers: embeddings, norms and metadata stay, in whatever type they get.
+    """
+    least, most = min(points, key=lambda p: p.bytes), max(search.asked.shares, default=0.0)
     if search.asked.limit.kind == "size":
-        most = max(search.asked.shares, default=0.0)
-        floor = least.bytes * (1 - 1.5 * most)
+        fixed = search.types(0.0)[least.mix]["fixed"]
+        bare = outlined(search.spec)
+        inside = sum(p.size for p in bare.projections) / size_of(bare).parameters
+        floor = fixed + (least.bytes - fixed) * max(1 - ROUNDED * most / inside, 0.0)
         if search.asked.limit.value < floor:
             raise OptionError(
                 f"no file of {search.spec.name} is of {search.asked.limit}: the whole model as {least.mix} has "
-                f"{least.bytes / 1e6:.1f} MB, and without {most:.0%} of its parameters about {floor / 1e6:.0f} MB at least"
+                f"{least.bytes / 1e6:.1f} MB, {fixed / 1e6:.1f} of them outside of its layers, and without {most:.0%} of its "
+                f"parameters about {floor / 1e6:.0f} MB at least"
             )
+
+
+def enough(search: Search, share: float, points: list[Point]) -> bool:
+    """Tell whether a model without a share is, unrounded, so far behind a file that meets the limit that rounding it cannot pay."""
+    limit, whole = search.asked.limit, search.result(share, "")
+    meeting = best(points, search.rises(points), limit, search.keeps(points))
+    if not meeting or limit.kind == "speed":  # which is known once files are timed
+        return False
+    if limit.kind == "keep":
+        return kept(half(whole, 0), search.dense) < limit.value - NEAR
+    return worse(half(whole, 0), search.dense) > search.rises(points)[meeting[0].name] + NEAR

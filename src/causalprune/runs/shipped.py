@@ -1,21 +1,42 @@
 """From a model, a task and a limit to the file to ship: what is gone, and the types of what stays, predicted and then measured."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from causalprune.calibration import OWN_TEXT
-from causalprune.checkpoints import resolve
-from causalprune.core import CheckpointError, Ledger, OptionError, versions
+from causalprune.core import (
+    CausalPruneError,
+    CheckpointError,
+    Decoder,
+    Ledger,
+    OptionError,
+    read_rows,
+    versions,
+)
 from causalprune.evaluation import check_tasks, headline, interval, paired_difference, write_json
 from causalprune.models import tokenizer_of
 from causalprune.reports import FRONTIER_PAGE, frontier_page
+from causalprune.runs.cells import load
 from causalprune.runs.recipe import CalibrationSpec, ModelSpec
-from causalprune.runs.searching import Asked, Search, check_reach, check_room, possible
-from causalprune.runs.single import Options
+from causalprune.runs.searching import (
+    EXAMPLES,
+    PLAN,
+    Asked,
+    Search,
+    check_halves,
+    check_measure,
+    check_reach,
+    enough,
+    possible,
+)
+from causalprune.runs.single import Options, dated
 from causalprune.shipping import (
     Point,
     Written,
@@ -28,7 +49,7 @@ from causalprune.shipping import (
     worth_measuring,
 )
 
-FRONTIER, FILE = "frontier.json", "model.gguf"
+FRONTIER, FILE, LEDGER = "frontier.json", "model.gguf", "fit.ledger"
 PROMPTS, WRITTEN, ROUNDS = 10, 24, 3
 
 
@@ -52,19 +73,45 @@ def fit(spec: ModelSpec, wanted: CalibrationSpec, output: Path, asked: Asked, op
         CheckpointError: there is no room for what it takes.
     """
     check_tasks([asked.on], asked.settings.scorers)
-    asked = dataclasses.replace(asked, shares=possible(spec, asked.shares))
-    output.mkdir(parents=True, exist_ok=True)
-    identity = {
-        "model": resolve(spec.name),
+    check_measure(asked.on)
+    if (output / FILE).exists() and not (output / LEDGER).exists():
+        raise CheckpointError(
+            f"{output / FILE} was not written by `fit`, and is not replaced: choose another folder"
+        )
+    with options.stage("loading model"):
+        asked = dataclasses.replace(asked, shares=possible(spec, asked.shares))
+        spec = dataclasses.replace(spec, dtype="float32")
+        decoder = load(spec)
+    with cleared(output), Ledger(output / LEDGER, _identity(decoder, wanted, asked)) as book:
+        search = Search(spec, wanted, output, asked, options, book)
+        search.begin(decoder)
+        del decoder  # one model is in memory at a time
+        points = _searched(search)
+        return _written(search, points)
+
+
+def _identity(decoder: Decoder, wanted: CalibrationSpec, asked: Asked) -> dict[str, Any]:
+    return {
+        "model": decoder.fingerprint,
         "calibration": _plain(wanted),
         "on": asked.on,
         "update": asked.update,
         "settings": asked.settings.identity(),
+        **dated(decoder, asked.settings.chat),
     }
-    with Ledger(output / "fit.ledger", identity) as book:
-        search = Search(dataclasses.replace(spec, dtype="float32"), wanted, output, asked, options, book)
-        points = _searched(search)
-        return _written(search, points)
+
+
+@contextmanager
+def cleared(folder: Path) -> Iterator[None]:
+    """Leave nothing of a new folder where all that is done in it is to find out that it cannot be done."""
+    new = not folder.exists()
+    try:
+        yield
+    except CausalPruneError:
+        rows = read_rows(folder / LEDGER) if (folder / LEDGER).exists() else {}
+        if new and not any(not key.startswith((PLAN, EXAMPLES)) for key in rows):  # nothing was measured
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _plain(wanted: CalibrationSpec) -> dict[str, Any]:
@@ -74,16 +121,18 @@ def _plain(wanted: CalibrationSpec) -> dict[str, Any]:
 def _searched(search: Search) -> list[Point]:
     """Measure the whole model in every mix, then smaller ones as long as they pay, and return all points."""
     asked = search.asked
-    search.work.mkdir(exist_ok=True)
-    check_room(search)
     points = search.points(0.0)
     check_reach(search, points)
+    search.settle()
     search.measure(0.0, "")
+    check_halves(search.result(0.0, ""))
     for point in points:
         search.measure(0.0, point.mix)
     for share in asked.shares:
         search.shrunk(share)
         search.measure(share, "")
+        if enough(search, share, points):
+            break
         points += search.points(share)
         near = [p for p in worth_measuring(points, search.rises(points)) if p.share == share]
         for point in near:
@@ -98,16 +147,20 @@ def _written(search: Search, points: list[Point]) -> Fitted:
     """Write the best file within the limit, ask it, and say what was found."""
     limit, rises, target = search.asked.limit, search.rises(points), search.output / FILE
     speeds: dict[str, Any] = {}
+    made = search.work / FILE
     for point in best(points, rises, limit, search.keeps(points)):
-        file = _export(search, point, target)
+        file = _export(search, point, made)
         if limit.kind == "speed":
-            speeds[point.name] = _speed(search, target)
+            speeds[point.name] = _speed(search, made)
         if limit.kind != "speed" or speeds[point.name]["over_dense"] >= limit.value:
             break
     else:
-        target.unlink(missing_ok=True)
+        made.unlink(missing_ok=True)
         raise OptionError(_nearest(search, points, speeds))
-    record = _record(search, points, point, file) | {"speeds": speeds, "asked": _asked(search, target)}
+    made.replace(target)
+    record = _record(search, points, point, file) | {"speeds": speeds}
+    write_json(search.output / FRONTIER, record)  # before the file is asked, which may fail
+    record |= {"asked": _asked(search, target)}
     write_json(search.output / FRONTIER, record)
     frontier_page(record, search.output / FRONTIER_PAGE)
     return Fitted(target, search.folder(point.share), record)
@@ -127,9 +180,9 @@ def _nearest(search: Search, points: Sequence[Point], speeds: Mapping[str, Any])
 
 
 def _export(search: Search, point: Point, target: Path) -> Written:
-    weights = search.importance(point.share, None)
+    weigh = partial(search.importance, point.share, None)
     how = dataclasses.replace(search.asked.file, overwrite=True)
-    return export(search.folder(point.share), target, point.mix, weights, how, search.options.stage)
+    return export(search.folder(point.share), target, point.mix, weigh, how, search.options.stage)
 
 
 def _speed(search: Search, file: Path) -> dict[str, float]:
@@ -193,10 +246,12 @@ def _row(search: Search, point: Point, rises: Mapping[str, float]) -> dict[str, 
 def _asked(search: Search, file: Path) -> list[dict[str, Any]]:
     """Return what the file that was written says to ten problems of the calibration examples, in llama.cpp."""
     tokenizer, found = tokenizer_of(search.folder(0.0)), []
-    problems = [own for own in search.calibration.examples if own.source != OWN_TEXT]
-    with search.options.stage("asking the file"), running(file, context=1024) as run:
-        for example in problems[:PROMPTS]:
-            prompt = example.tokens[: max(example.target_start, 1)]
+    every = search.calibration.examples
+    problems = [own for own in every if own.source != OWN_TEXT] or every
+    prompts = [own.tokens[: max(own.target_start, 1)] for own in problems[:PROMPTS]]
+    context = max(map(len, prompts)) + WRITTEN + 8
+    with search.options.stage("asking the file"), running(file, context=context) as run:
+        for prompt in prompts:
             text, rate = run.write(prompt, WRITTEN)
             found.append({"prompt": tokenizer.decode(prompt), "text": text, "tokens_per_second": rate})
     if not any(one["text"].strip() for one in found):

@@ -17,6 +17,9 @@ from .files import (
     Written as Written,
 )
 from .frontier import (
+    NEAR as NEAR,
+)
+from .frontier import (
     Limit as Limit,
 )
 from .frontier import (

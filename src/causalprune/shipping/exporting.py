@@ -2,13 +2,13 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from causalprune.core import CheckpointError, ModelError, Stage, quiet, unknown
 from causalprune.models import tokenizer_of
-from causalprune.shipping.converting import convert
+from causalprune.shipping.converting import PACKAGES, check_convertible, convert, needed
 from causalprune.shipping.files import Importance, Written, file_bytes, opened, planned, quantise
 from causalprune.shipping.mixtures import MIXES
 from causalprune.shipping.runtime import running, same_tokens
@@ -32,16 +32,20 @@ class Exporting:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a file will be: its bytes, and the type of every tensor."""
+    """What a file will be: its bytes, those that no removal can spare (embeddings, norms, metadata), and the type of every tensor."""
 
     bytes: int
+    fixed: int
     types: dict[str, str]
 
 
 def check_export(folder: Path, target: Path, mix: str, how: Exporting = Exporting()) -> None:
-    """Raise a `CausalPruneError` for what would fail later: a type that is none, a file that is there, a disk without room."""
+    """Raise a `CausalPruneError` for what would fail later: a type, package or family that is none, a file that is there, a full disk."""
     if mix not in MIXES:
         raise unknown("GGUF type", mix, MIXES)
+    for package in PACKAGES:
+        needed(package)
+    check_convertible(folder, trust_remote_code=how.trust_remote_code)
     if target.exists() and not how.overwrite:
         raise CheckpointError(f"{target} exists: --overwrite replaces it")
     if target.suffix != ".gguf":
@@ -51,9 +55,10 @@ def check_export(folder: Path, target: Path, mix: str, how: Exporting = Exportin
         sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         shutil.disk_usage(place).free,
     )
-    if 2 * size > free:
+    most = size * (4 if how.uneven else 2)  # layers of their own widths are written in float32 first
+    if most > free:
         raise CheckpointError(
-            f"{place} has {free / 1e9:.1f} GB of room, and it takes up to {2 * size / 1e9:.1f} GB to convert {folder.name}"
+            f"{place} has {free / 1e9:.1f} GB of room, and it takes up to {most / 1e9:.1f} GB to convert {folder.name}"
         )
 
 
@@ -64,18 +69,23 @@ def plans(folder: Path, mixes: Iterable[str], scratch: Path, how: Exporting = Ex
         convert(folder, whole, pre_tokenizer=how.pre_tokenizer, trust_remote_code=how.trust_remote_code)
         reader = opened(whole)
         found = {mix: planned(reader, mix, weighted=True) for mix in mixes}
-        return {mix: Plan(file_bytes(reader, types), types) for mix, types in found.items()}
+        return {
+            mix: Plan(file_bytes(reader, types), file_bytes(reader, types, layers=False), types)
+            for mix, types in found.items()
+        }
 
 
 def export(
     folder: Path,
     target: Path,
     mix: str,
-    importance: Importance | None = None,
+    weigh: Callable[[], Importance | None] = lambda: None,
     how: Exporting = Exporting(),
     stage: Stage = quiet,
 ) -> Written:
     """Write the checkpoint in a folder as a GGUF file of a mix, with its tokenizer and chat template.
+
+    `weigh` gives the importance matrix, and is asked once it is known that the checkpoint can be converted.
 
     Raises:
         ModelError: llama.cpp's converter does not know the family or the tokenizer, or the file cuts texts otherwise.
@@ -88,6 +98,7 @@ def export(
         whole, made = Path(scratch) / "whole.gguf", Path(scratch) / "made.gguf"
         with stage("converting"):
             convert(folder, whole, pre_tokenizer=how.pre_tokenizer, trust_remote_code=how.trust_remote_code)
+        importance = weigh()
         if how.uneven:
             with stage("leaving out what is zero"):
                 kept = compacted(opened(whole), whole.with_name("uneven.gguf"))

@@ -21,6 +21,8 @@ Importance = Mapping[str, Float[ndarray, "expert in"]]
 ZEROS, TENSORS = "causalprune.zeros", "causalprune.tensors"
 """What files of ours say of themselves: which matrices had how many zeros before they were quantised."""
 _OURS = ("general.architecture", "general.file_type", "general.quantization_version", ZEROS, TENSORS)
+LAYERS = "blk."
+"""How names of what is in a layer begin."""
 _ROWS = 2**22
 """Weights that are read at once."""
 
@@ -84,7 +86,7 @@ def _check_agreement(path: Path, reader: Any) -> None:
     """Raise `ModelError` where tensors are not what the metadata say."""
     own = str(field(reader, "general.architecture"))
     sizes = {t.name: shape_of(t) for t in reader.tensors}
-    layers = {name.split(".")[1] for name in sizes if name.startswith("blk.")}
+    layers = {name.split(".")[1] for name in sizes if name.startswith(LAYERS)}
     said = field(reader, f"{own}.block_count")
     if said is not None and len(layers) != said:
         raise ModelError(
@@ -165,12 +167,16 @@ def planned(reader: Any, mix: str, *, weighted: bool) -> dict[str, str]:
     return {t.name: types[t.name] or t.tensor_type.name for t in reader.tensors}
 
 
-def file_bytes(reader: Any, types: Mapping[str, str]) -> int:
-    """Return the size of a file with these types: what is before its tensors, to which our own record is added, and these."""
+def file_bytes(reader: Any, types: Mapping[str, str], *, layers: bool = True) -> int:
+    """Return the size of a file with these types, with tensors of its layers or without.
+
+    It is what is before its tensors, to which our own record is added, and these.
+    """
     from gguf import GGMLQuantizationType as Types  # noqa: PLC0415  an extra
 
     align = reader.alignment
-    sizes = [_size(Types[types[t.name]], shape_of(t)) for t in reader.tensors]
+    own = [t for t in reader.tensors if layers or not t.name.startswith(LAYERS)]
+    sizes = [_size(Types[types[t.name]], shape_of(t)) for t in own]
     record = sum(len(t.name) + 12 for t in reader.tensors if len(t.shape) > 1) + 100
     head = min(int(t.data_offset) for t in reader.tensors) + record
     return sum(-(-size // align) * align for size in (head, *sizes))

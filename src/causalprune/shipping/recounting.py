@@ -9,6 +9,7 @@ from causalprune.checkpoints import Finding, Verification
 from causalprune.core import CheckpointError, Progress, silent
 from causalprune.shipping.converting import convert
 from causalprune.shipping.files import TENSORS, ZEROS, Held, counted, field, opened, shape_of
+from causalprune.shipping.uneven import DECI, compacted
 
 
 def looked_into(path: Path, *, zeros: bool = False, progress: Progress = silent) -> dict[str, Any]:
@@ -66,7 +67,8 @@ def verify_file(
     cut = (
         field(reader, "tokenizer.ggml.pre") or ""
     )  # as it was converted, whether the converter knows the tokenizer or not
-    promised = _promised(reader) if against is None else _converted(against, cut, trust)
+    uneven = field(reader, "general.architecture") == DECI
+    promised = _promised(reader) if against is None else _converted(against, cut, trust, uneven=uneven)
     if promised is None:
         raise CheckpointError(
             f"{path} does not say which zeros it had before it was quantised, as it was not written by `causalprune export`: "
@@ -97,9 +99,12 @@ def _promised(reader: Any) -> dict[str, int] | None:
     return None if names is None or zeros is None else dict(zip(names, zeros, strict=True))
 
 
-def _converted(folder: Path, pre_tokenizer: str, trust: bool) -> dict[str, int]:
-    """Return the zeros of a checkpoint by the names that its matrices have in GGUF."""
+def _converted(folder: Path, pre_tokenizer: str, trust: bool, *, uneven: bool) -> dict[str, int]:
+    """Return the zeros of a checkpoint by the names that its matrices have in GGUF, `uneven` without what is zero as a whole."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         file = Path(scratch) / "model.gguf"
         convert(folder, file, pre_tokenizer=pre_tokenizer, trust_remote_code=trust)
+        if uneven:
+            whole, file = file, Path(scratch) / "uneven.gguf"
+            compacted(opened(whole), file)
         return {own.name: own.zeros or 0 for own in counted(opened(file))}

@@ -1,5 +1,6 @@
 """A GGUF file in llama.cpp's own runtime, `xllamacpp`: its tokens, its logits, its text and its speed."""
 
+import http.client
 import json
 import os
 import sys
@@ -62,11 +63,16 @@ class Running:
         request = urllib.request.Request(  # noqa: S310  an address of this machine
             f"{self.address}{path}", data, {"Content-Type": "application/json"}
         )
+        direct = urllib.request.build_opener(
+            urllib.request.ProxyHandler({})
+        )  # whatever proxy the machine names
         try:
-            with urllib.request.urlopen(request) as answer:  # noqa: S310  # nosec B310  likewise
+            with direct.open(request) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             raise ModelError(f"llama.cpp refuses {path}: {error.read().decode(errors='replace')}") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise ModelError(f"llama.cpp does not answer any more at {path}: {error}") from error
 
 
 def _greedy(prompt: str | Sequence[int]) -> dict[str, Any]:

@@ -15,7 +15,15 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 from causalprune.core import ModelError
-from causalprune.shipping.files import Importance, complete_file, copy_fields, field, read_rows, shape_of
+from causalprune.shipping.files import (
+    LAYERS,
+    Importance,
+    complete_file,
+    copy_fields,
+    field,
+    read_rows,
+    shape_of,
+)
 
 STEP = 32
 """Neurons are kept by so many, dead ones too where they fill the last step: quantised rows need it."""
@@ -76,6 +84,10 @@ def compacted(reader: Any, target: Path) -> dict[int, Layer]:
     kept = {
         i: _kept(tensors, i, heads, groups, width) for i in range(int(field(reader, "llama.block_count")))
     }
+    if biases := [name for name in tensors if name.startswith(LAYERS) and name.endswith(".bias")]:
+        raise ModelError(
+            f"{biases[0]} and {len(biases) - 1} other biases: what is zero as a whole may still send something: leave out --uneven"
+        )
     whole = int(field(reader, "llama.feed_forward_length"))
     if all(len(layer.neurons) == whole and layer.heads[1] == groups for layer in kept.values()):
         raise ModelError(
@@ -91,7 +103,7 @@ def compacted(reader: Any, target: Path) -> dict[int, Layer]:
             if field(reader, f"{own}.{name}") is None:
                 writer.add_uint32(f"{DECI}.{name}", width)
         for tensor in reader.tensors:
-            layer = kept[int(tensor.name.split(".")[1])] if tensor.name.startswith("blk.") else None
+            layer = kept[int(tensor.name.split(".")[1])] if tensor.name.startswith(LAYERS) else None
             if layer is None or not layer.gone(tensor.name):
                 writer.add_tensor(tensor.name, _cut(tensor, layer))
         writer.write_header_to_file()

@@ -1,4 +1,4 @@
-"""Units removed for good: a smaller standard model that every runtime loads."""
+"""Units removed for good: a smaller model in the standard form of its architecture."""
 
 import lazy_loader
 

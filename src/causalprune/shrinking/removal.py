@@ -1,5 +1,6 @@
 """Which units go for good, and what the others do to make up for them: a smaller and faster standard model."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -193,6 +194,7 @@ def _chosen(
     wanted = {kind: share for kind in KINDS if (share := asdict(shares)[kind])}
     some = {kind: {i: torch.zeros(n) for i, n in sizes_of(decoder, kind).items()} for kind in wanted}
     smaller(decoder, Kept(**{kind: _kept(kind, some[kind], share) for kind, share in wanted.items()}))
+    _warn_of_heads(decoder, wanted)
     worths: dict[Kind, Scores] = {}
     for kind in wanted:
         with stage(_worth_of(kind)) as progress:
@@ -202,6 +204,17 @@ def _chosen(
             worths[kind] = worth_of(decoder, kind, calibration, how, progress, path)
     chosen: dict[Kind, Any] = {kind: _kept(kind, worths[kind], share) for kind, share in wanted.items()}
     return chosen, _unrouted(worths), {"shares": asdict(shares)}
+
+
+def _warn_of_heads(decoder: Decoder, wanted: Mapping[Kind, Any]) -> None:
+    """Warn where a file for llama.cpp would not say how wide the heads that stay are."""
+    config = decoder.model.config.get_text_config(decoder=True)
+    if "kv_groups" in wanted and "head_dim" not in config.to_dict():
+        warnings.warn(
+            f"runtimes that work out the width of a head from the number of heads, llama.cpp among them, will not load this "
+            f"{config.model_type} with fewer KV groups: transformers does (neurons, or --parameters, make one that both load)",
+            stacklevel=3,
+        )
 
 
 def _competed(

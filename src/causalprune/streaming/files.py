@@ -118,7 +118,7 @@ def prune_stream(
         decoder, sources, spectra = _checked(source, stored, store, method, effects)
         factors, found = spectra.factors, decoder.fingerprint
         with checkpoints.complete(output, overwrite) as folder, ExitStack() as stack:
-            _check_room(folder, decoder, size, copies=COPIES if method.takes_long else 0)
+            _check_room(folder, decoder, size, kept_in, copies=COPIES if method.takes_long else 0)
             if calibration is not None:
                 residence = stack.enter_context(_residence(source, sources, stored, head=method.takes_long))
                 hidden = stack.enter_context(closing(HiddenStates(seen.cache_gib * 2**30, folder)))
@@ -150,7 +150,7 @@ def _checked(
     checkpoints.warn_unpacked(decoder)
     factors: Factors = head_factors(decoder, effects, found=None) if "effects" in method.needs else {}
     spectra = Spectra(method, factors)
-    found = _survey(decoder, sources, _dtype(source, stored), spectra)
+    found = _survey(decoder, sources, auto_dtype(source, stored), spectra)
     if factors and effects is not None and effects.model_fingerprint != found:
         raise MismatchError(f"the effects were measured on another model or revision than {source}")
     return replace(decoder, fingerprint=found), sources, spectra
@@ -243,7 +243,7 @@ def stored_fingerprint(source: Path, on_progress: Progress = silent) -> str:
     stored = open_checkpoint(source)
     with closing(Store(stored.size, on_progress)) as store:
         decoder, sources = _opened(source, stored, store)
-        return _survey(decoder, sources, _dtype(source, stored), Spectra(Method("magnitude", 0.5), {}))
+        return _survey(decoder, sources, auto_dtype(source, stored), Spectra(Method("magnitude", 0.5), {}))
 
 
 def _opened(source: Path, stored: Stored, store: Store) -> tuple[Decoder, Sources]:
@@ -257,7 +257,7 @@ def _opened(source: Path, stored: Stored, store: Store) -> tuple[Decoder, Source
 @contextmanager
 def _residence(source: Path, sources: Sources, stored: Stored, *, head: bool) -> Iterator[Residence]:
     """Let the model run with a layer at a time in memory."""
-    dtype = _dtype(source, stored)
+    dtype = auto_dtype(source, stored)
     bare = skeleton(source, dtype=dtype)
     untie(bare, stored.entries)
     for p in bare.projections:
@@ -326,20 +326,15 @@ def _regions(entries: Sequence[Entry], pool: Mapping[Entry, Any]) -> Iterator[En
             yield entry
 
 
-def _dtype(source: Path, stored: Stored) -> torch.dtype:
-    """Return the dtype in which the model is loaded."""
-    floating = (entry.dtype for entry in stored.entries.values() if entry.dtype.is_floating_point)
-    return torch.bfloat16 if stored.form else auto_dtype(source, next(floating, torch.float32))
+def _check_room(folder: Path, decoder: Decoder, size: int, kept_in: Path, copies: int) -> None:
+    """Raise `CheckpointError` where a disk has no room for the checkpoint, its masks and copies of its prunable weights.
 
-
-def _check_room(folder: Path, decoder: Decoder, size: int, copies: int) -> None:
-    """Raise `CheckpointError` where a disk has no room for the checkpoint, its masks and copies of its prunable weights."""
+    What a stopped run has `kept_in` its folder is there already.
+    """
     pool = decoder.projections
-    needed = (
-        size
-        + sum(p.size for p in pool) // 8
-        + copies * sum(p.size * p.parameter.element_size() for p in pool)
-    )
+    there = sum(path.stat().st_size for path in kept_in.glob("*")) if kept_in.is_dir() else 0
+    more = max(copies * sum(p.size * p.parameter.element_size() for p in pool) - there, 0)
+    needed = size + sum(p.size for p in pool) // 8 + more
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
