@@ -166,17 +166,21 @@ class Exactly(Search):
 
 def taken_out(
     decoder: Decoder,
-    bad: Given,
-    good: Given,
+    given: tuple[Given, Given],
     contrast: Contrast,
     kind: type[Search],
     candidates: Callable[[Decoder, Half, Contrast], Candidates] = candidates_of,
+    slopes: Path | None = None,
 ) -> dict[str, Any]:
-    """Take out of a model, in place, what another search than the library's chooses; return what was found."""
-    chooses, decides = halves(bad, good, decoder.tokenizer)
+    """Take out of a model, in place, what another search than the library's chooses; return what was found.
+
+    `given` are undesired samples and those to preserve. Slopes of a round are kept in the folder `slopes`, where other searches
+    begin with the same ones.
+    """
+    chooses, decides = halves(*given, decoder.tokenizer)
     own = candidates(decoder, chooses, contrast)
     looking, trials = (
-        Looking(own, chooses, contrast.how(), State()),
+        Looking(own, chooses, contrast.how(), State(slopes, [dataclasses.asdict(contrast.how())])),
         Trials(decoder, decides, contrast.max_batch_tokens, None),
     )
     chosen, point = kind(own, looking, trials, contrast, contrast.number(own.count), cp.quiet).run()
@@ -207,7 +211,8 @@ def fixed(
     if kind is Search:
         found = correct(decoder, bad, good, own, kept_in=place, stage=cp.quiet).described()
     else:
-        found = taken_out(decoder, bad, good, own, kind)
+        slopes = place.with_name(f"{place.name}-{own.estimator}.slopes")
+        found = taken_out(decoder, (bad, good), own, kind, slopes=None if own.weights else slopes)
     told = kept(f"{name}/found/{label}-{seed}", lambda: found | {"seconds": time.perf_counter() - start})
     return decoder, told
 

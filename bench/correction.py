@@ -382,7 +382,7 @@ def up_weights(count: int) -> dict[str, Any]:
     contrast = Contrast(
         weights=True, budget=count, score="difference", estimator="relevance", rounds=1, harm=FREE
     )
-    taken_out(decoder, bad, good, contrast, Exactly, lambda decoder, *_: UpWeights(decoder))
+    taken_out(decoder, (bad, good), contrast, Exactly, lambda decoder, *_: UpWeights(decoder))
     return {"decoder": decoder}
 
 

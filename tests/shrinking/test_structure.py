@@ -7,11 +7,12 @@ import torch
 from families import FAMILIES, VOCAB
 from transformers import AutoModelForCausalLM
 
+from causalprune.checkpoints.saving import save
 from causalprune.core.errors import ModelError, OptionError
 from causalprune.core.types import Decoder, Projection
 from causalprune.models.anatomy import inspect_model
-from causalprune.models.loading import skeleton
-from causalprune.shrinking.structure import Kept, column_keep, silence, smaller
+from causalprune.models.loading import load, skeleton
+from causalprune.shrinking.structure import Kept, as_mistral, column_keep, silence, smaller
 
 TOKENS = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
 DENSE = [name for name in FAMILIES if name not in ("mixtral", "olmoe", "qwen2_moe")]
@@ -70,8 +71,28 @@ def test_a_family_that_cannot_lose_heads_says_so(name: str) -> None:
 def test_a_share_that_would_not_load_is_refused() -> None:
     decoder = decoder_of("llama2")
     three = Kept(kv_groups={layer.index: torch.arange(3) for layer in decoder.layers})
-    with pytest.raises(ModelError, match=r"would not load .*not a multiple.*ask for another share"):
+    with pytest.raises(
+        ModelError, match=r"would not load .*not a multiple.*ask for another share.*--as-mistral"
+    ):
         smaller(decoder, three)
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_a_llama_is_a_mistral_bit_for_bit_and_loses_heads_that_it_could_not(
+    name: str, tmp_path: Path
+) -> None:
+    decoder = decoder_of(name)
+    other = as_mistral(decoder)
+    assert (other.model.config.model_type, other.fingerprint) == ("mistral", decoder.fingerprint)
+    assert torch.equal(logits(other), logits(decoder))
+    if name == "llama2":
+        three = Kept(kv_groups={layer.index: torch.arange(3) for layer in decoder.layers})
+        cut = smaller(other, three)
+        save(cut, tmp_path / "cut", manifest={})
+        assert torch.equal(logits(load(str(tmp_path / "cut"))), logits(cut))
+        torch.testing.assert_close(logits(cut), masked(decoder, three))
+    with pytest.raises(ModelError, match="only Llamas without biases"):
+        as_mistral(decoder_of("qwen2"))
 
 
 def test_masks_are_where_the_weights_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

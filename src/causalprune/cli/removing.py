@@ -53,6 +53,14 @@ class RemovalOptions:
         float, typer.Option("--experts", help="Share of the experts of every layer that goes.")
     ] = 0.0
     layers: Annotated[float, typer.Option("--layers", help="Share of the layers that goes.")] = 0.0
+    as_mistral: Annotated[
+        bool,
+        typer.Option(
+            "--as-mistral",
+            help="Take a Llama as a Mistral without a window, which computes the same: its heads need not divide its width, so that "
+            "KV groups can go one by one.",
+        ),
+    ] = False
     by: Annotated[
         Literal["effect", "activation", "magnitude", "random"],
         typer.Option(
@@ -105,7 +113,7 @@ def shrink(
     from causalprune.core import forget, size_of
     from causalprune.pruning import begun
     from causalprune.runs import outcome, prepared, speeds
-    from causalprune.shrinking import Shrinking, leftovers
+    from causalprune.shrinking import Shrinking, as_mistral, leftovers
     from causalprune.shrinking import shrink as smaller
 
     goes = method.wanted()
@@ -116,6 +124,8 @@ def shrink(
     wanted = data.spec(1).settled(own=True)
     decoder, calibration = prepared(model.spec(), wanted, options, found)
     warn_unpacked(decoder)
+    if method.as_mistral:
+        decoder = as_mistral(decoder)
     seed = data.reading.seed
     shrunk = smaller(
         decoder,

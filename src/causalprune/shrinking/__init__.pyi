@@ -19,6 +19,7 @@ from .removal import (
 from .removal import (
     shrink_jobs as shrink_jobs,
 )
+from .structure import as_mistral as as_mistral
 from .timing import (
     read_and_written as read_and_written,
 )

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Int
 from torch import Tensor, nn
+from transformers import MistralConfig, MistralForCausalLM
 
 from causalprune.core import CausalPruneError, Decoder, Layer, ModelError, OptionError, Projection
 from causalprune.models import LEFT_OUT, inspect_model, setting
@@ -22,6 +23,15 @@ Indices: TypeAlias = Mapping[int, Int[Tensor, "_"]]
 
 _WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_LLAMA = (
+    "model_type",
+    "architectures",
+    "attention_bias",
+    "mlp_bias",
+    "pretraining_tp",
+    "transformers_version",
+)
+"""What a configuration of a Llama says that one of a Mistral does not, or says otherwise."""
 _UNFIT = (ValueError, RuntimeError, TypeError, LookupError, AttributeError)
 """What configurations and modules raise where sizes do not fit each other."""
 _ROUTER = next(pattern for pattern, reason in LEFT_OUT if reason == "router")
@@ -61,6 +71,32 @@ def smaller(decoder: Decoder, kept: Kept) -> Decoder:
     _check_runs(model)
     own = inspect_model(model, decoder.tokenizer, name=decoder.name, revision=decoder.revision)
     return replace(own, source=decoder.source and replace(decoder.source, reshaped=True))
+
+
+def as_mistral(decoder: Decoder) -> Decoder:
+    """Return a Llama as a Mistral without a window: the same weights, which compute the same bit for bit.
+
+    A Llama's heads have to divide its width, a Mistral's need not, so that it may lose KV groups one by one.
+
+    Raises:
+        ModelError: it is no Llama, or one with biases, for which a Mistral has no place.
+    """
+    own = decoder.model.config
+    if own.model_type != "llama" or own.attention_bias or own.mlp_bias:
+        raise ModelError(
+            f"only Llamas without biases are Mistrals, not {decoder.name} ({own.model_type}): leave out --as-mistral"
+        )
+    stated = {key: value for key, value in own.to_dict().items() if key not in _LLAMA}
+    config = MistralConfig(**stated, sliding_window=None)
+    config._attn_implementation = own._attn_implementation  # noqa: SLF001
+    model = MistralForCausalLM._from_config(config, dtype=decoder.model.dtype)  # noqa: SLF001
+    model.load_state_dict(decoder.model.state_dict())
+    model.tie_weights()
+    model.generation_config = copy.deepcopy(decoder.model.generation_config)
+    model = model.to(decoder.device).eval().requires_grad_(requires_grad=False)
+    found = inspect_model(model, decoder.tokenizer, name=decoder.name, revision=decoder.revision)
+    source = decoder.source and replace(decoder.source, reshaped=True)
+    return replace(found, source=source, fingerprint=decoder.fingerprint, base=decoder.base)
 
 
 def parameters_of(decoder: Decoder, kept: Kept) -> int:
@@ -196,9 +232,11 @@ def _validate(config: Any) -> None:
     try:
         getattr(config, "validate", lambda: None)()
     except (ValueError, StrictDataclassError) as cause:
-        said = " ".join(str(cause).split())
+        said, other = " ".join(str(cause).split()), ""
+        if config.model_type == "llama":
+            other = ", or take it as a Mistral, whose heads need not divide its width (--as-mistral)"
         raise ModelError(
-            f"a smaller {config.model_type} would not load ({said}): ask for another share"
+            f"a smaller {config.model_type} would not load ({said}): ask for another share{other}"
         ) from cause
 
 
