@@ -62,18 +62,24 @@ SCORED, DECIDED = 48, 60
 """Problems; 100 to decide on, a second draw and circuits of both kinds at once were cut: see docs/log.md."""
 TESTED = 8
 """Problems of random circuits and of tests of hypotheses: some 500 passes over them."""
-ESTIMATORS = {
-    "integrated x3": ("integrated", 3),
-    "integrated": ("integrated", 1),
-    "gradient": ("gradient", 1),
-    "gradient x3": ("gradient", 3),
-    "relevance": ("relevance", 1),
-    "relevance x3": ("relevance", 3),
+ESTIMATORS: dict[str, tuple[str, int, str]] = {
+    "kl integrated x3": ("integrated", 3, "kl"),
+    "kl integrated": ("integrated", 1, "kl"),
+    "kl gradient x3": ("gradient", 3, "kl"),
+    "kl gradient": ("gradient", 1, "kl"),
+    "integrated x3": ("integrated", 3, "ce"),
+    "integrated": ("integrated", 1, "ce"),
+    "gradient": ("gradient", 1, "ce"),
+    "gradient x3": ("gradient", 3, "ce"),
+    "relevance": ("relevance", 1, "ce"),
+    "relevance x3": ("relevance", 3, "ce"),
 }
+"""Estimator, rounds, effect."""
+DEFAULT = "kl integrated x3"
 BASELINES = ("random", "activation", "magnitude", "wanda")
 GRID = {
-    "neurons:1": ("integrated x3", "gradient", "gradient x3", "relevance", "random", "wanda"),
-    "heads": ("integrated x3", "gradient", "random"),
+    "neurons:1": ("kl gradient", "gradient", "random", DEFAULT, "wanda", "relevance"),
+    "heads": (DEFAULT, "gradient", "random"),
 }
 PLANTED = (3.0, 1.0, 0.3, 0.1, 0.05)
 PLANTINGS = {"smollm2": 1, "qwen": 0}
@@ -153,13 +159,13 @@ def relevance() -> Found:
     return {"figures": figures, "raw": raw}
 
 
-def found_or_not(model: Decoder, name: str, how: tuple[str, int], ablation: Any) -> dict[str, Any]:
+def found_or_not(model: Decoder, name: str, how: tuple[str, int, str], ablation: Any) -> dict[str, Any]:
     """Return which units a search finds of a circuit that is known."""
-    estimator, rescore = how
+    estimator, rescore, effect = how
     own = {"decide": problems(name, 24, 1), "rescore": rescore, "stage": cp.quiet}
     try:
         found = cp.circuit(
-            model, problems(name, 24), Question(ablation=ablation), Estimator(estimator), **own
+            model, problems(name, 24), Question(effect=effect, ablation=ablation), Estimator(estimator), **own
         )  # type: ignore[arg-type]
     except OptionError as error:
         return {"exact": False, "error": str(error)}
@@ -173,9 +179,9 @@ def known() -> Found:
     for name in TRUE:
         model = constructed(name)
         for how, ablation in itertools.product((*ESTIMATORS, "exact"), ("zero", "mean", "resample")):
-            own = ESTIMATORS.get(how, ("exact", 1))
+            own = ESTIMATORS.get(how, ("exact", 1, "ce"))
             raw[f"{name}, {how}, {ablation}"] = found_or_not(model, name, own, ablation)
-    default = [raw[f"{name}, integrated x3, zero"]["exact"] for name in TRUE]
+    default = [raw[f"{name}, {DEFAULT}, zero"]["exact"] for name in TRUE]
     return {"figures": {"constructed_exact_recovery": sum(default)}, "raw": raw}
 
 
@@ -271,7 +277,7 @@ def _order(of: Any, calibration: Calibration, method: str, seed: int) -> Tensor:
     """Return the units of a behaviour as a method orders them."""
     if method in BASELINES:
         return baseline(of.decoder, of.units, calibration, method, seed).argsort(descending=True, stable=True)
-    name, rescore = ESTIMATORS[method]
+    name, rescore, _ = ESTIMATORS[method]
     how = replace(Estimator(name), draws=0)
     return order_of(Search(of, of, how, "absolute", 0.9, None, cp.quiet).rounds(rescore), "absolute")
 
@@ -355,19 +361,17 @@ def searched(
     model: str, task: str, units: tuple[str, ...], method: str, draw: int = 0, **asked: Any
 ) -> dict[str, Any]:
     """Return the curve of a ranking: losses per problem at every size, and the size that keeps 90 %; kept once it is there."""
-    rank, ablation, effect = (
-        asked.get(*own) for own in (("rank", "absolute"), ("ablation", "zero"), ("effect", "ce"))
-    )
+    rank, ablation = (asked.get(*own) for own in (("rank", "absolute"), ("ablation", "zero")))
     name = (
-        "-".join((model, task, "+".join(units), method, rank, ablation, effect, str(draw)))
+        "-".join((model, task, "+".join(units), method, rank, ablation, str(draw)))
         .replace(":", "")
         .replace(" ", "_")
     )
 
     def make() -> dict[str, Any]:
         calibration, decide = data(model, task, draw)
-        estimator, rescore = ESTIMATORS.get(
-            method, (method if method in ("exact", "adaptive") else "gradient", 1)
+        estimator, rescore, effect = ESTIMATORS.get(
+            method, (method if method in ("exact", "adaptive") else "gradient", 1, "ce")
         )
         how = replace(Estimator(estimator), draws=int(effect == "kl" or estimator == "adaptive"))  # type: ignore[arg-type]
         question = Question(units, effect, ablation)  # type: ignore[arg-type]
@@ -379,8 +383,6 @@ def searched(
         began = time.perf_counter()
         with ledger(scored, decided, how, FOLDER / name) as book:
             rounds = [] if method in BASELINES else search.rounds(rescore)
-            if effect == "kl":  # how alike circuits of other problems are is all that is asked
-                return {"stability": stability(resampled_orders(rounds, rank)), **made()}  # type: ignore[arg-type]
             order = order_of(rounds, rank) if rounds else _order(scored, calibration, method, draw)  # type: ignore[arg-type]
             counts = [prefix(order, search.sizes, share) for share in SHARES]
             keeps = [search.kept(order, count) for count in (*counts, len(order), 0)]
@@ -442,7 +444,7 @@ def grid() -> Found:
     neurons, best = raw["neurons:1"], raw["neurons:1"]["best"]
     sizes = {m: own["size"] for m, own in neurons["methods"].items()}
     at = SHARES.index(0.1)
-    kl = searched("smollm2", "gsm8k", ("heads",), "integrated x3", effect="kl")["stability"]["0.2"]
+    kl = searched("smollm2", "gsm8k", ("heads",), DEFAULT)["stability"]["0.2"]
     figures = {
         "cmd_best": neurons["methods"][best]["cmd"],
         "cmd_gradient": neurons["methods"]["gradient"]["cmd"],
@@ -468,7 +470,7 @@ def elsewhere() -> Found:
         ("qwen", "gsm8k", "zero"),
         ("gemma", "gsm8k", "zero"),
     ):
-        for method in ("integrated x3", "gradient"):
+        for method in (DEFAULT, "gradient"):
             found = searched(model, task, ("heads",), method, ablation=ablation)
             own = summed([found])
             raw[f"{model}, {task}, {ablation}, {method}"] = {key: own[key] for key in ("cpr", "cmd", "f")} | {
@@ -510,7 +512,7 @@ def ioi() -> Found:
 def _ioi(model: str, whole: Calibration, method: str) -> dict[str, Any]:
     half = [Calibration(whole.examples[at::2], (0,) * 200) for at in (0, 1)]
     question = Question(("heads", "mlp"), ablation="counterfactual")
-    estimator, rescore = ESTIMATORS.get(method, ("gradient", 1))
+    estimator, rescore, _ = ESTIMATORS.get(method, ("gradient", 1, "ce"))
     how = replace(Estimator(estimator), draws=0)  # type: ignore[arg-type]
     scored, decided = (behaviour(decoder(model), own.examples, question, how) for own in half)
     search = Search(

@@ -16,7 +16,7 @@ from reference import calibration, shared
 import causalprune as cp
 from causalprune.calibration.examples import batches
 from causalprune.circuits import Checks, Circuit, examined, save_circuit
-from causalprune.circuits.behaviour import Trials, behaviour
+from causalprune.circuits.behaviour import Trials, balanced, behaviour
 from causalprune.circuits.checking import random_like
 from causalprune.core.errors import DataError, MismatchError, OptionError
 from causalprune.core.types import Calibration, Decoder, Unit
@@ -62,7 +62,7 @@ def test_removal_of_single_units_misses_what_either_of_two_will_do() -> None:
 @pytest.mark.thorough
 def test_a_suppressor_does_not_help() -> None:
     decoder, both = constructed("suppressor"), (problems("suppressor", 24), problems("suppressor", 24, 1))
-    helping = find(decoder, *both, rank="signed")
+    helping = find(decoder, *both, rank="signed", question=cp.Question())
     assert set(helping.members) == {Unit(0, 6)}
     scores = dict(zip(helping.units, helping.score.tolist(), strict=True))
     assert scores[Unit(1, 2)] < -1 < 1 < scores[Unit(0, 6)]
@@ -71,11 +71,25 @@ def test_a_suppressor_does_not_help() -> None:
 def test_a_shorter_chain_of_estimators_agrees_with_effects() -> None:
     """One round by exact removal ranks as the effects do, on the same problems."""
     decoder = shared("llama2")
-    found = find(decoder, PROBLEMS, PROBLEMS, estimator=cp.Estimator("exact"), keep=0.5)
+    how = {"estimator": cp.Estimator("exact"), "question": cp.Question()}
+    found = find(decoder, PROBLEMS, PROBLEMS, keep=0.5, **how)
     effects = cp.attribute(decoder, PROBLEMS, estimator=cp.Estimator("exact"), on_progress=cp.silent)
     change = effects.change_nats() / effects.tokens
     torch.testing.assert_close(found.score, change.mean(1))
     assert found.order.tolist() == change.mean(1).abs().argsort(descending=True, stable=True).tolist()
+
+
+def test_every_gate_counts_alike_unless_nothing_is_worth_anything_at_it() -> None:
+    scores = torch.tensor([[500.0, 500.0], [6.0, 4.0], [1e-6, 9e-6]]).double()[:, :, None].expand(-1, -1, 3)
+    found = balanced(scores)[:, 0]
+    weights = torch.tensor([1 / 1000, 1 / 10, 1 / 10]).double()  # the last is at 1 % of the largest sum
+    expected = (weights[:, None] * scores[:, :, 0]).sum(0) / weights.sum()
+    torch.testing.assert_close(found, expected)
+    shares = found / found.sum()
+    assert float(shares[0]) == pytest.approx(0.55, abs=1e-3), "a half at one gate and 0.6 at the other"
+    closed = scores.clone()
+    closed[:, 1] = torch.nan
+    assert balanced(closed).isnan().all(1).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("ablation", ["zero", "mean", "resample"])
@@ -292,7 +306,7 @@ def test_problems_without_targets_are_refused() -> None:
 @pytest.mark.thorough
 def test_a_share_that_only_everything_keeps_says_how_near_it_came() -> None:
     with pytest.raises(
-        OptionError, match=r"no circuit short of all 16 units keeps 1 .* 15 units keep 0\.\d+"
+        OptionError, match=r"no circuit short of all 16 units keeps 1 .* 15 units keep \d\.\d+"
     ):
         find(constructed("suppressor"), problems("suppressor", 24), problems("suppressor", 24, 1), keep=1.0)
 

@@ -106,7 +106,11 @@ def test_a_plan_loads_nothing(run: Run, place: Path) -> None:
     )
     assert code == 0, err
     plan = {row["stage"]: row for row in json.loads(out)["plan"]}
-    assert plan["scores"] == {"stage": "scores", "problems": 48, "passes": 45.0}
+    assert plan["scores"] == {"stage": "scores", "problems": 48, "passes": 75.0}
+    for words in (("--effect", "ce"), ("--rank", "signed"), ("--ablation", "counterfactual")):
+        code, out, err = find(run, place, "none", "-t", "ioi:48", *words, "--dry-run", "--json")
+        assert code == 0, err
+        assert {row["stage"]: row["passes"] for row in json.loads(out)["plan"]}["scores"] == 45.0, words
     assert plan["sizes"]["problems"] == 100
     code, out, err = find(
         run, place, "none", "-t", "gsm8k:48", "--on", "gsm8k_nll", "--tests", "--dry-run", "--json"
@@ -194,6 +198,7 @@ def test_circuits_are_compared(run: Run, place: Path, monkeypatch: pytest.Monkey
         (("--keep", "2", "--dry-run"), "above 0 and at most 1, not 2"),
         (("--ablation", "counterfactual"), "needs a counterfactual of every example"),
         (("--ablation", "mean", "--save", "x"), "--save writes zeros"),
+        (("--rank", "signed", "--effect", "kl"), "a divergence has no sign"),
         (("--estimator", "exact"), "ask for 1 round (--rescore 1)"),
         (("--estimator", "relevance", "--effect", "kl"), "needs the effect 'ce'"),
         (("--on", "gsm8k_nll:5"), "5 problems to decide on are too few to resample"),

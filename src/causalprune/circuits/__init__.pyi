@@ -1,4 +1,5 @@
 from .behaviour import Behaviour as Behaviour
+from .behaviour import balanced as balanced
 from .checking import (
     RANDOM as RANDOM,
 )

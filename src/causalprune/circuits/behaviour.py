@@ -40,6 +40,8 @@ from causalprune.interventions import (
 )
 
 Keep = Bool[Tensor, "unit"]
+LEAST = 0.01
+"""Share of the largest sum over units below which a gate's own counts no more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,20 +243,33 @@ def scored(
 ) -> Float[Tensor, "unit problem"]:
     """Return what closing each unit that is kept adds to the loss of each problem, by slopes; the others are closed, and NaN.
 
-    In nats per target token, or in logits for `relevance`. What is finished of it is in the `state`. Costs as the estimator.
+    In nats per target token, or in logits for `relevance`, a mean over gates (`balanced`). What is finished of it is in the
+    `state`. Costs as the estimator.
     """
     numbers = keep.nonzero()[:, 0]
     every = list(of.plan.units.values())
     units: list[Parts] = [every[number] for number in numbers.tolist()]
     name, groups = _named(keep), of.plan.groups
-    found = torch.full((len(every), len(of.plan.calibration.examples)), torch.nan, dtype=torch.float64)
+    shape = len(how.gates), len(every), len(of.plan.calibration.examples)
+    found = torch.full(shape, torch.nan, dtype=torch.float64)
     for number, batch in enumerate(groups):
-        key = f"scores-{name}-{number}"
+        key = f"slopes-{name}-{number}"
         if key not in state.values:
             state.keep(**{key: _slopes(of, batch, units, [of.gates(keep, gate) for gate in how.gates], how)})
             on_progress(number + 1, len(groups))
-        found[numbers[:, None], list(batch.indices)] = state.values[key].double()
-    return of.effects(found)
+        found[:, numbers[:, None], torch.tensor(batch.indices)] = state.values[key].double()
+    return balanced(of.effects(found))
+
+
+def balanced(scores: Float[Tensor, "gate unit problem"]) -> Float[Tensor, "unit problem"]:
+    """Return the mean of scores over gates, each weighed by what all its units are worth together.
+
+    Nearly closed, a model is broken, and every unit is worth a hundred times as much as in the intact one: in a plain mean
+    only that would count. Gates at which next to nothing is worth anything (`LEAST` of the largest sum) are not blown up.
+    """
+    totals = scores.mean(2).abs().nansum(1)
+    weights = 1 / totals.clamp_min(LEAST * float(totals.max())).clamp_min(torch.finfo(totals.dtype).tiny)
+    return (weights[:, None, None] * scores).sum(0) / weights.sum()
 
 
 def _slopes(
@@ -263,8 +278,8 @@ def _slopes(
     units: Sequence[Parts],
     values: Sequence[Mapping[Site, Tensor]],
     how: Estimator,
-) -> Float[Tensor, "unit batch"]:
-    """Return predictions for a batch, averaged over gates; in float32, as which they are kept."""
+) -> Float[Tensor, "gate unit batch"]:
+    """Return predictions for a batch at every gate; in float32, as which they are kept."""
     own: dict[str, Any] = {"instead": of.instead(batch)}
     if how.name == "relevance":
         parts = [relevance(of.decoder, batch, units, **own, gate=values[0])[1]]
@@ -273,7 +288,7 @@ def _slopes(
         at = 2 if of.plan.question.effect == "kl" else 1
         run = partial(expansion, of.decoder, batch, units, labels, **own)
         parts = [run(gate=gate)[at] for gate in values]
-    return torch.stack(parts).mean(0).float()
+    return torch.stack(parts).float()
 
 
 def identity(of: Behaviour) -> dict[str, Any]:

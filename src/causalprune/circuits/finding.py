@@ -61,7 +61,7 @@ STEPS = 200
 def circuit(  # noqa: PLR0913 (what a user says)
     decoder: Decoder,
     calibration: Calibration,
-    question: Question = Question(),
+    question: Question = Question(effect="kl"),
     estimator: Estimator = Estimator("integrated"),
     *,
     decide: Calibration | None = None,
@@ -74,7 +74,8 @@ def circuit(  # noqa: PLR0913 (what a user says)
     """Find the smallest set of units that keeps a behaviour, and measure what sets of all sizes keep.
 
     Units are scored on the calibration, `rescore` times, each time with those closed that are out by then, and ordered by the
-    mean over rounds of the mean score (`signed`: what helps) or of its size (`absolute`: what the behaviour hangs on). Sizes are
+    mean over rounds of the mean score (`signed`: what helps) or of its size (`absolute`: what the behaviour hangs on). By effect
+    `kl` circuits are much smaller than by `ce`, whose slopes of tokens cancel out; `ce` has a sign, and compares with a wrong answer. Sizes are
     measured on the problems of `decide`, or without on the second half of the calibration: the smallest that leaves the share
     `keep` of the likelihood per token is the circuit (for `absolute` to either side). What is finished is kept in `folder`, where
     the same call goes on, bit for bit.
@@ -148,6 +149,8 @@ def check_search(question: Question, estimator: Estimator, keep: float, rank: Ra
         raise OptionError(
             "groups of neurons by effect are others on every set of problems: for circuits take neurons:1, or neurons:64 in a row"
         )
+    if rank == "signed" and question.effect == "kl":
+        raise OptionError("a divergence has no sign: for --rank signed ask for the effect 'ce' (--effect ce)")
     if not 0 < keep <= 1:
         raise OptionError(f"the share to keep must be above 0 and at most 1, not {keep:g}")
     if rank not in RANKS:

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 class SearchOptions(opt.EffectOptions):
     """What a circuit is, and how it is looked for."""
 
+    effect: Annotated[  # type: ignore[assignment]
+        Literal["ce", "kl"] | None,
+        typer.Option(
+            help="kl: divergence from the intact model; ce: rise of the loss, or of its distance to a wrong answer's.",
+            show_default="kl; ce for --rank signed, --ablation counterfactual, --estimator relevance",
+        ),
+    ] = None
     ablation: Annotated[
         Literal["zero", "mean", "resample", "counterfactual"],
         typer.Option(
@@ -63,8 +70,9 @@ class SearchOptions(opt.EffectOptions):
         from causalprune.circuits import Checks
         from causalprune.runs import CircuitSpec
 
+        signed = self.rank == "signed" or self.ablation == "counterfactual" or self.estimator == "relevance"
         return CircuitSpec(
-            Question(tuple(self.units), self.effect, self.ablation),
+            Question(tuple(self.units), self.effect or ("ce" if signed else "kl"), self.ablation),
             Estimator(self.estimator),
             self.keep,
             self.rank,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from causalprune.attribution import Estimator
 from causalprune.calibration import batches
+from causalprune.circuits import balanced
 from causalprune.core import Batch, Example, Progress, State
 from causalprune.correction.candidates import Candidates, Chosen, Units
 from causalprune.correction.samples import Half
@@ -57,8 +58,8 @@ class Looking:
             for row, i in enumerate(batch.indices):
                 source = examples[i].source
                 if source not in sums:
-                    sums[source] = torch.zeros(self.candidates.count, dtype=found.dtype)
-                sums[source] += found[:, row]
+                    sums[source] = torch.zeros(found.shape[:2], dtype=found.dtype)
+                sums[source] += found[:, :, row]
             done += 1
             if self.state.due() and done < len(groups):
                 self.state.flush(**{key: {"done": done, "sums": sums}})
@@ -66,9 +67,10 @@ class Looking:
         self.state.flush(**{key: {"done": done, "sums": sums}})
         if kind == "harm":
             counts = {source: sum(e.source == source for e in examples) for source in sums}
-            return torch.stack([own / counts[source] for source, own in sums.items()])
+            return torch.stack([own[0] / counts[source] for source, own in sums.items()])
         total: Tensor = torch.stack([*sums.values()]).sum(0)
-        return total / len(self.half.undesired if which == "undesired" else examples)
+        every = total / len(self.half.undesired if which == "undesired" else examples)
+        return balanced(every[:, :, None])[:, 0] if len(every) > 1 else every[0]
 
     @property
     def tokens(self) -> int:
@@ -86,19 +88,18 @@ class Looking:
         half = 0.5 if kind == "harm" else 1.0
         return [half * (1 if i < wanted else -1) / e.target_tokens for i, e in enumerate(examples)]
 
-    def _of(self, need: Need, batch: Batch, closed: Chosen) -> Float[Tensor, "candidate batch"]:
-        """Return what one batch says."""
+    def _of(self, need: Need, batch: Batch, closed: Chosen) -> Float[Tensor, "gate candidate batch"]:
+        """Return what one batch says, at every gate; of harm at an open one."""
         kind, run = need[0], partial(self.candidates.slopes, batch, closed=closed)
         if kind == "harm":
             labels = uniforms(self.half.preserve, batch, max(self.how.draws, 1), self.how.seed)
             each = [run(drawn(own), gate=1.0, relevant=False).square() for own in labels]
-            return torch.stack(each).mean(0).to(self._dtype)
+            return torch.stack(each).mean(0, keepdim=True).to(self._dtype)
         relevant = self.how.name == "relevance"
         asked: Asked = odds if kind == "odds" else likelihood
         if relevant:
             asked = prominence
-        total: Tensor = sum(run(asked, gate=gate, relevant=relevant) for gate in self.how.gates)  # type: ignore[assignment]
-        found = total / len(self.how.gates)
+        found = torch.stack([run(asked, gate=gate, relevant=relevant) for gate in self.how.gates])
         if kind == "size":
             found = found.abs()
         return (found.square() if kind == "square" else found).to(self._dtype)

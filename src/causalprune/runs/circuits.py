@@ -60,7 +60,7 @@ class CircuitSpec:
     saved as a checkpoint where `alone` names a folder.
     """
 
-    question: Question = Question()
+    question: Question = Question(effect="kl")
     estimator: Estimator = Estimator("integrated")
     keep: float = 0.9
     rank: Any = "absolute"
