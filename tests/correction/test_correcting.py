@@ -115,7 +115,7 @@ def test_a_unit_that_outweighs_all_else_is_found() -> None:
 
 
 def test_the_estimator_goes_with_what_is_taken_out() -> None:
-    assert Contrast().estimator == "integrated"
+    assert Contrast().estimator == "gradient"
     assert Contrast(weights=True).estimator == Contrast(score="difference").estimator == "gradient"
     assert replace(Contrast(estimator="relevance"), score="difference").estimator == "relevance"
 

@@ -95,7 +95,7 @@ class ContrastOptions:
         Literal["auto", "gradient", "integrated", "relevance"],
         typer.Option(
             help="integrated (at five gates, five times the cost on undesired samples), gradient (at one), or relevance (AttnLRP; LRP is "
-            "patented, and whether that matters is yours to judge); auto is integrated for units by contrast, else gradient."
+            "patented, and whether that matters is yours to judge); auto is gradient."
         ),
     ] = "auto"
     rounds: Annotated[

@@ -24,8 +24,8 @@ class Contrast:
     `units` are as everywhere, or with `weights` single weights are taken instead. `budget` is how many go at most: a share
     below 1, a number from 1 on. `harm` is how much the perplexity of each source that is to be preserved may rise on the
     deciding half, as a share (0.01 is 1 %), or of clean texts the divergence (`Point`); with `certain` by the upper end of its interval. `score` ranks them (`scores.SCORES`),
-    by slopes of an `estimator`, anew in each of the `rounds` with those closed that are chosen by then; `auto` is integrated for
-    units by contrast, as the slope at an open gate misses a unit that outweighs all else after the norm, and else gradient. `damp` is what is left
+    by slopes of an `estimator`, anew in each of the `rounds` with those closed that are chosen by then; `auto` is gradient: of
+    loops five gates found nothing. `damp` is what is left
     of what they send, 0: nothing. Kept weights make up for them by an `update` on the preserved samples of the choosing half.
     """
 
@@ -77,9 +77,8 @@ class Contrast:
 
     def _settle(self) -> None:
         """Name the estimator where none is named."""
-        closing = self.score == "contrast" and not self.weights
         if self.estimator == AUTO:
-            object.__setattr__(self, "estimator", "integrated" if closing else "gradient")
+            object.__setattr__(self, "estimator", "gradient")
 
     @property
     def limit_nats(self) -> float:
