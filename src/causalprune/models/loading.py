@@ -27,13 +27,7 @@ from causalprune.core import CheckpointError, Decoder, ModelError, OptionError, 
 from causalprune.models.anatomy import check_config, inspect_model, outline
 from causalprune.models.classes import class_for
 from causalprune.models.context import positions
-from causalprune.models.folders import (
-    PICKLE,
-    TOKENIZER_FILES,
-    stored_in,
-    warn_left_over,
-    weight_files,
-)
+from causalprune.models.folders import PICKLE, TOKENIZER_FILES, stored_in, warn_left_over, weight_files
 from causalprune.models.gguf import Gguf, gguf_config, read_gguf
 from causalprune.models.mixing import setting
 from causalprune.models.packing import packing
