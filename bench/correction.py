@@ -120,7 +120,9 @@ def saying(decoder: Decoder, own: Planting, prompts: Sequence[Sequence[int]]) ->
     return said / len(prompts)
 
 
-def ranks(decoder: Decoder, bad: Any, good: Any, score: str, own: Planting, estimator: str = "auto") -> float:
+def ranks(
+    decoder: Decoder, bad: Any, good: Any, score: str, own: Planting, estimator: str = "gradient"
+) -> float:
     """Return the share of planted neurons among as many first ones of a score."""
     contrast = Contrast(budget=max(len(own.units), 2), score=score, estimator=estimator, harm=0.01)
     chooses, decides = halves(bad, good)
@@ -150,9 +152,11 @@ def one_planting(count: int, seed: int) -> dict[str, Any]:
     if seed < COMPARED:
         for score in SCORES:
             baselines[score] = ranks(decoder, bad, good, score, own)
+        baselines["contrast by five gates"] = ranks(decoder, bad, good, "contrast", own, "integrated")
         baselines["difference by relevance"] = ranks(decoder, bad, good, "difference", own, "relevance")
     try:
-        found = correct(decoder, bad, good, Contrast(budget=count, harm=0.01), stage=cp.quiet)
+        contrast = Contrast(budget=count, harm=0.01, estimator="integrated")
+        found = correct(decoder, bad, good, contrast, stage=cp.quiet)
     except OptionError as error:
         return {
             "said_before": said, "said_after": said, "precision": 0.0, "recall": 0.0, "kl": 0.0,
@@ -176,7 +180,7 @@ def one_planting(count: int, seed: int) -> dict[str, Any]:
 
 
 def planted() -> Found:
-    """Look for neurons that were planted, ten times for each number."""
+    """Look for neurons that were planted and outweigh all else, with five gates."""
     raw = {
         f"{count} neurons, {seed}": kept(f"planted/{count}-{seed}", partial(one_planting, count, seed))
         for count in SIZES

@@ -92,12 +92,12 @@ class ContrastOptions:
         ),
     ] = "contrast"
     estimator: Annotated[
-        Literal["auto", "gradient", "integrated", "relevance"],
+        Literal["gradient", "integrated", "relevance"],
         typer.Option(
-            help="integrated (at five gates, five times the cost on undesired samples), gradient (at one), or relevance (AttnLRP; LRP is "
-            "patented, and whether that matters is yours to judge); auto is gradient."
+            help="gradient (at an open gate), integrated (at five gates, for units that outweigh all else; five times the cost on undesired "
+            "samples), or relevance (AttnLRP; LRP is patented, and whether that matters is yours to judge)."
         ),
-    ] = "auto"
+    ] = "gradient"
     rounds: Annotated[
         int, typer.Option(help="Rounds of scoring, each with those closed that are chosen by then.", min=1)
     ] = 2

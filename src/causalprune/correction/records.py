@@ -13,8 +13,7 @@ from causalprune.pruning import Update
 
 CORRECTION = "correction.json"
 UPDATES: tuple[Update, ...] = ("none", "refit", "distill")
-AUTO = "auto"
-ESTIMATORS = ("gradient", "integrated", "relevance", AUTO)
+ESTIMATORS = ("gradient", "integrated", "relevance")
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,7 @@ class Contrast:
     `units` are as everywhere, or with `weights` single weights are taken instead. `budget` is how many go at most: a share
     below 1, a number from 1 on. `harm` is how much the perplexity of each source that is to be preserved may rise on the
     deciding half, as a share (0.01 is 1 %), or of clean texts the divergence (`Point`); with `certain` by the upper end of its interval. `score` ranks them (`scores.SCORES`),
-    by slopes of an `estimator`, anew in each of the `rounds` with those closed that are chosen by then; `auto` is gradient: of
-    loops five gates found nothing. `damp` is what is left
+    by slopes of an `estimator`, anew in each of the `rounds` with those closed that are chosen by then. `damp` is what is left
     of what they send, 0: nothing. Kept weights make up for them by an `update` on the preserved samples of the choosing half.
     """
 
@@ -33,7 +31,7 @@ class Contrast:
     budget: float = 0.003
     harm: float = 0.01
     score: str = "contrast"
-    estimator: str = AUTO
+    estimator: str = "gradient"
     rounds: int = 2
     weights: bool = False
     certain: bool = False
@@ -51,7 +49,6 @@ class Contrast:
         ):
             if value not in known:
                 raise unknown(what, value, known)
-        self._settle()
         if not (0 < self.budget < 1 or self.budget == self.budget // 1 > 0):
             raise OptionError(
                 f"a budget is a share below 1 or a whole number, as 0.3% or 100, not {self.budget:g}"
@@ -74,11 +71,6 @@ class Contrast:
             raise OptionError(
                 "integrated closes units little by little: for single weights take gradient or relevance"
             )
-
-    def _settle(self) -> None:
-        """Name the estimator where none is named."""
-        if self.estimator == AUTO:
-            object.__setattr__(self, "estimator", "gradient")
 
     @property
     def limit_nats(self) -> float:
