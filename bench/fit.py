@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import shipped
 
 from causalprune.checkpoints.embedded import load, resolve
+from causalprune.core.errors import ModelError, OptionError
 from causalprune.core.progress import shown
 from causalprune.core.sizes import size_of
 from causalprune.core.types import EvalResult
@@ -44,12 +45,14 @@ from causalprune.evaluation.settings import Settings
 from causalprune.evaluation.written import own_pieces
 from causalprune.shipping.exporting import export
 from causalprune.shipping.runtime import running
+from causalprune.shrinking.worth import KINDS, Kind
 
 NAME, MATRIX, ROWS, KEEPS = "fit", "layers.15.down", 64, 0.999
 CLOSE, ROUNDS = 1e-3, 7
 """Of the range of logits, how far two runtimes may be apart; and how often speeds are taken."""
 PIECES, STEPS_OFF, STEP = 32, 300, 1e-5
 """Text and steps of training that take a model off its grid."""
+SAME = "same"
 PROBLEMS, ON = 48, ("gsm8k_nll:100", "wikitext2_ppl:20000")
 PEERS: dict[str, Path] = {}
 """Folders of models that peers have written, by name."""
@@ -139,17 +142,33 @@ def _described(folder: Path) -> Mapping[str, Any]:
 
 
 def runtime() -> Found:
-    """Run tiny models of every architecture in transformers and in llama.cpp, from one folder."""
-    rows = {}
+    """Run tiny models of every architecture in transformers and in llama.cpp, from one folder: whole ones, and some made smaller."""
+    rows: dict[str, dict[str, Any]] = {}
+    smaller_: dict[str, dict[str, str]] = {}
     for family in shipped.CONFIGS:
         with tempfile.TemporaryDirectory() as scratch:
             other, apart = shipped.in_both(family, Path(scratch))
         rows[family] = {"cut_otherwise": other, "logits_apart": apart}
+        smaller_[family] = {kind: _without(family, kind) for kind in KINDS}
+        print(family, apart, smaller_[family], flush=True)
     figures: dict[str, float | None] = {
         "gguf_same_tokens_families": sum(row["cut_otherwise"] is None for row in rows.values()),
         "gguf_same_logits_families": sum(row["logits_apart"] <= CLOSE for row in rows.values()),
+        "gguf_smaller_same": sum(own == SAME for found in smaller_.values() for own in found.values()),
     }
-    return {"figures": figures, "raw": rows}
+    return {"figures": figures, "raw": rows, "smaller": smaller_}
+
+
+def _without(family: str, kind: Kind) -> str:
+    """Say what becomes of a tiny model without some units of a kind."""
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            other, apart = shipped.smaller_in_both(family, kind, Path(scratch))
+        except OptionError:
+            return "has none"
+        except ModelError as error:
+            return "llama.cpp does not load it" if "llama.cpp" in str(error) else "not in a standard form"
+    return SAME if other is None and apart <= CLOSE else f"{apart:.1g} apart"
 
 
 def speed() -> Found:

@@ -461,6 +461,23 @@ def zeros() -> str:
     return "\n".join(lines) + "\n"
 
 
+def smaller() -> str:
+    """What becomes of tiny models without some units of a kind, in transformers and in llama.cpp."""
+    found = record("fit")["raw"].get("runtime", {}).get("smaller")
+    if not found:
+        return "Not measured yet.\n"
+    titles = {"neurons": "neurons", "kv_groups": "KV groups", "experts": "experts", "layers": "layers"}
+    lines = [
+        "| without some | the same in both | llama.cpp does not load it | no standard form |",
+        "|---|---|---|---|",
+    ]
+    for kind, title in titles.items():
+        fates = ("same", "llama.cpp does not load it", "not in a standard form")
+        cells = [", ".join(family for family, own in found.items() if own[kind] == fate) for fate in fates]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def constructed() -> str:
     """Which circuits that were built each estimator finds exactly, by what takes the place of closed heads."""
     found = record("circuits")["raw"]["constructed"]["raw"]
@@ -524,6 +541,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "carried": carried,
     "written": written,
     "zeros": zeros,
+    "smaller": smaller,
     "constructed": constructed,
     "planted": planted,
 }

@@ -14,8 +14,10 @@ from transformers import (
     AutoTokenizer,
     BloomConfig,
     CohereConfig,
+    FalconConfig,
     Gemma3TextConfig,
     GPT2Config,
+    GPTBigCodeConfig,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
@@ -23,6 +25,7 @@ from transformers import (
     MixtralConfig,
     Olmo2Config,
     OlmoeConfig,
+    PhiConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -32,13 +35,20 @@ from transformers import (
     Starcoder2Config,
 )
 
+from causalprune.checkpoints.saving import save
+from causalprune.core.types import Calibration, Example, quiet
+from causalprune.models.loading import load
 from causalprune.shipping.converting import convert
 from causalprune.shipping.runtime import running, same_tokens
+from causalprune.shrinking.removal import Shares, shrink
+from causalprune.shrinking.worth import Kind, Shrinking
 
 PRE = {"qwen2": "qwen2"}
 """How tokenizers of a family cut texts, by llama.cpp's name for it, where transformers gives them a class of their own; else gpt-2."""
 SIZE, ROWS = 400, 416
 """Tokens, and rows of the embedding: more, as in most models."""
+SHARES: dict[Kind, float] = {"neurons": 1 / 3, "kv_groups": 0.5, "experts": 0.5, "layers": 0.5}
+"""Of the units of a kind, those that go from a tiny model."""
 TEXT = (
     "Ann has 3 pears and gets 14 more. How many pears has she now? She has 3+14=17 pears. The quick brown fox jumps over "
     "13 lazy dogs, x = [3.14, 42]; print(x) for i in range(10): naïve café. "
@@ -76,6 +86,13 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "granite": lambda: GraniteConfig(**_GROUPED),
     "olmo2": lambda: Olmo2Config(**_GROUPED),
     "cohere": lambda: CohereConfig(**_GROUPED),
+    "gpt_bigcode": lambda: GPTBigCodeConfig(vocab_size=ROWS, n_embd=64, n_layer=2, n_head=4, n_positions=128),
+    "falcon": lambda: FalconConfig(
+        **{k: v for k, v in _SHAPE.items() if k != "intermediate_size"},
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+    ),
+    "phi": lambda: PhiConfig(**_SHAPE | {"intermediate_size": 256}),
     "bloom": lambda: BloomConfig(vocab_size=ROWS, hidden_size=64, n_layer=2, n_head=4),
     "mixtral": lambda: MixtralConfig(
         **_GROUPED, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
@@ -120,7 +137,21 @@ def in_both(family: str, place: Path) -> tuple[str | None, float]:
 
     Returns the text that their tokenizers cut otherwise, if there is one, and how far log-probabilities are apart over their range.
     """
-    folder, file = write(place / "model", family), place / "model.gguf"
+    return _compared(write(place / "model", family), family)
+
+
+def smaller_in_both(family: str, kind: Kind, place: Path) -> tuple[str | None, float]:
+    """Take some units out of a tiny model, and run what is left as `in_both` does."""
+    decoder = load(str(write(place / "whole", family)), device="cpu")
+    shares = Shares(**{kind: SHARES[kind]})
+    examples = tuple(Example(tuple(range(at, at + 40)), 1, "tiny", str(at)) for at in (5, 9))
+    how = Shrinking(by="magnitude", update="none")
+    made = shrink(decoder, shares, Calibration(examples, (0, 0)), how, stage=quiet)
+    return _compared(save(made.decoder, place / "model", made), family)
+
+
+def _compared(folder: Path, family: str) -> tuple[str | None, float]:
+    file = folder.with_suffix(".gguf")
     convert(folder, file, pre_tokenizer=PRE.get(family, "gpt-2"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

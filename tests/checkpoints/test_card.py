@@ -56,6 +56,32 @@ def test_a_smaller_model_is_not_called_sparse(decoder: Decoder, tmp_path: Path) 
     assert "sparse" not in card.data.tags
 
 
+@pytest.mark.parametrize(
+    ("architecture", "kinds", "said"),
+    [
+        (
+            "llama",
+            ("neurons", "kv_groups"),
+            "(llama) without some neurons and KV groups compute the same in llama.cpp",
+        ),
+        (
+            "granite",
+            ("neurons", "kv_groups"),
+            "In llama.cpp granite without some KV groups was not found to run",
+        ),
+        ("bloom", ("layers",), "(bloom) without some layers compute the same"),
+        ("a_new_one", ("layers",), "a_new_one without some layers was not found to run"),
+        (None, ("layers",), "Try it in the runtime that you want"),
+    ],
+)
+def test_a_smaller_model_says_where_its_like_was_tried(
+    architecture: str | None, kinds: tuple[str, ...], said: str, decoder: Decoder, tmp_path: Path
+) -> None:
+    shrunk = {"parameters_before": 200, "parameters_after": 150, "kept": {kind: {} for kind in kinds}}
+    shrunk |= {"model_type": architecture} if architecture else {}
+    assert said in " ".join(saved(decoder, tmp_path / "small", shrink=shrunk).text.split())
+
+
 def test_licence_and_origin_are_carried_over(tmp_path: Path) -> None:
     (tmp_path / CARD).write_text(SOURCE)
     found = source_metadata({"name": str(tmp_path), "revision": None})

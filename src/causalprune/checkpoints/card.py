@@ -20,6 +20,8 @@ CARD = "README.md"
 CARRIED = ("license", "license_name", "license_link", "language")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 HERE = Path(__file__).parent
+ALIKE: Mapping[str, Sequence[str]] = yaml.safe_load((HERE / "alike.yaml").read_text(encoding="utf-8"))
+"""Architectures of which tiny models without units of a kind compute the same in llama.cpp as in transformers (`bench/fit.py runtime`)."""
 
 
 def write_card(
@@ -56,7 +58,7 @@ def card_text(
     body = _words("card").format(
         title=title,
         what=_what(base, record),
-        warning=_words("card_smaller" if "shrink" in run else "card_zeros").strip(),
+        warning=_warning(run).strip(),
         corrected=_corrected(run.get("correction")),
         made=_made(record),
         results=_results(rows),
@@ -90,6 +92,24 @@ def source_metadata(base: Mapping[str, Any]) -> dict[str, Any]:
 
 def _words(name: str) -> str:
     return (HERE / f"{name}.md").read_text(encoding="utf-8")
+
+
+def _warning(run: Mapping[str, Any]) -> str:
+    """Return what zeros do not bring, or where smaller models of this architecture were tried."""
+    if "shrink" not in run:
+        return _words("card_zeros")
+    return _words("card_smaller").format(tried=_tried(run["shrink"]))
+
+
+def _tried(shrunk: Mapping[str, Any]) -> str:
+    """Return in which runtimes models without such units were run; an older release did not say of which architecture this is."""
+    own = shrunk.get("model_type")
+    named = {kind: {"kv_groups": "KV groups"}.get(kind, kind) for kind in shrunk.get("kept", ())}
+    if own is None:
+        return "Try it in the runtime that you want before you rely on it."
+    if other := [name for kind, name in named.items() if own not in ALIKE[kind]]:
+        return f"In llama.cpp {own} without some {' and '.join(other)} was not found to run: try it before you rely on it there."
+    return f"Tiny models of this architecture ({own}) without some {' and '.join(named.values())} compute the same in llama.cpp as in transformers."
 
 
 def _what(base: str, record: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ There is no file per architecture: layers are found by structure, weights by the
 assumption is checked against shapes. What is not understood is an error, never a silent omission.
 """
 
+import copy
 import hashlib
 import itertools
 import re
@@ -45,6 +46,16 @@ def inspect_model(
             raise ModelError(f"{weight} of {name!r} has no values: load it with its weights")
     decoder = outline(model, tokenizer, name=name, revision=revision)
     return replace(decoder, fingerprint=fingerprint(model))
+
+
+def reshaped(decoder: Decoder, model: Any, weights: Mapping[str, Tensor]) -> Decoder:
+    """Return a model of another shape or class with these weights, as a decoder like the one that it comes from."""
+    model.load_state_dict(weights)
+    model.tie_weights()
+    model.generation_config = copy.deepcopy(decoder.model.generation_config)
+    model = model.to(decoder.device).eval().requires_grad_(requires_grad=False)
+    made = inspect_model(model, decoder.tokenizer, name=decoder.name, revision=decoder.revision)
+    return replace(made, source=decoder.source and replace(decoder.source, reshaped=True))
 
 
 def outline(model: PreTrainedModel, tokenizer: Any, *, name: str, revision: str | None = None) -> Decoder:

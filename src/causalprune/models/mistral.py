@@ -1,12 +1,11 @@
 """A Llama under another name: the same weights as a Mistral."""
 
-import copy
 from dataclasses import replace
 
 from transformers import MistralConfig, MistralForCausalLM
 
 from causalprune.core import Decoder, ModelError
-from causalprune.models.anatomy import inspect_model
+from causalprune.models.anatomy import reshaped
 
 _LLAMA = (
     "model_type",
@@ -36,10 +35,5 @@ def as_mistral(decoder: Decoder) -> Decoder:
     config = MistralConfig(**stated, sliding_window=None)
     config._attn_implementation = own._attn_implementation  # noqa: SLF001
     model = MistralForCausalLM._from_config(config, dtype=decoder.model.dtype)  # noqa: SLF001
-    model.load_state_dict(decoder.model.state_dict())
-    model.tie_weights()
-    model.generation_config = copy.deepcopy(decoder.model.generation_config)
-    model = model.to(decoder.device).eval().requires_grad_(requires_grad=False)
-    found = inspect_model(model, decoder.tokenizer, name=decoder.name, revision=decoder.revision)
-    source = decoder.source and replace(decoder.source, reshaped=True)
-    return replace(found, source=source, fingerprint=decoder.fingerprint, base=decoder.base)
+    made = reshaped(decoder, model, decoder.model.state_dict())
+    return replace(made, fingerprint=decoder.fingerprint, base=decoder.base)

@@ -17,12 +17,20 @@ _OUT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _NORMED = "norm_topk_prob"
 _GRANTED = {"qwen2_moe": False, "qwen3_moe": True, "olmoe": False}
 """Whether the weights of chosen experts are made to sum to 1: what llama.cpp takes for granted, as the file does not say (findings/)."""
+_WIDTHS = {
+    "gpt2": "n_inner",
+    "gpt_bigcode": "n_inner",
+    "falcon": "ffn_hidden_size",
+    "phi": "intermediate_size",
+}
+"""Where architectures state the width of their MLP that the converter takes to be four times the model's (findings/)."""
 _LAUNCH = """
 import runpy, sys
-script, pre, *sys.argv[1:] = sys.argv[1:]
+script, pre, width, *sys.argv[1:] = sys.argv[1:]
 sys.path.insert(0, script.rpartition("/")[0])
 from conversion.base import ModelBase, TextModel
-read = ModelBase.load_hparams
+from gguf import GGUFWriter
+read, state_width = ModelBase.load_hparams, GGUFWriter.add_feed_forward_length
 
 def load_hparams(*given, **how):
     own = read(*given, **how)
@@ -35,9 +43,12 @@ def load_hparams(*given, **how):
 ModelBase.load_hparams = staticmethod(load_hparams)
 if pre:
     TextModel.get_vocab_base_pre = lambda *_: pre
+if width:
+    GGUFWriter.add_feed_forward_length = lambda writer, _: state_width(writer, int(width))
 runpy.run_path(script, run_name="__main__")
 """
-"""Runs the converter with settings under the names that transformers 5 has dropped, and without its table of tokenizers if one is named."""
+"""Runs the converter with settings under the names that transformers 5 has dropped, without its table of tokenizers if one is named, and
+with the width that MLPs have."""
 
 
 def needed(package: str) -> None:
@@ -67,7 +78,8 @@ def convert(folder: Path, file: Path, *, pre_tokenizer: str = "", trust_remote_c
     script = home() / "convert_hf_to_gguf.py"
     config = check_convertible(folder, trust_remote_code=trust_remote_code)
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    command = [sys.executable, "-c", _LAUNCH, str(script), pre_tokenizer, str(folder)]
+    width = config.get(_WIDTHS.get(str(config.get("model_type")), ""))
+    command = [sys.executable, "-c", _LAUNCH, str(script), pre_tokenizer, str(width or ""), str(folder)]
     command += ["--outtype", _OUT.get(stored, "f32"), "--outfile", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

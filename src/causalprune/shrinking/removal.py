@@ -82,7 +82,14 @@ class Shrunk(Shown):
         kept = _listed({kind: getattr(self.kept, kind) for kind in KINDS})
         sizes = {"parameters_before": self.parameters_before, "parameters_after": self.parameters_after}
         data = {**self.calibration.description, "fingerprint": self.calibration.fingerprint}
-        how = {"update": self.update, **sizes, "unrouted": list(self.unrouted), "kept": kept}
+        own = self.decoder.model.config.get_text_config(decoder=True).model_type
+        how = {
+            "update": self.update,
+            "model_type": own,
+            **sizes,
+            "unrouted": list(self.unrouted),
+            "kept": kept,
+        }
         return {"shrink": {**self.options, **how}, "calibration": data}
 
     def __repr__(self) -> str:

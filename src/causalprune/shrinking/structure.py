@@ -6,7 +6,7 @@ Every layer loses equally many, because a standard configuration has one width f
 import copy
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -15,12 +15,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from causalprune.core import CausalPruneError, Decoder, Layer, ModelError, OptionError, Projection
-from causalprune.models import LEFT_OUT, inspect_model, setting
+from causalprune.models import LEFT_OUT, reshaped, setting
 
 Indices: TypeAlias = Mapping[int, Int[Tensor, "_"]]
 """What stays of every layer, in ascending order, by the number of the layer."""
 
-_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")
+_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _UNFIT = (ValueError, RuntimeError, TypeError, LookupError, AttributeError)
 """What configurations and modules raise where sizes do not fit each other."""
@@ -47,33 +47,30 @@ def smaller(decoder: Decoder, kept: Kept) -> Decoder:
         OptionError: layers would keep different numbers of units.
         ModelError: the architecture ties the size of what would go to something that stays.
     """
+    model = _empty(decoder, kept)
+    wanted, found = model.state_dict(), dict(_cut(decoder, kept, decoder.model.state_dict()))
+    _check_shapes(model.config, wanted, found)
+    made = reshaped(decoder, model, {name: found[name] for name in wanted})
+    _check_runs(made.model)
+    return made
+
+
+def _empty(decoder: Decoder, kept: Kept) -> Any:
+    """Return a model with room for what is kept."""
     config = _configured(decoder, kept)
     try:
-        model = type(decoder.model)._from_config(config, dtype=decoder.model.dtype)  # noqa: SLF001
+        return type(decoder.model)._from_config(config, dtype=decoder.model.dtype)  # noqa: SLF001
     except _UNFIT as cause:
         raise ModelError(f"a smaller {config.model_type} cannot be: {cause}") from cause
-    wanted, found = model.state_dict(), dict(_cut(decoder, kept, decoder.model.state_dict()))
-    _check_shapes(config, wanted, found)
-    model.load_state_dict({name: found[name] for name in wanted})
-    model.tie_weights()
-    model.generation_config = copy.deepcopy(decoder.model.generation_config)
-    model = model.to(decoder.device).eval().requires_grad_(requires_grad=False)
-    _check_runs(model)
-    own = inspect_model(model, decoder.tokenizer, name=decoder.name, revision=decoder.revision)
-    return replace(own, source=decoder.source and replace(decoder.source, reshaped=True))
 
 
 def parameters_of(decoder: Decoder, kept: Kept) -> int:
     """Return the parameters that a model with only what is kept has, without making it; raises what `smaller` does."""
-    config = _configured(decoder, kept)
-    try:
-        with torch.device("meta"):
-            model = type(decoder.model)._from_config(config, dtype=decoder.model.dtype)  # noqa: SLF001
-    except _UNFIT as cause:
-        raise ModelError(f"a smaller {config.model_type} cannot be: {cause}") from cause
+    with torch.device("meta"):
+        model = _empty(decoder, kept)
     model.tie_weights()
     state = {name: weight.to("meta") for name, weight in decoder.model.state_dict().items()}
-    _check_shapes(config, model.state_dict(), dict(_cut(decoder, kept, state)))
+    _check_shapes(model.config, model.state_dict(), dict(_cut(decoder, kept, state)))
     return sum(p.numel() for p in model.parameters())
 
 
