@@ -48,7 +48,7 @@ def loss(decoder: Decoder, calibration: Calibration) -> float:
 
 @pytest.mark.parametrize("by", BY)
 def test_every_choice_removes_what_was_asked(by: str) -> None:
-    with pytest.warns(UserWarning, match="llama.cpp among them, will not load this qwen2"):
+    with pytest.warns(UserWarning, match="llama.cpp wants all heads of a qwen2 together"):
         found = shrunk("qwen2", Shares(neurons=0.3, kv_groups=0.5), by=by)
     mlp, attention = (
         12 * 32 * 3,

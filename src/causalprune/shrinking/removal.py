@@ -218,8 +218,8 @@ def _warn_of_heads(decoder: Decoder, wanted: Mapping[Kind, Any]) -> None:
     config = decoder.model.config.get_text_config(decoder=True)
     if "kv_groups" in wanted and "head_dim" not in config.to_dict():
         warnings.warn(
-            f"runtimes that work out the width of a head from the number of heads, llama.cpp among them, will not load this "
-            f"{config.model_type} with fewer KV groups: transformers does (neurons, or --parameters, make one that both load)",
+            f"llama.cpp wants all heads of a {config.model_type} together to be as wide as the model, and will not load this one with "
+            "fewer KV groups: transformers does (neurons, or --parameters, make one that both load)",
             stacklevel=3,
         )
 
