@@ -10,7 +10,7 @@
 #   gpt_bigcode: MLP of 96, the file says 256, its tensors have 96
 #   falcon: MLP of 96, the file says 256, its tensors have 96
 #   phi: MLP of 96, the file says 256, its tensors have 96
-# To users: after a removal of neurons set `feed_forward_length` of the file to the width of `blk.0.ffn_up.weight`; `causalprune export` does.
+# To users: after a removal of neurons set `feed_forward_length` of the file to the width of `blk.0.ffn_up.weight`.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

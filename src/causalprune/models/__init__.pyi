@@ -11,9 +11,6 @@ from .anatomy import (
     frame_fingerprint as frame_fingerprint,
 )
 from .anatomy import (
-    inspect_model as inspect_model,
-)
-from .anatomy import (
     outline as outline,
 )
 from .anatomy import (
