@@ -466,13 +466,13 @@ def smaller() -> str:
     found = record("fit")["raw"].get("runtime", {}).get("smaller")
     if not found:
         return "Not measured yet.\n"
-    titles = {"neurons": "neurons", "kv_groups": "KV groups", "experts": "experts", "layers": "layers"}
+    fates = ("same", "llama.cpp does not load it", "not in a standard form")
     lines = [
         "| without some | the same in both | llama.cpp does not load it | no standard form |",
         "|---|---|---|---|",
     ]
-    for kind, title in titles.items():
-        fates = ("same", "llama.cpp does not load it", "not in a standard form")
+    for kind in next(iter(found.values())):
+        title = {"kv_groups": "KV groups"}.get(kind, kind)
         cells = [", ".join(family for family, own in found.items() if own[kind] == fate) for fate in fates]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ import pytest
 import shipped
 from conftest import REPOSITORY
 
-from causalprune.checkpoints.card import ALIKE
+from causalprune.checkpoints.card import alike
 from causalprune.core.errors import ModelError
 from causalprune.shipping.converting import convert
 
@@ -44,5 +44,5 @@ def test_cards_call_tried_what_was_found_to_be_the_same() -> None:
     types = {family: make().model_type for family, make in shipped.CONFIGS.items()}
     found = record["raw"]["runtime"]["smaller"]
     assert found.keys() == types.keys()
-    for kind, named in ALIKE.items():
+    for kind, named in alike().items():
         assert {types[family] for family, own in found.items() if own[kind] == "same"} == set(named)

@@ -20,8 +20,6 @@ CARD = "README.md"
 CARRIED = ("license", "license_name", "license_link", "language")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 HERE = Path(__file__).parent
-ALIKE: Mapping[str, Sequence[str]] = yaml.safe_load((HERE / "alike.yaml").read_text(encoding="utf-8"))
-"""Architectures of which tiny models without units of a kind compute the same in llama.cpp as in transformers (`bench/fit.py runtime`)."""
 
 
 def write_card(
@@ -94,6 +92,12 @@ def _words(name: str) -> str:
     return (HERE / f"{name}.md").read_text(encoding="utf-8")
 
 
+def alike() -> Mapping[str, Sequence[str]]:
+    """Return by kind of unit the architectures whose tiny models without some compute the same in llama.cpp (`bench/fit.py runtime`)."""
+    found: Mapping[str, Sequence[str]] = yaml.safe_load((HERE / "alike.yaml").read_text(encoding="utf-8"))
+    return found
+
+
 def _warning(run: Mapping[str, Any]) -> str:
     """Return what zeros do not bring, or where smaller models of this architecture were tried."""
     if "shrink" not in run:
@@ -107,7 +111,8 @@ def _tried(shrunk: Mapping[str, Any]) -> str:
     named = {kind: {"kv_groups": "KV groups"}.get(kind, kind) for kind in shrunk.get("kept", ())}
     if own is None:
         return "Try it in the runtime that you want before you rely on it."
-    if other := [name for kind, name in named.items() if own not in ALIKE[kind]]:
+    tried = alike()
+    if other := [name for kind, name in named.items() if own not in tried[kind]]:
         return f"In llama.cpp {own} without some {' and '.join(other)} was not found to run: try it before you rely on it there."
     return f"Tiny models of this architecture ({own}) without some {' and '.join(named.values())} compute the same in llama.cpp as in transformers."
 
