@@ -27,7 +27,7 @@ import faults
 import numpy as np
 import torch
 from before import alternate, before, timed
-from common import BENCH, Found, carry_out, data_folder, record, step_parser
+from common import BENCH, Found, carry_out, data_folder, made, record, step_parser
 from large import EIGHT, write_checkpoint
 from models import fetched
 from safetensors.torch import load_file
@@ -60,8 +60,8 @@ from causalprune.streaming.stored import Store
 KEPT = BENCH / "runs" / "lean"
 """Checkpoints of both builds."""
 MODELS = {"smollm2": ("embedded", "auto"), "gemma": ("gemma", "float32"), "qwen": ("qwen", "bfloat16")}
-PAIRS = {"smollm2": 3, "gemma": 1, "qwen": 1}
-"""Of both builds in turn, where three were asked for: an hour each for Qwen, and Gemma's time is no figure."""
+BUILDS = {"smollm2": ("ours", "before", "preserve")}
+"""What prunes a model, in turn, once each where three times were asked for; with text of its own no figure asks for the others."""
 PROBLEMS, DRAWS = 48, 5
 ONS = ("gsm8k_nll:200", "wikitext2_ppl:40000")
 COMMAND = "from causalprune.cli import main; main()"
@@ -146,52 +146,46 @@ def builds(name: str) -> Found:
     words = ["prune", model, "-t", "gsm8k", "-n", str(PROBLEMS), "--sparsity", "0.5", "--method", "causal"]
     words += ["--dtype", dtype, "--device", "cpu", "--data-dir", str(data_folder())]
     KEPT.mkdir(parents=True, exist_ok=True)
-    places = {build: KEPT / f"{name}-{build}" for build in ("ours", "before", "preserve")}
+    places = {build: KEPT / f"{name}-{build}" for build in BUILDS.get(name, ("ours", "before"))}
     pythons = {"ours": sys.executable, "before": str(before()), "preserve": sys.executable}
     own = {"ours": ["--preserve", "none"], "before": [], "preserve": ["--preserve", "own"]}
     commands = {
         build: [pythons[build], "-c", COMMAND, *words, *own[build], "-o", str(places[build])]
         for build in places
     }
-    seconds: dict[str, list[float]] = {build: [] for build in places}
-    for _ in range(PAIRS[name]):
-        for build, command in commands.items():
-            found = once(command, places[build], anew=PAIRS[name] > 1)
-            seconds[build].append(found)
-            print(name, build, found, flush=True)
+    seconds = {}
+    for build, command in commands.items():
+        seconds[build] = once(command, places[build])
+        print(name, build, seconds[build], flush=True)
     results = {build: measured(path, dtype) for build, path in {"dense": Path(model), **places}.items()}
     losses, texts = ({build: own[at] for build, own in results.items()} for at in (0, 1))
     apart = paired_difference(losses["ours"], losses["before"])
-    cost = paired_difference(losses["preserve"], losses["ours"])
-    ratios = {
-        build: [one / other for one, other in zip(seconds[build], seconds["before"], strict=True)]
-        for build in ("ours", "preserve")
-    }
+    ratios = {build: own / seconds["before"] for build, own in seconds.items()}
     figures = {f"loss_minus_before_{name}_high": apart.high}
+    pairs = {"ours - before": vars(apart)}
     if name != "gemma":
-        figures[f"time_over_before_{name}"] = statistics.median(ratios["ours"])
-    if name == "smollm2":
-        figures["time_with_preserve_over_before_smollm2"] = statistics.median(ratios["preserve"])
+        figures[f"time_over_before_{name}"] = ratios["ours"]
+    if "preserve" in places:
+        cost = paired_difference(losses["preserve"], losses["ours"])
+        pairs["preserve - ours"] = vars(cost)
+        figures["time_with_preserve_over_before_smollm2"] = ratios["preserve"]
         figures["ppl_over_dense_50"] = headline(texts["preserve"]) / headline(texts["dense"])
         figures["task_cost_of_preserve"] = cost.difference
     values = {
         build: [{"value": headline(one), "values": list(one.values)} for one in both]
         for build, both in results.items()
     }
-    raw = {"seconds": seconds, "ratios": ratios, "on": ONS, "measured": values}
-    return {
-        "figures": figures,
-        "raw": {**raw, "ours - before": vars(apart), "preserve - ours": vars(cost)},
-    }
+    raw = {"seconds": seconds, "ratios": ratios, "on": ONS, "measured": values, **pairs, **made()}
+    return {"figures": figures, "raw": raw}
 
 
 def more() -> Found:
-    """Prune with as many problems as the build before's time for 48 has room for, by the median ratio of `smollm2`."""
-    ratio = statistics.median(record("lean")["raw"]["smollm2"]["raw"]["ratios"]["ours"])
+    """Prune with as many problems as the build before's time for 48 has room for, by the ratio that `smollm2` found."""
+    ratio = record("lean")["raw"]["smollm2"]["raw"]["ratios"]["ours"]
     count, place = int(PROBLEMS / ratio), KEPT / "smollm2-more"
     words = ["prune", "embedded", "-t", "gsm8k", "-n", str(count), "--preserve", "none", "--sparsity", "0.5"]
     words += ["--device", "cpu", "--data-dir", str(data_folder()), "-o", str(place)]
-    seconds = once([sys.executable, "-c", COMMAND, *words], place, anew=False)
+    seconds = once([sys.executable, "-c", COMMAND, *words], place)
     dense, ours = (measured(path)[0] for path in (Path("embedded"), place))
     apart = paired_difference(ours, dense)
     return {
@@ -205,13 +199,12 @@ def more() -> Found:
     }
 
 
-def once(command: list[str], place: Path, *, anew: bool) -> float:
-    """Prune to a place with nothing of the product's caches, and return the seconds; where it need not be `anew`, go on."""
-    if anew:
+def once(command: list[str], place: Path) -> float:
+    """Prune to a place with nothing of the product's caches, and return the seconds; a place that is there is kept."""
+    note = place.with_name(f"{place.name}.seconds")
+    if not note.exists():
         for path in (place, place.with_name(f"{place.name}.pruning"), cache_folder() / "own"):
             shutil.rmtree(path, ignore_errors=True)
-    note = place.with_name(f"{place.name}.seconds")
-    if anew or not note.exists():
         note.write_text(str(timed(command)["wall"]))
     return float(note.read_text())
 
