@@ -57,6 +57,11 @@ def _here(word: str) -> str:
     return word.replace(str(PLACE.absolute()), "bench/.before").replace(f"{ROOT}/", "")
 
 
+def environment(*, ours: bool) -> dict[str, str]:
+    """Return the variables with which an interpreter imports this checkout, or the build before and nothing in its way."""
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src") if ours else ""}
+
+
 def alternate(
     ours: Sequence[str],
     theirs: Sequence[str],
