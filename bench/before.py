@@ -57,7 +57,7 @@ def _here(word: str) -> str:
     return word.replace(str(PLACE.absolute()), "bench/.before").replace(f"{ROOT}/", "")
 
 
-def environment(*, ours: bool) -> dict[str, str]:
+def variables(*, ours: bool) -> dict[str, str]:
     """Return the variables with which an interpreter imports this checkout, or the build before and nothing in its way."""
     return {**os.environ, "PYTHONPATH": str(ROOT / "src") if ours else ""}
 
@@ -86,8 +86,8 @@ def alternate(
         for name, command in commands.items():
             for cache in caches:
                 _delete(cache)
-            variables = {**os.environ, **(env or {}).get(name, {})}
-            seconds[name].append(timed(command, cwd, variables))
+            own = {**os.environ, **(env or {}).get(name, {})}
+            seconds[name].append(timed(command, cwd, own))
     found = {kind: _ratios(seconds, kind) for kind in ("wall", "cpu")}
     shown = {name: [_here(word) for word in words] for name, words in commands.items()}
     return {"commands": shown, "seconds": seconds, "ours_over_theirs": found}

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from before import alternate, before
+from before import alternate, before, variables
 from common import ROOT, RUNS, data_folder, record, write_figures
 from hybrids import hybrids
 from models import fetched
@@ -160,7 +160,7 @@ def experts() -> dict[str, Any]:
             found = {}
             for name, python in pythons.items():
                 path = Path(folder) / f"{name}.json"
-                env = {**os.environ, "PYTHONPATH": str(ROOT / "src") if name == "ours" else ""}
+                env = variables(ours=name == "ours")
                 subprocess.run(
                     [python, str(ROOT / "bench" / "experts.py"), str(path)],
                     env=env,
@@ -198,7 +198,7 @@ def wanda() -> dict[str, Any]:
             ]
             command += ["--method", "wanda", "-t", "gsm8k", "-n", "16"]
             data = {"CAUSALPRUNE_DATA": str(data_folder())}
-            env = {"ours": {**data, "PYTHONPATH": str(ROOT / "src")}, "theirs": data}
+            env = {name: variables(ours=name == "ours") | data for name in ("ours", "theirs")}
             how = {"caches": [output, output.with_name("output.pruning")], "cwd": Path(scratch), "env": env}
             alternate(command, command, 1, **how)  # type: ignore[arg-type]
             found[name] = alternate(command, command, PAIRS, **how)  # type: ignore[arg-type]

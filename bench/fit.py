@@ -26,7 +26,7 @@ from typing import Any
 import consumers
 import numpy as np
 import torch
-from before import before, environment, median_interval
+from before import before, median_interval, variables
 from common import ROOT, RUNS, Found, carry_out, data_folder, step_parser
 from lean import COMMAND, MODELS
 from models import fetched
@@ -124,8 +124,8 @@ def _made(place: Path, command: list[str]) -> float:
     if not note.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
-        variables = environment(ours=command[0] == sys.executable)
-        subprocess.run([*command, "-o", str(place)], check=True, env=variables)
+        env = variables(ours=command[0] == sys.executable)
+        subprocess.run([*command, "-o", str(place)], check=True, env=env)
         note.write_text(str(time.perf_counter() - start))
     return float(note.read_text())
 

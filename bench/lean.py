@@ -26,7 +26,7 @@ from typing import Any
 import faults
 import numpy as np
 import torch
-from before import alternate, before, environment, timed
+from before import alternate, before, timed, variables
 from common import BENCH, Found, carry_out, data_folder, made, record, step_parser
 from large import EIGHT, write_checkpoint
 from models import fetched
@@ -205,7 +205,7 @@ def once(command: list[str], place: Path) -> float:
     if not note.exists():
         for path in (place, place.with_name(f"{place.name}.pruning"), cache_folder() / "own"):
             shutil.rmtree(path, ignore_errors=True)
-        note.write_text(str(timed(command, env=environment(ours=command[0] == sys.executable))["wall"]))
+        note.write_text(str(timed(command, env=variables(ours=command[0] == sys.executable))["wall"]))
     return float(note.read_text())
 
 
