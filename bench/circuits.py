@@ -3,7 +3,7 @@
     python bench/circuits.py constructed planted   # minutes to an hour
     python bench/circuits.py                       # all steps that are not done yet, about 12 hours on two cores
 
-Every search is resumable (bench/runs/circuits/), every planting and every row too. `relevance` needs lxt in an environment of
+Every search is resumable (bench/runs/circuits/); every planting and every row is kept in bench/rows/. `relevance` needs lxt in an environment of
 its own (bench/oracle/lxt_relevance.py says how), whose Python $CAUSALPRUNE_LXT names.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, RUNS, Found, carry_out, data_folder, made, step_parser
+from common import ROOT, RUNS, Found, carry_out, data_folder, kept, made, step_parser
 from models import fetched
 from torch import Tensor
 
@@ -103,16 +103,6 @@ def data(name: str, task: str, seed: int) -> tuple[Calibration, Calibration]:
     settings = Settings(data_dir=data_folder())
     own = cp.calibrate(decoder(name), [task], n=SCORED, subsets=1, seed=seed, data_dir=data_folder())
     return own, measured_on(decoder(name), [f"{task}_nll:{DECIDED}"], settings)
-
-
-def kept(path: Path, make: Callable[[], Any]) -> Any:
-    """Return a JSON value that is made once."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        value = make()
-        path.with_suffix(".partial").write_text(json.dumps(value))
-        path.with_suffix(".partial").replace(path)
-    return json.loads(path.read_text())
 
 
 def relevance() -> Found:
@@ -342,7 +332,7 @@ def planted() -> Found:
     every = [(name, nats, seed) for name, n in PLANTINGS.items() for nats in PLANTED for seed in range(n)]
     for name, nats, seed in every:
         key = f"{name}-{nats:g}-{seed}"
-        raw[key] = kept(FOLDER / "planted" / f"{key}.json", partial(planting, name, nats, seed))
+        raw[key] = kept(f"circuits/planted/{key}", partial(planting, name, nats, seed))
         print(key, {m: own["ranks"] for m, own in raw[key].items() if isinstance(own, dict)}, flush=True)
     strong = [own for own in raw.values() if own["nats"] >= PLANTED[2]]
     found = {}
@@ -403,7 +393,7 @@ def searched(
             **made(),
         }
 
-    return kept(FOLDER / f"{name}.json", make)
+    return kept(f"circuits/{name}", make)
 
 
 def summed(found: Sequence[dict[str, Any]], problems_: slice = slice(None)) -> dict[str, Any]:
@@ -497,7 +487,7 @@ def ioi() -> Found:
             continue
         for method in ("integrated x3", "integrated", "gradient", "relevance", "random"):
             raw[model][method] = kept(
-                FOLDER / f"ioi-{model}-{method.replace(' ', '_')}.json", partial(_ioi, model, whole, method)
+                f"circuits/ioi-{model}-{method.replace(' ', '_')}", partial(_ioi, model, whole, method)
             )
     good = {m: own for m, own in raw.items() if own["right"] >= 0.75}
     methods = [m for m in ESTIMATORS if all(m in own for own in good.values())]
@@ -577,7 +567,7 @@ def compression() -> Found:
     names = ("relevance", "snip", "wanda", "magnitude")
     return {
         "figures": {},
-        "raw": {name: kept(FOLDER / f"compressed-{name}.json", partial(row, name)) for name in names},
+        "raw": {name: kept(f"circuits/compressed-{name}", partial(row, name)) for name in names},
     }
 
 

@@ -22,6 +22,8 @@ BENCH = Path(__file__).parent
 ROOT = BENCH.parent
 RESULTS = BENCH / "results"
 RUNS = BENCH / "runs"
+ROWS = BENCH / "rows"
+"""Rows of steps that are not finished: small files that go with the checkout, so that another machine goes on with them."""
 Found = dict[str, Any]
 """What a step found: its `figures`, and what they come from as `raw`."""
 
@@ -87,6 +89,18 @@ def carry_out(
         figures = {key: value for own in done.values() for key, value in own["figures"].items()}
         write_figures(name, figures, done, [0])
         print(json.dumps(found["figures"]), flush=True)
+
+
+def kept(name: str, make: Callable[[], Any]) -> Any:
+    """Return the JSON value of a row, such as `lean/pattern-0`, that is made once."""
+    path = ROWS / f"{name}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(_elsewhere(make()), separators=(",", ":")) + "\n")
+        partial.replace(path)
+        print(f"   {name}", flush=True)
+    return json.loads(path.read_text())
 
 
 def machine() -> dict[str, Any]:

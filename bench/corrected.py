@@ -1,7 +1,6 @@
 """What the steps of bench/correction.py share: samples, corrections that go on, rows that are measured once."""
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from common import RUNS, data_folder, made
 from models import fetched
@@ -66,15 +66,8 @@ def fresh(name: str) -> Decoder:
 
 
 def kept(name: str, make: Callable[[], Any]) -> Any:
-    """Return a JSON value that is made once."""
-    path = FOLDER / f"{name}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        value = make()
-        path.with_suffix(".partial").write_text(json.dumps(value))
-        path.with_suffix(".partial").replace(path)
-        print(f"   {name}", flush=True)
-    return json.loads(path.read_text())
+    """Return the JSON value of a row of these steps, made once."""
+    return common.kept(f"correction/{name}", make)
 
 
 def samples(

@@ -3,7 +3,7 @@
     python bench/correction.py planted      # known by construction, about an hour
     python bench/correction.py              # all steps that are not done yet, about 12 hours on two cores
 
-Every row is kept in bench/runs/correction/ and made once; searches go on where they were stopped.
+Every row is kept in bench/rows/ and made once; searches go on where they were stopped.
 """
 
 import dataclasses

@@ -9,7 +9,6 @@ model's own preserved: time and loss), more (problems in the time of the build b
 """
 
 import gc
-import json
 import resource
 import shutil
 import statistics
@@ -27,7 +26,7 @@ import faults
 import numpy as np
 import torch
 from before import alternate, before, timed, variables
-from common import BENCH, Found, carry_out, data_folder, made, record, step_parser
+from common import BENCH, Found, carry_out, data_folder, kept, made, record, step_parser
 from large import EIGHT, write_checkpoint
 from models import fetched
 from safetensors.torch import load_file
@@ -108,7 +107,7 @@ def bytes_of_training() -> Found:
     """Return the bytes for each weight that a step of training holds beside parameters and what grows with tokens."""
     decoder = load(str(fetched("qwen")), dtype="bfloat16", device="cpu")
     weights = sum(p.size for p in decoder.projections)
-    tokens = calibrate(decoder, ["gsm8k"], n=8, data_dir=data_folder()).examples
+    tokens = calibrate(decoder.tokenizer, ["gsm8k"], n=8, data_dir=data_folder()).examples
     line = [token for example in tokens for token in example.tokens]
     peaks = {}
     with torch.no_grad():
@@ -303,18 +302,17 @@ def against(name: str, methods: tuple[str, str], sparsity: float | None, draws: 
 
     What a draw gave is kept, so that a stopped step goes on.
     """
-    dense = measured(Path("embedded"))
-    KEPT.mkdir(parents=True, exist_ok=True)
+    dense = kept(
+        "lean/dense", lambda: [(list(own.values), headline(own)) for own in measured(Path("embedded"))]
+    )
     rises: dict[str, list[list[float]]] = {method: [] for method in methods}
     texts: dict[str, list[float]] = {method: [] for method in methods}
     for seed in range(draws):
         for method in methods:
-            note = KEPT / f"{name}-{method.replace(':', '-')}-{seed}.json"
-            if not note.exists():
-                note.write_text(json.dumps(drawn(parse_method(method, sparsity), seed)))
-            losses, perplexity = json.loads(note.read_text())
-            rises[method].append(list(np.array(losses) - np.array(dense[0].values)))
-            texts[method].append(perplexity / headline(dense[1]))
+            row = f"lean/{name}-{method.replace(':', '-')}-{seed}"
+            losses, perplexity = kept(row, partial(drawn, parse_method(method, sparsity), seed))
+            rises[method].append(list(np.array(losses) - np.array(dense[0][0])))
+            texts[method].append(perplexity / dense[1][1])
             print(name, method, seed, float(np.mean(rises[method][-1])), texts[method][-1], flush=True)
     means = {method: np.mean(own, 0) for method, own in rises.items()}
     ours, theirs = (means[method] for method in methods)
