@@ -14,6 +14,7 @@ from causalprune.core.errors import ModelError, OptionError
 from causalprune.core.types import Batch, Decoder, Projection, silent
 from causalprune.interventions import pieces
 from causalprune.interventions.ablation import LayerInputs, entered_at
+from causalprune.interventions.gradients import output_slopes
 from causalprune.interventions.losses import divergence, target_logits, targets
 from causalprune.models.anatomy import inspect_model
 from causalprune.pruning import training as distillation
@@ -47,6 +48,22 @@ def test_logits_are_made_again_from_what_the_last_layer_sent(family: str) -> Non
         with torch.inference_mode(), entered_at(decoder, len(decoder.layers), last_hidden(decoder, batch)):
             found = target_logits(decoder, batch, targets(everywhere(batch)))
         torch.testing.assert_close(found, expected)
+
+
+@every_family
+def test_gradients_have_seen_what_training_follows(family: str) -> None:
+    decoder, seen = shared(family), list[LayerInputs]()
+    alone = batches(EXAMPLES.examples, max_batch_tokens=1)
+    output_slopes(decoder, alone, last=seen)
+    for batch, own in zip(alone, seen, strict=True):
+        (found,), (expected,) = own.hidden.values(), last_hidden(decoder, batch).hidden.values()
+        torch.testing.assert_close(found, expected)
+
+
+def test_where_gradients_are_taken_nothing_runs_for_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation, "last_hidden", None)  # a call would fail
+    found = prune(fresh("llama2"), Method("causal", 0.5), calibration=EXAMPLES, on_progress=silent)
+    assert found.method.resolved_update == "distill"
 
 
 @every_family

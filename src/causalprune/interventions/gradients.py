@@ -84,21 +84,20 @@ def output_slopes(
     on_progress: Progress = silent,
     state: State | None = None,
     hold: Hold | None = None,
+    last: list[LayerInputs] | None = None,
 ) -> dict[str, Float[Tensor, "out"]]:
     """Return the root mean square of the gradient of the batches' target loss at every projection's outputs.
 
     Nats per unit of activation; the mean is over all tokens, so what few tokens reach has small slopes; outputs that no token
     reaches, or on which the loss does not depend, are not there. Goes back layer by layer (`Pieces`), and makes no gradient of a
     weight. Costs about two forward passes, three where activations do not fit. What batches have added is kept in the `state`.
+    What the model sends to the final norm, batch after batch, is added to `last`.
     With a `hold` for inputs of layers, each layer sees all batches before the next one runs; progress counts layers then.
     """
-    state = state or State()
-    begun = state.values.pop("squares", {"batches": 0, "sums": {}})
-    places = {p.name: p.device for p in decoder.projections}
-    squares: dict[str, Tensor] = {name: own.to(places[name]) for name, own in begun["sums"].items()}
-    after, count = len(decoder.layers), sum(int(batch.real.sum()) for batch in groups)
-
-    done, told = begun["batches"], 0
+    state, after, told = state or State(), len(decoder.layers), 0
+    sent = [] if last is None else last
+    squares = _begun(decoder, groups, state, sent)
+    done, count = len(sent), sum(int(batch.real.sum()) for batch in groups)
 
     def add(p: Projection, slope: Float[Tensor, "token out"]) -> None:
         if len(slope):
@@ -117,13 +116,30 @@ def output_slopes(
         on_progress(done, len(groups))
     while done < len(groups):
         own = groups[done : done + 1] if hold is None else groups
-        _go_back(decoder, Pieces(decoder, own, watch, hold=hold or as_they_are, told=tell), own)
-        done += len(own)
+        pieces = Pieces(decoder, own, watch, hold=hold or as_they_are, told=tell)
+        _go_back(decoder, pieces, own)
+        sent += pieces.last
+        done = len(sent)
         if state.due():
-            state.flush(squares={"batches": done, "of": len(groups), "sums": squares})
+            hidden = [inputs.hidden[after] for inputs in sent]
+            state.flush(
+                squares={"of": len(groups), "sums": squares, "sent": hidden, "as_tuple": sent[0].as_tuple}
+            )
         if hold is None:
             on_progress(done, len(groups))
     return {name: (own / count).sqrt() for name, own in squares.items() if bool(own.any())}
+
+
+def _begun(
+    decoder: Decoder, groups: Sequence[Batch], state: State, sent: list[LayerInputs]
+) -> dict[str, Tensor]:
+    """Return what a stopped run has summed over batches, and add what the last layer sent on for them to `sent`."""
+    begun, after = state.values.pop("squares", {}), len(decoder.layers)
+    if begun.get("of") != len(groups) or "sent" not in begun:  # nothing, or of other batches
+        return {}
+    sent += [LayerInputs({after: hidden}, begun["as_tuple"]) for hidden in begun["sent"]]
+    places = {p.name: p.device for p in decoder.projections}
+    return {name: own.to(places[name]) for name, own in begun["sums"].items()}
 
 
 def _go_back(decoder: Decoder, pieces: Pieces, groups: Sequence[Batch]) -> None:

@@ -27,7 +27,7 @@ from causalprune.core import (
     silent,
     unpacked,
 )
-from causalprune.interventions import as_they_are, output_slopes, weight_slopes
+from causalprune.interventions import LayerInputs, as_they_are, output_slopes, weight_slopes
 from causalprune.models import fingerprint
 from causalprune.pruning.allocation import find_threshold, keep_above, keep_columns, prune_counts
 from causalprune.pruning.budgets import measured_response, shares_of
@@ -41,7 +41,15 @@ from causalprune.pruning.pruned import Pruned
 from causalprune.pruning.rules import RULES
 from causalprune.pruning.scores import finite, inverse, score, score_blocks, slope
 from causalprune.pruning.stacks import Solved, Stacks
-from causalprune.pruning.training import Around, Lesson, Training, distill, lessons
+from causalprune.pruning.training import (
+    Around,
+    Lesson,
+    Training,
+    as_kept,
+    check_dtypes,
+    distill,
+    lessons,
+)
 from causalprune.pruning.walks import Gathered, Plan, planned, unrouted, walk
 
 
@@ -160,6 +168,9 @@ def _followed(
     """Return what training follows, None where the update is another one."""
     if plan.method.resolved_update not in TRAINS or calibration is None:
         return None
+    check_dtypes(plan.decoder)  # before anything that takes time
+    if plan.taught and "lessons" not in plan.state.values:
+        _look_back(plan, steps)
     steps.begin("predictions", "batches" if plan.hold is None else "layers")
     examples, hold = calibration.examples, plan.hold
     return lessons(plan.decoder, examples, max_batch_tokens, plan.state, steps.tell, hold)
@@ -179,8 +190,7 @@ def _pruned(plan: Plan, steps: Steps) -> Pruned:
     gathered, state = Gathered(), plan.state
     if "slopes" in plan.method.needs:
         if "slopes" not in state.values:
-            steps.begin("gradients", "batches" if plan.hold is None else "layers")
-            state.keep(slopes=output_slopes(plan.decoder, plan.groups, steps.tell, state, plan.hold))
+            _look_back(plan, steps)
         places = {p.name: p.device for p in plan.decoder.projections}
         gathered.slopes = {name: own.to(places[name]) for name, own in state.values["slopes"].items()}
     if wanted := plan.method.needs & SENSITIVE:
@@ -195,6 +205,17 @@ def _pruned(plan: Plan, steps: Steps) -> Pruned:
     for p, kept in prune_layers(plan, gathered, steps, shares=shares):
         keep.add(p.name, kept)
     return Pruned(plan.method, keep, unrouted(plan, gathered), response)
+
+
+def _look_back(plan: Plan, steps: Steps) -> None:
+    """Keep slopes at outputs, and where batches are `taught` what training will follow, from the same passes."""
+    last, state, after = list[LayerInputs](), plan.state, len(plan.decoder.layers)
+    steps.begin("gradients", "batches" if plan.hold is None else "layers")
+    groups = plan.taught or plan.groups
+    slopes = output_slopes(plan.decoder, groups, steps.tell, state, plan.hold, last)
+    if plan.taught:
+        state.keep(lessons=as_kept(last, after, len(groups)))
+    state.keep(slopes=slopes)
 
 
 def prune_layers(

@@ -19,10 +19,13 @@ LOGITS = 2.0
 """Times that logits, with what is made of them, take as long as the product that they are."""
 
 
-def costs(decoder: Decoder, method: Method, groups: Sequence[Batch], few: Sequence[Batch]) -> Costs:
+def costs(
+    decoder: Decoder, method: Method, groups: Sequence[Batch], few: Sequence[Batch], *, taught: bool
+) -> Costs:
     """Return the cost of every part of a run on these batches, a few of which see graded interventions.
 
-    Estimates, from the multiplications: for time left to show, not to bill.
+    Where they are `taught`, gradients have what training follows. Estimates, from the multiplications: for time left to show,
+    not to bill.
     """
     n, pool, tokens = len(decoder.layers), decoder.projections, max(_tokens(groups), 1)
     size, head = sum(p.size for p in pool), decoder.model.get_output_embeddings()
@@ -35,7 +38,7 @@ def costs(decoder: Decoder, method: Method, groups: Sequence[Batch], few: Sequen
         tokens * sum(p.shape[1] ** 2 for p in pool if p.role in ("q", "kv_a", "o", "up", "down")) / through
     )
     found: dict[str, Sequence[float]] = {}
-    if trains:
+    if trains and not taught:
         found["predictions"] = [1.0]
     if method.gradient_passes:
         found["gradients"] = [method.gradient_passes + logits]
@@ -73,7 +76,7 @@ def begun(path: Path) -> str:
         (
             "gradients",
             "slopes" in known,
-            f"{squares.get('batches', 0)} of {squares.get('of')} batches of gradients",
+            f"{len(squares.get('sent', ()))} of {squares.get('of')} batches of gradients",
         ),
         ("trials", "trials" in known and (pruned or layers > 0), f"{len(known.get('trials', ()))} trials"),
         ("layers", pruned, f"{layers} of {known.get('layers')} layers"),

@@ -79,24 +79,33 @@ def lessons(
         OptionError: the model's weights are of a type that cannot be trained.
     """
     check_dtypes(decoder)  # before anything that takes time
-    steps, state = batches(examples, max_batch_tokens=min(BATCH_TOKENS, max_batch_tokens)), state or State()
+    steps, state = batches_of(examples, max_batch_tokens), state or State()
     known = state.values.pop("lessons", {"hidden": [], "as_tuple": False})
     after, device = len(decoder.layers), decoder.projections[-1].device
     hidden = [own.to(device, copy=True) for own in known["hidden"]]  # out of the file
-    found = [LayerInputs({after: own}, known["as_tuple"]) for own in hidden]
+    keep = hold or as_they_are
+    found = [keep(LayerInputs({after: own}, known["as_tuple"])) for own in hidden]
     if hold is not None and len(found) < len(steps):
         found = _seen_together(decoder, steps, hold, on_progress)
-        every = [own.hidden[after] for own in found]
-        state.flush(lessons={"hidden": every, "as_tuple": found[0].as_tuple, "batches": len(steps)})
+        state.flush(lessons=as_kept(found, after, len(steps)))
     on_progress(len(found), len(steps))
     for batch in steps[len(found) :]:
         found.append(last_hidden(decoder, batch))
         if state.due() or len(found) == len(steps):
-            every = [own.hidden[after] for own in found]
-            own = {"hidden": every, "as_tuple": found[0].as_tuple, "batches": len(steps)}
-            state.flush(lessons=own)
+            state.flush(lessons=as_kept(found, after, len(steps)))
         on_progress(len(found), len(steps))
     return list(zip(steps, found, strict=True))
+
+
+def batches_of(examples: Sequence[Example], max_batch_tokens: int) -> list[Batch]:
+    """Return the batches that training follows."""
+    return batches(examples, max_batch_tokens=min(BATCH_TOKENS, max_batch_tokens))
+
+
+def as_kept(sent: Sequence[LayerInputs], after: int, batches: int) -> dict[str, Any]:
+    """Return what the state of a run has of `lessons`: what the last layer sent on for batches, of so many."""
+    hidden = [own.hidden[after] for own in sent]
+    return {"hidden": hidden, "as_tuple": sent[0].as_tuple, "batches": batches}
 
 
 def _seen_together(

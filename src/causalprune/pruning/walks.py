@@ -18,9 +18,11 @@ from causalprune.interventions import (
     run_layer,
     shares,
 )
+from causalprune.pruning.criteria import TRAINS
 from causalprune.pruning.importance import Factors
 from causalprune.pruning.methods import Method
 from causalprune.pruning.parts import Costs, Steps, costs
+from causalprune.pruning.training import batches_of
 
 INPUTS = {False: "intact_inputs", True: "pruned_inputs"}
 """What inputs of layers are kept as, by whether the layers before are pruned."""
@@ -30,7 +32,8 @@ INPUTS = {False: "intact_inputs", True: "pruned_inputs"}
 class Plan:
     """All that is settled before the first layer runs: what is pruned, how, on which batches, at what cost.
 
-    Graded interventions see the batches of `few`. `hold` gets the inputs of layers, and returns them from wherever it
+    Graded interventions see the batches of `few`. Batches that are `taught` are those that training follows, where gradients take
+    the same ones. `hold` gets the inputs of layers, and returns them from wherever it
     keeps them until the layer runs; with one, layers are in memory one at a time. What takes long is kept in the `state`.
     """
 
@@ -42,6 +45,7 @@ class Plan:
     costs: Costs
     hold: Hold | None = None
     state: State = field(default_factory=State)
+    taught: Sequence[Batch] = ()
 
 
 def planned(
@@ -54,13 +58,17 @@ def planned(
     """Return the plan of a run, which looks at calibration data where the method has to."""
     groups: list[Batch] = []
     some: list[Batch] = []
+    taught: list[Batch] = []
     if method.needs_calibration and calibration is not None:
         check_positions(decoder, calibration.examples)
         unpadded = any(isinstance(layer.experts, nn.ModuleList) for layer in decoder.layers)
         size = 1 if unpadded else max_batch_tokens
         groups = batches(calibration.examples, max_batch_tokens=size)
         some = batches(few(calibration.examples), max_batch_tokens=size)
-    return Plan(decoder, method, factors, groups, some, costs(decoder, method, groups, some))
+        if "slopes" in method.needs and method.resolved_update in TRAINS and not unpadded:
+            taught = batches_of(calibration.examples, max_batch_tokens)
+    own = costs(decoder, method, groups, some, taught=bool(taught))
+    return Plan(decoder, method, factors, groups, some, own, taught=taught)
 
 
 @dataclass(eq=False)
