@@ -30,7 +30,7 @@ from common import BENCH, Found, carry_out, data_folder, kept, made, record, ste
 from large import EIGHT, write_checkpoint
 from models import fetched
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -76,12 +76,13 @@ from lean import step_from_files, step_in_memory
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made in its block and still there, and their peak."""
+    """Counts the bytes of the tensors that are made in its block and still there, and their peak; views of a model are none."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: set[int] = set()
+        there = [*model.parameters(), *model.buffers()]
+        self._known = {own.untyped_storage()._cdata for own in there}  # noqa: SLF001
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -117,7 +118,7 @@ def bytes_of_training() -> Found:
         example = Example(tuple(line[:count]), 1, "lean", "lean")
         followed = training.lessons(decoder, [example], 2048)
         gc.collect()
-        with Live() as live, one_round():
+        with Live(decoder.model) as live, one_round():
             training.distill(decoder, followed, how=training.Training(), on_step=lambda *now: None)
         peaks[str(count)] = live.peak
     fixed = 2 * peaks[str(SHORT[0])] - peaks[str(SHORT[1])]

@@ -135,12 +135,7 @@ def swapped(one: Effects, other: Effects, seed: int = 0) -> dict[str, float]:
 
 
 def interactions(
-    plan: Plan,
-    effects: Effects,
-    top: int,
-    *,
-    ledger: Path | None = None,
-    on_progress: Progress = silent,
+    plan: Plan, effects: Effects, top: int, *, ledger: Path | None = None, on_progress: Progress = silent
 ) -> dict[str, Any]:
     """Remove the strongest units two by two: joint effect against the sum of both, in nats per token.
 

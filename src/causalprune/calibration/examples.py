@@ -10,22 +10,8 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
-from causalprune.calibration.data import (
-    SOURCES,
-    TEXT_SOURCES,
-    Problem,
-    Split,
-    contents,
-    load_problems,
-)
-from causalprune.calibration.encoding import (
-    Reader,
-    Skipped,
-    UnequalError,
-    encode,
-    text_tokens,
-    windows,
-)
+from causalprune.calibration.data import SOURCES, TEXT_SOURCES, Problem, Split, contents, load_problems
+from causalprune.calibration.encoding import Reader, Skipped, UnequalError, encode, text_tokens, windows
 from causalprune.calibration.templates import Chat, date_of, uses_chat
 from causalprune.core import METHOD_VERSION, Batch, Calibration, DataError, Decoder, Example, OptionError
 from causalprune.models import positions

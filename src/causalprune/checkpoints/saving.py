@@ -228,10 +228,7 @@ def count(projection: Projection, dtype: torch.dtype | None = None) -> dict[str,
 
 
 def write_manifest(
-    folder: Path,
-    decoder: Decoder,
-    run: dict[str, Any],
-    projections: list[dict[str, Any]],
+    folder: Path, decoder: Decoder, run: dict[str, Any], projections: list[dict[str, Any]]
 ) -> None:
     """Write the manifest of the files that are in `folder`, and the model card that goes with it."""
     hashed = sorted([*folder.glob("*.safetensors"), *folder.glob(EFFECTS)])

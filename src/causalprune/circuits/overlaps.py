@@ -75,11 +75,7 @@ def overlap(
         for row, a in zip(jaccard, every, strict=True)
     ]
     found = Overlap(
-        tuple(named),
-        tuple(own.size for own in every),
-        _frozen(shared),
-        _frozen(jaccard),
-        _frozen(corrected),
+        tuple(named), tuple(own.size for own in every), _frozen(shared), _frozen(jaccard), _frozen(corrected)
     )
     if decoder is None:
         return found

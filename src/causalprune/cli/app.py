@@ -53,8 +53,7 @@ def options(
         ),
     ] = None,
     version: Annotated[
-        bool,
-        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version),
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
     ] = False,
 ) -> None:
     """Options of every command, before its name or after."""

@@ -44,15 +44,14 @@ class UndesiredOptions:
         ),
     ] = None
     bar: Annotated[
-        float | None,
-        typer.Option(help="Value from which on a text shows the behaviour.", show_default="0.5"),
+        float | None, typer.Option(help="Value from which on a text shows the behaviour.", show_default="0.5")
     ] = None
     new_tokens: Annotated[int, typer.Option(help="Tokens that the model goes on with.", min=8)] = 128
     preserve: Annotated[
         list[str],
         typer.Option(
             help="What is to stay: wikitext2, c4, own (text that the model writes), gsm8k, a file, … or none; `wikitext2:24` fixes a "
-            "count; repeatable. Clean texts of the model's own are added.",
+            "count; repeatable. Clean texts of the model's own are added."
         ),
     ] = field(default_factory=lambda: ["wikitext2:24", "gsm8k:48"])
     window: Annotated[int, typer.Option(help="Tokens of a window of text that is to stay.", min=8)] = 1024

@@ -41,8 +41,7 @@ class EstimateOptions(opt.EffectOptions):
         str | None, typer.Option(help="Cost: `20x` is a twentieth of a whole pass per unit and example.")
     ] = None
     until_certain: Annotated[
-        bool,
-        typer.Option("--until-certain", help="Stop when the top fifth of the units is settled at 95 %."),
+        bool, typer.Option("--until-certain", help="Stop when the top fifth of the units is settled at 95 %.")
     ] = False
 
     def spec(self, seed: int = 0, cache_gib: float = 1.0) -> "AttributionSpec":
@@ -101,8 +100,7 @@ class DrawOptions(opt.CalibrationOptions):
     """Which examples are drawn, five times of each source."""
 
     task: Annotated[
-        list[str],
-        typer.Option("--task", "-t", help="Sources; the first is compared with the others."),
+        list[str], typer.Option("--task", "-t", help="Sources; the first is compared with the others.")
     ] = field(default_factory=lambda: ["gsm8k", "arc_challenge", "wikitext2"])
     n: Annotated[int, typer.Option("-n", help="Examples in each of five draws.", min=1)] = 8
 
@@ -249,8 +247,7 @@ def evaluate(
     reading: opt.ReadingOptions,
     answers: opt.AnswerOptions,
     limit: Annotated[
-        int | None,
-        typer.Option(help="Examples (tokens for `_ppl` and `_kl`) of what names no count.", min=1),
+        int | None, typer.Option(help="Examples (tokens for `_ppl` and `_kl`) of what names no count.", min=1)
     ] = None,
     phrases: Annotated[
         Path | None, typer.Option(help="List of phrases, one a line, that SOURCE_phrases looks for.")

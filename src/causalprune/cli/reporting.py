@@ -34,8 +34,7 @@ def report(
 
 @app.command()
 def effects(
-    run: Annotated[Path, typer.Argument(help="Run folder, or an effects.json.")],
-    as_json: AsJson = False,
+    run: Annotated[Path, typer.Argument(help="Run folder, or an effects.json.")], as_json: AsJson = False
 ) -> None:
     """Show effects as a heatmap in the terminal: layers × heads, coloured unless NO_COLOR is set."""
     from causalprune.checkpoints import EFFECTS, load_effects

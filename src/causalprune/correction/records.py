@@ -161,11 +161,7 @@ class Corrected(Shown):
         method = {"criterion": f"correct:{own.score}", **asdict(own), "units": ", ".join(own.units)}
         if own.weights:
             method["units"] = "weights"
-        return {
-            "method_version": METHOD_VERSION,
-            "method": method,
-            "correction": self.described(),
-        }
+        return {"method_version": METHOD_VERSION, "method": method, "correction": self.described()}
 
     def described(self) -> dict[str, Any]:
         """Return all numbers as plain values."""

@@ -9,14 +9,7 @@ from causalprune import calibration
 from causalprune.calibration import TRACE_START, Problem, is_file, load_problems
 from causalprune.core import DataError, Decoder, EvalResult, OptionError, Progress, Remarked
 from causalprune.evaluation.settings import Settings, described, reader_for
-from causalprune.evaluation.tasks.answers import (
-    REGEX,
-    after_trace,
-    extract,
-    guess,
-    is_correct,
-    labels_of,
-)
+from causalprune.evaluation.tasks.answers import REGEX, after_trace, extract, guess, is_correct, labels_of
 from causalprune.evaluation.tasks.files import task_file
 from causalprune.evaluation.tasks.generation import Answer, answers
 from causalprune.evaluation.tasks.scorers import reference, scores

@@ -24,17 +24,7 @@ from causalprune.calibration import (
     is_file,
     load_problems,
 )
-from causalprune.core import (
-    DataError,
-    Decoder,
-    EvalResult,
-    Example,
-    OptionError,
-    Progress,
-    bar,
-    say,
-    unknown,
-)
+from causalprune.core import DataError, Decoder, EvalResult, Example, OptionError, Progress, bar, say, unknown
 from causalprune.evaluation.answering import chosen, right_or_wrong, scored, scorer_in
 from causalprune.evaluation.continuing import behaving
 from causalprune.evaluation.settings import Settings, described, reader_for

@@ -63,9 +63,7 @@ def _special(tokenizer: Any) -> set[int]:
 
 @torch.inference_mode()
 def write(
-    decoder: Decoder,
-    uniforms: Float[Tensor, "piece time"],
-    on_step: Callable[[int], None] = lambda _: None,
+    decoder: Decoder, uniforms: Float[Tensor, "piece time"], on_step: Callable[[int], None] = lambda _: None
 ) -> list[Piece]:
     """Return pieces in which every token falls to its uniform number.
 

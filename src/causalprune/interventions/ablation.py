@@ -201,10 +201,7 @@ def entered_at(decoder: Decoder, layer: int, inputs: LayerInputs) -> Iterator[No
 
 
 def run_layer(
-    decoder: Decoder,
-    tokens: Int[Tensor, "batch time"],
-    layer: int,
-    inputs: LayerInputs,
+    decoder: Decoder, tokens: Int[Tensor, "batch time"], layer: int, inputs: LayerInputs
 ) -> Float[Tensor, "*stream batch time model"]:
     """Run `layer` alone on `inputs.hidden[layer]` and return its output."""
     with entered_at(decoder, layer, inputs), kept(decoder, tokens), torch.inference_mode():

@@ -17,12 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from causalprune.core import Batch, Decoder, Example, Layer, Progress, Projection, State, silent
-from causalprune.interventions.ablation import (
-    LayerInputs,
-    entered_at,
-    gated,
-    recomputed,
-)
+from causalprune.interventions.ablation import LayerInputs, entered_at, gated, recomputed
 from causalprune.interventions.losses import Targets, by_row, chunk, cross_entropy, target_logits, targets
 from causalprune.interventions.pieces import Hold, Pieces, Slopes, as_they_are
 from causalprune.interventions.statistics import observed

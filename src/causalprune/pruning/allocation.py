@@ -48,10 +48,7 @@ def prune_counts(sizes: Sequence[int], sparsity: float | Sequence[float]) -> lis
 
 
 def graded_shares(
-    nats: Float[Tensor, "group dose"],
-    sparsities: Sequence[float],
-    sizes: Sequence[int],
-    sparsity: float,
+    nats: Float[Tensor, "group dose"], sparsities: Sequence[float], sizes: Sequence[int], sparsity: float
 ) -> Float[Tensor, "group"]:
     """Return the sparsity of every group that loses the task least, at `sparsity` over all groups.
 

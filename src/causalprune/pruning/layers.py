@@ -41,15 +41,7 @@ from causalprune.pruning.pruned import Pruned
 from causalprune.pruning.rules import RULES
 from causalprune.pruning.scores import finite, inverse, score, score_blocks, slope
 from causalprune.pruning.stacks import Solved, Stacks
-from causalprune.pruning.training import (
-    Around,
-    Lesson,
-    Training,
-    as_kept,
-    check_dtypes,
-    distill,
-    lessons,
-)
+from causalprune.pruning.training import Around, Lesson, Training, as_kept, check_dtypes, distill, lessons
 from causalprune.pruning.walks import Gathered, Plan, planned, unrouted, walk
 
 

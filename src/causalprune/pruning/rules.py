@@ -25,10 +25,7 @@ SPARE = {torch.bfloat16: 16}
 
 
 def factored(
-    known: dict[str, Tensor],
-    slope: Float[Tensor, "out in"],
-    keep: Float[Tensor, "out in"],
-    number: int,
+    known: dict[str, Tensor], slope: Float[Tensor, "out in"], keep: Float[Tensor, "out in"], number: int
 ) -> Float[Tensor, "out in"]:
     """Slopes over their root mean squares, told from those of row and column; no momentum, none larger than `MOST`.
 
@@ -50,10 +47,7 @@ def factored(
 
 
 def adam(
-    known: dict[str, Tensor],
-    slope: Float[Tensor, "out in"],
-    keep: Float[Tensor, "out in"],
-    number: int,
+    known: dict[str, Tensor], slope: Float[Tensor, "out in"], keep: Float[Tensor, "out in"], number: int
 ) -> Float[Tensor, "out in"]:
     """Means of slopes over roots of means of their squares, eight bytes a weight (Kingma & Ba 2014, arXiv 1412.6980)."""
     found = []

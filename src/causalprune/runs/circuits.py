@@ -82,11 +82,7 @@ class CircuitSpec:
 
 
 def find_circuit(
-    spec: ModelSpec,
-    wanted: CalibrationSpec,
-    folder: Path,
-    asked: CircuitSpec,
-    options: Options,
+    spec: ModelSpec, wanted: CalibrationSpec, folder: Path, asked: CircuitSpec, options: Options
 ) -> Circuit:
     """Find a circuit, compare it with others, and leave `circuit.json` and ledgers in `folder`; a stopped search goes on there."""
     on, alone = asked.on, asked.alone

@@ -7,37 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from causalprune.calibration import (
-    OWN,
-    OWN_TEXT,
-    TEXT_SOURCES,
-    load_problems,
-    with_limit,
-)
+from causalprune.calibration import OWN, OWN_TEXT, TEXT_SOURCES, load_problems, with_limit
 from causalprune.checkpoints import check_destination, save, warn_unpacked
-from causalprune.core import (
-    Calibration,
-    Decoder,
-    EvalResult,
-    Progress,
-    forget,
-    git_commit,
-    size_of,
-    versions,
-)
-from causalprune.correction import (
-    CLEAN,
-    CORRECTION,
-    Corrected,
-    correct,
-    for_good,
-    halves,
-    sentences,
-)
-from causalprune.evaluation import (
-    OPENING,
-    kept_rows,
-)
+from causalprune.core import Calibration, Decoder, EvalResult, Progress, forget, git_commit, size_of, versions
+from causalprune.correction import CLEAN, CORRECTION, Corrected, correct, for_good, halves, sentences
+from causalprune.evaluation import OPENING, kept_rows
 from causalprune.runs.cells import load
 from causalprune.runs.plans import Job, priced
 from causalprune.runs.recipe import CalibrationSpec, ModelSpec
@@ -121,11 +95,7 @@ def _rows(before: Sequence[EvalResult], after: Sequence[EvalResult]) -> list[dic
 
 
 def to_stay(
-    decoder: Decoder,
-    counts: Mapping[str, int],
-    study: Study,
-    wanted: CalibrationSpec,
-    tell: Progress,
+    decoder: Decoder, counts: Mapping[str, int], study: Study, wanted: CalibrationSpec, tell: Progress
 ) -> list[Calibration]:
     """Return what is to be preserved: text in windows, and problems as long as `wanted` allows.
 

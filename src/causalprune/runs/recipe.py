@@ -373,9 +373,4 @@ def _choice(choices: Sequence[str], value: Any, where: str) -> Any:
     return value
 
 
-_KINDS = {
-    str: "text",
-    int: "a whole number",
-    float: "a number (0.2, not '20 %')",
-    bool: "true or false",
-}
+_KINDS = {str: "text", int: "a whole number", float: "a number (0.2, not '20 %')", bool: "true or false"}

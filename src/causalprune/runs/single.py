@@ -272,21 +272,12 @@ def prune_streamed(
     seen = Seen(calibration, options.batch_tokens, options.cache_gib, effects)
     with options.stage("pruning") as progress:
         return prune_stream(
-            folder,
-            output,
-            method,
-            seen=seen,
-            overwrite=options.overwrite,
-            on_progress=progress,
+            folder, output, method, seen=seen, overwrite=options.overwrite, on_progress=progress
         )
 
 
 def evaluate_model(
-    spec: ModelSpec,
-    tasks: Sequence[str],
-    settings: Settings,
-    output: Path,
-    options: Options = Options(),
+    spec: ModelSpec, tasks: Sequence[str], settings: Settings, output: Path, options: Options = Options()
 ) -> list[EvalResult]:
     """Measure a model on tasks and write the results to the JSON file `output`.
 

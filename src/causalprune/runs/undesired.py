@@ -8,14 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from causalprune.calibration import (
-    OWN_TEXT,
-    TEXT_SOURCES,
-    Problem,
-    is_file,
-    taken,
-    with_limit,
-)
+from causalprune.calibration import OWN_TEXT, TEXT_SOURCES, Problem, is_file, taken, with_limit
 from causalprune.core import (
     Calibration,
     DataError,
@@ -27,14 +20,7 @@ from causalprune.core import (
     Progress,
     say,
 )
-from causalprune.correction import (
-    Contrast,
-    Judged,
-    check_shown,
-    judged,
-    short,
-    sought,
-)
+from causalprune.correction import Contrast, Judged, check_shown, judged, short, sought
 from causalprune.evaluation import (
     CONTINUATION,
     Begun,

@@ -11,14 +11,7 @@ from torch import Tensor
 
 from causalprune.calibration import batches, few
 from causalprune.core import Batch, Calibration, Decoder, ModelError, OptionError, Progress, size_of
-from causalprune.interventions import (
-    LayerInputs,
-    divergence,
-    entered_at,
-    last_hidden,
-    target_logits,
-    targets,
-)
+from causalprune.interventions import LayerInputs, divergence, entered_at, last_hidden, target_logits, targets
 from causalprune.shrinking.structure import Kept, parameters_of, smaller
 from causalprune.shrinking.timing import token_seconds
 from causalprune.shrinking.worth import KINDS, Kind, Scores, sizes_of

@@ -51,13 +51,7 @@ def contents(task: Any) -> list[str]:
 
 
 def run(
-    decoder: Decoder,
-    task: Any,
-    chosen: Sequence[int],
-    *,
-    chat: bool,
-    batch_size: int,
-    on_progress: Progress,
+    decoder: Decoder, task: Any, chosen: Sequence[int], *, chat: bool, batch_size: int, on_progress: Progress
 ) -> tuple[list[dict[str, Any]], int]:
     """Return the harness's records of the chosen examples (ascending positions), zero-shot, and the tokens read and written.
 
