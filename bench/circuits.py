@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -40,6 +39,7 @@ from causalprune.circuits.ranking import order_of, prefix, resampled_orders, sta
 from causalprune.circuits.records import load_circuit, save_circuit
 from causalprune.core.errors import OptionError
 from causalprune.core.progress import shown
+from causalprune.core.provenance import peak_bytes
 from causalprune.core.types import Calibration, Decoder, Example
 from causalprune.evaluation.settings import Settings
 from causalprune.interventions.losses import target_logits, targets
@@ -593,7 +593,7 @@ def once(name: str) -> None:
     search = Search(scored, decided, how, "absolute", 0.9, None, cp.quiet)
     order = order_of(search.rounds(1), "absolute")
     search.curve(order, prefix(order, search.sizes, 0.5), None)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = peak_bytes()["process"] / 2**30
     print(json.dumps({"minutes": (time.perf_counter() - began) / 60, "gib": peak}))
 
 

@@ -9,7 +9,6 @@ model's own preserved: time and loss), more (problems in the time of the build b
 """
 
 import gc
-import resource
 import shutil
 import statistics
 import subprocess
@@ -38,6 +37,7 @@ from causalprune.calibration.examples import calibrate
 from causalprune.checkpoints.embedded import load as load_embedded
 from causalprune.checkpoints.saving import save
 from causalprune.core.places import cache_folder
+from causalprune.core.provenance import peak_bytes
 from causalprune.core.resuming import State
 from causalprune.core.types import EvalResult, Example
 from causalprune.evaluation.measures import evaluate
@@ -259,22 +259,22 @@ def large() -> Found:
         for way in ("files", "memory"):
             words = [sys.executable, "-c", BY_LAYERS, str(BENCH), way, str(Path(scratch) / "eight")]
             done = subprocess.run(words, capture_output=True, text=True, check=True)
-            peaks[way] = float(done.stdout.split()[-1]) / 2**20
+            peaks[way] = float(done.stdout.split()[-1]) / 2**30
     figures = {"stream_peak_gib_8b": peaks["files"], "memory_peak_gib_8b": peaks["memory"]}
     return {"figures": figures, "raw": {"gib": peaks}}
 
 
 def step_in_memory(folder: Path) -> None:
-    """Train a loaded model for a step, and print the most kilobytes that were resident."""
+    """Train a loaded model for a step, and print the most bytes that were resident."""
     decoder = load(str(folder), dtype="bfloat16", device="cpu")
     followed = training.lessons(decoder, two(), 64)
     with one_round():
         training.distill(decoder, followed, how=training.Training(), on_step=lambda *now: None)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(peak_bytes()["process"])
 
 
 def step_from_files(folder: Path) -> None:
-    """Train a model in files for a step, and print the most kilobytes that were resident."""
+    """Train a model in files for a step, and print the most bytes that were resident."""
     stored = open_checkpoint(folder)
     _, sources = files._opened(folder, stored, Store(0, lambda *now: None))  # noqa: SLF001 (one step, and nothing before it)
     with files._residence(folder, sources, stored, head=True) as residence, one_round():  # noqa: SLF001
@@ -283,7 +283,7 @@ def step_from_files(folder: Path) -> None:
         followed = training.lessons(residence.decoder, two(), 64, hold=hidden.keep)
         how = training.Training(hold=hidden.keep, around=copies.around)
         training.distill(residence.decoder, followed, how=how, on_step=lambda *now: None, state=state)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(peak_bytes()["process"])
 
 
 def two() -> list[Example]:

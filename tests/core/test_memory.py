@@ -1,13 +1,17 @@
 """Where memory runs out: fewer sequences at once, and an error that says what takes less."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Run
 from tinydata import tiny_decoder
 
+from causalprune.core.provenance import peak_bytes
 from causalprune.evaluation.measures import evaluate
 
 
@@ -60,3 +64,11 @@ def test_without_memory_an_error_says_what_takes_less(
     assert "2.00 GiB" in err
     assert "--batch-tokens" in err
     assert "unexpected" not in err
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc on this system")
+def test_the_most_memory_is_that_of_this_process_and_not_of_the_one_that_started_it() -> None:
+    held = np.ones(2**30, np.uint8)  # a gibibyte here
+    code = "from causalprune.core.provenance import peak_bytes; print(peak_bytes()['process'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < len(held) < peak_bytes()["process"]

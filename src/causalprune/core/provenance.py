@@ -46,11 +46,20 @@ def git_commit() -> str | None:
 
 def peak_bytes() -> dict[str, int]:
     """Return the most memory that this process has held so far, and the most on GPUs where there are any."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    found = {"process": _most_resident()}
     if torch.cuda.is_available():
         found["gpu"] = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     return found
+
+
+def _most_resident() -> int:
+    status = Path(
+        "/proc/self/status"
+    )  # where it is there: on Linux, ru_maxrss counts the process that started this one too
+    if status.exists():
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _version(package: str) -> str | None:
