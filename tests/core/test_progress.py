@@ -74,6 +74,7 @@ def test_a_log_has_a_line_for_what_begins_and_one_now_and_then_even_where_nothin
 ) -> None:
     own = console(terminal=False)
     monkeypatch.setattr(progress, "console", own)
+    monkeypatch.setattr(progress, "_command", progress._Command())  # no job of another test is known
     monkeypatch.setattr(progress, "AT_ONCE", 0.05)
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.02)
     with progress.shown("pruning") as tell:

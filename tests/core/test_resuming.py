@@ -1,6 +1,7 @@
 """A pruning that was stopped anywhere goes on, and ends with the bytes of an undisturbed one."""
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,6 @@ def test_a_stopped_pruning_goes_on(
     expected = prune(whole, METHOD, calibration=EXAMPLES, max_batch_tokens=16)
     matrices = every["refit"] // len(whole.layers)
     stops = [
-        ("last_hidden", 2),
         ("cross_entropy", 2),
         ("divergence", 4),
         ("run_layer", 1),
@@ -108,10 +108,27 @@ def test_a_stopped_pruning_goes_on(
     assert torch.equal(found.response.nats, expected.response.nats)
     assert found.response.members == expected.response.members
     again = {name: done[name] - every[name] for name in PLACES}
-    assert again["last_hidden"] == again["cross_entropy"] == 1  # the batch that was at work
+    assert done["last_hidden"] == 0  # what training follows comes with the gradients
+    assert again["cross_entropy"] == 1  # the batch that was at work
     assert again["_last_slope"] == 2
     assert again["refit"] <= 1 + matrices  # those of the layer that was at work
     assert again["divergence"] <= 4 + 6  # of the group that was at work: three sparsities, so many batches
+
+
+def test_what_training_follows_is_made_once_where_no_gradients_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, whole, folder = Method("wanda", 0.5, update="distill"), fresh("llama3"), tmp_path / "out.pruning"
+    every = counted(monkeypatch)
+    prune(whole, method, calibration=EXAMPLES, max_batch_tokens=16)
+    done: Counter[str] = Counter()
+    for stop, after in (("last_hidden", 2), ("", 0)):
+        decoder, count = fresh("llama3"), counted(monkeypatch, stop, after)
+        with pytest.raises(StoppedError) if stop else nullcontext():
+            prune(decoder, method, calibration=EXAMPLES, max_batch_tokens=16, kept_in=folder)
+        done += count
+    assert fingerprint(decoder.model) == fingerprint(whole.model)
+    assert done["last_hidden"] == every["last_hidden"] + 1 == 4
 
 
 @pytest.mark.thorough
