@@ -69,12 +69,12 @@ def alternate(
     *,
     caches: Sequence[Path] = (),
     cwd: Path | None = None,
-    env: Mapping[str, Mapping[str, str]] | None = None,
+    env: Mapping[str, dict[str, str]] | None = None,
 ) -> dict[str, Any]:
     """Run two commands in turn, `pairs` times each, and return their seconds and the ratios ours / theirs.
 
     Files and folders in `caches` are deleted before every run: caches of the product, and outputs that a run would go on
-    from. `env` adds variables for `ours` and for `theirs`. The first pair counts like all others: where files of packages
+    from. `env` adds to the `variables` of `ours` and of `theirs`. The first pair counts like all others: where files of packages
     have to be read from disk first, run each command once before.
 
     Raises:
@@ -86,7 +86,7 @@ def alternate(
         for name, command in commands.items():
             for cache in caches:
                 _delete(cache)
-            own = {**os.environ, **(env or {}).get(name, {})}
+            own = variables(ours=name == "ours") | (env or {}).get(name, {})
             seconds[name].append(timed(command, cwd, own))
     found = {kind: _ratios(seconds, kind) for kind in ("wall", "cpu")}
     shown = {name: [_here(word) for word in words] for name, words in commands.items()}

@@ -3,8 +3,8 @@
     python bench/circuits.py constructed planted   # minutes to an hour
     python bench/circuits.py                       # all steps that are not done yet, about 12 hours on two cores
 
-Every search is resumable (bench/runs/circuits/); every planting and every row is kept in bench/rows/. `relevance` needs lxt in an environment of
-its own (bench/oracle/lxt_relevance.py says how), whose Python $CAUSALPRUNE_LXT names.
+Every search is resumable (bench/runs/circuits/); every planting and every row is kept in bench/rows/. `relevance` needs lxt in
+an environment of its own (bench/oracle/lxt_relevance.py says how), whose Python $CAUSALPRUNE_LXT names.
 """
 
 import itertools

@@ -333,6 +333,7 @@ def other(name: str) -> dict[str, Any]:
     if loop_share < 0.2:
         phrases, _ = openings(decoder)
         file = FOLDER / f"{name}-phrases.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("\n".join(phrases) + "\n")
         about = {"behaviour": f"phrases:{file}", "prompts": ("gsm8k:200",)}
         tasks = ["gsm8k_phrases:200"]

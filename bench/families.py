@@ -198,7 +198,7 @@ def wanda() -> dict[str, Any]:
             ]
             command += ["--method", "wanda", "-t", "gsm8k", "-n", "16"]
             data = {"CAUSALPRUNE_DATA": str(data_folder())}
-            env = {name: variables(ours=name == "ours") | data for name in ("ours", "theirs")}
+            env = {"ours": data, "theirs": data}
             how = {"caches": [output, output.with_name("output.pruning")], "cwd": Path(scratch), "env": env}
             alternate(command, command, 1, **how)  # type: ignore[arg-type]
             found[name] = alternate(command, command, PAIRS, **how)  # type: ignore[arg-type]

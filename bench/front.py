@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from before import variables
 from common import ROOT, Found, carry_out, data_folder, step_parser
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -103,7 +104,7 @@ def first_table() -> Found:
 
 def _timed(command: list[str], folder: Path, cache: Path) -> tuple[dict[str, Any], float]:
     """Run a command with an empty cache of the product; return its stages, the end of what it printed, and its minutes."""
-    env = {**os.environ, "PYTHONPATH": "" if command[0] == "make" else str(ROOT / "src")}
+    env = variables(ours=command[0] != "make")
     pip = subprocess.run(
         [sys.executable, "-m", "pip", "cache", "dir"], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -150,7 +151,7 @@ def reported(folder: Path) -> list[tuple[float, str, int, int]]:
 def begun(folder: Path) -> "subprocess.Popen[bytes]":
     """Begin, or go on with, the work."""
     command = [sys.executable, str(Path(__file__)), "--work", str(folder)]
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
+    return subprocess.Popen(command, env=variables(ours=True))
 
 
 def resumed() -> Found:
@@ -253,7 +254,7 @@ def silence() -> Found:
 
 def gaps(words: list[str], *, terminal: bool) -> Found:
     """Run a command; return the longest times between two things that it said, which were not the same."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "CAUSALPRUNE_DATA": str(data_folder())}
+    env = variables(ours=True) | {"CAUSALPRUNE_DATA": str(data_folder())}
     said, _ = heard([*COMMAND, *words], env, terminal=terminal)
     found = [(after - at, at, text) for (at, text), (after, _) in pairwise([(0.0, ""), *said])]
     return {

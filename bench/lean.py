@@ -237,7 +237,8 @@ def stream() -> Found:
             words += ["--sparsity", "0.5", "--preserve", "none", "--data-dir", str(data_folder())]
             files, memory = place / f"{dtype}-files", place / f"{dtype}-memory"
             ours = [*words, "--stream", "-o", str(files)]
-            times = alternate(ours, [*words, "--no-stream", "-o", str(memory)], pairs)
+            theirs, env = [*words, "--no-stream", "-o", str(memory)], {"theirs": variables(ours=True)}
+            times = alternate(ours, theirs, pairs, env=env)
             if dtype == "float32":
                 ratios = times["ours_over_theirs"]["wall"]["ratios"]
             own, other = (load_file(path / "model.safetensors") for path in (files, memory))

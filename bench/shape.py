@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from before import alternate, before, variables
+from before import alternate, before
 from common import ROOT, Found, carry_out, data_folder, record, step_parser
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -67,7 +67,7 @@ def timed(name: str) -> Callable[[], Found]:
             words = [str(output) if word == "OUTPUT" else word for word in COMMANDS[name]]
             command = [str(python), "-c", "from causalprune.cli import main; main()", *words]
             data = {"CAUSALPRUNE_DATA": str(data_folder())}
-            env = {name: variables(ours=name == "ours") | data for name in ("ours", "theirs")}
+            env = {"ours": data, "theirs": data}
             ledgers = [output.with_name(f"output.{end}") for end in ("attribution", "pruning", "ledger")]
             how = {"caches": [output, *ledgers], "cwd": Path(scratch), "env": env}
             alternate(command, command, 1, **how)  # files of packages are read from disk once

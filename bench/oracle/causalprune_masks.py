@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from causalprune.core.memory import Masks
+from causalprune.core.provenance import peak_bytes
 from causalprune.core.types import Calibration, Decoder, Example
 from causalprune.models.anatomy import inspect_model
 from causalprune.pruning.budgets import trial
@@ -53,8 +54,7 @@ def main() -> None:
     else:
         keep = prune(decoder, METHOD, calibration=calibration, max_batch_tokens=1).keep
     seconds = time.perf_counter() - loaded
-    status = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+    peak = peak_bytes()["process"]
     save_file({p.parameter_name: keep[p.name] for p in decoder.projections}, sys.argv[3])
     found = {"seconds": seconds, "load_seconds": loaded - start, "peak_rss_bytes": peak, "errors": errors}
     print(json.dumps({**found, "threads": torch.get_num_threads()}))

@@ -53,9 +53,8 @@ def peak_bytes() -> dict[str, int]:
 
 
 def _most_resident() -> int:
-    status = Path(
-        "/proc/self/status"
-    )  # where it is there: on Linux, ru_maxrss counts the process that started this one too
+    """Return bytes; on Linux not what getrusage says, which counts the process that started this one too."""
+    status = Path("/proc/self/status")
     if status.exists():
         lines = status.read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
