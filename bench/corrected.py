@@ -51,6 +51,8 @@ FREE = math.inf
 """No limit of harm."""
 TEXT = "wikitext2"
 """The source whose perplexity limits how much goes where models are compared at the same harm."""
+PROBLEMS, LOST = "gsm8k", 0.02
+"""Problems, and the nats a token that they may lose where a model has to reach a goal."""
 RESAMPLES = 10_000
 
 
@@ -139,6 +141,13 @@ class OfText(Search):
         if not found:
             raise OptionError(f"every candidate raises the loss of {TEXT} by more than {limit:.3g} nats")
         return max(found, key=lambda own: own[1].count)
+
+
+class OfGoals(OfText):
+    """A search that is bound by what its problems may lose too."""
+
+    def _worst(self, point: Point) -> float:
+        return max(point.harm[TEXT].value, point.harm[PROBLEMS].value / LOST * self.how.limit_nats)
 
 
 class Exactly(Search):

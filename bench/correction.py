@@ -26,6 +26,7 @@ from corrected import (
     REST,
     TASKS,
     Exactly,
+    OfGoals,
     OfText,
     dense,
     fixed,
@@ -249,7 +250,7 @@ def loops() -> Found:
             own = Contrast(budget=SHARES[label], harm=harm)
             tasks = (*TASKS, *REST, *(() if seed else FINAL))
             raw[f"goal {label}, {seed}"] = row(
-                "smollm2", f"goal-{label}", own, seed, kind=OfText, tasks=tasks
+                "smollm2", f"goal-{label}", own, seed, kind=OfGoals, tasks=tasks
             )
     goals = {label: [raw[f"goal {label}, {seed}"] for seed in range(DRAWS)] for label in GOALS}
     small, large = goals["03pct"], goals["1pct"]
@@ -433,7 +434,7 @@ def choosing_prompts() -> dict[str, float]:
     study.samples()
     written = study.found[0].written
     goal = Contrast(budget=SHARES["03pct"], harm=GOALS["03pct"])
-    corrected, _ = fixed("smollm2", "goal-03pct", goal, 0, OfText)
+    corrected, _ = fixed("smollm2", "goal-03pct", goal, 0, OfGoals)
     study.decoder, falls = corrected, {}
     for at, what in enumerate(("choosing", "deciding")):
         (before,), (after,), _ = study.after([part(written, at)])
@@ -480,7 +481,7 @@ def stays_away() -> Found:
 
     def after(change: Callable[[Decoder], None], *, corrected: bool) -> Callable[[], Any]:
         def make() -> Any:
-            decoder = fixed("smollm2", "goal-03pct", goal, 0, OfText)[0] if corrected else fresh("smollm2")
+            decoder = fixed("smollm2", "goal-03pct", goal, 0, OfGoals)[0] if corrected else fresh("smollm2")
             change(decoder)
             return kept_rows(
                 evaluate(decoder, TASKS[:1], Settings(data_dir=data_folder()), on_progress=cp.silent)

@@ -7,7 +7,7 @@ python bench/tables.py --check   # fail if a table is not what its result file s
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,34 @@ CALIBRATIONS = {
 }
 SHOWN, BUDGETS = (4, 8, 16, 32, 64), (None, 10.0, 20.0, 50.0)
 """Rows of the reliability table; all of them are in the result file."""
+LEAN = {
+    "time over the build before's, SmolLM2, 48 problems": ("time_over_before_smollm2", "{:.2f}"),
+    "the same with text of its own preserved, which is written first": (
+        "time_with_preserve_over_before_smollm2",
+        "{:.2f}",
+    ),
+    "the same, Qwen2.5-Coder-0.5B, without": ("time_over_before_qwen", "{:.2f}"),
+    "bytes for each weight that training holds beside the model": ("train_bytes_per_weight", "{:.2f}"),
+    "nats a token more than the build before, upper end, SmolLM2": (
+        "loss_minus_before_smollm2_high",
+        "{:+.4f}",
+    ),
+    "Gemma 3 270M": ("loss_minus_before_gemma_high", "{:+.4f}"),
+    "Qwen2.5-Coder-0.5B": ("loss_minus_before_qwen_high", "{:+.4f}"),
+    "nats a token over dense with the problems that fit into the build before's time": (
+        "rise_at_before_time",
+        "{:+.4f}",
+    ),
+    "rise of the loss over SparseGPT's, five draws, defaults": ("rise_over_sparsegpt_50", "{:.2f}"),
+    "the same at 2:4, one draw": ("causal_24_rise_over_sparsegpt_24", "{:.2f}"),
+    "perplexity of WikiText-2 over dense's, with text of its own": ("ppl_over_dense_50", "{:.2f}"),
+    "nats a token that this text costs the task": ("task_cost_of_preserve", "{:+.4f}"),
+    "time from files over time in memory, the same bits": ("stream_time_over_memory_smollm2", "{:.2f}"),
+    "GiB of a step of training in the shape of Llama 3 8B, from files": ("stream_peak_gib_8b", "{:.1f}"),
+    "in memory": ("memory_peak_gib_8b", "{:.1f}"),
+    "runs of 20 that a kill made differ": ("kills_lost", "{}"),
+}
+"""What `lean` shows: a figure's name and its form, by what it is called."""
 PAGES = ("README.md", "docs/*.md")
 
 
@@ -478,6 +506,22 @@ def smaller() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _listed(name: str, wanted: Mapping[str, tuple[str, str]]) -> str:
+    """Return figures of a result file, by what they are called and how they are written; those that are there."""
+    own = record(name)["figures"]
+    found = [
+        f"| {said} | {shape.format(own[key])} |"
+        for said, (key, shape) in wanted.items()
+        if own.get(key) is not None
+    ]
+    return "\n".join(["| | |", "|---|---:|", *found]) + "\n" if found else "Not measured yet.\n"
+
+
+def lean() -> str:
+    """What training without states costs and gains, against the build before and SparseGPT."""
+    return _listed("lean", LEAN)
+
+
 def constructed() -> str:
     """Which circuits that were built each estimator finds exactly, by what takes the place of closed heads."""
     found = record("circuits")["raw"]["constructed"]["raw"]
@@ -542,6 +586,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "written": written,
     "zeros": zeros,
     "smaller": smaller,
+    "lean": lean,
     "constructed": constructed,
     "planted": planted,
 }

@@ -38,6 +38,12 @@ def test_tokens_that_repeat_are_targets_and_the_rest_is_clean() -> None:
     check_shown([found], sought("loops"))
 
 
+def test_what_a_clean_text_has_of_the_behaviour_is_not_to_stay() -> None:
+    clean = judged("some", written("abcdabcd!"), sought("loops"), WORDS).clean[0]
+    kept = [token for token, own in zip(clean.tokens, clean.is_target, strict=True) if own]
+    assert WORDS.decode(kept) == "abcdabc!"  # not the d that repeats four letters
+
+
 def test_phrases_are_found_where_they_are(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("of course\n")
     wanted = sought(f"phrases:{tmp_path / 'list.txt'}")

@@ -79,22 +79,25 @@ class Judged:
 
 
 def judged(source: str, written: Written, wanted: Sought, tokenizer: Any) -> Judged:
-    """Return what continuations are: samples of the behaviour with the tokens that show it as targets, or clean ones."""
+    """Return what continuations are: samples of the behaviour with the tokens that show it as targets, or clean ones.
+
+    Of clean ones all other tokens are targets (all, where a score is about whole texts): texts below the bar have some of the
+    behaviour too, and that is not to be preserved.
+    """
     if written.broken:
         raise DataError(f"{source}: the model predicts what is not a number, so what it writes says nothing")
     values = wanted.judge.values(written)
     undesired, clean = dict[int, Example](), dict[int, Example]()
     each = zip(written.problems, written.tokens, written.texts, values, strict=True)
     for number, (problem, (prompt, new), text, value) in enumerate(each):
-        tokens, start = (*prompt, *new), len(prompt)
-        if value < wanted.bar and new:
-            clean[number] = Example(tokens, start, CLEAN + source, problem.content)
-            continue
         marks = wanted.marks(new, text, tokenizer)
-        if value >= wanted.bar and any(marks):
-            mask = (*[False] * start, *marks)
-            first = mask.index(True)
-            undesired[number] = Example(tokens, first, source, problem.content, mask)
+        shown, tokens = value >= wanted.bar, (*prompt, *new)
+        if not new or (shown and not any(marks)):
+            continue
+        own = marks if shown or all(marks) else [not one for one in marks]
+        mask = (*[False] * len(prompt), *own)
+        kind, name = (undesired, source) if shown else (clean, CLEAN + source)
+        kind[number] = Example(tokens, mask.index(True), name, problem.content, mask)
     return Judged(source, written, values, undesired, clean)
 
 
