@@ -62,23 +62,24 @@ SCORED, DECIDED = 48, 60
 """Problems; 100 to decide on, a second draw and circuits of both kinds at once were cut: see docs/log.md."""
 TESTED = 8
 """Problems of random circuits and of tests of hypotheses: some 500 passes over them."""
-ESTIMATORS: dict[str, tuple[str, int, str]] = {
-    "kl integrated x3": ("integrated", 3, "kl"),
-    "kl integrated": ("integrated", 1, "kl"),
-    "kl gradient x3": ("gradient", 3, "kl"),
-    "kl gradient": ("gradient", 1, "kl"),
-    "integrated x3": ("integrated", 3, "ce"),
-    "integrated": ("integrated", 1, "ce"),
-    "gradient": ("gradient", 1, "ce"),
-    "gradient x3": ("gradient", 3, "ce"),
-    "relevance": ("relevance", 1, "ce"),
-    "relevance x3": ("relevance", 3, "ce"),
+ESTIMATORS: dict[str, tuple[str, int, str, int]] = {
+    "kl learned": ("integrated", 1, "kl", 10),
+    "kl integrated x3": ("integrated", 3, "kl", 0),
+    "kl integrated": ("integrated", 1, "kl", 0),
+    "kl gradient x3": ("gradient", 3, "kl", 0),
+    "kl gradient": ("gradient", 1, "kl", 0),
+    "integrated x3": ("integrated", 3, "ce", 0),
+    "integrated": ("integrated", 1, "ce", 0),
+    "gradient": ("gradient", 1, "ce", 0),
+    "gradient x3": ("gradient", 3, "ce", 0),
+    "relevance": ("relevance", 1, "ce", 0),
+    "relevance x3": ("relevance", 3, "ce", 0),
 }
-"""Estimator, rounds, effect."""
-DEFAULT = "kl integrated x3"
+"""Estimator, rounds, effect, epochs in which gates are learned."""
+DEFAULT = "kl learned"
 BASELINES = ("random", "activation", "magnitude", "wanda")
 GRID = {
-    "neurons:1": ("kl gradient", "gradient", "random", DEFAULT, "wanda", "relevance"),
+    "neurons:1": (DEFAULT, "kl integrated x3", "kl gradient", "gradient", "relevance", "wanda", "random"),
     "heads": (DEFAULT, "gradient", "random"),
 }
 PLANTED = (3.0, 1.0, 0.3, 0.1, 0.05)
@@ -149,10 +150,10 @@ def relevance() -> Found:
     return {"figures": figures, "raw": raw}
 
 
-def found_or_not(model: Decoder, name: str, how: tuple[str, int, str], ablation: Any) -> dict[str, Any]:
+def found_or_not(model: Decoder, name: str, how: tuple[str, int, str, int], ablation: Any) -> dict[str, Any]:
     """Return which units a search finds of a circuit that is known."""
-    estimator, rescore, effect = how
-    own = {"decide": problems(name, 24, 1), "rescore": rescore, "stage": cp.quiet}
+    estimator, rescore, effect, learn = how
+    own = {"decide": problems(name, 24, 1), "rescore": rescore, "learn": learn, "stage": cp.quiet}
     try:
         found = cp.circuit(
             model, problems(name, 24), Question(effect=effect, ablation=ablation), Estimator(estimator), **own
@@ -169,7 +170,7 @@ def known() -> Found:
     for name in TRUE:
         model = constructed(name)
         for how, ablation in itertools.product((*ESTIMATORS, "exact"), ("zero", "mean", "resample")):
-            own = ESTIMATORS.get(how, ("exact", 1, "ce"))
+            own = ESTIMATORS.get(how, ("exact", 1, "ce", 0))
             raw[f"{name}, {how}, {ablation}"] = found_or_not(model, name, own, ablation)
     default = [raw[f"{name}, {DEFAULT}, zero"]["exact"] for name in TRUE]
     return {"figures": {"constructed_exact_recovery": sum(default)}, "raw": raw}
@@ -267,9 +268,9 @@ def _order(of: Any, calibration: Calibration, method: str, seed: int) -> Tensor:
     """Return the units of a behaviour as a method orders them."""
     if method in BASELINES:
         return baseline(of.decoder, of.units, calibration, method, seed).argsort(descending=True, stable=True)
-    name, rescore, _ = ESTIMATORS[method]
+    name, rescore, _, learn = ESTIMATORS[method]
     how = replace(Estimator(name), draws=0)
-    return order_of(Search(of, of, how, "absolute", 0.9, None, cp.quiet).rounds(rescore), "absolute")
+    return order_of(Search(of, of, how, "absolute", 0.9, None, cp.quiet).rounds(rescore, learn), "absolute")
 
 
 def baseline(
@@ -360,8 +361,8 @@ def searched(
 
     def make() -> dict[str, Any]:
         calibration, decide = data(model, task, draw)
-        estimator, rescore, effect = ESTIMATORS.get(
-            method, (method if method in ("exact", "adaptive") else "gradient", 1, "ce")
+        estimator, rescore, effect, learn = ESTIMATORS.get(
+            method, (method if method in ("exact", "adaptive") else "gradient", 1, "ce", 0)
         )
         how = replace(Estimator(estimator), draws=int(effect == "kl" or estimator == "adaptive"))  # type: ignore[arg-type]
         question = Question(units, effect, ablation)  # type: ignore[arg-type]
@@ -372,7 +373,7 @@ def searched(
         )  # type: ignore[arg-type]
         began = time.perf_counter()
         with ledger(scored, decided, how, FOLDER / name) as book:
-            rounds = [] if method in BASELINES else search.rounds(rescore)
+            rounds = [] if method in BASELINES else search.rounds(rescore, learn)
             order = order_of(rounds, rank) if rounds else _order(scored, calibration, method, draw)  # type: ignore[arg-type]
             counts = [prefix(order, search.sizes, share) for share in SHARES]
             keeps = [search.kept(order, count) for count in (*counts, len(order), 0)]
@@ -485,7 +486,7 @@ def ioi() -> Found:
         raw[model] = {"right": right, **made()}
         if right < 0.75:
             continue
-        for method in ("integrated x3", "integrated", "gradient", "relevance", "random"):
+        for method in (DEFAULT, "integrated x3", "integrated", "gradient", "relevance", "random"):
             raw[model][method] = kept(
                 f"circuits/ioi-{model}-{method.replace(' ', '_')}", partial(_ioi, model, whole, method)
             )
@@ -501,9 +502,9 @@ def ioi() -> Found:
 
 def _ioi(model: str, whole: Calibration, method: str) -> dict[str, Any]:
     half = [Calibration(whole.examples[at::2], (0,) * 200) for at in (0, 1)]
-    question = Question(("heads", "mlp"), ablation="counterfactual")
-    estimator, rescore, _ = ESTIMATORS.get(method, ("gradient", 1, "ce"))
-    how = replace(Estimator(estimator), draws=0)  # type: ignore[arg-type]
+    estimator, rescore, effect, learn = ESTIMATORS.get(method, ("gradient", 1, "ce", 0))
+    question = Question(("heads", "mlp"), effect, "counterfactual")  # type: ignore[arg-type]
+    how = replace(Estimator(estimator), draws=int(effect == "kl"))  # type: ignore[arg-type]
     scored, decided = (behaviour(decoder(model), own.examples, question, how) for own in half)
     search = Search(
         scored, decided, how, "absolute", 0.9, None, lambda label: shown(f"ioi {model} {method}: {label}")
@@ -511,7 +512,7 @@ def _ioi(model: str, whole: Calibration, method: str) -> dict[str, Any]:
     if method == "random":
         order = torch.rand(len(scored.units), generator=torch.Generator().manual_seed(0)).argsort()
     else:
-        order = order_of(search.rounds(rescore), "absolute")
+        order = order_of(search.rounds(rescore, learn), "absolute")
     keeps = [search.kept(order, prefix(order, search.sizes, share)) for share in SHARES]
     nats = Trials(decided).nats([*keeps, search.kept(order, len(order)), search.kept(order, 0)])
     own = summed([{"nats": nats.tolist()}])

@@ -106,7 +106,8 @@ def test_a_plan_loads_nothing(run: Run, place: Path) -> None:
     )
     assert code == 0, err
     plan = {row["stage"]: row for row in json.loads(out)["plan"]}
-    assert plan["scores"] == {"stage": "scores", "problems": 48, "passes": 75.0}
+    assert plan["scores"] == {"stage": "scores", "problems": 48, "passes": 25.0}
+    assert plan["gates"] == {"stage": "gates", "problems": 48, "passes": 31.0}
     for words in (("--effect", "ce"), ("--rank", "signed"), ("--ablation", "counterfactual")):
         code, out, err = find(run, place, "none", "-t", "ioi:48", *words, "--dry-run", "--json")
         assert code == 0, err
@@ -199,7 +200,8 @@ def test_circuits_are_compared(run: Run, place: Path, monkeypatch: pytest.Monkey
         (("--ablation", "counterfactual"), "needs a counterfactual of every example"),
         (("--ablation", "mean", "--save", "x"), "--save writes zeros"),
         (("--rank", "signed", "--effect", "kl"), "a divergence has no sign"),
-        (("--estimator", "exact"), "ask for 1 round (--rescore 1)"),
+        (("--estimator", "exact", "--rescore", "3"), "ask for 1 round (--rescore 1)"),
+        (("--effect", "ce", "--learn", "2"), "ask for the effect 'kl'"),
         (("--estimator", "relevance", "--effect", "kl"), "needs the effect 'ce'"),
         (("--on", "gsm8k_nll:5"), "5 problems to decide on are too few to resample"),
     ],

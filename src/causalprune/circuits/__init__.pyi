@@ -19,6 +19,9 @@ from .curves import (
     summed_up as summed_up,
 )
 from .finding import (
+    GATES as GATES,
+)
+from .finding import (
     MEASURED as MEASURED,
 )
 from .finding import (
@@ -26,6 +29,9 @@ from .finding import (
 )
 from .finding import (
     circuit as circuit,
+)
+from .finding import (
+    turns as turns,
 )
 from .overlaps import (
     OVERLAP as OVERLAP,

@@ -17,6 +17,7 @@ from torch import Tensor
 from causalprune.attribution import ELSEWHERE, Estimator, Question, attribute
 from causalprune.circuits.behaviour import Behaviour, Keep, Trials, behaviour, identity, scored
 from causalprune.circuits.curves import SHARES, Curve, Point, curve
+from causalprune.circuits.learning import Learning, learned
 from causalprune.circuits.ranking import (
     FEWEST,
     RANKS,
@@ -51,9 +52,11 @@ from causalprune.core import (
 )
 from causalprune.interventions import grouped_by_effect
 
-LEDGER, SCORES = "circuit.ledger", "scores"
+LEDGER, SCORES, GATES = "circuit.ledger", "scores", "gates"
 MEASURED = ("exact", "adaptive")
 """Estimators that remove units from the intact model one by one."""
+EPOCHS = 10
+"""How often gates are learned from all problems."""
 STEPS = 200
 """Parts of all units between which sizes are told apart."""
 
@@ -67,40 +70,40 @@ def circuit(  # noqa: PLR0913 (what a user says)
     decide: Calibration | None = None,
     keep: float = 0.9,
     rank: Rank = "absolute",
-    rescore: int = 3,
+    rescore: int | None = None,
+    learn: int | None = None,
     folder: Path | str | None = None,
     stage: Stage | None = None,
 ) -> Circuit:
     """Find the smallest set of units that keeps a behaviour, and measure what sets of all sizes keep.
 
     Units are scored on the calibration, `rescore` times, each time with those closed that are out by then, and ordered by the
-    mean over rounds of the mean score (`signed`: what helps) or of its size (`absolute`: what the behaviour hangs on). Sizes are
-    measured on the problems of `decide`, or without on the second half of the calibration: the smallest that leaves the share
-    `keep` of the likelihood per token is the circuit (for `absolute` to either side). Circuits by the effect `kl` are smaller, those
-    by `ce` have a sign. What is finished is kept in `folder`, where the same call goes on, bit for bit.
+    mean over rounds of the mean score (`signed`: what helps) or of its size (`absolute`: what the behaviour hangs on). By `kl`
+    the order is then `learned` in `learn` epochs; `turns` says how many of both there are. Sizes are measured on the problems of
+    `decide`, or without on the second half of the calibration: the smallest that leaves the share `keep` of the likelihood per
+    token is the circuit (for `absolute` to either side). What is finished is kept in `folder`, where the same call goes on.
 
     Raises:
         OptionError: what is asked does not go together, or nothing short of all units keeps the share.
         DataError: there are fewer than 8 problems to score or to decide on.
         MismatchError: the folder holds what was measured of another model, or on other data.
     """
-    check_search(question, estimator, keep, rank, rescore)
+    rescore, learn = turns(question, estimator, rescore, learn)
+    check_search(question, estimator, keep, rank, rescore, learn)
     calibration, decide = (calibration, decide) if decide else halves(calibration)
     for what, own in (("score", calibration), ("decide", decide)):
         check_problems(what, own.examples)
-    whole = question.effect == "kl" or estimator.name in MEASURED
-    how = estimator if whole else replace(estimator, draws=0)  # slopes alone
+    how = estimator if {question.effect, estimator.name} & {"kl", *MEASURED} else replace(estimator, draws=0)
     ranked = behaviour(decoder, calibration.examples, question, how)
     decided = behaviour(decoder, decide.examples, question, how, ranked.mean)
     search = Search(ranked, decided, how, rank, keep, Path(folder) if folder else None, stage or bars)
     with ledger(ranked, decided, how, folder) as book:
-        rounds = search.rounds(rescore)
+        rounds = search.rounds(rescore, learn)
         order = order_of(rounds, rank)
         size = search.size(order, rounds, book)
         found, chosen = search.curve(order, size, book)
     orders = resampled_orders(rounds, rank)
-    every = last_scores(rounds)
-    low, high = intervals(every)
+    low, high = intervals(every := last_scores(rounds))
     return Circuit(
         units=tuple(ranked.units),
         order=order,
@@ -115,7 +118,7 @@ def circuit(  # noqa: PLR0913 (what a user says)
         stability=stability(orders),
         problems=tuple(decide.examples),
         model_fingerprint=ranked.plan.model_fingerprint,
-        description=search.described(rescore)
+        description=search.described(rescore, learn)
         | {"calibration": calibration.description, "decide": decide.description},
     )
 
@@ -142,8 +145,26 @@ def check_problems(what: str, examples: Sequence[Example]) -> None:
         )
 
 
-def check_search(question: Question, estimator: Estimator, keep: float, rank: Rank, rescore: int) -> None:
+def turns(
+    question: Question, estimator: Estimator, rescore: int | None = None, learn: int | None = None
+) -> tuple[int, int]:
+    """Return rounds of scores, and epochs in which gates are learned: by `kl` 1 and 10, else 3 and none, where neither is named."""
+    measured = estimator.name in MEASURED
+    if learn is None:
+        learn = EPOCHS if question.effect == "kl" and rescore is None and not measured else 0
+    return rescore if rescore is not None else 1 if learn or measured else 3, learn
+
+
+def check_search(
+    question: Question, estimator: Estimator, keep: float, rank: Rank, rescore: int, learn: int = 0
+) -> None:
     """Raise `OptionError` for what does not go together, before anything is loaded."""
+    if learn and question.effect != "kl":
+        raise OptionError(
+            "learned gates follow the intact model's predictions: ask for the effect 'kl', or for no epochs (--learn 0)"
+        )
+    if learn < 0:
+        raise OptionError(f"gates are learned in at least 0 epochs, not {learn}")
     if grouped_by_effect(question.units):
         raise OptionError(
             "groups of neurons by effect are others on every set of problems: for circuits take neurons:1, or neurons:64 in a row"
@@ -199,8 +220,8 @@ class Search:
     folder: Path | None
     stage: Stage
 
-    def rounds(self, count: int) -> list[Round]:
-        """Score in rounds, each with the units closed that are out by then: equal parts of all go out."""
+    def rounds(self, count: int, learn: int = 0) -> list[Round]:
+        """Score in rounds, each with the units closed that are out by then: equal parts of all go out; then learn gates."""
         ranked, found = self.ranked, list[Round]()
         keep = torch.ones(len(ranked.units), dtype=torch.bool)
         state = State(self.folder and self.folder / SCORES, [identity(ranked), _lasting(self.how)])
@@ -220,6 +241,13 @@ class Search:
             found[-1] = Round(scores, kept)
             keep = torch.zeros_like(keep)
             keep[order[:kept]] = True
+        if learn:
+            state = State(self.folder and self.folder / GATES, [identity(ranked), _lasting(self.how)])
+            how = Learning(learn, self.how.seed, f"{count}-{learn}")
+            with self.stage(GATES) as tell:
+                say(tell, unit="batches")
+                moves = learned(ranked, order_of(found, self.rank), self.sizes, how, state, tell)
+            found.append(Round(moves, len(order), moved=True))
         return found
 
     def _measured(self, tell: Progress) -> Float[Tensor, "unit problem"]:
@@ -301,7 +329,7 @@ class Search:
         found = curve(rows[:-1], nats[:-3], kl[:-3], ends, vocabulary)
         return found, curve(rows[-1:], nats[-3:-2], kl[-3:-2], ends, vocabulary).points[0]
 
-    def described(self, rescore: int) -> dict[str, Any]:
+    def described(self, rescore: int, learn: int) -> dict[str, Any]:
         """Return what a record says of the way it was made."""
         return {
             "model": self.ranked.decoder.name,
@@ -309,6 +337,7 @@ class Search:
             "estimator": asdict(self.how),
             "rank": self.rank,
             "rescore": rescore,
+            "learn": learn,
             "keep": self.share,
             "sizes_of": "weights" if len({unit.kind for unit in self.ranked.units}) > 1 else "units",
             "problems": {"scored": len(self.ranked.problems), "decided": len(self.decided.problems)},

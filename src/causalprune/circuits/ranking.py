@@ -22,20 +22,24 @@ TIE = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """The scores of one round `[unit problem]`, NaN for units that are closed in it, and how many of them go on."""
+    """The scores of one round `[unit problem]`, NaN for units that are closed in it, and how many of them go on.
+
+    The last round may have `moved` units instead: by how much each problem moves them up, as a share of the order.
+    """
 
     scores: Float[Tensor, "unit problem"]
     kept: int
+    moved: bool = False
 
 
 def order_of(rounds: Sequence[Round], rank: Rank) -> Int[Tensor, "unit"]:
     """Return the units from the first member to the last: what stayed longest, then by `values_of` its rounds."""
-    return _ordered([own.scores.mean(1) for own in rounds], rank, [own.kept for own in rounds])
+    return _ordered([own.scores.mean(1) for own in rounds], rank, rounds)
 
 
 def values_of(rounds: Sequence[Round], rank: Rank) -> Float[Tensor, "unit"]:
     """Return what units are ranked by: the mean over problems, or its size, as a mean over the rounds that each was in."""
-    first, *others = _worths([own.scores.mean(1) for own in rounds], rank)
+    first, *others = _worths([own.scores.mean(1) for own in rounds if not own.moved], rank)
     for own in others:
         first = torch.where(own.isneginf(), first, own)
     return first
@@ -51,21 +55,36 @@ def _worths(means: Sequence[Float[Tensor, "unit"]], rank: Rank) -> list[Float[Te
     return list((sizes.cumsum(0) / counts).nan_to_num(nan=-torch.inf))
 
 
-def _ordered(means: Sequence[Float[Tensor, "unit"]], rank: Rank, kept: Sequence[int]) -> Int[Tensor, "unit"]:
-    """Order by rounds: who is among the first of a round goes on; who goes on without a score there is the last of it."""
-    first, *others = _worths(means, rank)
+def _ordered(
+    means: Sequence[Float[Tensor, "unit"]], rank: Rank, rounds: Sequence[Round]
+) -> Int[Tensor, "unit"]:
+    """Order by rounds: who is among the first of a round goes on; who goes on without a score there is the last of it.
+
+    Where units moved after that, by the places that they came to.
+    """
+    scores = [mean for mean, own in zip(means, rounds, strict=True) if not own.moved]
+    first, *others = _worths(scores, rank)
     order = first.argsort(descending=True, stable=True)
-    for own, count in zip(others, kept, strict=False):
-        front = order[:count]
-        order = torch.cat([front[own[front].argsort(descending=True, stable=True)], order[count:]])
+    for own, before in zip(others, rounds, strict=False):
+        front = order[: before.kept]
+        order = torch.cat([front[own[front].argsort(descending=True, stable=True)], order[before.kept :]])
+    if rounds[-1].moved:
+        order = (places(order) + means[-1]).argsort(descending=True, stable=True)
     return order
+
+
+def places(order: Int[Tensor, "unit"]) -> Float[Tensor, "unit"]:
+    """Return the place of every unit in an order: 1 for the first, falling evenly towards 0."""
+    found = torch.empty(len(order), dtype=torch.float64)
+    found[order] = 1 - torch.arange(len(order), dtype=torch.float64) / len(order)
+    return found
 
 
 def last_scores(rounds: Sequence[Round]) -> Float[Tensor, "unit problem"]:
     """Return the scores of each unit in the last round that it was in."""
     found = rounds[0].scores
     for own in rounds[1:]:
-        found = torch.where(own.scores.isnan(), found, own.scores)
+        found = found if own.moved else torch.where(own.scores.isnan(), found, own.scores)
     return found
 
 
@@ -93,7 +112,7 @@ def resampled_orders(rounds: Sequence[Round], rank: Rank, seed: int = 0) -> list
     found = []
     for _ in range(DRAWS):
         counts = torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n).double() / n
-        found.append(_ordered([own.scores @ counts for own in rounds], rank, [own.kept for own in rounds]))
+        found.append(_ordered([own.scores @ counts for own in rounds], rank, rounds))
     return found
 
 

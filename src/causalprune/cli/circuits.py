@@ -45,8 +45,19 @@ class SearchOptions(opt.EffectOptions):
         typer.Option(help="absolute: what the behaviour hangs on, helpful or harmful; signed: what helps."),
     ] = "absolute"
     rescore: Annotated[
-        int, typer.Option(help="Rounds of scoring, each with the units closed that are out by then.")
-    ] = 3
+        int | None,
+        typer.Option(
+            help="Rounds of scoring, each with the units closed that are out by then.",
+            show_default="1 with --learn, else 3",
+        ),
+    ] = None
+    learn: Annotated[
+        int | None,
+        typer.Option(
+            help="Epochs over the problems in which units move by what circuits of all sizes lack, after scoring; kl alone.",
+            show_default="10 for kl, unless --rescore is named",
+        ),
+    ] = None
     keep: Annotated[
         float,
         typer.Option(
@@ -67,16 +78,18 @@ class SearchOptions(opt.EffectOptions):
     def asked(self, on: list[str], alone: Path | None) -> "CircuitSpec":
         """Return what is looked for, as runs take it."""
         from causalprune.attribution import Estimator, Question
-        from causalprune.circuits import Checks
+        from causalprune.circuits import Checks, turns
         from causalprune.runs import CircuitSpec
 
         signed = self.rank == "signed" or self.ablation == "counterfactual" or self.estimator == "relevance"
+        question = Question(tuple(self.units), self.effect or ("ce" if signed else "kl"), self.ablation)
+        how = Estimator(self.estimator)
         return CircuitSpec(
-            Question(tuple(self.units), self.effect or ("ce" if signed else "kl"), self.ablation),
-            Estimator(self.estimator),
+            question,
+            how,
             self.keep,
             self.rank,
-            self.rescore,
+            *turns(question, how, self.rescore, self.learn),
             Checks(self.controls, tests=self.tests),
             tuple(on),
             alone,

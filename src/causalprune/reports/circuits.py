@@ -56,7 +56,7 @@ def _told(name: str, own: Circuit) -> dict[str, Any]:
         "kinds": kinds,
         "question": {
             key: own.description[key]
-            for key in ("question", "estimator", "rank", "rescore", "keep")
+            for key in ("question", "estimator", "rank", "rescore", "learn", "keep")
             if key in own.description
         },
     }

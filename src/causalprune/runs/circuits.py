@@ -13,6 +13,7 @@ from causalprune.calibration import OWN_TEXT, TEXT_SOURCES, load_problems, taken
 from causalprune.checkpoints import check_destination, save
 from causalprune.circuits import (
     CIRCUIT,
+    GATES,
     MEASURED,
     OVERLAP,
     RANDOM,
@@ -64,7 +65,8 @@ class CircuitSpec:
     estimator: Estimator = Estimator("integrated")
     keep: float = 0.9
     rank: Any = "absolute"
-    rescore: int = 3
+    rescore: int = 1
+    learn: int = 10
     checks: Checks = Checks()
     on: tuple[str, ...] = ()
     alone: Path | None = None
@@ -72,7 +74,7 @@ class CircuitSpec:
     def check(self) -> None:
         """Raise `OptionError` for what cannot be asked."""
         check_on(self.on)
-        check_search(self.question, self.estimator, self.keep, self.rank, self.rescore)
+        check_search(self.question, self.estimator, self.keep, self.rank, self.rescore, self.learn)
 
     @property
     def passes(self) -> float:
@@ -102,8 +104,10 @@ def find_circuit(
         decide = measured_on(decoder, on, settings) if on else None
         say(progress, jobs=jobs(asked, calibration, decide))
     how = dataclasses.replace(asked.estimator, max_batch_tokens=options.batch_tokens, seed=wanted.seed)
-    own = {"decide": decide, "keep": asked.keep, "rank": asked.rank, "rescore": asked.rescore}
-    found = find(decoder, calibration, asked.question, how, **own, folder=folder, stage=options.stage)
+    own = {name: getattr(asked, name) for name in ("keep", "rank", "rescore", "learn")}
+    found = find(
+        decoder, calibration, asked.question, how, decide=decide, **own, folder=folder, stage=options.stage
+    )
     model = dataclasses.asdict(spec)
     told = {"model_spec": {key: model[key] for key in KNOWN}, "on": list(on)}
     found = dataclasses.replace(found, description=found.description | told)
@@ -140,7 +144,7 @@ def jobs(asked: CircuitSpec, calibration: Calibration, decide: Calibration | Non
     found = dict[str, float]()
     for name, problems, passes in _stages(asked, counts[0], counts[1] if decide else None):
         own = asked.passes if math.isnan(passes) else passes
-        at = int(name != "scores")
+        at = int(name not in ("scores", GATES))
         found[name] = own * problems * lengths[at] / counts[at]
     if asked.rescore > 1:
         each, turns = found.pop("scores") / asked.rescore, range(1, asked.rescore + 1)
@@ -166,6 +170,7 @@ def _stages(asked: CircuitSpec, scored: int, decided: int | None) -> list[tuple[
     count = checks.count(kinds)
     found = [
         ("scores", scored, math.nan if asked.estimator.name in MEASURED else asked.passes),
+        *([(GATES, scored, 3.0 * asked.learn + 1)] if asked.learn else []),
         ("sizes", decided, float(SEARCH)),
         ("curve", decided, float(POINTS)),
         ("necessity", decided, 7.0),
