@@ -153,10 +153,14 @@ def relevance() -> Found:
 def found_or_not(model: Decoder, name: str, how: tuple[str, int, str, int], ablation: Any) -> dict[str, Any]:
     """Return which units a search finds of a circuit that is known."""
     estimator, rescore, effect, learn = how
-    own = {"decide": problems(name, 24, 1), "rescore": rescore, "learn": learn, "stage": cp.quiet}
+    own = {"decide": problems(name, 24, 1), "rescore": rescore, "stage": cp.quiet}
     try:
         found = cp.circuit(
-            model, problems(name, 24), Question(effect=effect, ablation=ablation), Estimator(estimator), **own
+            model,
+            problems(name, 24),
+            Question(effect=effect, ablation=ablation),
+            Estimator(estimator, epochs=learn),
+            **own,
         )  # type: ignore[arg-type]
     except OptionError as error:
         return {"exact": False, "error": str(error)}

@@ -83,12 +83,12 @@ def test_moves_change_places_and_not_what_units_are_worth() -> None:
 def test_gates_are_learned_where_that_is_asked_for_or_nothing_else_is() -> None:
     kl, ce, how = Question(effect="kl"), Question(), Estimator("integrated")
     assert turns(kl, how) == (1, 10)
-    assert turns(kl, how, learn=0) == (3, 0)
+    assert turns(kl, Estimator("integrated", epochs=0)) == (3, 0)
     assert turns(kl, how, rescore=2) == (2, 0)
-    assert turns(kl, how, rescore=2, learn=5) == (2, 5)
+    assert turns(kl, Estimator("integrated", epochs=5), rescore=2) == (2, 5)
     assert turns(ce, how) == (3, 0)
     assert turns(kl, Estimator("exact")) == (1, 0)
     with pytest.raises(OptionError, match="ask for the effect 'kl'"):
-        cp.circuit(constructed("and"), problems("and", 24), Question(), learn=3)
+        cp.circuit(constructed("and"), problems("and", 24), Question(), Estimator(epochs=3))
     with pytest.raises(OptionError, match="at least 0 epochs, not -1"):
-        cp.circuit(constructed("and"), problems("and", 24), learn=-1)
+        cp.circuit(constructed("and"), problems("and", 24), estimator=Estimator(epochs=-1))

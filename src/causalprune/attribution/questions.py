@@ -48,6 +48,7 @@ class Estimator:
     is how often labels are drawn for the second-order term of predictions, `gates` where derivatives are taken: `integrated`
     stands for `gradient` at five. `relevance` is AttnLRP (`interventions.lrp`), in logits of the targets, not in nats; LRP
     is patented, and whether that matters is the user's to judge.
+    In `epochs` over the problems the order of a circuit is learned after scoring; effects know nothing of that.
     A forward pass holds `max_batch_tokens`; inputs of layers are kept up to `cache_gib`, else computed again.
     `share` (i, n) measures the i-th of n parts of the jobs alone: for runs side by side, joined by `merging.merge`.
     """
@@ -57,6 +58,7 @@ class Estimator:
     until_certain: bool = False
     draws: int = 1
     gates: tuple[float, ...] = (1.0,)
+    epochs: int | None = None
     seed: int = 0
     max_batch_tokens: int = 2048
     cache_gib: float = 1.0
@@ -82,5 +84,5 @@ class Estimator:
             raise OptionError("gates must lie between 0 and 1, and draws must not be negative")
 
 
-ELSEWHERE = ("cache_gib", "share")
+ELSEWHERE = ("cache_gib", "share", "epochs")
 """Fields of an estimator that change where and when values are computed, and not the values."""

@@ -71,7 +71,6 @@ def circuit(  # noqa: PLR0913 (what a user says)
     keep: float = 0.9,
     rank: Rank = "absolute",
     rescore: int | None = None,
-    learn: int | None = None,
     folder: Path | str | None = None,
     stage: Stage | None = None,
 ) -> Circuit:
@@ -79,7 +78,7 @@ def circuit(  # noqa: PLR0913 (what a user says)
 
     Units are scored on the calibration, `rescore` times, each time with those closed that are out by then, and ordered by the
     mean over rounds of the mean score (`signed`: what helps) or of its size (`absolute`: what the behaviour hangs on). By `kl`
-    the order is then `learned` in `learn` epochs; `turns` says how many of both there are. Sizes are measured on the problems of
+    the order is then `learned` in the estimator's `epochs`; `turns` says how many of both there are. Sizes are measured on the problems of
     `decide`, or without on the second half of the calibration: the smallest that leaves the share `keep` of the likelihood per
     token is the circuit (for `absolute` to either side). What is finished is kept in `folder`, where the same call goes on.
 
@@ -88,7 +87,7 @@ def circuit(  # noqa: PLR0913 (what a user says)
         DataError: there are fewer than 8 problems to score or to decide on.
         MismatchError: the folder holds what was measured of another model, or on other data.
     """
-    rescore, learn = turns(question, estimator, rescore, learn)
+    rescore, learn = turns(question, estimator, rescore)
     check_search(question, estimator, keep, rank, rescore, learn)
     calibration, decide = (calibration, decide) if decide else halves(calibration)
     for what, own in (("score", calibration), ("decide", decide)):
@@ -145,11 +144,9 @@ def check_problems(what: str, examples: Sequence[Example]) -> None:
         )
 
 
-def turns(
-    question: Question, estimator: Estimator, rescore: int | None = None, learn: int | None = None
-) -> tuple[int, int]:
+def turns(question: Question, estimator: Estimator, rescore: int | None = None) -> tuple[int, int]:
     """Return rounds of scores, and epochs in which gates are learned: by `kl` 1 and 10, else 3 and none, where neither is named."""
-    measured = estimator.name in MEASURED
+    measured, learn = estimator.name in MEASURED, estimator.epochs
     if learn is None:
         learn = EPOCHS if question.effect == "kl" and rescore is None and not measured else 0
     return rescore if rescore is not None else 1 if learn or measured else 3, learn

@@ -103,8 +103,10 @@ def find_circuit(
         calibration = calibrated(decoder, wanted, options.data_dir, exclude, progress)
         decide = measured_on(decoder, on, settings) if on else None
         say(progress, jobs=jobs(asked, calibration, decide))
-    how = dataclasses.replace(asked.estimator, max_batch_tokens=options.batch_tokens, seed=wanted.seed)
-    own = {name: getattr(asked, name) for name in ("keep", "rank", "rescore", "learn")}
+    how = dataclasses.replace(
+        asked.estimator, max_batch_tokens=options.batch_tokens, seed=wanted.seed, epochs=asked.learn
+    )
+    own = {name: getattr(asked, name) for name in ("keep", "rank", "rescore")}
     found = find(
         decoder, calibration, asked.question, how, decide=decide, **own, folder=folder, stage=options.stage
     )
