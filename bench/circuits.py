@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -273,8 +273,8 @@ def _order(of: Any, calibration: Calibration, method: str, seed: int) -> Tensor:
     if method in BASELINES:
         return baseline(of.decoder, of.units, calibration, method, seed).argsort(descending=True, stable=True)
     name, rescore, _, learn = ESTIMATORS[method]
-    how = replace(Estimator(name), draws=0)
-    return order_of(Search(of, of, how, "absolute", 0.9, None, cp.quiet).rounds(rescore, learn), "absolute")
+    how = Estimator(name, draws=0, epochs=learn)
+    return order_of(Search(of, of, how, "absolute", 0.9, None, cp.quiet).rounds(rescore), "absolute")
 
 
 def baseline(
@@ -368,7 +368,7 @@ def searched(
         estimator, rescore, effect, learn = ESTIMATORS.get(
             method, (method if method in ("exact", "adaptive") else "gradient", 1, "ce", 0)
         )
-        how = replace(Estimator(estimator), draws=int(effect == "kl" or estimator == "adaptive"))  # type: ignore[arg-type]
+        how = Estimator(estimator, draws=int(effect == "kl" or estimator == "adaptive"), epochs=learn)  # type: ignore[arg-type]
         question = Question(units, effect, ablation)  # type: ignore[arg-type]
         scored = behaviour(decoder(model), calibration.examples, question, how)
         decided = behaviour(decoder(model), decide.examples, question, how, scored.mean)
@@ -377,7 +377,7 @@ def searched(
         )  # type: ignore[arg-type]
         began = time.perf_counter()
         with ledger(scored, decided, how, FOLDER / name) as book:
-            rounds = [] if method in BASELINES else search.rounds(rescore, learn)
+            rounds = [] if method in BASELINES else search.rounds(rescore)
             order = order_of(rounds, rank) if rounds else _order(scored, calibration, method, draw)  # type: ignore[arg-type]
             counts = [prefix(order, search.sizes, share) for share in SHARES]
             keeps = [search.kept(order, count) for count in (*counts, len(order), 0)]
@@ -508,7 +508,7 @@ def _ioi(model: str, whole: Calibration, method: str) -> dict[str, Any]:
     half = [Calibration(whole.examples[at::2], (0,) * 200) for at in (0, 1)]
     estimator, rescore, effect, learn = ESTIMATORS.get(method, ("gradient", 1, "ce", 0))
     question = Question(("heads", "mlp"), effect, "counterfactual")  # type: ignore[arg-type]
-    how = replace(Estimator(estimator), draws=int(effect == "kl"))  # type: ignore[arg-type]
+    how = Estimator(estimator, draws=int(effect == "kl"), epochs=learn)  # type: ignore[arg-type]
     scored, decided = (behaviour(decoder(model), own.examples, question, how) for own in half)
     search = Search(
         scored, decided, how, "absolute", 0.9, None, lambda label: shown(f"ioi {model} {method}: {label}")
@@ -516,7 +516,7 @@ def _ioi(model: str, whole: Calibration, method: str) -> dict[str, Any]:
     if method == "random":
         order = torch.rand(len(scored.units), generator=torch.Generator().manual_seed(0)).argsort()
     else:
-        order = order_of(search.rounds(rescore, learn), "absolute")
+        order = order_of(search.rounds(rescore), "absolute")
     keeps = [search.kept(order, prefix(order, search.sizes, share)) for share in SHARES]
     nats = Trials(decided).nats([*keeps, search.kept(order, len(order)), search.kept(order, 0)])
     own = summed([{"nats": nats.tolist()}])

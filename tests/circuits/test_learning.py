@@ -11,7 +11,7 @@ import causalprune as cp
 from causalprune.attribution.questions import Estimator, Question
 from causalprune.circuits.behaviour import Behaviour, behaviour
 from causalprune.circuits.finding import turns
-from causalprune.circuits.learning import Learning, learned
+from causalprune.circuits.learning import learned
 from causalprune.circuits.ranking import Round, order_of, places, resampled_orders, values_of
 from causalprune.core.errors import OptionError
 from causalprune.core.resuming import State
@@ -31,7 +31,7 @@ def test_what_a_circuit_lacks_comes_to_the_front(ablation: str) -> None:
     helps, hinders = (own.units.index(Unit(*place)) for place in ((0, 6), (1, 2)))
     others = [i for i in range(16) if i not in (helps, hinders)]
     order = torch.tensor([helps, *others, hinders])  # without the last one the first says too much
-    moves = learned(own, order, EVEN, Learning(10, 0, "gates"), State(), cp.silent)
+    moves = learned(own, order, EVEN, Estimator(epochs=10), State(), cp.silent)
     assert moves.shape == (16, 12)
     assert int(moves.mean(1).argmax()) == hinders
 
@@ -40,7 +40,7 @@ def test_wrong_answers_move_nothing() -> None:
     plain = problems("and", 12).examples
     pairs = [with_wrong(example, plain[(i + 1) % 12]) for i, example in enumerate(plain)]
     own = behaviour(constructed("and"), pairs, Question(effect="kl"), Estimator("gradient"))
-    moves = learned(own, torch.arange(16), EVEN, Learning(2, 0, "gates"), State(), cp.silent)
+    moves = learned(own, torch.arange(16), EVEN, Estimator(epochs=2), State(), cp.silent)
     assert moves.shape == (16, 12)
     assert bool((moves.abs().sum(0) > 0).all())
 
@@ -52,7 +52,7 @@ def with_wrong(example: Example, other: Example) -> Example:
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, how = of("and"), Learning(6, 0, "gates")
+    own, how = of("and"), Estimator(epochs=6)
     whole = learned(own, torch.arange(16), EVEN, how, State(), cp.silent)
     monkeypatch.setattr(State, "due", lambda self: self.path is not None)
 
@@ -81,13 +81,18 @@ def test_moves_change_places_and_not_what_units_are_worth() -> None:
 
 
 def test_gates_are_learned_where_that_is_asked_for_or_nothing_else_is() -> None:
-    kl, ce, how = Question(effect="kl"), Question(), Estimator("integrated")
-    assert turns(kl, how) == (1, 10)
-    assert turns(kl, Estimator("integrated", epochs=0)) == (3, 0)
-    assert turns(kl, how, rescore=2) == (2, 0)
-    assert turns(kl, Estimator("integrated", epochs=5), rescore=2) == (2, 5)
-    assert turns(ce, how) == (3, 0)
-    assert turns(kl, Estimator("exact")) == (1, 0)
+    kl, ce = Question(effect="kl"), Question()
+
+    def both(question: Question, rescore: int | None = None, **own: object) -> tuple[int, int | None]:
+        how, rounds = turns(question, Estimator(**{"name": "integrated", **own}), rescore)  # type: ignore[arg-type]
+        return rounds, how.epochs
+
+    assert both(kl) == (1, 10)
+    assert both(kl, epochs=0) == (3, 0)
+    assert both(kl, 2) == (2, 0)
+    assert both(kl, 2, epochs=5) == (2, 5)
+    assert both(ce) == (3, 0)
+    assert both(kl, name="exact") == (1, 0)
     with pytest.raises(OptionError, match="ask for the effect 'kl'"):
         cp.circuit(constructed("and"), problems("and", 24), Question(), Estimator(epochs=3))
     with pytest.raises(OptionError, match="at least 0 epochs, not -1"):

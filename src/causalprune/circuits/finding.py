@@ -17,7 +17,7 @@ from torch import Tensor
 from causalprune.attribution import ELSEWHERE, Estimator, Question, attribute
 from causalprune.circuits.behaviour import Behaviour, Keep, Trials, behaviour, identity, scored
 from causalprune.circuits.curves import SHARES, Curve, Point, curve
-from causalprune.circuits.learning import Learning, learned
+from causalprune.circuits.learning import learned
 from causalprune.circuits.ranking import (
     FEWEST,
     RANKS,
@@ -87,8 +87,8 @@ def circuit(  # noqa: PLR0913 (what a user says)
         DataError: there are fewer than 8 problems to score or to decide on.
         MismatchError: the folder holds what was measured of another model, or on other data.
     """
-    rescore, learn = turns(question, estimator, rescore)
-    check_search(question, estimator, keep, rank, rescore, learn)
+    estimator, rescore = turns(question, estimator, rescore)
+    check_search(question, estimator, keep, rank, rescore)
     calibration, decide = (calibration, decide) if decide else halves(calibration)
     for what, own in (("score", calibration), ("decide", decide)):
         check_problems(what, own.examples)
@@ -97,7 +97,7 @@ def circuit(  # noqa: PLR0913 (what a user says)
     decided = behaviour(decoder, decide.examples, question, how, ranked.mean)
     search = Search(ranked, decided, how, rank, keep, Path(folder) if folder else None, stage or bars)
     with ledger(ranked, decided, how, folder) as book:
-        rounds = search.rounds(rescore, learn)
+        rounds = search.rounds(rescore)
         order = order_of(rounds, rank)
         size = search.size(order, rounds, book)
         found, chosen = search.curve(order, size, book)
@@ -117,7 +117,7 @@ def circuit(  # noqa: PLR0913 (what a user says)
         stability=stability(orders),
         problems=tuple(decide.examples),
         model_fingerprint=ranked.plan.model_fingerprint,
-        description=search.described(rescore, learn)
+        description=search.described(rescore)
         | {"calibration": calibration.description, "decide": decide.description},
     )
 
@@ -144,18 +144,18 @@ def check_problems(what: str, examples: Sequence[Example]) -> None:
         )
 
 
-def turns(question: Question, estimator: Estimator, rescore: int | None = None) -> tuple[int, int]:
-    """Return rounds of scores, and epochs in which gates are learned: by `kl` 1 and 10, else 3 and none, where neither is named."""
+def turns(question: Question, estimator: Estimator, rescore: int | None = None) -> tuple[Estimator, int]:
+    """Return the estimator with its epochs, and rounds of scores: by `kl` 10 and 1, else none and 3, where neither is named."""
     measured, learn = estimator.name in MEASURED, estimator.epochs
     if learn is None:
         learn = EPOCHS if question.effect == "kl" and rescore is None and not measured else 0
-    return rescore if rescore is not None else 1 if learn or measured else 3, learn
+    rounds = rescore if rescore is not None else 1 if learn or measured else 3
+    return replace(estimator, epochs=learn), rounds
 
 
-def check_search(
-    question: Question, estimator: Estimator, keep: float, rank: Rank, rescore: int, learn: int = 0
-) -> None:
+def check_search(question: Question, estimator: Estimator, keep: float, rank: Rank, rescore: int) -> None:
     """Raise `OptionError` for what does not go together, before anything is loaded."""
+    learn = estimator.epochs or 0
     if learn and question.effect != "kl":
         raise OptionError(
             "learned gates follow the intact model's predictions: ask for the effect 'kl', or for no epochs (--learn 0)"
@@ -217,7 +217,7 @@ class Search:
     folder: Path | None
     stage: Stage
 
-    def rounds(self, count: int, learn: int = 0) -> list[Round]:
+    def rounds(self, count: int) -> list[Round]:
         """Score in rounds, each with the units closed that are out by then: equal parts of all go out; then learn gates."""
         ranked, found = self.ranked, list[Round]()
         keep = torch.ones(len(ranked.units), dtype=torch.bool)
@@ -238,12 +238,12 @@ class Search:
             found[-1] = Round(scores, kept)
             keep = torch.zeros_like(keep)
             keep[order[:kept]] = True
-        if learn:
-            state = State(self.folder and self.folder / GATES, [identity(ranked), _lasting(self.how)])
-            how = Learning(learn, self.how.seed, f"{count}-{learn}")
+        if self.how.epochs:
+            folder = self.folder and self.folder / GATES / f"{count}-{self.how.epochs}"
+            state = State(folder, [identity(ranked), _lasting(self.how)])
             with self.stage(GATES) as tell:
                 say(tell, unit="batches")
-                moves = learned(ranked, order_of(found, self.rank), self.sizes, how, state, tell)
+                moves = learned(ranked, order_of(found, self.rank), self.sizes, self.how, state, tell)
             found.append(Round(moves, len(order), moved=True))
         return found
 
@@ -326,7 +326,7 @@ class Search:
         found = curve(rows[:-1], nats[:-3], kl[:-3], ends, vocabulary)
         return found, curve(rows[-1:], nats[-3:-2], kl[-3:-2], ends, vocabulary).points[0]
 
-    def described(self, rescore: int, learn: int) -> dict[str, Any]:
+    def described(self, rescore: int) -> dict[str, Any]:
         """Return what a record says of the way it was made."""
         return {
             "model": self.ranked.decoder.name,
@@ -334,7 +334,7 @@ class Search:
             "estimator": asdict(self.how),
             "rank": self.rank,
             "rescore": rescore,
-            "learn": learn,
+            "learn": self.how.epochs or 0,
             "keep": self.share,
             "sizes_of": "weights" if len({unit.kind for unit in self.ranked.units}) > 1 else "units",
             "problems": {"scored": len(self.ranked.problems), "decided": len(self.decided.problems)},

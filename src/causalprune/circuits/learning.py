@@ -7,12 +7,12 @@ gates, straight through the step from place to gate (Bengio et al. 2013, arXiv 1
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from causalprune.attribution import Estimator
 from causalprune.circuits.behaviour import LEAST, Behaviour
 from causalprune.circuits.ranking import places, prefix
 from causalprune.core import Batch, Progress, State
@@ -37,35 +37,23 @@ SIZES = 0.05, 0.95
 """Between which shares circuits are drawn."""
 
 
-@dataclass(frozen=True)
-class Learning:
-    """How often gates are learned from all problems, with which randomness, and what that is called in a state."""
-
-    epochs: int
-    seed: int
-    name: str
-
-
 def learned(
     of: Behaviour,
     order: Int[Tensor, "unit"],
     sizes: Float[Tensor, "unit"],
-    how: Learning,
+    how: Estimator,
     state: State,
     tell: Progress,
 ) -> Float[Tensor, "unit problem"]:
     """Return by how much each problem moves every unit up from its place in an `order` of units of these `sizes`.
 
-    The mean over problems is the whole move, in shares of the order. Goes on from the `state` of a stopped run, bit for bit.
+    Goes through the problems in the estimator's epochs, with its seed. The mean over problems is the whole move, in shares of the order. Goes on from the `state` of a stopped run, bit for bit.
     Costs three forward passes an epoch, and one.
     """
     n, generator = len(of.problems), torch.Generator().manual_seed(how.seed)
-    groups = [
-        batch for batch in of.plan.groups if min(batch.indices) < n
-    ]  # those of wrong answers alone are out
-    start, total = places(order), how.epochs * len(groups)
-    intact = [last_hidden(of.decoder, batch) for batch in groups]
-    known = state.values.pop(how.name, None) or {
+    groups = [own for own in of.plan.groups if min(own.indices) < n]  # those of wrong answers alone are out
+    start, total = places(order), (how.epochs or 0) * len(groups)
+    known = state.values.pop("learned", None) or {
         "steps": 0,
         "moves": torch.zeros(len(order), n),
         "last": torch.zeros(len(order), n),
@@ -74,6 +62,7 @@ def learned(
     }
     moves, last, largest = known["moves"].clone(), known["last"].clone(), float(known["largest"])
     generator.set_state(known["generator"])
+    intact = [last_hidden(of.decoder, batch) for batch in groups] if known["steps"] < total else []
     for number in range(int(known["steps"]), total):
         at = number % len(groups)
         now = (start + moves.double().mean(1)).argsort(descending=True, stable=True)
@@ -92,7 +81,7 @@ def learned(
         moves -= RATE * (1 + math.cos(math.pi * (number + 1) / total)) / 2 * last
         if state.due() or number + 1 == total:
             own = {"moves": moves, "last": last, "largest": largest, "generator": generator.get_state()}
-            state.flush(**{how.name: own | {"steps": number + 1}})
+            state.flush(learned=own | {"steps": number + 1})
         tell(number + 1, total)
     found: Tensor = moves.double()
     return found

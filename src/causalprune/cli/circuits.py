@@ -83,13 +83,13 @@ class SearchOptions(opt.EffectOptions):
 
         signed = self.rank == "signed" or self.ablation == "counterfactual" or self.estimator == "relevance"
         question = Question(tuple(self.units), self.effect or ("ce" if signed else "kl"), self.ablation)
-        how = Estimator(self.estimator, epochs=self.learn)
+        how, rounds = turns(question, Estimator(self.estimator, epochs=self.learn), self.rescore)
         return CircuitSpec(
             question,
             how,
             self.keep,
             self.rank,
-            *turns(question, how, self.rescore),
+            rounds,
             Checks(self.controls, tests=self.tests),
             tuple(on),
             alone,

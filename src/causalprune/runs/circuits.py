@@ -62,11 +62,10 @@ class CircuitSpec:
     """
 
     question: Question = Question(effect="kl")
-    estimator: Estimator = Estimator("integrated")
+    estimator: Estimator = Estimator("integrated", epochs=10)
     keep: float = 0.9
     rank: Any = "absolute"
     rescore: int = 1
-    learn: int = 10
     checks: Checks = Checks()
     on: tuple[str, ...] = ()
     alone: Path | None = None
@@ -74,7 +73,7 @@ class CircuitSpec:
     def check(self) -> None:
         """Raise `OptionError` for what cannot be asked."""
         check_on(self.on)
-        check_search(self.question, self.estimator, self.keep, self.rank, self.rescore, self.learn)
+        check_search(self.question, self.estimator, self.keep, self.rank, self.rescore)
 
     @property
     def passes(self) -> float:
@@ -103,9 +102,7 @@ def find_circuit(
         calibration = calibrated(decoder, wanted, options.data_dir, exclude, progress)
         decide = measured_on(decoder, on, settings) if on else None
         say(progress, jobs=jobs(asked, calibration, decide))
-    how = dataclasses.replace(
-        asked.estimator, max_batch_tokens=options.batch_tokens, seed=wanted.seed, epochs=asked.learn
-    )
+    how = dataclasses.replace(asked.estimator, max_batch_tokens=options.batch_tokens, seed=wanted.seed)
     own = {name: getattr(asked, name) for name in ("keep", "rank", "rescore")}
     found = find(
         decoder, calibration, asked.question, how, decide=decide, **own, folder=folder, stage=options.stage
@@ -172,7 +169,7 @@ def _stages(asked: CircuitSpec, scored: int, decided: int | None) -> list[tuple[
     count = checks.count(kinds)
     found = [
         ("scores", scored, math.nan if asked.estimator.name in MEASURED else asked.passes),
-        *([(GATES, scored, 3.0 * asked.learn + 1)] if asked.learn else []),
+        *([(GATES, scored, 3.0 * epochs + 1)] if (epochs := asked.estimator.epochs) else []),
         ("sizes", decided, float(SEARCH)),
         ("curve", decided, float(POINTS)),
         ("necessity", decided, 7.0),
