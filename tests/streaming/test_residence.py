@@ -2,7 +2,7 @@
 
 import shutil
 import warnings
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import Run
 from families import FAMILIES
+from pretended import pretended
 from reference import calibration, fresh
 from test_streaming import effects_of, same, saved, tensors
 from tinydata import tiny_decoder, write_data
@@ -118,6 +119,21 @@ def test_effects_and_an_update(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("limit_gib", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("llama3", "causal"), ("olmoe", "wanda"), ("gpt2", "sparsegpt"), ("phi3", "wanda:2:4+refit")],
+)
+def test_the_layer_at_work_is_on_the_device(
+    family: str, method: str, limit_gib: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, seen = saved(family, tmp_path / "source"), Seen(calibration(), ROOM, limit_gib)
+    with pretended(monkeypatch), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*kept on disk")
+        check_same(source, METHODS[method], tmp_path, replace(seen, device=torch.device("cuda")))
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize("limit_gib", [0.0, 2e-6])
 def test_hidden_states_that_do_not_fit_are_on_disk_and_it_is_said(limit_gib: float, tmp_path: Path) -> None:
     source = saved("qwen2", tmp_path / "source", torch.bfloat16)
@@ -221,12 +237,23 @@ class StoppedError(BaseException):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("family", ["llama3", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("family", "device"),
+    [
+        ("llama3", "cpu"),
+        *(pytest.param(*own, marks=pytest.mark.slow) for own in (("llama3", "cuda"), ("qwen3_moe", "cpu"))),
+    ],
+)
 def test_a_streamed_run_that_is_stopped_anywhere_ends_with_the_same_bytes(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pretended(monkeypatch) if device == "cuda" else nullcontext():
+        _stopped_anywhere(family, replace(SEEN, device=torch.device(device)), tmp_path, monkeypatch)
+
+
+def _stopped_anywhere(family: str, seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = saved(family, tmp_path / "source")
-    prune_stream(source, tmp_path / "whole", METHODS["causal"], seen=SEEN)
+    prune_stream(source, tmp_path / "whole", METHODS["causal"], seen=seen)
     write, writes, left = State._write, 0, 1
 
     def limited(self: State, values: dict[str, Any]) -> None:
@@ -242,7 +269,7 @@ def test_a_streamed_run_that_is_stopped_anywhere_ends_with_the_same_bytes(
     while True:
         writes = 0
         try:
-            prune_stream(source, tmp_path / "stopped", METHODS["causal"], seen=SEEN)
+            prune_stream(source, tmp_path / "stopped", METHODS["causal"], seen=seen)
             break
         except StoppedError:
             stops, left = stops + 1, left + 1

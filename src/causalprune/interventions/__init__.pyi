@@ -17,6 +17,9 @@ from .ablation import (
     last_hidden as last_hidden,
 )
 from .ablation import (
+    on_cpu as on_cpu,
+)
+from .ablation import (
     replaced_forward as replaced_forward,
 )
 from .ablation import (

@@ -37,6 +37,11 @@ class LayerInputs:
         return LayerInputs({layer: hidden[list(rows)] if axis == 0 else hidden[:, list(rows)]}, self.as_tuple)
 
 
+def on_cpu(inputs: Sequence[LayerInputs], layer: int) -> list[Float[Tensor, "*stream _ _ model"]]:
+    """Return what a layer gets in several passes, on the CPU, one after the other."""
+    return [own.hidden[layer].cpu() for own in inputs]
+
+
 class _LeftModelError(Exception):
     """Carries a layer's output out of a forward pass that needs to go no further."""
 

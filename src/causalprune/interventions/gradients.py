@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from causalprune.core import Batch, Decoder, Example, Layer, Progress, Projection, State, silent
-from causalprune.interventions.ablation import LayerInputs, entered_at, gated, recomputed
+from causalprune.interventions.ablation import LayerInputs, entered_at, gated, on_cpu, recomputed
 from causalprune.interventions.losses import Targets, by_row, chunk, cross_entropy, target_logits, targets
 from causalprune.interventions.pieces import Hold, Pieces, Slopes, as_they_are
 from causalprune.interventions.statistics import observed
@@ -116,10 +116,8 @@ def output_slopes(
         sent += pieces.last
         done = len(sent)
         if state.due():
-            hidden = [inputs.hidden[after] for inputs in sent]
-            state.flush(
-                squares={"of": len(groups), "sums": squares, "sent": hidden, "as_tuple": sent[0].as_tuple}
-            )
+            hidden, as_tuple = on_cpu(sent, after), sent[0].as_tuple
+            state.flush(squares={"of": len(groups), "sums": squares, "sent": hidden, "as_tuple": as_tuple})
         if hold is None:
             on_progress(done, len(groups))
     return {name: (own / count).sqrt() for name, own in squares.items() if bool(own.any())}

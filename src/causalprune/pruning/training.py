@@ -40,6 +40,7 @@ from causalprune.interventions import (
     entered_at,
     entering,
     last_hidden,
+    on_cpu,
     run_layer,
     target_logits,
     targets,
@@ -82,9 +83,11 @@ def lessons(
     steps, state = batches_of(examples, max_batch_tokens), state or State()
     known = state.values.pop("lessons", {"hidden": [], "as_tuple": False})
     after, device = len(decoder.layers), decoder.projections[-1].device
-    hidden = [own.to(device, copy=True) for own in known["hidden"]]  # out of the file
-    keep = hold or as_they_are
-    found = [keep(LayerInputs({after: own}, known["as_tuple"])) for own in hidden]
+    keep, found = hold or as_they_are, list[LayerInputs]()
+    for own in known["hidden"]:
+        found.append(
+            keep(LayerInputs({after: own.to(device, copy=True)}, known["as_tuple"]))
+        )  # out of the file
     if hold is not None and len(found) < len(steps):
         found = _seen_together(decoder, steps, hold, on_progress)
         state.flush(lessons=as_kept(found, after, len(steps)))
@@ -104,8 +107,7 @@ def batches_of(examples: Sequence[Example], max_batch_tokens: int) -> list[Batch
 
 def as_kept(sent: Sequence[LayerInputs], after: int, batches: int) -> dict[str, Any]:
     """Return what the state of a run has of `lessons`: what the last layer sent on for batches, of so many."""
-    hidden = [own.hidden[after] for own in sent]
-    return {"hidden": hidden, "as_tuple": sent[0].as_tuple, "batches": batches}
+    return {"hidden": on_cpu(sent, after), "as_tuple": sent[0].as_tuple, "batches": batches}
 
 
 def _seen_together(

@@ -15,6 +15,7 @@ from causalprune.interventions import (
     as_they_are,
     capture,
     observed,
+    on_cpu,
     run_layer,
     shares,
 )
@@ -126,8 +127,8 @@ def walk(
                 hidden = run_layer(decoder, batch.tokens, layer.index, own)
                 inputs[number] = hold(LayerInputs({layer.index + 1: hidden}, own.as_tuple))
         if plan.state.due():
-            hidden_states = [own.hidden[layer.index + 1] for own in inputs]
-            found = {"layer": layer.index + 1, "hidden": hidden_states, "as_tuple": inputs[0].as_tuple}
+            after = layer.index + 1
+            found = {"layer": after, "hidden": on_cpu(inputs, after), "as_tuple": inputs[0].as_tuple}
             plan.state.flush(**{name: found})
         steps.tell(layer.index + 1, len(decoder.layers))
 
@@ -140,14 +141,16 @@ def _entering(plan: Plan, first: int, name: str) -> list[LayerInputs]:
         inputs = [hold(capture(decoder, batch.tokens, stop=0)) for batch in plan.groups]
     else:
         at, device = known["layer"], decoder.layers[known["layer"]].projections[0].device
-        hidden = [own.to(device, copy=True) for own in known["hidden"]]  # out of the file
-        inputs = [LayerInputs({at: own}, known["as_tuple"]) for own in hidden]
+        inputs = []
+        for own in known["hidden"]:
+            inputs.append(
+                hold(LayerInputs({at: own.to(device, copy=True)}, known["as_tuple"]))
+            )  # out of the file
     for index in range(at, first):
         for number, batch in enumerate(plan.groups):
-            own = inputs[number]
-            inputs[number] = LayerInputs(
-                {index + 1: run_layer(decoder, batch.tokens, index, own)}, own.as_tuple
-            )
+            entered = inputs[number]
+            hidden = run_layer(decoder, batch.tokens, index, entered)
+            inputs[number] = hold(LayerInputs({index + 1: hidden}, entered.as_tuple))
     return inputs
 
 

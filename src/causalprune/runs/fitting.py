@@ -64,9 +64,9 @@ def place(spec: ModelSpec, method: Method, batch_tokens: int, *, stream: bool | 
 
 def check_stored(spec: ModelSpec) -> None:
     """Raise `OptionError` where a model is not one that is pruned from its files."""
-    if replace(spec, date=DATE) not in (ModelSpec(spec.name), ModelSpec(spec.name, device="cpu")):
+    if replace(spec, date=DATE, device="auto") != ModelSpec(spec.name):
         raise OptionError(
-            "--stream keeps the dtype of the files, uses no device and runs no code: leave those options out"
+            "--stream keeps the dtype of the files, takes one device and runs no code: leave the other options out"
         )
     if not Path(spec.name).expanduser().is_dir():
         raise OptionError(

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from causalprune.attribution import (
     DRAWS,
     Cluster,
@@ -269,7 +271,8 @@ def prune_streamed(
             bare = dataclasses.replace(skeleton(folder), tokenizer=tokenizer_of(folder))
             on_date(bare.tokenizer, spec.date)
             calibration = calibrated(bare, wanted, options.data_dir)
-    seen = Seen(calibration, options.batch_tokens, options.cache_gib, effects)
+    device = torch.device(device_of(spec.device))
+    seen = Seen(calibration, options.batch_tokens, options.cache_gib, effects, device)
     with options.stage("pruning") as progress:
         return prune_stream(
             folder, output, method, seen=seen, overwrite=options.overwrite, on_progress=progress

@@ -61,7 +61,7 @@ from causalprune.pruning import (
     unrouted,
 )
 from causalprune.streaming.copies import COPIES, Copies, check_unshared
-from causalprune.streaming.residence import HiddenStates, Leave, Pair, Residence
+from causalprune.streaming.residence import HERE, HiddenStates, Leave, Pair, Residence
 from causalprune.streaming.spectra import Spectra
 from causalprune.streaming.stored import Sources, Store, StoredProjection, find_sources, untie, with_stored
 
@@ -77,12 +77,16 @@ class Streamed:
 
 @dataclass(frozen=True)
 class Seen:
-    """What methods may look at: calibration data, tokens in a pass, GiB of hidden states in memory, effects of heads."""
+    """What methods may look at: calibration data, tokens in a pass, GiB of hidden states in memory, effects of heads.
+
+    The layer at work is on the `device`.
+    """
 
     calibration: Calibration | None = None
     max_batch_tokens: int = 2048
     cache_gib: float = 1.0
     effects: Effects | None = None
+    device: torch.device = HERE
 
 
 def prune_stream(
@@ -120,8 +124,10 @@ def prune_stream(
         with checkpoints.complete(output, overwrite) as folder, ExitStack() as stack:
             _check_room(folder, decoder, size, kept_in, copies=COPIES if method.takes_long else 0)
             if calibration is not None:
-                residence = stack.enter_context(_residence(source, sources, stored, head=method.takes_long))
-                hidden = stack.enter_context(closing(HiddenStates(seen.cache_gib * 2**30, folder)))
+                reading = _residence(source, sources, stored, seen.device, head=method.takes_long)
+                residence = stack.enter_context(reading)
+                hidden_states = HiddenStates(seen.cache_gib * 2**30, folder, seen.device)
+                hidden = stack.enter_context(closing(hidden_states))
                 plan = planned(residence.decoder, method, factors, calibration, seen.max_batch_tokens)
                 plan = replace(plan, hold=hidden.keep, state=_state(kept_in, found, method, seen))
                 store.on_progress = silent
@@ -255,8 +261,10 @@ def _opened(source: Path, stored: Stored, store: Store) -> tuple[Decoder, Source
 
 
 @contextmanager
-def _residence(source: Path, sources: Sources, stored: Stored, *, head: bool) -> Iterator[Residence]:
-    """Let the model run with a layer at a time in memory."""
+def _residence(
+    source: Path, sources: Sources, stored: Stored, device: torch.device, *, head: bool
+) -> Iterator[Residence]:
+    """Let the model run with a layer at a time on a device."""
     dtype = auto_dtype(source, stored)
     bare = skeleton(source, dtype=dtype)
     untie(bare, stored.entries)
@@ -268,7 +276,7 @@ def _residence(source: Path, sources: Sources, stored: Stored, *, head: bool) ->
                     "without --stream"
                 )
 
-    residence = Residence(bare, sources, dtype)
+    residence = Residence(bare, sources, dtype, device)
     with residence.open(stored.entries, head=head):
         yield residence
 

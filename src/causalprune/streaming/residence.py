@@ -1,4 +1,4 @@
-"""A model whose layers are in memory one at a time, and hidden states that are on disk where they do not fit."""
+"""A model whose layers are on its device one at a time, and hidden states that are elsewhere: in memory, or on disk."""
 
 import tempfile
 import warnings
@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -17,20 +17,40 @@ from torch import Tensor, nn
 from causalprune.core import CheckpointError, Decoder, Layer, Projection, aligned, room
 from causalprune.interventions import LayerInputs, replaced_forward
 from causalprune.models import Entry, as_saved, raw_bytes
-from causalprune.streaming.stored import Sources
+from causalprune.streaming.stored import Sources, fields_of
 
 Leave: TypeAlias = Callable[[Layer], None]
 Pair: TypeAlias = tuple[Projection, Bool[Tensor, "out in"]]
+HERE = torch.device("cpu")
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class ResidentProjection(Projection):
+    """A projection that is read to the device `home` when its layer is to run."""
+
+    home: torch.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where `read` gives the matrix, also before it is read."""
+        return self.home
 
 
 class Residence:
     """Lets a model without weights run: what is outside its layers is read at once, a layer when it is to run.
 
-    It stays until another one is to run. Layers that are skipped are not read.
+    It stays on the `device` until another one is to run. Layers that are skipped are not read.
     """
 
-    def __init__(self, decoder: Decoder, sources: Sources, dtype: torch.dtype) -> None:
-        self.decoder, self._sources, self._dtype = decoder, sources, dtype
+    def __init__(
+        self, bare: Decoder, sources: Sources, dtype: torch.dtype, device: torch.device = HERE
+    ) -> None:
+        layers = []
+        for layer in bare.layers:
+            own = [ResidentProjection(**fields_of(p), home=device) for p in layer.projections]
+            layers.append(replace(layer, projections=tuple(own)))
+        self.decoder = replace(bare, layers=tuple(layers))
+        self._sources, self._dtype, self._device = sources, dtype, device
         self.leave: Leave | None = None
         self.newer: Callable[[Layer], Mapping[str, Tensor]] = lambda layer: {}
         """Values of a layer's parameters by name that take the place of those in the source."""
@@ -52,6 +72,9 @@ class Residence:
             if not name.startswith(inside) and id(parameter) not in unused:
                 self._fill(name, parameter)
         self._read_buffers(entries)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self._device))
         with ExitStack() as stack:
             for layer in self.decoder.layers:
                 stack.enter_context(replaced_forward(layer.module, self._entering(layer)))
@@ -103,11 +126,11 @@ class Residence:
         parts = self._sources[name]
         with torch.inference_mode(False):  # it is changed in place later
             if newer is not None:
-                values = newer.clone()
+                values = newer.to(self._device, copy=True)
             elif len(parts) == 1:
-                values = aligned(parts[0].read().to(self._dtype))
+                values = aligned(parts[0].read().to(self._dtype)).to(self._device)
             else:
-                values = torch.empty(parameter.shape, dtype=self._dtype)
+                values = torch.empty(parameter.shape, dtype=self._dtype, device=self._device)
                 for p, entry in zip(self.views(name), parts, strict=True):
                     whole = nn.Parameter(values, requires_grad=False)
                     replace(p, parameter=whole).write(entry.read())
@@ -146,10 +169,13 @@ class Residence:
 
 
 class HiddenStates:
-    """Keeps inputs of layers in memory up to a limit, and beyond it in files without a name, as long as somebody has them."""
+    """Keeps inputs of layers in memory up to a limit, and beyond it in files without a name, as long as somebody has them.
 
-    def __init__(self, limit_bytes: float, folder: Path) -> None:
-        self._limit, self._folder, self._here = limit_bytes, folder, 0
+    They come to the `device` when they are looked at.
+    """
+
+    def __init__(self, limit_bytes: float, folder: Path, device: torch.device = HERE) -> None:
+        self._limit, self._folder, self._device, self._here = limit_bytes, folder, device, 0
         self._files: dict[int, IO[bytes]] = {}
         self._users: Counter[int] = Counter()
         """Inputs of each layer that are in its file."""
@@ -162,6 +188,8 @@ class HiddenStates:
         size = hidden.numel() * hidden.element_size()
         if self._here <= self._limit and self._limit:  # one more, as it mostly takes the place of another
             self._here += size
+            if self._device != HERE:
+                inputs = LayerInputs(_Elsewhere(layer, _InMemory(hidden), self._device), inputs.as_tuple)
             weakref.finalize(inputs, self._leave, size)
             return inputs
         if not self.spilled_bytes:
@@ -174,7 +202,8 @@ class HiddenStates:
         if layer not in self._files:
             self._files[layer] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed when nobody needs it)
         self._users[layer] += 1
-        kept = LayerInputs(_OnDisk(layer, hidden, self._files[layer]), inputs.as_tuple)
+        where = _OnDisk(hidden, self._files[layer])
+        kept = LayerInputs(_Elsewhere(layer, where, self._device), inputs.as_tuple)
         weakref.finalize(kept, self._close, layer)
         return kept
 
@@ -192,21 +221,41 @@ class HiddenStates:
             file.close()
 
 
-class _OnDisk(Mapping[int, Tensor]):
-    """The input of one layer, in a file."""
+class _InMemory:
+    """A tensor of a device, in memory."""
 
-    def __init__(self, layer: int, hidden: Tensor, file: IO[bytes]) -> None:
-        self._layer, self._file, self._dtype, self._shape = layer, file, hidden.dtype, hidden.shape
+    def __init__(self, hidden: Tensor) -> None:
+        self._hidden = hidden.cpu()
+
+    def read(self) -> Tensor:
+        return self._hidden
+
+
+class _OnDisk:
+    """A tensor in a file."""
+
+    def __init__(self, hidden: Tensor, file: IO[bytes]) -> None:
+        self._file, self._dtype, self._shape = file, hidden.dtype, hidden.shape
         self._at = file.seek(0, 2)
         file.write(raw_bytes(hidden))
 
-    def __getitem__(self, layer: int) -> Tensor:
-        if layer != self._layer:
-            raise KeyError(layer)
+    def read(self) -> Tensor:
         data = room(self._shape.numel() * self._dtype.itemsize)
         self._file.seek(self._at)
         self._file.readinto(data.numpy())  # type: ignore[attr-defined]
         return data.view(self._dtype).view(self._shape)
+
+
+class _Elsewhere(Mapping[int, Tensor]):
+    """The input of one layer, which comes to a device when it is looked at."""
+
+    def __init__(self, layer: int, where: _InMemory | _OnDisk, device: torch.device) -> None:
+        self._layer, self._where, self._device = layer, where, device
+
+    def __getitem__(self, layer: int) -> Tensor:
+        if layer != self._layer:
+            raise KeyError(layer)
+        return self._where.read().to(self._device)
 
     def __iter__(self) -> Iterator[int]:
         return iter([self._layer])

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -234,6 +234,11 @@ def _in_layer(layer: Layer, name: str, shape: tuple[int, ...], entries: Mapping[
     return alike if len(alike) == 1 else []
 
 
+def fields_of(p: Projection) -> dict[str, Any]:
+    """Return what a projection is made of, for one of another kind."""
+    return {name: getattr(p, name) for name in Projection.__dataclass_fields__}
+
+
 def with_stored(bare: Decoder, sources: Sources, store: Store) -> Decoder:
     """Return the decoder with projections that are read from files."""
     layers = []
@@ -243,7 +248,7 @@ def with_stored(bare: Decoder, sources: Sources, store: Store) -> Decoder:
         for p in layer.projections:
             parts = sources[p.parameter_name]
             number = taken[p.parameter_name] = taken.get(p.parameter_name, -1) + 1
-            fields = {name: getattr(p, name) for name in Projection.__dataclass_fields__}
+            fields = fields_of(p)
             if len(parts) == 1:
                 entry = parts[0] if p.expert is None else parts[0].part(p.expert)
             else:  # each view has a file's tensor of its own
