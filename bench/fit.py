@@ -184,8 +184,8 @@ def speed() -> Found:
         for _ in range(ROUNDS):
             for name, file in files.items():
                 with running(file, context=512, threads=2) as run:
-                    run.write([*range(100, 108)], 8)
-                    seconds[name].append(1 / run.write([*range(100, 164)], 128)[1])
+                    run.rate([*range(100, 108)], 8)
+                    seconds[name].append(1 / run.rate([*range(100, 164)], 128))
     share = 1 - sizes["ours"] / sizes["dense"]
     saved = [1 - ours / dense for ours, dense in zip(seconds["ours"], seconds["dense"], strict=True)]
     figures = {"decode_time_saved_over_share_20": statistics.median(saved) / share}

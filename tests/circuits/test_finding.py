@@ -168,21 +168,6 @@ def test_adaptive_with_a_budget_is_an_estimator_too() -> None:
     assert own.plan.estimator.name == "gradient"
 
 
-def test_the_circuit_alone_is_what_gates_make_of_the_model() -> None:
-    from reference import fresh
-
-    for family in ("llama3", "mixtral", "qwen2_moe", "gpt2"):
-        decoder = fresh(family)
-        names = ["heads", "experts"] if "mi" in family or "moe" in family else ["heads", "neurons:7"]
-        own = behaviour(decoder, PROBLEMS.examples[:8], cp.Question(tuple(names)), cp.Estimator("gradient"))
-        keep = torch.tensor([number % 4 > 0 for number in range(len(own.units))])
-        closed = Trials(own).nats([keep])[0]
-        every = list(own.plan.units.values())
-        kept = close(decoder, [every[number] for number in (~keep).nonzero()[:, 0].tolist()])
-        torch.testing.assert_close(Trials(own).nats([torch.ones_like(keep)])[0], closed, rtol=1e-4, atol=1e-5)
-        assert sum(int((~kept[name]).sum()) for name in kept) > 0
-
-
 def test_random_circuits_have_the_same_kinds_in_the_same_layers() -> None:
     units = [Unit(layer, i, kind) for layer in range(3) for kind in ("head", "mlp") for i in range(4)]  # type: ignore[arg-type]
     like = torch.tensor([(number * 7) % 3 == 0 for number in range(len(units))])

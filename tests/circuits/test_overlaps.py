@@ -38,5 +38,7 @@ def test_circuits_that_cannot_be_compared_are_named() -> None:
         cp.overlap([heads, neurons])
     with pytest.raises(MismatchError, match="1 is a circuit of another model than or"):
         cp.overlap([heads, heads], constructed("or"), stage=cp.quiet)
+    with pytest.raises(OptionError, match=r"12 of 12 units cannot be removed as a circuit"):
+        cp.overlap([heads, heads], model, remove=len(heads.units), stage=cp.quiet)
     with pytest.raises(MismatchError, match="circuits of different models"):
         cp.overlap([heads, replace(heads, model_fingerprint="other")])

@@ -11,6 +11,7 @@ import torch
 from conftest import Run
 from tinydata import tiny_decoder
 
+from causalprune.core import memory
 from causalprune.core.provenance import peak_bytes
 from causalprune.evaluation.measures import evaluate
 
@@ -72,3 +73,22 @@ def test_the_most_memory_is_that_of_this_process_and_not_of_the_one_that_started
     code = "from causalprune.core.provenance import peak_bytes; print(peak_bytes()['process'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < len(held) < peak_bytes()["process"]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_leaves_less_than_its_machine_has(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups, member = tmp_path / "groups", tmp_path / "member"
+    member.write_text("4:cpu,memory:/outer/inner\n" if version == 1 else "0::/outer/inner\n")
+    monkeypatch.setattr(memory, "MEMBER", member)
+    monkeypatch.setattr(memory, "GROUPS", groups)
+    assert memory.free_bytes(torch.device("cpu")) > 2000  # nothing says anything
+    root = groups / "memory" if version == 1 else groups
+    most, used = memory.BEFORE if version == 1 else ("memory.max", "memory.current")
+    for folder, limit, taken in ((root / "outer" / "inner", "max", 900), (root / "outer", 1500, 1000)):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / most).write_text(f"{limit}\n")
+        (folder / used).write_text(f"{taken}\n")
+        (folder / "memory.stat").write_text("anon 700\ninactive_file 300\n")
+    assert memory.free_bytes(torch.device("cpu")) == 1500 - 1000 + 300

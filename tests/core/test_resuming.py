@@ -138,7 +138,7 @@ def test_what_is_kept_of_another_pruning_is_refused(tmp_path: Path, monkeypatch:
     with pytest.raises(StoppedError):
         prune(fresh("llama3"), METHOD, calibration=EXAMPLES, kept_in=file)
     with pytest.raises(
-        MismatchError, match=r"out\.pruning is of a stopped pruning with other options: delete it"
+        MismatchError, match=r"out\.pruning is of a stopped run with other options: delete it"
     ):
         prune(fresh("llama3"), Method("causal", 0.4), calibration=EXAMPLES, kept_in=file)
 

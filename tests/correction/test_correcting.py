@@ -10,11 +10,12 @@ from planted import built, samples, says, texts
 
 import causalprune as cp
 from causalprune.calibration.examples import batches
-from causalprune.core.errors import CausalPruneError, DataError, MismatchError, OptionError
+from causalprune.core.errors import CausalPruneError, DataError, MismatchError, ModelError, OptionError
 from causalprune.core.resuming import State
 from causalprune.core.types import Calibration, Decoder, Example
+from causalprune.correction import correcting
 from causalprune.correction.behaviours import CLEAN
-from causalprune.correction.correcting import candidates_of, correct
+from causalprune.correction.correcting import candidates_of, check_contrast, correct
 from causalprune.correction.evidence import Looking
 from causalprune.correction.records import Contrast, Corrected
 from causalprune.correction.samples import halves
@@ -248,6 +249,20 @@ def test_options_that_cannot_be(change: dict[str, object], words: str) -> None:
     decoder, planting = built(1)
     with pytest.raises(OptionError, match=words.replace("(", r"\(")):
         fixed(decoder, *samples(planting), **change)
+
+
+def test_what_cannot_be_is_known_before_there_are_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = built(1)[0]
+    check_contrast(decoder, Contrast(budget=3))
+    for contrast, words in (
+        (Contrast(budget=120), "more than half of 192 units"),
+        (Contrast(units=("experts",), budget=1), "has no units of kind 'expert'"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            check_contrast(decoder, contrast)
+    monkeypatch.setattr(correcting, "free_bytes", lambda device: 1000.0)
+    with pytest.raises(ModelError, match=r"single weights are worth takes about .* ask for units"):
+        check_contrast(decoder, Contrast(weights=True, budget=3))
 
 
 def test_an_upper_end_needs_two_samples() -> None:

@@ -11,7 +11,7 @@ from causalprune.interventions import asked
 from causalprune.interventions.asked import drawn, gate_slopes, likelihood, log_odds, odds, prominence
 from causalprune.interventions.gradients import expansion, uniforms
 from causalprune.interventions.losses import target_logits, targets
-from causalprune.interventions.lrp import relevance
+from causalprune.interventions.lrp import relevance, ruled
 from causalprune.interventions.units import list_units
 
 PROBLEMS = calibration(tuple((12 + i % 3, 5) for i in range(6)))
@@ -37,7 +37,8 @@ def test_relevance_is_the_same_too() -> None:
     decoder = shared("llama3")
     units = list(list_units(decoder, ["heads", "neurons:5"]).values())
     (batch, *_) = batches(PROBLEMS.examples, max_batch_tokens=64)
-    own = gate_slopes(decoder, batch, units, prominence, relevant=True)
+    with ruled(decoder):
+        own = gate_slopes(decoder, batch, units, prominence)
     torch.testing.assert_close(own, relevance(decoder, batch, units)[1], rtol=1e-4, atol=1e-5)
 
 

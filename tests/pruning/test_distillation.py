@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -177,6 +178,23 @@ def test_a_slope_that_is_not_finite_stops_and_names_step_and_layer() -> None:
     intact = last_hidden(decoder, batch)
     decoder.model.model.norm.weight.data[0] = torch.nan
     with pytest.raises(ModelError, match=r"training step 1: .* model.layers.2 are not finite"):
+        distillation.distill(decoder, [(batch, intact)], how=distillation.Training(), on_step=silent)
+    assert all(bool(p.read().isfinite().all()) for p in decoder.projections)
+
+
+def test_a_slope_of_weights_that_is_not_finite_moves_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first layer no slope at an output shows it."""
+    decoder, batch, back = fresh("llama3"), BATCHES[0], distillation.Pieces.back
+    intact = last_hidden(decoder, batch)
+
+    def broken(self: distillation.Pieces, layer: int, *given: Any) -> Any:
+        slopes, gradients = back(self, layer, *given)
+        if layer == 0 and gradients[0] is not None:
+            gradients[0][0, 0] = torch.inf
+        return slopes, gradients
+
+    monkeypatch.setattr(distillation.Pieces, "back", broken)
+    with pytest.raises(ModelError, match=r"training step 1: slopes at layers\.0.* are not finite"):
         distillation.distill(decoder, [(batch, intact)], how=distillation.Training(), on_step=silent)
     assert all(bool(p.read().isfinite().all()) for p in decoder.projections)
 

@@ -1,13 +1,16 @@
 """Where a model is pruned is chosen from its configuration and the memory that is free, before anything is read."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Run
+import torch
+from conftest import Run, assert_refused
 from tinydata import tiny_decoder, write_data
 
 from causalprune.core.errors import ModelError, OptionError
+from causalprune.core.resuming import State, forget
 from causalprune.pruning.methods import Method
 from causalprune.runs import fitting
 from causalprune.runs.recipe import ModelSpec
@@ -47,6 +50,66 @@ def test_what_does_not_fit_goes_from_its_files_or_is_refused(model: Path) -> Non
         fitting.place(spec, Method("causal", 0.5, budgets="graded"), 2048)
     with pytest.raises(ModelError, match=r"cannot be pruned from its files: --stream keeps the dtype"):
         fitting.place(replace(spec, dtype="bfloat16"), Method("causal", 0.5), 2048)
+
+
+def test_a_stopped_run_goes_on_as_it_began(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_in, spec, method = tmp_path / "out.pruning", ModelSpec(str(model)), Method("causal", 0.5)
+    for identity, free, stream in ((["streamed", "model"], 1e12, True), (["model"], 1000.0, False)):
+        State(kept_in, identity).keep(one=1)
+        monkeypatch.setattr(fitting, "free_bytes", lambda device, free=free: free)
+        assert fitting.place(spec, method, 2048).stream is not stream
+        assert fitting.place(spec, method, 2048, kept_in=kept_in).stream is stream
+        forget(kept_in)
+
+
+@pytest.mark.usefixtures("little")
+def test_a_model_that_is_spread_is_taken_to_fit(model: Path) -> None:
+    assert not fitting.place(ModelSpec(str(model), device_map="auto"), Method("causal", 0.5), 2048).stream
+
+
+@pytest.mark.usefixtures("little")
+def test_adam_remembers_too_much_to_go_from_files(model: Path) -> None:
+    method = Method("causal", 0.5, update="adam")
+    with pytest.raises(OptionError, match="adam remembers eight bytes of every weight"):
+        fitting.place(ModelSpec(str(model)), method, 2048, stream=True)
+
+
+def test_a_type_too_narrow_to_train_is_refused_before_anything_is_loaded(model: Path) -> None:
+    half = tiny_decoder()
+    half.model.to(torch.float16).save_pretrained(model)
+    for spec, method in (
+        (ModelSpec(str(model)), Method("causal", 0.5)),
+        (ModelSpec("org/absent", dtype="float16"), Method("wanda", 0.5, update="distill")),
+    ):
+        with pytest.raises(OptionError, match="float16, in which gradients of training become zero"):
+            fitting.place(spec, method, 2048)
+    fitting.place(ModelSpec(str(model)), Method("wanda", 0.5), 2048)
+    fitting.place(ModelSpec(str(model), dtype="bfloat16"), Method("causal", 0.5), 2048)
+
+
+@pytest.mark.parametrize("command", ["prune", "shrink"])
+def test_a_full_disk_is_named_before_the_start(
+    command: str, model: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    usage = shutil.disk_usage(tmp_path)._replace(free=size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    share = ("--sparsity", "0.5") if command == "prune" else ("--neurons", "0.5")
+    words = (
+        "-o",
+        tmp_path / "out",
+        *share,
+        "-n",
+        6,
+        "--preserve",
+        "none",
+        "--data-dir",
+        write_data(tmp_path / "data"),
+    )
+    refused = run(command, model, *words)
+    assert_refused(refused, r"GB are needed for", tmp_path / "out")
 
 
 def test_a_model_that_is_no_folder_is_not_streamed() -> None:

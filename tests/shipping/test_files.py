@@ -114,10 +114,18 @@ def test_running_gives_the_same_tokens_and_logits(
             expected = model(torch.tensor([tokens[:length]])).logits[0, -1].double().log_softmax(-1).numpy()
             found = run.log_probabilities(tokens[:length], shipped.ROWS)
             assert np.abs(found - expected).max() <= 1e-3 * np.ptp(expected)
-        text, speed = run.write(tokens[:5], 4)
+        text, speed = run.write(tokens[:5], 4), run.rate(tokens[:5], 4)
     assert speed > 0
     written = model.generate(torch.tensor([tokens[:5]]), max_new_tokens=4, do_sample=False)[0, 5:]
     assert text == tokenizer.decode(written)
+    ending = shutil.copy(whole, whole.with_name("ending.gguf"))
+    reader = GGUFReader(ending, "r+")
+    end = reader.get_field("tokenizer.ggml.eos_token_id")
+    end.parts[end.data[0]][0] = int(written[0])  # the model ends its text at once
+    reader.data.flush()
+    with running(Path(ending), context=128, exact=True) as run:
+        assert run.write(tokens[:5], 4) == tokenizer.decode(written[:1]) != text
+        assert run.rate(tokens[:5], 4) > 0
 
 
 @pytest.mark.thorough

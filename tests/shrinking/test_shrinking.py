@@ -119,6 +119,16 @@ def test_what_stays_makes_up_for_what_goes() -> None:
     assert error["refit"] < 0.7 * error["none"]
 
 
+@pytest.mark.parametrize("update", ["none", "refit", "distill"])
+def test_what_was_pruned_before_stays_zero(update: str) -> None:
+    decoder = decoder_of("llama2")
+    for p in decoder.projections:
+        p.erase(torch.rand(p.shape, generator=torch.Generator().manual_seed(p.size)) < 0.5)
+    found = shrink(decoder, Shares(neurons=0.25), problems(), Shrinking(update=update), stage=quiet).decoder
+    for p in found.projections:
+        assert 0.45 < float((p.read() == 0).double().mean()) < 0.55
+
+
 def test_experts_go_and_unreached_ones_are_not_free() -> None:
     decoder = decoder_of("qwen3_moe")
     few = Calibration((Example((5, 5, 5), 1, "random", "0"),), (0,))  # tokens that go the same way

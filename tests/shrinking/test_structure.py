@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, VOCAB
+from pretended import pretended
 from transformers import AutoModelForCausalLM
 
 from causalprune.checkpoints.saving import save
 from causalprune.core.errors import ModelError, OptionError
-from causalprune.core.types import Decoder, Projection
+from causalprune.core.types import Decoder
 from causalprune.models.anatomy import inspect_model
-from causalprune.models.loading import load, skeleton
+from causalprune.models.loading import load
 from causalprune.models.mistral import as_mistral
 from causalprune.shrinking.structure import Kept, column_keep, silence, smaller
 
@@ -96,12 +97,12 @@ def test_a_llama_is_a_mistral_bit_for_bit_and_loses_heads_that_it_could_not(
         as_mistral(decoder_of("qwen2"))
 
 
-def test_masks_are_where_the_weights_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    FAMILIES["llama3"]().save_pretrained(tmp_path)
-    decoder = skeleton(tmp_path)
-    monkeypatch.setattr(Projection, "device", torch.device("meta"))
-    masks = column_keep(decoder, Kept(layers=(0,), neurons={0: torch.arange(3)}))
-    assert {mask.device.type for mask in masks.values()} == {"meta"}
+def test_masks_are_where_the_weights_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = inspect_model(FAMILIES["llama3"](), None, name="llama3")
+    with pretended(monkeypatch):
+        decoder.model.to("cuda")
+        masks = column_keep(decoder, Kept(layers=(0,), neurons={0: torch.arange(3)}))
+        assert {mask.device.type for mask in masks.values()} == {"cuda"}
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen2", "mixtral", "gpt2", "gpt_neox", "opt"])

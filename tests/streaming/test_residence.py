@@ -37,7 +37,6 @@ SELDOM = [pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES if
 METHODS = {
     "causal": Method("causal", 0.5),
     "fisher": Method("fisher", 0.5, "matrix"),
-    "adam": Method("wanda", 0.5, update="adam"),
     "wanda": Method("wanda", 0.5),
     "sparsegpt": Method("sparsegpt", 0.5),
     "wanda:2:4+refit": Method("wanda", 0.5, "2:4", update="refit"),
@@ -94,9 +93,8 @@ def test_training_in_half_precision_with_inputs_anywhere(
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("method", ["adam", "fisher"])
-def test_other_rules_and_scores_are_streamed(method: str, tmp_path: Path) -> None:
-    check_same(saved("llama3", tmp_path / "source"), METHODS[method], tmp_path)
+def test_another_score_is_streamed(tmp_path: Path) -> None:
+    check_same(saved("llama3", tmp_path / "source"), METHODS["fisher"], tmp_path)
 
 
 @pytest.mark.thorough

@@ -352,11 +352,13 @@ def test_what_a_stopped_run_has_left_needs_no_room_again(
     masks, monkey = sum(p.size for p in decoder.projections) // 8, monkeypatch.setattr
     monkey(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 1000 + masks + copy))
     kept.mkdir()
-    (kept / "one").write_bytes(bytes(copy - 1))
+    (kept / "layer-0").write_bytes(bytes(copy - 1))
     with pytest.raises(CheckpointError, match="are needed"):
-        files._check_room(tmp_path, decoder, 1000, kept, copies=2)
-    (kept / "one").write_bytes(bytes(copy))
-    files._check_room(tmp_path, decoder, 1000, kept, copies=2)
+        files._check_room(tmp_path, decoder, 1000, kept, copies=2, hidden=0)
+    (kept / "layer-0").write_bytes(bytes(copy))
+    files._check_room(tmp_path, decoder, 1000, kept, copies=2, hidden=0)
+    with pytest.raises(CheckpointError, match="are needed"):
+        files._check_room(tmp_path, decoder, 1000, kept, copies=2, hidden=1)
 
 
 def test_a_checkpoint_is_pruned_from_file_to_file(run: Run, tmp_path: Path) -> None:

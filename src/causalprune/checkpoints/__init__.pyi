@@ -27,7 +27,13 @@ from .placing import (
     check_destination as check_destination,
 )
 from .placing import (
+    check_room as check_room,
+)
+from .placing import (
     complete as complete,
+)
+from .placing import (
+    free_at as free_at,
 )
 from .saving import (
     KEEP as KEEP,

@@ -67,7 +67,7 @@ def complete(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, Exception) and not isinstance(error, CausalPruneError):
-            free = shutil.disk_usage(_existing(folder)).free
+            free = free_at(folder)
             raise CheckpointError(
                 f"cannot save to {folder}: {error} ({free / 1e9:.2f} GB free there); nothing was left behind"
             ) from error
@@ -101,6 +101,15 @@ def _beside(folder: Path, kind: str) -> Path:
     return folder.with_name(f"{folder.name}.{kind}-{os.getpid()}-{secrets.token_hex(3)}")
 
 
-def _existing(folder: Path) -> Path:
-    """Return the nearest parent of `folder` that exists."""
-    return next(parent for parent in folder.absolute().parents if parent.is_dir())
+def free_at(folder: Path) -> int:
+    """Return the bytes that are free where a folder is, or is to be."""
+    place = folder.absolute()
+    return shutil.disk_usage(next(own for own in (place, *place.parents) if own.is_dir())).free
+
+
+def check_room(folder: Path, needed: float) -> None:
+    """Raise `CheckpointError` where so many bytes have no room in a folder that is, or is to be, there."""
+    if (free := free_at(folder)) < needed:
+        raise CheckpointError(
+            f"{needed / 1e9:.2f} GB are needed for {folder}, and {free / 1e9:.2f} GB are free there"
+        )

@@ -40,6 +40,9 @@ from .overlaps import (
     Overlap as Overlap,
 )
 from .overlaps import (
+    check_overlap as check_overlap,
+)
+from .overlaps import (
     overlap as overlap,
 )
 from .records import (

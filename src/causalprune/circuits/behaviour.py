@@ -17,6 +17,7 @@ from causalprune.core import (
     Decoder,
     Example,
     Ledger,
+    ModelError,
     OptionError,
     Progress,
     State,
@@ -34,6 +35,7 @@ from causalprune.interventions import (
     gated,
     means,
     relevance,
+    selected,
     target_logits,
     targets,
     uniforms,
@@ -99,6 +101,16 @@ class Behaviour:
             )
         return found
 
+    def check_apart(self) -> None:
+        """Raise `OptionError` where units are parts of one another: closing one would close some of another."""
+        for site, (index, owner) in self.places.items():
+            if len(index.unique()) < len(index):
+                kinds = sorted({self.units[number].kind for number in owner.tolist()})
+                raise OptionError(
+                    f"units of {' and '.join(self.plan.question.units)} share parts at layer {site.layer} ({', '.join(kinds)}): "
+                    "name kinds that have nothing in common, such as heads and neurons:1"
+                )
+
     def gates(self, keep: Keep, value: float = 1.0) -> dict[Site, Float[Tensor, "part"]]:
         """Return gates that are closed where a unit is not kept, and have this value elsewhere."""
         found = {}
@@ -117,9 +129,14 @@ class Behaviour:
             self.decoder, self.problems[:count], self.plan.question, self.plan.estimator, self.mean
         )
 
-    def instead(self, batch: Batch) -> Mapping[Site, Tensor]:
-        """Return what takes the place of closed units on a batch."""
-        return donated(self.decoder, batch, list(self.places), self.plan.question.ablation, self.mean)
+    def instead(self, batch: Batch, rows: list[int] | None = None) -> Mapping[Site, Tensor]:
+        """Return what takes the place of closed units on a batch, or in these rows of it."""
+        ablation, places = self.plan.question.ablation, list(self.places)
+        if rows is not None and ablation == "resample":  # from other rows of the batch
+            whole = donated(self.decoder, batch, places, ablation)
+            return {site: own[rows] for site, own in whole.items()}
+        own = batch if rows is None else selected(batch, rows)
+        return donated(self.decoder, own, places, ablation, self.mean)
 
     def by_problem(self, values: Float[Tensor, "*any sequence"]) -> Float[Tensor, "*any problem"]:
         """Return values of sequences per target token of each problem, those of wrong answers taken away."""
@@ -245,6 +262,9 @@ def scored(
 
     In nats per target token, or in logits for `relevance`, a mean over gates (`balanced`). What is finished of it is in the
     `state`. Costs as the estimator.
+
+    Raises:
+        ModelError: a score is not finite.
     """
     numbers = keep.nonzero()[:, 0]
     every = list(of.plan.units.values())
@@ -257,7 +277,9 @@ def scored(
         if key not in state.values:
             state.keep(**{key: _slopes(of, batch, units, [of.gates(keep, gate) for gate in how.gates], how)})
             on_progress(number + 1, len(groups))
-        found[:, numbers[:, None], torch.tensor(batch.indices)] = state.values[key].double()
+        found[:, numbers[:, None], torch.tensor(batch.indices)] = state.values.pop(key).double()
+    if not bool(found[:, numbers].isfinite().all()):
+        raise ModelError("scores of units are not finite: load the model with --dtype float32 or bfloat16")
     return balanced(of.effects(found))
 
 

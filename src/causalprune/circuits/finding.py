@@ -94,6 +94,7 @@ def circuit(  # noqa: PLR0913 (what a user says)
         check_problems(what, own.examples)
     how = estimator if {question.effect, estimator.name} & {"kl", *MEASURED} else replace(estimator, draws=0)
     ranked = behaviour(decoder, calibration.examples, question, how)
+    ranked.check_apart()
     decided = behaviour(decoder, decide.examples, question, how, ranked.mean)
     search = Search(ranked, decided, how, rank, keep, Path(folder) if folder else None, stage or bars)
     with ledger(ranked, decided, how, folder) as book:
@@ -156,6 +157,10 @@ def turns(question: Question, estimator: Estimator, rescore: int | None = None) 
 def check_search(question: Question, estimator: Estimator, keep: float, rank: Rank, rescore: int) -> None:
     """Raise `OptionError` for what does not go together, before anything is loaded."""
     learn = estimator.epochs or 0
+    if learn and estimator.name == "relevance":
+        raise OptionError(
+            "relevance is of logits, and gates are learned by divergences: ask for no epochs (--learn 0)"
+        )
     if learn and question.effect != "kl":
         raise OptionError(
             "learned gates follow the intact model's predictions: ask for the effect 'kl', or for no epochs (--learn 0)"
@@ -221,7 +226,11 @@ class Search:
         """Score in rounds, each with the units closed that are out by then: equal parts of all go out; then learn gates."""
         ranked, found = self.ranked, list[Round]()
         keep = torch.ones(len(ranked.units), dtype=torch.bool)
-        state = State(self.folder and self.folder / SCORES, [identity(ranked), _lasting(self.how)])
+        own, folder = [identity(ranked), _lasting(self.how)], self.folder
+        state = State(folder and folder / SCORES, own)
+        learning = State(
+            folder and folder / GATES / f"{count}-{self.how.epochs}", own
+        )  # refuses before scores are made
         for number in range(count):
             name = f"scores, round {number + 1} of {count}" if count > 1 else "scores"
             with self.stage(name) as tell:
@@ -239,12 +248,10 @@ class Search:
             keep = torch.zeros_like(keep)
             keep[order[:kept]] = True
         if self.how.epochs:
-            folder = self.folder and self.folder / GATES / f"{count}-{self.how.epochs}"
-            state = State(folder, [identity(ranked), _lasting(self.how)])
             with self.stage(GATES) as tell:
-                say(tell, unit="batches")
-                moves = learned(ranked, order_of(found, self.rank), self.sizes, self.how, state, tell)
-            found.append(Round(moves, len(order), moved=True))
+                say(tell, unit="steps")
+                moves = learned(ranked, order_of(found, self.rank), self.sizes, self.how, learning, tell)
+            found[-1] = replace(found[-1], moves=moves)
         return found
 
     def _measured(self, tell: Progress) -> Float[Tensor, "unit problem"]:

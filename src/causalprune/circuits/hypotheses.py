@@ -65,10 +65,11 @@ def _kernel(values: Float[Tensor, "problem"]) -> Any:
 def minimality(members: Float[Tensor, "member"], added: Float[Tensor, "other"]) -> dict[str, Any]:
     """Test of each member whether it moves the loss more than the share `Q` of units that are added; at `LEVEL` for all of them.
 
-    `spare` are those, by number, of which that is not shown. Where nothing is outside of the circuit, nothing can be said.
+    `spare` are those, by number, of which that is not shown. Where so few units are outside of the circuit that it could be shown
+    of none, nothing can be said.
     """
-    if not len(added):
-        return {"tested": len(members), "spare": [], "p": 1.0, "holds": False}
+    if Q ** len(added) >= LEVEL / len(members):
+        return {"tested": len(members), "spare": [], "p": 1.0, "holds": False, "outside": len(added)}
     p = [float(scipy.stats.binom.sf(int((own > added).sum()) - 1, len(added), Q)) for own in members]
     spare = [at for at, value in enumerate(p) if value >= LEVEL / len(p)]
     return {"tested": len(p), "spare": spare, "p": max(p), "holds": not spare}

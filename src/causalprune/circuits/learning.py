@@ -15,18 +15,11 @@ from torch import Tensor
 from causalprune.attribution import Estimator
 from causalprune.circuits.behaviour import LEAST, Behaviour
 from causalprune.circuits.ranking import places, prefix
-from causalprune.core import Batch, Progress, State
-from causalprune.interventions import (
-    LayerInputs,
-    Site,
-    divergence_slope,
-    entered_at,
-    gated,
-    last_hidden,
-    target_logits,
-    targets,
-)
+from causalprune.core import ModelError, Progress, State
+from causalprune.interventions import Following, LayerInputs, gate_slopes, last_hidden, selected
 
+AT_ONCE = 6
+"""Problems of a step, at most; the number of steps does not depend on what a forward pass holds."""
 RATE = 0.04
 """Share of the order by which a unit whose slope is the root mean square of all moves in a step, at first; falls to zero."""
 MEMORY = 0.8
@@ -35,6 +28,8 @@ NEAR = 0.25
 """Share of the order within which a unit moves, on both sides of the last that stays: further off, a slope says nothing of its removal."""
 SIZES = 0.05, 0.95
 """Between which shares circuits are drawn."""
+LITTLE = 0.02
+"""Divergence in nats a target token at which slopes count half: where next to nothing is lost, they say nothing of removal."""
 
 
 def learned(
@@ -44,67 +39,84 @@ def learned(
     how: Estimator,
     state: State,
     tell: Progress,
-) -> Float[Tensor, "unit problem"]:
-    """Return by how much each problem moves every unit up from its place in an `order` of units of these `sizes`.
+) -> Float[Tensor, "unit"]:
+    """Return by how much every unit moves up from its place in an `order` of units of these `sizes`, as a share of the order.
 
-    Goes through the problems in the estimator's epochs, with its seed. The mean over problems is the whole move, in shares of the order. Goes on from the `state` of a stopped run, bit for bit.
+    Goes through the problems in the estimator's epochs, with its seed. Goes on from the `state` of a stopped run, bit for bit.
     Costs three forward passes an epoch, and one.
+
+    Raises:
+        ModelError: a slope is not finite.
     """
-    n, generator = len(of.problems), torch.Generator().manual_seed(how.seed)
-    groups = [own for own in of.plan.groups if min(own.indices) < n]  # those of wrong answers alone are out
-    start, total = places(order), (how.epochs or 0) * len(groups)
+    parts, generator = _parts(of), torch.Generator().manual_seed(how.seed)
+    start, total = places(order), (how.epochs or 0) * len(parts)
     known = state.values.pop("learned", None) or {
         "steps": 0,
-        "moves": torch.zeros(len(order), n),
-        "last": torch.zeros(len(order), n),
+        "moves": torch.zeros(len(order), dtype=torch.float64),
+        "last": torch.zeros(len(order), dtype=torch.float64),
         "largest": 0.0,
         "generator": generator.get_state(),
     }
+    moves: Tensor
     moves, last, largest = known["moves"].clone(), known["last"].clone(), float(known["largest"])
     generator.set_state(known["generator"])
-    intact = [last_hidden(of.decoder, batch) for batch in groups] if known["steps"] < total else []
+    intact = [last_hidden(of.decoder, batch) for batch in of.plan.groups] if known["steps"] < total else []
     for number in range(int(known["steps"]), total):
-        at = number % len(groups)
-        now = (start + moves.double().mean(1)).argsort(descending=True, stable=True)
-        shares = torch.empty(len(groups[at].tokens)).uniform_(*SIZES, generator=generator)
+        part = parts[number % len(parts)]
+        now = (start + moves).argsort(descending=True, stable=True)
+        shares = torch.empty(sum(len(rows) for rows in part.values())).uniform_(*SIZES, generator=generator)
         first = torch.tensor([prefix(now, sizes, share) for share in shares.tolist()])  # that does not stay
         after = now.argsort() - first[:, None]
-        keeps = after < 0
-        slopes = _slopes(of, groups[at], intact[at], keeps)
+        slopes, lost = _slopes(of, part, intact, after < 0)
+        if not bool(slopes.isfinite().all()):
+            raise ModelError(
+                f"step {number + 1} of learning gates: slopes at gates are not finite; ask for no epochs (--learn 0)"
+            )
         size = slopes.square().mean(0).sqrt()
         largest = max(largest, float(size.max()))
-        slopes /= size.clamp_min(LEAST * largest).clamp_min(torch.finfo(size.dtype).tiny)
+        slopes *= (
+            lost / (lost + LITTLE) / size.clamp_min(LEAST * largest).clamp_min(torch.finfo(size.dtype).tiny)
+        )
         slopes *= (after.abs() <= NEAR * len(order)).T
-        rows = [row for row, index in enumerate(groups[at].indices) if index < n]
-        last *= MEMORY
-        last[:, [groups[at].indices[row] for row in rows]] += (1 - MEMORY) * n / len(rows) * slopes[:, rows]
+        last = MEMORY * last + (1 - MEMORY) * slopes.mean(1)
         moves -= RATE * (1 + math.cos(math.pi * (number + 1) / total)) / 2 * last
         if state.due() or number + 1 == total:
             own = {"moves": moves, "last": last, "largest": largest, "generator": generator.get_state()}
             state.flush(learned=own | {"steps": number + 1})
         tell(number + 1, total)
-    found: Tensor = moves.double()
+    return moves
+
+
+def _parts(of: Behaviour) -> list[dict[int, list[int]]]:
+    """Return the rows of batches that each step sees: as many problems in all, without wrong answers, long ones together."""
+    groups, n = of.plan.groups, len(of.problems)
+    places_ = [
+        (number, row) for number, own in enumerate(groups) for row, i in enumerate(own.indices) if i < n
+    ]
+    steps, found = math.ceil(n / AT_ONCE), list[dict[int, list[int]]]()
+    for step in range(steps):
+        found.append({})
+        for number, row in places_[step * n // steps : (step + 1) * n // steps]:
+            found[-1].setdefault(number, []).append(row)
     return found
 
 
 def _slopes(
-    of: Behaviour, batch: Batch, intact: LayerInputs, keeps: Bool[Tensor, "batch unit"]
-) -> Float[Tensor, "unit batch"]:
-    """Return the slopes of each sequence's divergence from the intact model at the gates of all units, where some are closed."""
-    wanted, after = targets(batch), len(of.decoder.layers)
-    gates: dict[Site, Tensor] = {}
-    for site, (index, owner) in of.places.items():
-        gates[site] = torch.ones(len(keeps), of.plan.sites[site])
-        gates[site][:, index] = keeps[:, owner].float()
-        gates[site].requires_grad_()
-    with torch.no_grad(), entered_at(of.decoder, after, intact):
-        teacher = target_logits(of.decoder, batch, wanted)
-    with torch.enable_grad(), gated(of.decoder, gates, of.instead(batch)):
-        logits = target_logits(of.decoder, batch, wanted)
-    logits.backward(divergence_slope(teacher, logits.detach(), 1.0), inputs=list(gates.values()))
-    found = torch.zeros(keeps.shape[1], len(keeps))
-    for site, (index, owner) in of.places.items():
-        slope = gates[site].grad
-        assert slope is not None
-        found.index_add_(0, owner, slope[:, index].T.float().cpu())
-    return found
+    of: Behaviour, part: dict[int, list[int]], intact: list[LayerInputs], keeps: Bool[Tensor, "problem unit"]
+) -> tuple[Float[Tensor, "unit problem"], Float[Tensor, "problem"]]:
+    """Return the slopes of each problem's divergence from the intact model at the gates of all units, where some are closed, and itself.
+
+    The divergence is a mean over target tokens.
+    """
+    found, lost, done, after = [], [], 0, len(of.decoder.layers)
+    for number, rows in part.items():
+        whole = of.plan.groups[number]
+        batch, teacher = selected(whole, rows), intact[number].rows(after, rows, whole.tokens)
+        each = [of.gates(keep) for keep in keeps[done : done + len(rows)]]
+        gates = {site: torch.stack([own[site] for own in each]) for site in of.places}
+        asked = Following(of.decoder, batch, teacher)
+        units, instead = list(of.plan.units.values()), of.instead(whole, rows)
+        found.append(gate_slopes(of.decoder, batch, units, asked, gate=gates, instead=instead))
+        lost.append(asked.nats / batch.is_target[:, 1:].sum(1))
+        done += len(rows)
+    return torch.cat(found, 1), torch.cat(lost)

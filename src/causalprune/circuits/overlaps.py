@@ -56,6 +56,7 @@ def overlap(
 
     Raises:
         MismatchError: the circuits are of different models, of different units, or not of this model.
+        OptionError: there are fewer than two, or fewer units than are to be removed.
     """
     named = (
         dict(circuits)
@@ -63,7 +64,11 @@ def overlap(
         else {str(i + 1): own for i, own in enumerate(circuits)}
     )
     every = list(named.values())
-    _check(named, decoder)
+    check_overlap(named, remove)
+    if decoder is not None and decoder.fingerprint != every[0].model_fingerprint:
+        raise MismatchError(
+            f"{next(iter(named))} is a circuit of another model than {decoder.name}: load the one that it was found in"
+        )
     members = [set(own.members) for own in every]
     shared = [[len(a & b) for b in members] for a in members]
     jaccard = [
@@ -86,7 +91,8 @@ def _frozen(rows: Sequence[Sequence[Any]]) -> tuple[tuple[Any, ...], ...]:
     return tuple(tuple(row) for row in rows)
 
 
-def _check(named: Mapping[str, Circuit], decoder: Decoder | None) -> None:
+def check_overlap(named: Mapping[str, Circuit], remove: int | None = None) -> None:
+    """Raise a `CausalPruneError` for circuits that cannot be compared, or more units to remove than there are."""
     if len(named) < 2:
         raise OptionError("an overlap is one of at least two circuits: name another")
     (first, one), *others = named.items()
@@ -100,9 +106,9 @@ def _check(named: Mapping[str, Circuit], decoder: Decoder | None) -> None:
             raise MismatchError(
                 f"{first} and {name} are circuits of different units: find them among the same"
             )
-    if decoder is not None and decoder.fingerprint != one.model_fingerprint:
-        raise MismatchError(
-            f"{first} is a circuit of another model than {decoder.name}: load the one that it was found in"
+    if remove is not None and not 0 < remove < len(one.units):
+        raise OptionError(
+            f"{remove:,} of {len(one.units):,} units cannot be removed as a circuit: ask for fewer (--remove)"
         )
 
 

@@ -22,14 +22,14 @@ TIE = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """The scores of one round `[unit problem]`, NaN for units that are closed in it, and how many of them go on.
+    """The scores of one round, NaN for units that are closed in it, and how many of them go on.
 
-    The last round may have `moved` units instead: by how much each problem moves them up, as a share of the order.
+    After the last one units may have moved by `moves`, up as shares of the order.
     """
 
     scores: Float[Tensor, "unit problem"]
     kept: int
-    moved: bool = False
+    moves: Float[Tensor, "unit"] | None = None
 
 
 def order_of(rounds: Sequence[Round], rank: Rank) -> Int[Tensor, "unit"]:
@@ -39,7 +39,7 @@ def order_of(rounds: Sequence[Round], rank: Rank) -> Int[Tensor, "unit"]:
 
 def values_of(rounds: Sequence[Round], rank: Rank) -> Float[Tensor, "unit"]:
     """Return what units are ranked by: the mean over problems, or its size, as a mean over the rounds that each was in."""
-    first, *others = _worths([own.scores.mean(1) for own in rounds if not own.moved], rank)
+    first, *others = _worths([own.scores.mean(1) for own in rounds], rank)
     for own in others:
         first = torch.where(own.isneginf(), first, own)
     return first
@@ -62,14 +62,13 @@ def _ordered(
 
     Where units moved after that, by the places that they came to.
     """
-    scores = [mean for mean, own in zip(means, rounds, strict=True) if not own.moved]
-    first, *others = _worths(scores, rank)
+    first, *others = _worths(means, rank)
     order = first.argsort(descending=True, stable=True)
     for own, before in zip(others, rounds, strict=False):
         front = order[: before.kept]
         order = torch.cat([front[own[front].argsort(descending=True, stable=True)], order[before.kept :]])
-    if rounds[-1].moved:
-        order = (places(order) + means[-1]).argsort(descending=True, stable=True)
+    if rounds[-1].moves is not None:
+        order = (places(order) + rounds[-1].moves).argsort(descending=True, stable=True)
     return order
 
 
@@ -84,7 +83,7 @@ def last_scores(rounds: Sequence[Round]) -> Float[Tensor, "unit problem"]:
     """Return the scores of each unit in the last round that it was in."""
     found = rounds[0].scores
     for own in rounds[1:]:
-        found = found if own.moved else torch.where(own.scores.isnan(), found, own.scores)
+        found = torch.where(own.scores.isnan(), found, own.scores)
     return found
 
 
@@ -98,7 +97,7 @@ def prefix(order: Int[Tensor, "unit"], sizes: Float[Tensor, "unit"], share: floa
 def with_ties(order: Int[Tensor, "unit"], values: Float[Tensor, "unit"], count: int) -> int:
     """Return a size at which no unit stays out that is worth as much as the last member, where that is short of all.
 
-    What is worth more comes of another round of scores, and is no tie.
+    What is worth more comes of another round of scores, or of what was learned, and is no tie.
     """
     last, size = float(values[order[count - 1]]), count
     while size < len(order) and last and abs(float(values[order[size]]) - last) <= TIE * abs(last):
@@ -107,12 +106,16 @@ def with_ties(order: Int[Tensor, "unit"], values: Float[Tensor, "unit"], count: 
 
 
 def resampled_orders(rounds: Sequence[Round], rank: Rank, seed: int = 0) -> list[Int[Tensor, "unit"]]:
-    """Return the orders that `DRAWS` resamples of the problems would have given, from the scores that there are."""
+    """Return the orders that `DRAWS` resamples of the problems would have given, from the scores that there are.
+
+    What was learned stays as it is: a step answers the steps before, so that those of other problems are not to be had without
+    learning again, and weighing each problem's share of the moves anew makes orders differ by far more than that does.
+    """
     n, generator = rounds[0].scores.shape[1], torch.Generator().manual_seed(seed)
     found = []
     for _ in range(DRAWS):
         counts = torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n).double() / n
-        found.append(_ordered([own.scores @ counts for own in rounds], rank, rounds))
+        found.append(_ordered([own.scores @ counts for own in rounds], rank, rounds).int())
     return found
 
 

@@ -60,6 +60,8 @@ def _verdict(name: str, own: dict[str, Any]) -> str:
             "not shown of every member that it does more than a random unit",
         ),
     }[name]
+    if "outside" in own:
+        return f"{own['outside']} units outside of the circuit are too few to tell"
     extra = f", {len(own['spare'])} of {own['tested']}" if name == "minimality" and own["spare"] else ""
     return f"{holds[0] if own['holds'] else holds[1]}{extra} (p = {own['p']:.2g})"
 

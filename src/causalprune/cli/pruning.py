@@ -108,8 +108,9 @@ def prune(
     spec, calibration, wanted = model.spec(), data.spec(subsets), method.parsed(data.reading.seed)
     options = running.options(data.reading.data_dir, overwrite=overwrite)
     check_destination(output, overwrite)
+    kept_in = output.with_name(f"{output.name}.pruning")
     with options.stage("finding the model"):  # which may be fetched
-        chosen = place(spec, wanted, options.batch_tokens, stream=running.stream)
+        chosen = place(spec, wanted, options.batch_tokens, stream=running.stream, kept_in=kept_in)
     say(str(chosen))
     if chosen.stream and calibration.preserve is None and writes_own(wanted):
         say(

@@ -13,7 +13,8 @@ from causalprune.cli.output import AsJson, document, pushed_to, say
 from causalprune.core import OptionError
 
 if TYPE_CHECKING:
-    from causalprune.core import Decoder
+    from causalprune.core import Calibration, Decoder
+    from causalprune.runs import ModelSpec, Options
     from causalprune.shrinking import Budget, Shares
 
 
@@ -97,6 +98,20 @@ class RemovalOptions:
         return as_mistral(decoder) if self.as_mistral else decoder
 
 
+def _opened(
+    spec: "ModelSpec", data: opt.MixedOptions, options: "Options", output: Path, kept_in: Path
+) -> tuple["Decoder", "Calibration"]:
+    """Load the model that is to be smaller, and its examples, where there is room for what comes of it."""
+    from causalprune.checkpoints import check_room, warn_unpacked
+    from causalprune.pruning import begun
+    from causalprune.runs import prepared, room_of
+
+    decoder, calibration = prepared(spec, data.spec(1).settled(own=True), options, begun(kept_in))
+    warn_unpacked(decoder)
+    check_room(output, room_of(decoder, kept_in))
+    return decoder, calibration
+
+
 @app.command()
 @grouped
 def shrink(
@@ -115,22 +130,19 @@ def shrink(
     as_json: AsJson = False,
 ) -> None:
     """Remove units for good: a smaller and faster model in the standard form of its architecture, chosen by effect on the task."""
-    from causalprune.checkpoints import check_destination, save, warn_unpacked
+    from causalprune.checkpoints import check_destination, save
     from causalprune.cli import tables
     from causalprune.core import forget, size_of
-    from causalprune.pruning import begun
-    from causalprune.runs import outcome, prepared, speeds
+    from causalprune.runs import check_trained, outcome, speeds
     from causalprune.shrinking import Shrinking, leftovers
     from causalprune.shrinking import shrink as smaller
 
-    goes = method.wanted()
+    goes, spec = method.wanted(), model.spec()
     check_destination(output, overwrite)
+    check_trained(spec, method.update)
     repository = hub.reserve(output, overwrite)
     options, ledger = running.options(data.reading.data_dir), output.with_name(f"{output.name}.attribution")
-    found = begun(leftovers(ledger)["update"])
-    wanted = data.spec(1).settled(own=True)
-    decoder, calibration = prepared(model.spec(), wanted, options, found)
-    warn_unpacked(decoder)
+    decoder, calibration = _opened(spec, data, options, output, leftovers(ledger)["update"])
     decoder = method.taken(decoder)
     seed = data.reading.seed
     shrunk = smaller(

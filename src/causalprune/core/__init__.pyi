@@ -109,6 +109,9 @@ from .resuming import (
     forget as forget,
 )
 from .resuming import (
+    identity_at as identity_at,
+)
+from .resuming import (
     kept as kept,
 )
 from .showing import (

@@ -1,9 +1,11 @@
 """Room for large matrices, counting their zeros, keep masks at eight weights a byte, and going on where memory runs out."""
 
+import contextlib
 import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -17,6 +19,10 @@ from causalprune.core.types import Effects
 
 Found = TypeVar("Found")
 CACHE_LINE = 64
+MEMBER, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+"""Where Linux says in which control groups a process is, and what they are."""
+BEFORE = "memory.limit_in_bytes", "memory.usage_in_bytes"
+"""What the limit and what is taken of it are called in the first version of control groups."""
 NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 """What errors of CUDA, of torch on a CPU, and of cuBLAS say."""
 
@@ -26,7 +32,29 @@ def free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what earlier work has left there counts as free
         return float(torch.cuda.mem_get_info(device)[0])
-    return float(psutil.virtual_memory().available) if device.type == "cpu" else math.inf
+    return min(float(psutil.virtual_memory().available), _granted()) if device.type == "cpu" else math.inf
+
+
+def _granted() -> float:
+    """Return what the control groups that this process is in, as a container's, leave it of the memory; without bound where none is set."""
+    try:
+        lines = [line.split(":", 2) for line in MEMBER.read_text().splitlines()]
+        own = {kind: path for _, kinds, path in lines for kind in kinds.split(",")}
+    except (OSError, ValueError):
+        return math.inf
+    found = [math.inf]
+    for kind, most, used in (("", "memory.max", "memory.current"), ("memory", *BEFORE)):
+        root = GROUPS / kind
+        place = root / own.get(kind, "/").lstrip("/")
+        for folder in (place, *place.parents):
+            if folder.is_relative_to(root):
+                with contextlib.suppress(OSError, ValueError):  # where there is no limit it says max
+                    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                    files = int(
+                        stat.get("total_inactive_file", stat.get("inactive_file", 0))
+                    )  # goes when somebody needs the room
+                    found.append(int((folder / most).read_text()) - int((folder / used).read_text()) + files)
+    return float(max(min(found), 0.0))
 
 
 def room(size: int) -> UInt8[Tensor, "byte"]:

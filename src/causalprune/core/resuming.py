@@ -42,12 +42,12 @@ class State:
         for own, values, version in _found(path):
             if version != METHOD_VERSION:
                 raise MismatchError(
-                    f"{path} is of a stopped pruning of an earlier version, since when {changes_since(version)}: delete it, "
+                    f"{path} is of a stopped run of an earlier version, since when {changes_since(version)}: delete it, "
                     "or choose another output"
                 )
             if own != self._identity:
                 raise MismatchError(
-                    f"{path} is of a stopped pruning with other options: delete it, or choose another output"
+                    f"{path} is of a stopped run with other options: delete it, or choose another output"
                 )
             self.values |= values
 
@@ -80,9 +80,9 @@ class State:
 
     def drop(self, names: Iterable[str]) -> None:
         """Remove the files of these values, where there are any."""
-        assert self.path is not None
-        for name in names:
-            (self.path / name).unlink(missing_ok=True)
+        if self.path is not None:
+            for name in names:
+                (self.path / name).unlink(missing_ok=True)
 
     def _write(self, values: dict[str, Any]) -> None:
         for name, value in values.items():
@@ -120,6 +120,12 @@ def kept(path: Path) -> dict[str, Any]:
     return {name: value for values in found for name, value in values.items()}
 
 
+def identity_at(path: Path) -> list[Any] | None:
+    """Return what the values that are kept at a path depend on; None where nothing is kept."""
+    found = next(_found(path), None)
+    return None if found is None else list(json.loads(found[0]))
+
+
 def forget(path: Path) -> None:
     """Remove what was kept at a path, if anything was."""
     if path.is_dir():
@@ -138,7 +144,7 @@ def _found(path: Path | None) -> Iterator[tuple[str, dict[str, Any], int]]:
             raise CheckpointError(f"cannot read {file}: {cause.strerror or cause}") from cause
         except Exception as cause:  # torch has many for a damaged file
             raise CheckpointError(
-                f"{file}, kept of a stopped pruning, is damaged: delete it to begin again"
+                f"{file}, kept of a stopped run, is damaged: delete it to begin again"
             ) from cause
         yield own, values, version
 

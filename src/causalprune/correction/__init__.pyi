@@ -14,6 +14,9 @@ from .behaviours import (
     sought as sought,
 )
 from .correcting import (
+    check_contrast as check_contrast,
+)
+from .correcting import (
     correct as correct,
 )
 from .records import (

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from causalprune.circuits import Behaviour
 from causalprune.core import Batch, Decoder, Masks, Projection, Unit
-from causalprune.interventions import Asked, Parts, Site, gate_slopes, gated, weight_slopes
-from causalprune.pruning import close, dampen, scale, scaled, staying, staying_weights
+from causalprune.interventions import Asked, Parts, Site, gate_slopes, gated, ruled, weight_slopes
+from causalprune.pruning import close, dampen, scale, scaled, staying, staying_weights, still
 
 Chosen = Int[Tensor, "_"]
 """Numbers of candidates."""
@@ -53,6 +53,9 @@ class Candidates(Protocol):
 
     def keep(self, chosen: Chosen) -> Masks:
         """Return which weights would not be zero without some: all of them where something is left of those."""
+
+    def still(self, chosen: Chosen) -> None:
+        """Take out of the model what some send without a weight."""
 
     def write(self, chosen: Chosen) -> None:
         """Take some out of the model for good."""
@@ -120,9 +123,8 @@ class Units:
     ) -> Float[Tensor, "unit batch"]:
         """Return the slopes of what is asked of each sequence at every unit's gate, with some closed."""
         units = list(self.of.plan.units.values())
-        return gate_slopes(
-            self.decoder, batch, units, asked, gate=self._gates(closed, gate), relevant=relevant
-        )
+        with ruled(self.decoder) if relevant else nullcontext():
+            return gate_slopes(self.decoder, batch, units, asked, gate=self._gates(closed, gate))
 
     @contextmanager
     def without(self, chosen: Chosen) -> Iterator[Rows]:
@@ -137,6 +139,10 @@ class Units:
     def keep(self, chosen: Chosen) -> Masks:
         """Return which weights would not be zero without some units."""
         return staying(self.decoder, [] if self.factor else self._parts(chosen))
+
+    def still(self, chosen: Chosen) -> None:
+        """Set to zero, or scale, what some units send without a weight."""
+        still(self.decoder, self._parts(chosen), self.factor)
 
     def write(self, chosen: Chosen) -> None:
         """Set all weights of some units to zero, or scale what they send."""
@@ -228,6 +234,9 @@ class Weights:
     def keep(self, chosen: Chosen) -> Masks:
         """Return which weights would not be zero without some."""
         return staying_weights(self.decoder, {} if self.factor else self._index(chosen))
+
+    def still(self, chosen: Chosen) -> None:
+        """Do nothing: single weights send nothing without a weight."""
 
     def write(self, chosen: Chosen) -> None:
         """Set some weights to zero, or scale them."""

@@ -1,9 +1,12 @@
 """`correct`: halves, search, zeros, update, and what all of it is measured to do."""
 
 import hashlib
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from causalprune.attribution import Question, planned
 from causalprune.calibration import check_positions
@@ -21,6 +24,7 @@ from causalprune.core import (
     State,
     Unit,
     bars,
+    free_bytes,
     say,
 )
 from causalprune.correction.candidates import Candidates, Chosen, Units, Weights
@@ -30,12 +34,15 @@ from causalprune.correction.records import Contrast, Corrected
 from causalprune.correction.samples import Given, Half, halves
 from causalprune.correction.scores import ACTIVE
 from causalprune.correction.search import Search
+from causalprune.interventions import Site, grouped_by_effect, list_units, ruled
 from causalprune.models import fingerprint
 from causalprune.pruning import Repair, remove
 
 LEDGER, SCORES, UPDATE = "correction.ledger", "scores", "update"
 MEASURED = ("units", "weights", "damp", "max_batch_tokens")
 """What measured values depend on, beside model and samples: with another budget, harm or score the same ones serve."""
+TABLES = 9
+"""Numbers that are held for every single weight, with two sources to preserve."""
 SLOPES = ("estimator", "draws", "seed")
 """What slopes depend on beside that."""
 
@@ -62,8 +69,7 @@ def correct(
         OptionError: the budget is no number of units, or all that could go does more harm than is allowed, or no good.
         MismatchError: `kept_in` is of another model, other data or other options.
     """
-    if decoder.offloaded:
-        raise ModelError(f"{decoder.name} is not all in memory, and has to be while its parts are closed")
+    check_contrast(decoder, contrast)
     chooses, decides = halves(undesired, preserve, decoder.tokenizer)
     _check(decoder, (chooses, decides), contrast)
     candidates = candidates_of(decoder, chooses, contrast)
@@ -100,6 +106,33 @@ def correct(
     return Corrected(contrast, keep, point, after, curve, members, candidates.count, told, model)
 
 
+def check_contrast(decoder: Decoder, contrast: Contrast) -> None:
+    """Raise a `CausalPruneError` for what cannot be done to a model, whatever the samples are.
+
+    Raises:
+        ModelError: it is not all in memory, has parts that relevance has no rule for, or too many weights to be looked at one by one.
+        OptionError: it does not have the units, or the budget is no number of them.
+    """
+    if decoder.offloaded:
+        raise ModelError(f"{decoder.name} is not all in memory, and has to be while its parts are closed")
+    if contrast.estimator == "relevance":
+        with ruled(decoder):
+            pass
+    if contrast.weights:
+        count = sum(p.size for p in decoder.projections)
+        takes, free = TABLES * 4 * count, free_bytes(torch.device("cpu"))
+        if takes > free:
+            raise ModelError(
+                f"what {count:,} single weights are worth takes about {takes / 2**30:.0f} GiB, and {free / 2**30:.0f} are free: ask "
+                "for units, such as neurons:1"
+            )
+        contrast.number(count)
+    elif not grouped_by_effect(contrast.units):  # else what the groups are depends on samples
+        units = list_units(decoder, contrast.units)
+        contrast.number(len(units))
+        _check_active(contrast, {site for parts in units.values() for site in parts})
+
+
 def _check(decoder: Decoder, sides: tuple[Half, Half], contrast: Contrast) -> None:
     for half in sides:
         check_positions(decoder, [*half.sequences, *half.preserve])
@@ -120,11 +153,15 @@ def candidates_of(decoder: Decoder, chooses: Half, contrast: Contrast) -> Candid
         ),
         contrast.damp,
     )
-    if contrast.score in ACTIVE and any(site.place == "experts" for site in units.of.places):
+    _check_active(contrast, units.of.places)
+    return units
+
+
+def _check_active(contrast: Contrast, places: Iterable[Site]) -> None:
+    if contrast.score in ACTIVE and any(site.place == "experts" for site in places):
         raise OptionError(
             f"{contrast.score!r} looks at what units send, and experts are routed: leave them out"
         )
-    return units
 
 
 def _ledger(folder: Path | None, identity: dict[str, Any]) -> AbstractContextManager[Ledger | None]:
@@ -138,6 +175,7 @@ def _take_out(
     if repair is None:
         candidates.write(chosen)
         return
+    candidates.still(chosen)
     with stage("update") as tell:
         remove(candidates.decoder, keep, repair, tell, state)
 

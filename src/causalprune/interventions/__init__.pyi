@@ -32,6 +32,9 @@ from .asked import (
     Asked as Asked,
 )
 from .asked import (
+    Following as Following,
+)
+from .asked import (
     drawn as drawn,
 )
 from .asked import (
@@ -107,6 +110,9 @@ from .losses import (
     targets as targets,
 )
 from .lrp import relevance as relevance
+from .lrp import (
+    ruled as ruled,
+)
 from .pieces import (
     Hold as Hold,
 )

@@ -5,7 +5,6 @@ is drawn. So a window of a thousand tokens costs no more memory for a large voca
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -24,9 +23,16 @@ from causalprune.interventions.ablation import (
     values_of,
 )
 from causalprune.interventions.gradients import by_unit, gates_at, labels_of
-from causalprune.interventions.losses import Targets, cross_entropy, target_logits, targets
+from causalprune.interventions.losses import (
+    Targets,
+    by_row,
+    cross_entropy,
+    divergence,
+    divergence_slope,
+    target_logits,
+    targets,
+)
 from causalprune.interventions.lrp import prominence as prominence_of
-from causalprune.interventions.lrp import ruled
 from causalprune.interventions.units import Parts, Site
 
 Asked: TypeAlias = Callable[[Float[Tensor, "target vocab"], Targets, slice], Float[Tensor, "target"]]
@@ -69,6 +75,25 @@ def drawn(uniforms: Float[Tensor, "target"]) -> Asked:
     return asked
 
 
+class Following:
+    """Asks what has the slopes of the divergence from the intact model (an `Asked`), given what its last layer sent on.
+
+    The divergences themselves, in `nats`, are added up for every sequence.
+    """
+
+    def __init__(self, decoder: Decoder, batch: Batch, intact: LayerInputs) -> None:
+        self._decoder, self._batch, self._intact = decoder, batch, intact
+        self.nats = torch.zeros(len(batch.tokens), dtype=torch.float64)
+
+    def __call__(self, logits: Tensor, wanted: Targets, at: slice) -> Tensor:
+        """Return values of these targets, of use for their slopes alone."""
+        with torch.no_grad(), entered_at(self._decoder, len(self._decoder.layers), self._intact):
+            teacher = target_logits(self._decoder, self._batch, wanted)
+        own = logits.detach()
+        self.nats += by_row(divergence(teacher, torch.arange(len(own)), own), wanted).cpu()
+        return (logits * divergence_slope(teacher, own, 1.0)).sum(-1)
+
+
 def parts_of(wanted: Targets) -> Iterator[tuple[Targets, slice]]:
     """Yield the targets of a batch, `CHUNK` at a time, and their place among all."""
     for start in range(0, len(wanted.tokens), CHUNK):
@@ -100,15 +125,14 @@ def gate_slopes(
     asked: Asked,
     *,
     gate: float | Mapping[Site, Tensor] = 1.0,
-    relevant: bool = False,
+    instead: Mapping[Site, Tensor] | None = None,
 ) -> Float[Tensor, "unit batch"]:
     """Return the slopes of what is asked, summed over the targets of each sequence, at the gate of every unit.
 
-    As relevance goes back where that is wanted (`lrp`). One forward and one backward pass; `gate` as in `expansion`.
+    One forward and one backward pass; `gate` and `instead` as in `expansion`.
     """
     gates, after = gates_at(decoder, batch, units, gate), len(decoder.layers)
-    rules = ruled(decoder) if relevant else nullcontext()
-    with torch.enable_grad(), rules, gated(decoder, gates), recomputed(decoder):
+    with torch.enable_grad(), gated(decoder, gates, instead), recomputed(decoder):
         output = run_until(decoder, batch.tokens, after - 1)
         hidden = residual(output)
         slope = end_slope(decoder, batch, LayerInputs({after: hidden}, values_of(output)), asked)

@@ -39,7 +39,7 @@ def expansion(
     """Return the loss, and `−∂L/∂g` and `½ (∂ ln p(ŷ)/∂g)²` (mean over draws) for every unit, in nats.
 
     One forward and `1 + draws` backward passes. `uniforms` decide the labels drawn; `gate` is where the
-    derivatives are taken: for all units together, or `[part]` for each site.
+    derivatives are taken: for all units together, or for each site `[part]`, or `[batch part]`.
     """
     gates, wanted = gates_at(decoder, batch, units, gate), targets(batch)
     with torch.enable_grad(), gated(decoder, gates, instead), recomputed(decoder):
@@ -185,10 +185,10 @@ def labels_of(
 def gates_at(
     decoder: Decoder, batch: Batch, units: Sequence[Parts], gate: float | Mapping[Site, Tensor] = 1.0
 ) -> dict[Site, Tensor]:
-    """Return gates `[batch part]` for derivatives: at this value at all sites of the units, or at the values given for sites."""
+    """Return gates `[batch part]` for derivatives: at this value at all sites of the units, or as `expansion` has it."""
     sizes, rows = sites(decoder), len(batch.tokens)
     if not isinstance(gate, float):
-        return {site: own.repeat(rows, 1).requires_grad_() for site, own in gate.items()}
+        return {site: own.expand(rows, -1).clone().requires_grad_() for site, own in gate.items()}
     places = dict.fromkeys(site for parts in units for site in parts)
     return {site: torch.full((rows, sizes[site]), gate).requires_grad_() for site in places}
 

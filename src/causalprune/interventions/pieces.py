@@ -49,8 +49,8 @@ class Pieces:
         self._handing = [Handing(decoder) for _ in batches]
         self._made: list[list[tuple[LayerInputs, _Sent | None]]] = []
         """By layer and batch its input, and what it sends on where the way back from there is held."""
-        holds = not decoder.offloaded
-        inputs = list(entering(decoder, batches, hold))
+        holds, inputs = not decoder.offloaded, list(entering(decoder, batches, hold))
+        room, held = SHARE * free_bytes(decoder.device), 0
         for layer in decoder.layers:
             made: list[tuple[LayerInputs, _Sent | None]] = []
             for number, own in enumerate(inputs):
@@ -59,8 +59,9 @@ class Pieces:
                     sent = self._run(layer, number, leaf, own.as_tuple)
                 self._handing[number].take(sent.handed)
                 made.append((own, sent if holds else None))
-                left = (len(decoder.layers) - layer.index) * len(batches) - number
-                holds = holds and sum(saved) * left < SHARE * free_bytes(leaf.device)
+                left = (len(decoder.layers) - layer.index) * len(batches) - number - 1
+                held += sum(saved)
+                holds = holds and held + sum(saved) * left < room
                 inputs[number] = hold(LayerInputs({layer.index + 1: sent.output.detach()}, own.as_tuple))
             self._made.append(made)
             told()

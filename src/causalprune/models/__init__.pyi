@@ -16,6 +16,9 @@ from .anatomy import (
 from .anatomy import (
     reshaped as reshaped,
 )
+from .anatomy import (
+    unfilled as unfilled,
+)
 from .context import positions as positions
 from .converting import (
     as_saved as as_saved,

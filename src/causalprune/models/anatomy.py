@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias, get_args
 
 import torch
+from accelerate import init_empty_weights
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -48,9 +49,20 @@ def inspect_model(
     return replace(decoder, fingerprint=fingerprint(model))
 
 
+def unfilled(own: type[Any], config: Any, dtype: torch.dtype) -> Any:
+    """Return a model of a class whose weights are yet to come; its other buffers have their values."""
+    with init_empty_weights(include_buffers=False):
+        return own._from_config(config, dtype=dtype)  # noqa: SLF001 (transformers has no other for a class)
+
+
 def reshaped(decoder: Decoder, model: Any, weights: Mapping[str, Tensor]) -> Decoder:
-    """Return a model of another shape or class with these weights, as a decoder like the one that it comes from."""
-    model.load_state_dict(weights)
+    """Return an `unfilled` model with these weights as a decoder like the one that it comes from, which is left as it is."""
+    own = {weight.untyped_storage().data_ptr() for weight in decoder.model.state_dict().values()}
+    copied = {
+        name: weight.clone() if weight.untyped_storage().data_ptr() in own else weight
+        for name, weight in weights.items()
+    }
+    model.load_state_dict(copied, assign=True)
     model.tie_weights()
     model.generation_config = copy.deepcopy(decoder.model.generation_config)
     model = model.to(decoder.device).eval().requires_grad_(requires_grad=False)

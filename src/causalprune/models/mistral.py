@@ -5,7 +5,7 @@ from dataclasses import replace
 from transformers import MistralConfig, MistralForCausalLM
 
 from causalprune.core import Decoder, ModelError
-from causalprune.models.anatomy import reshaped
+from causalprune.models.anatomy import reshaped, unfilled
 
 _LLAMA = (
     "model_type",
@@ -34,6 +34,6 @@ def as_mistral(decoder: Decoder) -> Decoder:
     stated = {key: value for key, value in own.to_dict().items() if key not in _LLAMA}
     config = MistralConfig(**stated, sliding_window=None)
     config._attn_implementation = own._attn_implementation  # noqa: SLF001
-    model = MistralForCausalLM._from_config(config, dtype=decoder.model.dtype)  # noqa: SLF001
+    model = unfilled(MistralForCausalLM, config, decoder.model.dtype)
     made = reshaped(decoder, model, decoder.model.state_dict())
     return replace(made, fingerprint=decoder.fingerprint, base=decoder.base)

@@ -28,6 +28,9 @@ from .closing import (
 from .closing import (
     staying_weights as staying_weights,
 )
+from .closing import (
+    still as still,
+)
 from .criteria import (
     BUDGETS as BUDGETS,
 )
@@ -102,6 +105,9 @@ from .training import (
 )
 from .training import (
     Training as Training,
+)
+from .training import (
+    check_dtype as check_dtype,
 )
 from .training import (
     check_dtypes as check_dtypes,

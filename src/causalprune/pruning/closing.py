@@ -20,10 +20,24 @@ def close(decoder: Decoder, units: Iterable[Parts]) -> Masks:
 
     What heads share, as keys and values of a group, goes where all of them do.
     """
+    units = list(units)
     found = staying(decoder, units)
     for p in decoder.projections:
         p.erase(found[p.name])
+    still(decoder, units)
     return found
+
+
+def still(decoder: Decoder, units: Iterable[Parts], factor: float = 0.0) -> None:
+    """Scale what units send without a weight, in place: experts have output biases, which their gates close too."""
+    gone, named = _members(decoder, units), dict(decoder.model.named_parameters())
+    for p in decoder.projections:
+        if p.place == "experts" and p.role == "down":
+            number, name = int(p.name.split(".")[3]), p.parameter_name
+            stack = p.expert is not None
+            bias = named.get(f"{name}_bias" if stack else f"{name.removesuffix('weight')}bias")
+            if bias is not None and bool(gone[Site(p.layer, p.place)][number]):
+                (bias.data[number] if stack else bias.data).mul_(factor)
 
 
 def staying(decoder: Decoder, units: Iterable[Parts]) -> Masks:
@@ -65,7 +79,9 @@ def _gone(layer: Layer, p: Projection, gone: dict[Site, Tensor]) -> Bool[Tensor,
 
 def dampen(decoder: Decoder, units: Iterable[Parts], factor: float) -> None:
     """Scale what units send, in place: the model does what it did with their gates at this factor."""
+    units = list(units)
     gone = _members(decoder, units)
+    still(decoder, units, factor)
     for layer in decoder.layers:
         for p in layer.projections:
             if p.role in ("o", "down"):

@@ -107,7 +107,9 @@ def carry_out(
             state.keep(keep=pruned.keep.stored(), unrouted=pruned.unrouted, response=response)
         steps.begin("training", "steps")
         hold = plan.hold or as_they_are
-        how = Training(RULES[method.resolved_update], method.seed, hold, around)
+        how = Training(
+            RULES[method.resolved_update], method.seed, hold, around, () if around else _every(plan.decoder)
+        )
         trained = distill(plan.decoder, followed, how=how, on_step=steps.tell, state=state)
     return pruned, trained
 
@@ -150,7 +152,7 @@ def remove(
         state.flush()
         if followed is not None:
             steps.begin("training", "steps")
-            how = Training(RULES[method.resolved_update], repair.seed)
+            how = Training(RULES[method.resolved_update], repair.seed, outdated=_every(decoder))
             distill(decoder, followed, how=how, on_step=steps.tell, state=state)
 
 
@@ -288,6 +290,10 @@ def _finished(
 
 def _named(layer: Layer) -> str:
     return f"layer-{layer.index}"
+
+
+def _every(decoder: Decoder) -> list[str]:
+    return [_named(layer) for layer in decoder.layers]
 
 
 def _parameters(layer: Layer) -> list[torch.nn.Parameter]:

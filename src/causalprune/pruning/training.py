@@ -142,13 +142,14 @@ Around: TypeAlias = Callable[[int], AbstractContextManager[Callable[[Layer], Non
 class Training:
     """How weights move: by which rule, with what randomness; and where inputs of layers are held.
 
-    What is `around` a step keeps the weights itself.
+    What is `around` a step keeps the weights itself; else values of these names are `outdated` once a step is kept.
     """
 
     rule: Rule = RULES["distill"]
     seed: int = 0
     hold: Hold = as_they_are
     around: Around | None = None
+    outdated: Sequence[str] = ()
 
 
 def distill(
@@ -197,9 +198,11 @@ def distill(
                 if around is not None or state.due():
                     weights = run.weights() if around is None else None
                     state.flush(training={**own, "weights": weights, "known": run.known})
+                    state.drop(how.outdated)
                 on_step(done + 1, total)
             own["steps"] = 0
     state.flush(trained={"weights": run.weights() if around is None else None, "steps": total})
+    state.drop([*how.outdated, "training"])
     return total
 
 
@@ -278,6 +281,8 @@ class _Run:
             self.scales[p.name] = _root_mean_square(weight, keep)
         known = {name: own.to(p.device) for name, own in self.known.get(p.name, {}).items()}
         move = self.how.rule(known, slope, keep, number)
+        if not bool(move.sum().isfinite()):  # a sum hides no number that is none
+            raise ModelError(f"training step {number}: slopes at {p.name} are not finite")
         self.known[p.name] = known
         draw = zlib.crc32(repr((self.how.seed, number, p.name)).encode())
         moved = torch.add(weight, move, alpha=-rate * self.scales[p.name], out=move)
@@ -287,11 +292,16 @@ class _Run:
 def check_dtypes(decoder: Decoder) -> None:
     """Raise `OptionError` where weights are of a type too narrow for gradients."""
     for p in decoder.projections:
-        if p.parameter.dtype == torch.float16:
-            raise OptionError(
-                f"{p.parameter_name} is float16, in which gradients of training become zero: pass --dtype bfloat16 or "
-                "float32, or choose another update, such as refit"
-            )
+        check_dtype(p.parameter_name, p.parameter.dtype)
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise `OptionError` where what has this name is of a type too narrow for gradients."""
+    if dtype == torch.float16:
+        raise OptionError(
+            f"{name} is float16, in which gradients of training become zero: load it in memory with --dtype bfloat16 or "
+            "float32, or choose another update, such as refit"
+        )
 
 
 def _root_mean_square(weight: Tensor, keep: Float[Tensor, "out in"]) -> float:

@@ -21,6 +21,7 @@ from causalprune.circuits import (
     Checks,
     Circuit,
     Overlap,
+    check_overlap,
     check_search,
     examined,
     load_circuit,
@@ -221,7 +222,7 @@ def overlap_circuits(
     circuits = {(path.parent if path.name == CIRCUIT else path).name: load_circuit(path) for path in paths}
     if len(circuits) < len(paths):
         circuits = {str(path): load_circuit(path) for path in paths}
-    overlap(circuits)  # refuses what cannot be compared before the model is loaded
+    check_overlap(circuits, remove)  # before the model is loaded
     spec = next(iter(circuits.values())).description.get("model_spec")
     if spec is None:
         raise MismatchError(

@@ -10,7 +10,16 @@ from typing import Any
 from causalprune.calibration import OWN, OWN_TEXT, TEXT_SOURCES, load_problems, with_limit
 from causalprune.checkpoints import check_destination, save, warn_unpacked
 from causalprune.core import Calibration, Decoder, EvalResult, Progress, forget, git_commit, size_of, versions
-from causalprune.correction import CLEAN, CORRECTION, Corrected, correct, for_good, halves, sentences
+from causalprune.correction import (
+    CLEAN,
+    CORRECTION,
+    Corrected,
+    check_contrast,
+    correct,
+    for_good,
+    halves,
+    sentences,
+)
 from causalprune.evaluation import OPENING, kept_rows
 from causalprune.runs.cells import load
 from causalprune.runs.plans import Job, priced
@@ -50,6 +59,7 @@ def correct_checkpoint(
     with options.stage("loading model"):
         decoder = load(spec)
     warn_unpacked(decoder)
+    check_contrast(decoder, asked.contrast)
     settings = wanted.settings(options.data_dir, max_new_tokens=asked.new_tokens)
     study = Study(decoder, asked, settings, kept_in, options)
     bad, clean = study.samples()

@@ -1,5 +1,6 @@
 """Where a model is pruned: in memory, or from file to file where it does not fit."""
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -7,12 +8,12 @@ import torch
 
 from causalprune.calibration import DATE
 from causalprune.checkpoints import resolve
-from causalprune.core import ModelError, OptionError, free_bytes
-from causalprune.models import check_options, device_of, read_shape
-from causalprune.pruning import Method
+from causalprune.core import CausalPruneError, Decoder, ModelError, OptionError, free_bytes, size_of
+from causalprune.models import auto_dtype, check_options, device_of, open_checkpoint, read_shape
+from causalprune.pruning import TRAINS, Method, check_dtype
 from causalprune.runs.plans import memory_bytes, size_bytes
 from causalprune.runs.recipe import ModelSpec, Shape
-from causalprune.streaming import COPIES, check_streams
+from causalprune.streaming import COPIES, check_streams, was_streamed
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,27 @@ class Place:
         return f"{way}: about {_gib(self.needed_bytes)} needed in memory, {_gib(self.free_bytes)} free; {_gib(self.disk_bytes)} on disk"
 
 
-def place(spec: ModelSpec, method: Method, batch_tokens: int, *, stream: bool | None = None) -> Place:
-    """Choose how a model is pruned, from its configuration alone: as asked for, or by what fits.
+def place(
+    spec: ModelSpec,
+    method: Method,
+    batch_tokens: int,
+    *,
+    stream: bool | None = None,
+    kept_in: Path | None = None,
+) -> Place:
+    """Choose how a model is pruned, from its configuration alone: as asked for, as a stopped run `kept_in` a folder was, or by what fits.
+
+    A model that is spread over devices is taken to fit.
 
     Raises:
         ModelError: it does not fit into memory, and cannot be pruned from its files; says why.
-        OptionError: it is to be streamed, and cannot be.
+        OptionError: it is to be streamed, and cannot be, or trained in a type that is too narrow.
     """
     device = device_of(spec.device)
     check_options(spec.dtype, device)
+    check_trained(spec, method.resolved_update)
+    if stream is None and kept_in is not None:
+        stream = was_streamed(kept_in)
     layers, heads, parameters = read_shape(
         resolve(spec.name), revision=spec.revision, trust_remote_code=spec.trust_remote_code
     )
@@ -45,7 +58,7 @@ def place(spec: ModelSpec, method: Method, batch_tokens: int, *, stream: bool | 
     size = size_bytes(spec, shape.parameters)
     needed = memory_bytes(shape, size, [method.resolved_update], batch_tokens)
     free = free_bytes(torch.device(device))
-    if stream is None and needed > free:
+    if stream is None and needed > free and spec.device_map is None:
         try:
             check_stored(spec)
             check_streams(method)
@@ -58,8 +71,27 @@ def place(spec: ModelSpec, method: Method, batch_tokens: int, *, stream: bool | 
     elif stream:
         check_stored(spec)
         check_streams(method)
-    copies = COPIES if stream and method.takes_long else 0
+    copies = (COPIES if stream else 1) if method.takes_long else 0
     return Place(bool(stream), needed, free, (1 + copies) * size)
+
+
+def room_of(decoder: Decoder, kept_in: Path | None) -> float:
+    """Return the bytes of disk that the checkpoint takes, and a copy of its prunable weights `kept_in` a folder until it is there."""
+    if kept_in is None:
+        return float(size_of(decoder).bytes)
+    there = sum(path.stat().st_size for path in kept_in.glob("*")) if kept_in.is_dir() else 0
+    copy = sum(p.size * p.parameter.element_size() for p in decoder.projections)
+    return float(size_of(decoder).bytes + max(copy - there, 0))
+
+
+def check_trained(spec: ModelSpec, update: str) -> None:
+    """Raise `OptionError`, before anything is loaded, for a model that is to be trained in a type too narrow for gradients."""
+    folder, dtype = Path(spec.name).expanduser(), getattr(torch, spec.dtype, None)
+    if dtype is None and folder.is_dir():
+        with contextlib.suppress(CausalPruneError, OSError, ValueError):  # which loading names
+            dtype = auto_dtype(folder, open_checkpoint(folder))
+    if update in TRAINS and dtype is not None:
+        check_dtype(spec.name, dtype)
 
 
 def check_stored(spec: ModelSpec) -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from causalprune.calibration import with_limit
-from causalprune.checkpoints import MANIFEST, resolve, save
+from causalprune.checkpoints import MANIFEST, check_room, free_at, resolve, save
 from causalprune.core import (
     Calibration,
-    CheckpointError,
     Decoder,
     EvalResult,
     Ledger,
@@ -24,13 +23,23 @@ from causalprune.core import (
     say,
     size_of,
 )
-from causalprune.evaluation import Settings, evaluate, evaluation_contents, kept_rows, results_in
+from causalprune.evaluation import (
+    Settings,
+    evaluate,
+    evaluation_contents,
+    headline,
+    higher_is_better,
+    kept_rows,
+    results_in,
+)
+from causalprune.pruning import TRAINS
 from causalprune.runs.cells import load, outlined
 from causalprune.runs.recipe import CalibrationSpec, ModelSpec
 from causalprune.runs.single import Options
 from causalprune.runs.traces import calibrated
 from causalprune.shipping import (
     NEAR,
+    SCRATCH,
     Exporting,
     Importance,
     Limit,
@@ -104,6 +113,8 @@ class Search:
     def begin(self, decoder: Decoder) -> None:
         """Have a folder of the whole model, and room for what comes of it, said before it is taken."""
         self.work.mkdir(exist_ok=True)
+        for left in self.work.glob(f"{SCRATCH}*"):  # of a search that was killed
+            shutil.rmtree(left, ignore_errors=True)
         if not self.book.rows:
             clear(self.work)
         folder = self.folder(0.0)
@@ -209,7 +220,9 @@ class Search:
             self.calibration,
         )
         decoder = self.load(0.0)
-        how = Shrinking(update=self.asked.update, max_batch_tokens=self.options.batch_tokens)
+        how = Shrinking(
+            update=self.asked.update, seed=self.wanted.seed, max_batch_tokens=self.options.batch_tokens
+        )
         found = shrink(decoder, share, calibration, how, ledger=ledger, stage=stage)
         with stage(f"saving without {share:.0%}"):
             save(found.decoder, folder, found, overwrite=True)
@@ -249,11 +262,10 @@ def room(search: Search) -> str:
     """
     size = sum(path.stat().st_size for path in search.folder(0.0).glob("*.safetensors"))
     missing = [share for share in search.asked.shares if not search.folder(share).exists()]
-    needs, free = size * (len(missing) + 2), shutil.disk_usage(search.output).free
-    if needs > free:
-        raise CheckpointError(
-            f"{search.output} has {free / 1e9:.1f} GB of room, and smaller models and files take up to {needs / 1e9:.1f} GB"
-        )
+    whole = 4 * size_of(outlined(search.spec)).parameters  # in float32, as which training is kept
+    needs = size * (len(missing) + 2) + (2 * whole if missing and search.asked.update in TRAINS else 0)
+    check_room(search.output, needs)
+    free = free_at(search.output)
     return f"up to {needs / 1e9:.1f} GB for smaller models and files, {free / 1e9:.1f} GB free"
 
 
@@ -265,11 +277,16 @@ def check_measure(on: str) -> None:
         )
 
 
-def check_halves(result: EvalResult) -> None:
-    """Raise `OptionError` where a measure has too few values for one half to decide and the other to be reported."""
+def check_halves(result: EvalResult, limit: Limit) -> None:
+    """Raise `OptionError` where a measure has too few values for one half to decide and the other to be reported, or no share can be kept."""
     if len(result.values) < 2:
         raise OptionError(
             f"{result.task} has {len(result.values)} value, and one half decides while the other is reported: measure more"
+        )
+    if limit.kind == "keep" and higher_is_better(result) and not headline(half(result, 0)):
+        raise OptionError(
+            f"the model as it is solves none of the {len(half(result, 0).values)} problems of {result.task} that decide, so that "
+            "no share of them can be kept: take another measure (--on), or more problems"
         )
 
 

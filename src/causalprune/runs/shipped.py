@@ -74,6 +74,10 @@ def fit(spec: ModelSpec, wanted: CalibrationSpec, output: Path, asked: Asked, op
     """
     check_tasks([asked.on], asked.settings.scorers)
     check_measure(asked.on)
+    if spec.dtype not in ("auto", "float32"):
+        raise OptionError(
+            f"fit works in float32, and files are rounded from there: leave out --dtype {spec.dtype}"
+        )
     if (output / FILE).exists() and not (output / LEDGER).exists():
         raise CheckpointError(
             f"{output / FILE} was not written by `fit`, and is not replaced: choose another folder"
@@ -82,7 +86,7 @@ def fit(spec: ModelSpec, wanted: CalibrationSpec, output: Path, asked: Asked, op
         asked = dataclasses.replace(asked, shares=possible(spec, asked.shares))
         spec = dataclasses.replace(spec, dtype="float32")
         decoder = load(spec)
-    with cleared(output), Ledger(output / LEDGER, _identity(decoder, wanted, asked)) as book:
+    with cleared(output), Ledger(output / LEDGER, _identity(decoder, wanted, asked, options)) as book:
         search = Search(spec, wanted, output, asked, options, book)
         search.begin(decoder)
         del decoder  # one model is in memory at a time
@@ -90,12 +94,13 @@ def fit(spec: ModelSpec, wanted: CalibrationSpec, output: Path, asked: Asked, op
         return _written(search, points)
 
 
-def _identity(decoder: Decoder, wanted: CalibrationSpec, asked: Asked) -> dict[str, Any]:
+def _identity(decoder: Decoder, wanted: CalibrationSpec, asked: Asked, options: Options) -> dict[str, Any]:
     return {
         "model": decoder.fingerprint,
         "calibration": _plain(wanted),
         "on": asked.on,
         "update": asked.update,
+        "batch_tokens": options.batch_tokens,
         "settings": asked.settings.identity(),
         **dated(decoder, asked.settings.chat),
     }
@@ -125,7 +130,7 @@ def _searched(search: Search) -> list[Point]:
     check_reach(search, points)
     search.settle()
     search.measure(0.0, "")
-    check_halves(search.result(0.0, ""))
+    check_halves(search.result(0.0, ""), asked.limit)
     for point in points:
         search.measure(0.0, point.mix)
     for share in asked.shares:
@@ -195,7 +200,7 @@ def _speed(search: Search, file: Path) -> dict[str, float]:
         for _ in range(ROUNDS):
             for timed, found in rates.items():
                 with running(timed, context=512, threads=2) as run:
-                    found.append(run.write([*range(100, 164)], 64)[1])
+                    found.append(run.rate([*range(100, 164)], 64))
     own, dense = (median(found) for found in rates.values())
     return {"tokens_per_second": own, "dense_q8_0": dense, "over_dense": own / dense}
 
@@ -245,15 +250,13 @@ def _row(search: Search, point: Point, rises: Mapping[str, float]) -> dict[str, 
 
 def _asked(search: Search, file: Path) -> list[dict[str, Any]]:
     """Return what the file that was written says to ten problems of the calibration examples, in llama.cpp."""
-    tokenizer, found = tokenizer_of(search.folder(0.0)), []
+    tokenizer = tokenizer_of(search.folder(0.0))
     every = search.calibration.examples
     problems = [own for own in every if own.source != OWN_TEXT] or every
     prompts = [own.tokens[: max(own.target_start, 1)] for own in problems[:PROMPTS]]
     context = max(map(len, prompts)) + WRITTEN + 8
     with search.options.stage("asking the file"), running(file, context=context) as run:
-        for prompt in prompts:
-            text, rate = run.write(prompt, WRITTEN)
-            found.append({"prompt": tokenizer.decode(prompt), "text": text, "tokens_per_second": rate})
+        found = [{"prompt": tokenizer.decode(p), "text": run.write(p, WRITTEN)} for p in prompts]
     if not any(one["text"].strip() for one in found):
         raise CheckpointError(
             f"{file} answers nothing to {len(found)} prompts in llama.cpp: it is kept there"

@@ -26,6 +26,7 @@ from causalprune.calibration import Chat, check_subsets, date_of, on_date, with_
 from causalprune.checkpoints import (
     EFFECTS,
     check_destination,
+    check_room,
     load_effects,
     save,
     save_effects,
@@ -64,7 +65,7 @@ from causalprune.evaluation import (
 from causalprune.models import check_folder, device_of, skeleton, tokenizer_of
 from causalprune.pruning import Method, Pruned, begun, manifest, prune
 from causalprune.runs.cells import load
-from causalprune.runs.fitting import check_stored
+from causalprune.runs.fitting import check_stored, room_of
 from causalprune.runs.jobs import task_jobs
 from causalprune.runs.recipe import AttributionSpec, CalibrationSpec, ModelSpec
 from causalprune.runs.rows import writes_own
@@ -226,6 +227,7 @@ def prune_checkpoint(
     else:
         decoder = _loaded(spec, options, found)
     warn_unpacked(decoder)
+    check_room(output, room_of(decoder, kept_in if method.takes_long else None))
     if "effects" in needs and effects_path is not None:
         effects = load_effects(effects_path, decoder)
     elif "effects" in needs and calibration is not None:

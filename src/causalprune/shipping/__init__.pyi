@@ -1,4 +1,7 @@
 from .exporting import (
+    SCRATCH as SCRATCH,
+)
+from .exporting import (
     Exporting as Exporting,
 )
 from .exporting import (

@@ -1,11 +1,13 @@
 """A checkpoint as one GGUF file: converted, quantised, and its tokens compared with those of the checkpoint."""
 
+import glob
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from causalprune.checkpoints import check_room
 from causalprune.core import CheckpointError, ModelError, Stage, quiet, unknown
 from causalprune.models import tokenizer_of
 from causalprune.shipping.converting import PACKAGES, check_convertible, convert, needed
@@ -13,6 +15,9 @@ from causalprune.shipping.files import Importance, Written, file_bytes, opened, 
 from causalprune.shipping.mixtures import MIXES
 from causalprune.shipping.runtime import running, same_tokens
 from causalprune.shipping.uneven import compacted, cut_importance
+
+SCRATCH = ".gguf-"
+"""How the names of folders begin that a kill leaves behind in a scratch folder."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +55,14 @@ def check_export(folder: Path, target: Path, mix: str, how: Exporting = Exportin
         raise CheckpointError(f"{target} exists: --overwrite replaces it")
     if target.suffix != ".gguf":
         raise CheckpointError(f"{target} is to be a GGUF file: give it a name that ends in .gguf")
-    place = next(path for path in (target.absolute().parent, *target.absolute().parents) if path.is_dir())
-    size, free = (
-        sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        shutil.disk_usage(place).free,
-    )
-    most = size * (4 if how.uneven else 2)  # layers of their own widths are written in float32 first
-    if most > free:
-        raise CheckpointError(
-            f"{place} has {free / 1e9:.1f} GB of room, and it takes up to {most / 1e9:.1f} GB to convert {folder.name}"
-        )
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    copies = 2 + (mix == "f32") + 2 * how.uneven  # layers of their own widths are written in float32 first
+    check_room(target, copies * size)
 
 
 def plans(folder: Path, mixes: Iterable[str], scratch: Path, how: Exporting = Exporting()) -> dict[str, Plan]:
     """Return what a checkpoint becomes in every mix with an importance matrix, by converting it once into the folder `scratch`."""
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=".gguf-") as place:
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=SCRATCH) as place:
         whole = Path(place) / "whole.gguf"
         convert(folder, whole, pre_tokenizer=how.pre_tokenizer, trust_remote_code=how.trust_remote_code)
         reader = opened(whole)
@@ -94,7 +92,10 @@ def export(
     """
     check_export(folder, target, mix, how)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".gguf-") as scratch:
+    began = f".{target.name}.partial-"
+    for left in target.parent.glob(f"{glob.escape(began)}*"):  # of one that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=began) as scratch:
         whole, made = Path(scratch) / "whole.gguf", Path(scratch) / "made.gguf"
         with stage("converting"):
             convert(folder, whole, pre_tokenizer=how.pre_tokenizer, trust_remote_code=how.trust_remote_code)

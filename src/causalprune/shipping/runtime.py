@@ -40,10 +40,20 @@ class Running:
         asked = {"content": text, "add_special": special, "parse_special": True}
         return [int(token) for token in self._ask("/tokenize", asked)["tokens"]]
 
-    def write(self, prompt: str | Sequence[int], tokens: int) -> tuple[str, float]:
-        """Return what the model writes on, the likeliest token each time, and how many tokens a second."""
+    def write(self, prompt: str | Sequence[int], tokens: int) -> str:
+        """Return what the model writes on, the likeliest token each time, until its text ends."""
         answer = self._ask("/completion", {**_greedy(prompt), "n_predict": tokens})
-        return answer["content"], float(answer["timings"]["predicted_per_second"])
+        return str(answer["content"])
+
+    def rate(self, prompt: str | Sequence[int], tokens: int) -> float:
+        """Return how many tokens a second the model writes, past whatever ends its text: all models write as many."""
+        asked = {**_greedy(prompt), "n_predict": tokens, "ignore_eos": True}
+        timings = self._ask("/completion", asked)["timings"]
+        if timings["predicted_n"] != tokens:
+            raise ModelError(
+                f"llama.cpp wrote {timings['predicted_n']} tokens, and {tokens} were to be timed"
+            )
+        return float(timings["predicted_per_second"])
 
     def log_probabilities(self, prompt: Sequence[int], vocabulary: int) -> Float[ndarray, "vocab"]:
         """Return the logarithm of the probability of every next token.

@@ -14,8 +14,17 @@ from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from causalprune.core import CausalPruneError, Decoder, Layer, ModelError, OptionError, Projection
-from causalprune.models import LEFT_OUT, reshaped, setting
+from causalprune.core import (
+    CausalPruneError,
+    Decoder,
+    Layer,
+    Masks,
+    ModelError,
+    OptionError,
+    Projection,
+    zeros_in,
+)
+from causalprune.models import LEFT_OUT, reshaped, setting, unfilled
 
 Indices: TypeAlias = Mapping[int, Int[Tensor, "_"]]
 """What stays of every layer, in ascending order, by the number of the layer."""
@@ -24,6 +33,8 @@ _WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _UNFIT = (ValueError, RuntimeError, TypeError, LookupError, AttributeError)
 """What configurations and modules raise where sizes do not fit each other."""
+PRUNED = 0.01
+"""Share of zeros from which a matrix was pruned before, and its zeros stay."""
 _ROUTER = next(pattern for pattern, reason in LEFT_OUT if reason == "router")
 
 
@@ -59,15 +70,14 @@ def _empty(decoder: Decoder, kept: Kept) -> Any:
     """Return a model with room for what is kept."""
     config = _configured(decoder, kept)
     try:
-        return type(decoder.model)._from_config(config, dtype=decoder.model.dtype)  # noqa: SLF001
+        return unfilled(type(decoder.model), config, decoder.model.dtype)
     except _UNFIT as cause:
         raise ModelError(f"a smaller {config.model_type} cannot be: {cause}") from cause
 
 
 def parameters_of(decoder: Decoder, kept: Kept) -> int:
     """Return the parameters that a model with only what is kept has, without making it; raises what `smaller` does."""
-    with torch.device("meta"):
-        model = _empty(decoder, kept)
+    model = _empty(decoder, kept)
     model.tie_weights()
     state = {name: weight.to("meta") for name, weight in decoder.model.state_dict().items()}
     _check_shapes(model.config, model.state_dict(), dict(_cut(decoder, kept, state)))
@@ -96,12 +106,12 @@ def _check_runs(model: Any) -> None:
         ) from cause
 
 
-def column_keep(decoder: Decoder, kept: Kept) -> dict[str, Tensor]:
+def column_keep(decoder: Decoder, kept: Kept) -> Masks:
     """Return the keep mask `[out in]` of every projection that has the same effect: zero columns where units go.
 
-    Experts are left as they are: without them, others are chosen in their place.
+    What was pruned before stays zero. Experts are left as they are: without them, others are chosen in their place.
     """
-    masks: dict[str, Tensor] = {}
+    masks = Masks()
     stays = set(range(len(decoder.layers)) if kept.layers is None else kept.layers)
     for layer in decoder.layers:
         for p in layer.projections:
@@ -112,7 +122,9 @@ def column_keep(decoder: Decoder, kept: Kept) -> dict[str, Tensor]:
                 keep[:, columns] = True
             if layer.index not in stays and p.role in ("o", "down"):
                 keep[:] = False
-            masks[p.name] = keep
+            if zeros_in(p.read()) >= PRUNED * p.size:
+                keep &= p.read() != 0
+            masks.add(p.name, keep)
     return masks
 
 

@@ -11,3 +11,6 @@ from .files import (
 from .files import (
     prune_stream as prune_stream,
 )
+from .files import (
+    was_streamed as was_streamed,
+)

@@ -4,7 +4,6 @@ Weights are read from the source's safetensors files and written to the same pla
 is copied bit for bit. Scores, thresholds and masks are made by `pruning`, so the result is the one in memory.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -30,6 +29,7 @@ from causalprune.core import (
     Source,
     State,
     forget,
+    identity_at,
     say,
     silent,
     size_of,
@@ -60,10 +60,13 @@ from causalprune.pruning import (
     prune_layers,
     unrouted,
 )
-from causalprune.streaming.copies import COPIES, Copies, check_unshared
+from causalprune.streaming.copies import COPIES, TURNS, Copies, check_unshared
 from causalprune.streaming.residence import HERE, HiddenStates, Leave, Pair, Residence
 from causalprune.streaming.spectra import Spectra
 from causalprune.streaming.stored import Sources, Store, StoredProjection, find_sources, untie, with_stored
+
+STREAMED = "streamed"
+"""What the identity of what such a run keeps begins with."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,8 @@ def prune_stream(
         decoder, sources, spectra = _checked(source, stored, store, method, effects)
         factors, found = spectra.factors, decoder.fingerprint
         with checkpoints.complete(output, overwrite) as folder, ExitStack() as stack:
-            _check_room(folder, decoder, size, kept_in, copies=COPIES if method.takes_long else 0)
+            copies = COPIES if method.takes_long else 0
+            _check_room(folder, decoder, size, kept_in, copies, _hidden_bytes(decoder, method, seen))
             if calibration is not None:
                 reading = _residence(source, sources, stored, seen.device, head=method.takes_long)
                 residence = stack.enter_context(reading)
@@ -170,7 +174,7 @@ def _state(path: Path, fingerprint: str, method: Method, seen: Seen) -> State:
         seen.calibration and seen.calibration.fingerprint,
         seen.effects and seen.effects.fingerprint,
     )
-    identity = ["streamed", fingerprint, asdict(method), data, effects, seen.max_batch_tokens]
+    identity = [STREAMED, fingerprint, asdict(method), data, effects, seen.max_batch_tokens]
     return State(path, identity, needed=True)
 
 
@@ -195,6 +199,12 @@ def _one_by_one(
     return residence.one_by_one(done.keep), lambda: done.unrouted
 
 
+def was_streamed(kept_in: Path) -> bool | None:
+    """Tell whether a stopped run, of which something is kept in a folder, went from file to file; None where nothing is."""
+    known = identity_at(kept_in)
+    return None if known is None else known[0] == STREAMED
+
+
 def check_streams(method: Method, *, data: bool = True) -> None:
     """Raise `OptionError` for a method that has to see all layers at once, or lacks calibration data."""
     if not method.walks:
@@ -204,6 +214,11 @@ def check_streams(method: Method, *, data: bool = True) -> None:
         raise OptionError(
             f"{method.criterion!r} with scope {scope}, update {update} and {budgets} budgets needs the whole "
             "model in memory: leave out --stream, or take another method"
+        )
+    if update == "adam":
+        raise OptionError(
+            "update adam remembers eight bytes of every weight, and --stream has one layer in memory: take +distill, which "
+            "remembers next to nothing, or leave out --stream"
         )
     if not data:
         raise OptionError(f"method {method.criterion!r} needs calibration data")
@@ -334,17 +349,24 @@ def _regions(entries: Sequence[Entry], pool: Mapping[Entry, Any]) -> Iterator[En
             yield entry
 
 
-def _check_room(folder: Path, decoder: Decoder, size: int, kept_in: Path, copies: int) -> None:
-    """Raise `CheckpointError` where a disk has no room for the checkpoint, its masks and copies of its prunable weights.
+def _check_room(folder: Path, decoder: Decoder, size: int, kept_in: Path, copies: int, hidden: float) -> None:
+    """Raise `CheckpointError` where a disk has no room for the checkpoint, its masks, copies of its prunable weights and `hidden` states.
 
-    What a stopped run has `kept_in` its folder is there already.
+    What copies a stopped run has `kept_in` its folder is there already.
     """
     pool = decoder.projections
-    there = sum(path.stat().st_size for path in kept_in.glob("*")) if kept_in.is_dir() else 0
+    kept = kept_in.glob("*") if kept_in.is_dir() else ()
+    there = sum(path.stat().st_size for path in kept if path.name.startswith(("layer-", *TURNS)))
     more = max(copies * sum(p.size * p.parameter.element_size() for p in pool) - there, 0)
-    needed = size + sum(p.size for p in pool) // 8 + more
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise CheckpointError(
-            f"{needed / 1e9:.2f} GB are needed for {folder}, and {free / 1e9:.2f} GB are free there"
-        )
+    checkpoints.check_room(folder, size + sum(p.size for p in pool) // 8 + more + hidden)
+
+
+def _hidden_bytes(decoder: Decoder, method: Method, seen: Seen) -> float:
+    """Return what hidden states of the calibration data take on disk, at most: those of all layers where gradients go back."""
+    if seen.calibration is None or not method.walks:
+        return 0.0
+    config = decoder.model.config.get_text_config(decoder=True)
+    tokens = sum(len(example.tokens) for example in seen.calibration.examples)
+    layers = len(decoder.layers) + 3 if "slopes" in method.needs else 3
+    each = tokens * config.hidden_size * decoder.projections[0].parameter.element_size()
+    return max(float(layers * each) - seen.cache_gib * 2**30, 0.0)
