@@ -11,6 +11,7 @@ from conftest import Run, assert_refused
 from tinydata import write_data
 
 from causalprune.core.types import EvalResult
+from causalprune.models.loading import load
 from causalprune.runs import ModelSpec, searching
 from causalprune.shipping.frontier import Limit, Point
 from causalprune.shipping.recounting import looked_into
@@ -53,6 +54,32 @@ def test_a_file_within_the_limit_and_a_search_that_goes_on(
     assert len(record["asked"]) == 4
     assert (output / "frontier.html").exists()
     assert str(file) in out
+
+
+@pytest.mark.slow
+def test_smaller_models_come_from_a_checkpoint_that_is_one(run: Run, tmp_path: Path) -> None:
+    model = shipped.write(
+        tmp_path / "model", hidden_size=256, intermediate_size=512, max_position_embeddings=512
+    )
+    data, output, first = write_data(tmp_path / "data", rows=40), tmp_path / "out", tmp_path / "first"
+    words = ("-t", "gsm8k:4", "--preserve", "none", "--data-dir", data)
+    assert run("prune", model, "-o", tmp_path / "zeros", "--method", "magnitude", "--sparsity", "0.5")[0] == 0
+    code, _, err = run(
+        "shrink", tmp_path / "zeros", "-o", first, "--neurons", "0.25", "--update", "refit", *words
+    )
+    assert code == 0, err
+    words += ("--on", "gsm8k_nll:6", "--keep", "0.01", "--update", "refit", *TYPES, "--from", first)
+    code, _, err = run("fit", model, "-o", output, *words)
+    assert code == 0, err
+    record = json.loads((output / "frontier.json").read_text(encoding="utf-8"))
+    shares = sorted({p["share"] for p in record["points"]})
+    assert record["from"] == str(first)
+    assert len(shares) == 3
+    assert shares[2] == pytest.approx(1 - (1 - shares[1]) * 0.8, abs=1e-3)
+    made = load(str(output / "work" / f"without-{shares[2]:g}"), device="cpu").projections
+    assert all(float((p.read() == 0).double().mean()) > 0.4 for p in made)
+    larger = run("fit", first, "-o", tmp_path / "other", *words[:-1], tmp_path / "zeros")
+    assert_refused(larger, "is no pruned or smaller", tmp_path / "other")
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,14 @@ class TriedOptions:
         str,
         typer.Option(help="Shares of all parameters that go, tried in turn as long as they pay, by commas."),
     ] = "0.1,0.2,0.3"
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="A checkpoint of the model that smaller ones come from, already pruned or smaller: tried as it is, and `--shares` of "
+            "its parameters go. The model itself stays what all are compared with.",
+        ),
+    ] = None
     update: Annotated[
         Literal["none", "obs", "refit", "distill", "adam"],
         typer.Option(help="Makes up for what goes: distill (refit, then training), refit, obs, or none."),
@@ -225,7 +233,7 @@ def fit(
         scorers=load_scorers(answers.scorer),
     )
     how = Exporting(file.pre_tokenizer, model.loading.trust_remote_code)
-    asked = Asked(limit.limit(), on, settings, types, shares, method.update, how)
+    asked = Asked(limit.limit(), on, settings, types, shares, method.update, how, method.start)
     made = fitted(model.spec(), wanted, output, asked, running.options(data.reading.data_dir))
     for line in found(made.record):
         say(line)

@@ -69,7 +69,7 @@ class Asked:
     """What is asked for: a limit, the measure that decides, and what is tried.
 
     `shares` of all parameters go in turn, as long as the one before paid; `update` is how the others make up for them,
-    `file` how files are made.
+    `file` how files are made. Smaller models come from the model, or from a checkpoint of it to `start` from.
     """
 
     limit: Limit
@@ -79,11 +79,24 @@ class Asked:
     shares: tuple[float, ...] = SHARES
     update: str = "distill"
     file: Exporting = field(default_factory=Exporting)
+    start: str | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that smaller models come from: the model itself, or one of it that was pruned; and the share that it `lacks`."""
+
+    spec: ModelSpec
+    lacks: float = 0.0
+
+    def total(self, share: float) -> float:
+        """Return the share of the model's parameters that a model without a share of this checkpoint's lacks."""
+        return round(1 - (1 - self.lacks) * (1 - share), 4)
 
 
 @dataclass
 class Search:
-    """A search under way: `book` holds what is finished."""
+    """A search under way: `book` holds what is finished, and `shares` of all parameters go in turn."""
 
     spec: ModelSpec
     wanted: CalibrationSpec
@@ -91,6 +104,13 @@ class Search:
     asked: Asked
     options: Options
     book: Ledger
+    start: Start
+
+    @cached_property
+    def shares(self) -> tuple[float, ...]:
+        """Shares of all parameters that models lack: what the start lacks first, where that is some."""
+        own = [self.start.total(share) for share in self.asked.shares]
+        return (self.start.lacks, *own) if self.start.lacks else tuple(own)
 
     @property
     def work(self) -> Path:
@@ -192,13 +212,19 @@ class Search:
     def folder(self, share: float) -> Path:
         """Return the checkpoint of a share; that of the whole model is written where it is none on this disk."""
         own = Path(resolve(self.spec.name)).expanduser()
+        if share and share == self.start.lacks:
+            return Path(self.start.spec.name)
         if not share and own.is_dir():
             return own
         return self.work / (f"without-{share:g}" if share else "whole")
 
     def load(self, share: float) -> Decoder:
         """Load the model without a share, or the whole one."""
-        return load(dataclasses.replace(self.spec, name=str(self.folder(share)), revision=None))
+        return load(self.spec_of(share))
+
+    def spec_of(self, share: float) -> ModelSpec:
+        """Return how the model without a share, or the whole one, is loaded."""
+        return dataclasses.replace(self.spec, name=str(self.folder(share)), revision=None)
 
     def importance(self, share: float, decoder: Decoder | None) -> Importance:
         """Return the importance matrix of a model that is not rounded yet (None: it is loaded), from the calibration."""
@@ -210,7 +236,9 @@ class Search:
         return load_importance(file)
 
     def shrunk(self, share: float) -> None:
-        """Make the smaller model of a share, if this search has not made it yet."""
+        """Make the smaller model of a share, if it is not the start and this search has not made it yet."""
+        if share == self.start.lacks:
+            return
         folder, key = self.folder(share), f"{MADE}{share:g}"
         if key in self.book.rows and (folder / MANIFEST).exists():
             return
@@ -219,11 +247,12 @@ class Search:
             self.options.stage,
             self.calibration,
         )
-        decoder = self.load(0.0)
+        first = self.start.spec if self.start.spec != self.spec else self.spec_of(0.0)
+        decoder, goes = load(first), 1 - (1 - share) / (1 - self.start.lacks)
         how = Shrinking(
             update=self.asked.update, seed=self.wanted.seed, max_batch_tokens=self.options.batch_tokens
         )
-        found = shrink(decoder, share, calibration, how, ledger=ledger, stage=stage)
+        found = shrink(decoder, round(goes, 4), calibration, how, ledger=ledger, stage=stage)
         with stage(f"saving without {share:.0%}"):
             save(found.decoder, folder, found, overwrite=True)
         for path in leftovers(ledger).values():
@@ -239,6 +268,26 @@ def clear(work: Path) -> None:
             shutil.rmtree(left)
     for left in (*work.glob("importance-*.npz"), work / "whole-q8_0.gguf"):
         left.unlink(missing_ok=True)
+
+
+def started(spec: ModelSpec, name: str | None) -> Start:
+    """Return what smaller models of a model come from: a checkpoint of it, where one is named.
+
+    Raises:
+        OptionError: it is no smaller model of this one.
+    """
+    if name is None:
+        return Start(spec)
+    own = dataclasses.replace(spec, name=str(Path(resolve(name)).expanduser()), revision=None)
+    bare = [outlined(one) for one in (spec, own)]
+    whole, left = (size_of(one).parameters for one in bare)
+    shapes = [one.model.get_input_embeddings().weight.shape for one in bare]
+    if shapes[0] != shapes[1] or left > whole:
+        raise OptionError(
+            f"{name} (embeddings {list(shapes[1])}, {left:,} parameters) is no pruned or smaller {spec.name} ({list(shapes[0])}, "
+            f"{whole:,}): name one for --from"
+        )
+    return Start(own, round(1 - left / whole, 4))
 
 
 def possible(spec: ModelSpec, shares: Sequence[float]) -> tuple[float, ...]:
@@ -261,7 +310,7 @@ def room(search: Search) -> str:
         CheckpointError: it is too little.
     """
     size = sum(path.stat().st_size for path in search.folder(0.0).glob("*.safetensors"))
-    missing = [share for share in search.asked.shares if not search.folder(share).exists()]
+    missing = [share for share in search.shares if not search.folder(share).exists()]
     whole = 4 * size_of(outlined(search.spec)).parameters  # in float32, as which training is kept
     needs = size * (len(missing) + 2) + (2 * whole if missing and search.asked.update in TRAINS else 0)
     check_room(search.output, needs)
@@ -295,7 +344,7 @@ def check_reach(search: Search, points: list[Point]) -> None:
 
     All that goes is taken from layers: embeddings, norms and metadata stay, in whatever type they get.
     """
-    least, most = min(points, key=lambda p: p.bytes), max(search.asked.shares, default=0.0)
+    least, most = min(points, key=lambda p: p.bytes), max(search.shares, default=0.0)
     if search.asked.limit.kind == "size":
         fixed = search.types(0.0)[least.mix]["fixed"]
         bare = outlined(search.spec)

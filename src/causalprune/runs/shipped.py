@@ -35,6 +35,7 @@ from causalprune.runs.searching import (
     check_reach,
     enough,
     possible,
+    started,
 )
 from causalprune.runs.single import Options, dated
 from causalprune.shipping import (
@@ -48,6 +49,7 @@ from causalprune.shipping import (
     running,
     worth_measuring,
 )
+from causalprune.streaming import stored_fingerprint
 
 FRONTIER, FILE, LEDGER = "frontier.json", "model.gguf", "fit.ledger"
 PROMPTS, WRITTEN, ROUNDS = 10, 24, 3
@@ -83,11 +85,15 @@ def fit(spec: ModelSpec, wanted: CalibrationSpec, output: Path, asked: Asked, op
             f"{output / FILE} was not written by `fit`, and is not replaced: choose another folder"
         )
     with options.stage("loading model"):
-        asked = dataclasses.replace(asked, shares=possible(spec, asked.shares))
         spec = dataclasses.replace(spec, dtype="float32")
+        start = started(spec, asked.start)
+        asked = dataclasses.replace(asked, shares=possible(start.spec, asked.shares))
         decoder = load(spec)
-    with cleared(output), Ledger(output / LEDGER, _identity(decoder, wanted, asked, options)) as book:
-        search = Search(spec, wanted, output, asked, options, book)
+    identity = _identity(decoder, wanted, asked, options)
+    if asked.start:
+        identity["start"] = stored_fingerprint(Path(start.spec.name))
+    with cleared(output), Ledger(output / LEDGER, identity) as book:
+        search = Search(spec, wanted, output, asked, options, book, start)
         search.begin(decoder)
         del decoder  # one model is in memory at a time
         points = _searched(search)
@@ -133,7 +139,7 @@ def _searched(search: Search) -> list[Point]:
     check_halves(search.result(0.0, ""), asked.limit)
     for point in points:
         search.measure(0.0, point.mix)
-    for share in asked.shares:
+    for share in search.shares:
         search.shrunk(share)
         search.measure(share, "")
         if enough(search, share, points):
@@ -222,6 +228,7 @@ def _record(search: Search, points: list[Point], chosen: Point, file: Written) -
         "limit": {"kind": asked.limit.kind, "value": asked.limit.value, "said": str(asked.limit)},
         "calibration": _plain(search.wanted),
         "update": asked.update,
+        "from": asked.start,
         "dense": {
             "value": headline(whole),
             "interval": asdict(interval(whole)),
