@@ -103,6 +103,11 @@ def kept(name: str, make: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
+def is_kept(name: str) -> bool:
+    """Tell whether a row was made."""
+    return (ROWS / f"{name}.json").exists()
+
+
 def machine() -> dict[str, Any]:
     """Return what this machine computes with."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 import causalprune as cp
 from causalprune.checkpoints.embedded import embedded_model
 from causalprune.core.errors import OptionError
+from causalprune.core.ledger import Ledger
 from causalprune.core.resuming import State
 from causalprune.core.types import Calibration, Decoder, EvalResult
 from causalprune.correction.candidates import Candidates, Chosen
@@ -29,6 +31,8 @@ from causalprune.correction.search import COARSE, FINE, NONE, Search, Turn
 from causalprune.evaluation.measures import evaluate, together
 from causalprune.evaluation.results import headline, kept_rows, paired_difference, results_in
 from causalprune.evaluation.settings import Settings
+from causalprune.interventions.units import list_units
+from causalprune.pruning.closing import close
 from causalprune.runs.correcting import joined, to_stay
 from causalprune.runs.recipe import CalibrationSpec
 from causalprune.runs.single import Options
@@ -95,10 +99,13 @@ def measured(decoder: Decoder | None, tasks: Sequence[str], name: str) -> dict[s
     """Return results by task as they are kept, made once for all tasks that take one pass."""
     settings, found = Settings(data_dir=data_folder()), dict[str, list[dict[str, Any]]]()
     for group in together(tasks):
-        found |= kept(
-            f"{name}/{'+'.join(group).replace(':', '-')}", partial(_results, decoder, group, settings)
-        )
+        found |= kept(f"{name}/{filed(group)}", partial(_results, decoder, group, settings))
     return found
+
+
+def filed(group: Sequence[str]) -> str:
+    """Return the name of the row that has the results of tasks that take one pass."""
+    return "+".join(group).replace(":", "-")
 
 
 def _results(
@@ -174,20 +181,25 @@ def taken_out(
     candidates: Callable[[Decoder, Half, Contrast], Candidates] = candidates_of,
     slopes: Path | None = None,
 ) -> dict[str, Any]:
-    """Take out of a model, in place, what another search than the library's chooses; return what was found.
+    """Take out of a model, in place, what another search than the library's chooses; return what was found, units by their numbers.
 
     `given` are undesired samples and those to preserve. Slopes of a round are kept in the folder `slopes`, where other searches
     begin with the same ones.
     """
     chooses, decides = halves(*given, decoder.tokenizer)
     own = candidates(decoder, chooses, contrast)
-    looking, trials = (
-        Looking(own, chooses, contrast.how(), State(slopes, [dataclasses.asdict(contrast.how())])),
-        Trials(decoder, decides, contrast.max_batch_tokens, None),
-    )
-    chosen, point = kind(own, looking, trials, contrast, contrast.number(own.count), cp.quiet).run()
+    looking = Looking(own, chooses, contrast.how(), State(slopes, [dataclasses.asdict(contrast.how())]))
+    with (
+        nullcontext()
+        if slopes is None
+        else Ledger(slopes.with_suffix(".ledger"), decides.described()) as book
+    ):
+        trials = Trials(decoder, decides, contrast.max_batch_tokens, book)
+        chosen, point = kind(own, looking, trials, contrast, contrast.number(own.count), cp.quiet).run()
     own.write(chosen)
     told = {"chosen": dataclasses.asdict(point), "contrast": dataclasses.asdict(contrast)}
+    if not contrast.weights:
+        told["numbers"] = chosen.tolist()
     return told | {"search": kind.__name__, "candidates": own.count}
 
 
@@ -199,9 +211,15 @@ def fixed(
     kind: type[Search] = Search,
     **about: Any,
 ) -> tuple[Decoder, dict[str, Any]]:
-    """Return a corrected model, and what was found; a finished search of the library's is read from its ledger."""
+    """Return a corrected model, and what was found; a finished search is not made again."""
     decoder = fresh(name)
-    own = dataclasses.replace(contrast, seed=seed)
+    own, row = dataclasses.replace(contrast, seed=seed), f"{name}/found/{label}-{seed}"
+    if common.is_kept(f"correction/{row}"):
+        told = kept(row, dict)
+        if "numbers" in told:
+            units = list(list_units(decoder, own.units).values())
+            close(decoder, [units[number] for number in told["numbers"]])
+            return decoder, told
     bad, good = samples(decoder, name, seed, **about)
     sought = about.get("behaviour", "loops").partition(":")[0]
     place = (
@@ -215,7 +233,7 @@ def fixed(
     else:
         slopes = place.with_name(f"{place.name}-{own.estimator}.slopes")
         found = taken_out(decoder, (bad, good), own, kind, slopes=None if own.weights else slopes)
-    told = kept(f"{name}/found/{label}-{seed}", lambda: found | {"seconds": time.perf_counter() - start})
+    told = kept(row, lambda: found | {"seconds": time.perf_counter() - start})
     return decoder, told
 
 
@@ -231,11 +249,16 @@ def row(
     """Return a row: what went, results, and what became of loops and of the rest, in pairs."""
 
     def make() -> dict[str, Any]:
-        try:
-            decoder, told = fixed(name, label, contrast, seed, kind)
-        except OptionError as error:
-            return {"error": str(error)}
-        own = measured(decoder, tasks, f"{name}/rows/{label}-{seed}")
+        found, place = f"{name}/found/{label}-{seed}", f"{name}/rows/{label}-{seed}"
+        groups = [f"correction/{place}/{filed(group)}" for group in together(tasks)]
+        if all(map(common.is_kept, (f"correction/{found}", *groups))):
+            decoder, told = None, kept(found, dict)
+        else:
+            try:
+                decoder, told = fixed(name, label, contrast, seed, kind)
+            except OptionError as error:
+                return {"error": str(error)}
+        own = measured(decoder, tasks, place)
         before = dense(name)
         pairs = {
             task: dataclasses.asdict(paired_difference(result(own, task), result(before, task)))
