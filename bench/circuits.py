@@ -429,7 +429,8 @@ def grid() -> Found:
             "ratio_to_random": ratio(own[chosen], own["random"]),
             "ratio_to_gradient": ratio(own[chosen], own["gradient"]),
             "methods": {
-                m: {key: own[m][key] for key in ("cpr", "cmd", "f")} | {"size": found[m]["size"]}
+                m: {key: own[m][key] for key in ("cpr", "cmd", "f")}
+                | {"size": found[m]["size"], "nats": np.mean(found[m]["nats"], 1).tolist()}
                 for m in methods
             },
         }

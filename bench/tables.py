@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, record
+from tabled import BASELINES, CIRCUITS
 
 from causalprune.cli.tables import comparison, to_markdown
 from causalprune.cli.tables import stability as stability_tables
@@ -522,37 +523,6 @@ def lean() -> str:
     return _listed("lean", LEAN)
 
 
-def constructed() -> str:
-    """Which circuits that were built each estimator finds exactly, by what takes the place of closed heads."""
-    found = record("circuits")["raw"]["constructed"]["raw"]
-    rows = dict.fromkeys(key.split(", ")[1] for key in found)
-    names = dict.fromkeys(key.split(", ")[0] for key in found)
-    ablations = dict.fromkeys(key.split(", ")[2] for key in found)
-    lines = [f"| estimator | {' | '.join(ablations)} |", "|---|" + "---|" * len(ablations)]
-    for row in rows:
-        cells = []
-        for ablation in ablations:
-            own = [name for name in names if found[f"{name}, {row}, {ablation}"]["exact"]]
-            cells.append("all four" if len(own) == len(names) else ", ".join(own) or "none")
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def planted() -> str:
-    """At which ranks five planted neurons are, by what their removal costs and by how they are looked for."""
-    found = record("circuits")["raw"].get("planted")
-    if not found:
-        return "Not measured yet.\n"
-    rows = {key: own for key, own in found["raw"].items() if "nats" in own}
-    labels = [key for key, own in next(iter(rows.values())).items() if isinstance(own, dict)]
-    costs = [f"{own['nats']:g} nats" for own in rows.values()]
-    lines = [f"| looked for by | {' | '.join(costs)} |", "|---|" + "---:|" * len(costs)]
-    for label in labels:
-        ranks = [own[label]["ranks"] for own in rows.values()]
-        lines.append(f"| {label} | {' | '.join(f'{own[0]} … {own[-1]}' for own in ranks)} |")
-    return "\n".join(lines) + "\n"
-
-
 def _attribution(step: str) -> Any:
     return record("attribution")["raw"].get(step)
 
@@ -587,8 +557,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "zeros": zeros,
     "smaller": smaller,
     "lean": lean,
-    "constructed": constructed,
-    "planted": planted,
+    **CIRCUITS,
+    **BASELINES,
 }
 
 

@@ -1,0 +1,136 @@
+"""Tables of circuits and corrections, for `tables.py`."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from common import record
+
+SHOWN = {"5 %": 5, "10 %": 6, "20 %": 7, "50 %": 8}
+"""Sizes whose losses are shown: MIB's, by their place."""
+MISSING = "Not measured yet.\n"
+
+
+def _step(name: str, step: str) -> Any:
+    """Return what a step of a result file has, None where it was not made."""
+    found = record(name)["raw"].get(step)
+    return found and found["raw"]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(own)} |" for own in (head, *rows)]
+    return "\n".join([lines[0], "|---|" + "---:|" * (len(head) - 1), *lines[1:]]) + "\n"
+
+
+def constructed() -> str:
+    """Which circuits that were built each estimator finds exactly, by what takes the place of closed heads."""
+    found = _step("circuits", "constructed")
+    rows = dict.fromkeys(key.split(", ")[1] for key in found)
+    names = dict.fromkeys(key.split(", ")[0] for key in found)
+    ablations = dict.fromkeys(key.split(", ")[2] for key in found)
+    lines = [f"| estimator | {' | '.join(ablations)} |", "|---|" + "---|" * len(ablations)]
+    for row in rows:
+        cells = []
+        for ablation in ablations:
+            own = [name for name in names if found[f"{name}, {row}, {ablation}"]["exact"]]
+            cells.append("all four" if len(own) == len(names) else ", ".join(own) or "none")
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def planted() -> str:
+    """At which ranks five planted neurons are, by what their removal costs and by how they are looked for."""
+    found = _step("circuits", "planted")
+    if not found:
+        return MISSING
+    rows = {key: own for key, own in found.items() if "nats" in own}
+    labels = [key for key, own in next(iter(rows.values())).items() if isinstance(own, dict)]
+    costs = [f"{own['nats']:g} nats" for own in rows.values()]
+    lines = [f"| looked for by | {' | '.join(costs)} |", "|---|" + "---:|" * len(costs)]
+    for label in labels:
+        ranks = [own[label]["ranks"] for own in rows.values()]
+        lines.append(f"| {label} | {' | '.join(f'{own[0]} … {own[-1]}' for own in ranks)} |")
+    return "\n".join(lines) + "\n"
+
+
+def grid(units: str) -> str:
+    """What circuits of SmolLM2 lose on GSM8K by every way of ordering units, in nats a token, and how large they have to be."""
+    found = _step("circuits", "grid")
+    if not found:
+        return MISSING
+    rows = []
+    for method, own in found[units]["methods"].items():
+        lost = [f"{own['nats'][at] - own['nats'][-2]:.2f}" for at in SHOWN.values()]
+        size = f"{own['size']:.0%}" if own["size"] == own["size"] else ""  # by chance nobody looks for one
+        rows.append([method, *lost, f"{own['cmd']:.2f}", f"{own['cpr']:.2f}", size])
+    return _table(["order", *SHOWN, "CMD", "CPR", "keeps 90 %"], rows)
+
+
+def ioi() -> str:
+    """Areas of circuits of pairs, by model and method."""
+    found = _step("circuits", "ioi")
+    if not found:
+        return MISSING
+    good = {model: own for model, own in found.items() if own["right"] >= 0.75}
+    methods = dict.fromkeys(
+        key for own in good.values() for key, one in own.items() if isinstance(one, dict) and "cmd" in one
+    )
+    rows = [
+        [m, *(f"{own[m]['cmd']:.2f} · {own[m]['cpr']:.2f}" if m in own else "" for own in good.values())]
+        for m in methods
+    ]
+    return _table(["CMD · CPR", *good], rows)
+
+
+def removal() -> str:
+    """What removing the first units of each circuit does to each task, in nats a token."""
+    found = _step("circuits", "tested")
+    if not found:
+        return MISSING
+    both = found["overlap"]
+    rows = []
+    for name, own, chance in zip(both["names"], both["removal"], both["random"], strict=True):
+        rows.append([f"first {both['removed'][0]} of {name}", *(_value(one) for one in own)])
+        rows.append(["as many by chance", *(_value(one) for one in chance)])
+    return _table(["removed", *both["names"]], rows)
+
+
+def _value(own: dict[str, float]) -> str:
+    return f"{own['value']:+.2f} [{own['low']:+.2f}, {own['high']:+.2f}]"
+
+
+CIRCUITS: dict[str, Callable[[], str]] = {
+    "constructed": constructed,
+    "planted": planted,
+    "grid_neurons": partial(grid, "neurons:1"),
+    "grid_heads": partial(grid, "heads"),
+    "ioi": ioi,
+    "removal": removal,
+}
+
+
+LOOPS = {
+    "loops": "wikitext2_loops:200",
+    "rep-4": "wikitext2_rep4:200",
+    "perplexity": "wikitext2_ppl:40000",
+    "GSM8K": "gsm8k_nll:200",
+}
+"""What is shown of a corrected model, before and after."""
+
+
+def corrected() -> str:
+    """What is left of loops, and of the rest, for every way of choosing that was measured."""
+    rows = []
+    for step in ("loops", "curve", "baselines", "paper"):
+        for label, own in (_step("correction", step) or {}).items():
+            if "values" in own:
+                cells = [own["values"].get(task) for task in LOOPS.values()]
+                count = own.get("found", {}).get("chosen", {}).get("count", "")
+                rows.append(
+                    [label, str(count), *("" if cell is None else f"{cell[1]:.3g}" for cell in cells)]
+                )
+                before = [("" if cell is None else f"{cell[0]:.3g}") for cell in cells]
+    return _table(["corrected", "parts", *LOOPS], [["nothing", "0", *before], *rows]) if rows else MISSING
+
+
+BASELINES: dict[str, Callable[[], str]] = {"corrected": corrected}
