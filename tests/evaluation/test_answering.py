@@ -168,7 +168,9 @@ def test_answers_to_a_file_are_right_or_wrong(tmp_path: Path, monkeypatch: pytes
 def test_a_way_to_read_that_does_not_fit_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speak(monkeypatch, lambda _: pytest.fail("generated"))
     path, decoder = own_file(tmp_path, ["Paris", "Rome"]), tiny_decoder()
-    with pytest.raises(OptionError, match="--answer number, yes_no, letter, text or regex:PATTERN"):
+    with pytest.raises(
+        OptionError, match="--answer number, number_comma, yes_no, letter, text or regex:PATTERN"
+    ):
         evaluate(decoder, [f"{path}_answers"])
     with pytest.raises(DataError, match="2 of 2 targets have no answer to read as number, such as 'Paris'"):
         evaluate(decoder, [f"{path}_answers"], answer="number")
@@ -292,4 +294,4 @@ def test_a_target_with_thoughts_follows_a_prompt_that_asks_for_them(tmp_path: Pa
     path = own_file(tmp_path, ["10", "<think>1</think>11"])
     for problem, thinks in zip(load_problems(str(path), "evaluation"), (False, True), strict=True):
         found, asked = encode(reader, problem), question_text(reader, problem, thinking=thinks)
-        assert list(found.tokens[: found.target_start]) == question_tokens(reader, asked)
+        assert list(found.tokens[: found.target_start]) == question_tokens(reader, problem, asked)

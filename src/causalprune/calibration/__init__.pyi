@@ -26,6 +26,9 @@ from .data import (
     contents as contents,
 )
 from .data import (
+    digest as digest,
+)
+from .data import (
     is_file as is_file,
 )
 from .data import (

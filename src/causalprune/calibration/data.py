@@ -211,6 +211,14 @@ def load_problems(
     return problems
 
 
+def digest(name: str) -> str | None:
+    """Return a SHA-256 of prompts and targets of a user's file as it is now; None for a source of ours, which does not change."""
+    if not is_file(name):
+        return None
+    own = [(p.prompt, p.target, p.answer) for p in load_problems(name, "evaluation", with_targets=False)]
+    return hashlib.sha256(repr(own).encode()).hexdigest()
+
+
 def load_texts(name: str, split: Split, *, data_dir: Path | str | None = None) -> list[str]:
     """Return the rows of running text; blank rows of WikiText are the empty string.
 

@@ -110,9 +110,9 @@ def question_text(reader: Reader, problem: Problem, *, thinking: bool = False) -
     return text if _templated(reader, problem) else text.rstrip()
 
 
-def question_tokens(reader: Reader, text: str) -> list[int]:
-    """Return the tokens of a `question_text`."""
-    return tokenize(reader.tokenizer, text, special=not reader.chat)
+def question_tokens(reader: Reader, problem: Problem, text: str) -> list[int]:
+    """Return the tokens of a problem's `question_text`."""
+    return tokenize(reader.tokenizer, text, special=not _templated(reader, problem))
 
 
 def encode(reader: Reader, problem: Problem) -> Example:
@@ -163,7 +163,7 @@ def apart(reader: Reader, problem: Problem) -> bool:
     if not problem.prompt:
         return True
     text = prompt_text(reader, problem, thinking=TRACE_END in problem.target)
-    prompt = tokenize(reader.tokenizer, text, special=not reader.chat)
+    prompt = tokenize(reader.tokenizer, text, special=not _templated(reader, problem))
     target, whole = tokenize(reader.tokenizer, problem.target, special=False), encode(reader, problem)
     return (*prompt, *target) == whole.tokens and len(prompt) == whole.target_start
 

@@ -243,12 +243,15 @@ def enough(
     Raises:
         DataError: nothing is usable, or less than `ENOUGH` of what was asked for and is there.
     """
-    if usable >= (wanted or 1):
-        return
     out = skipped or Skipped()
-    there, asked = usable + out.examples, f"{name}: {wanted or 'all'} {unit} asked for"
+    if usable >= (wanted or max(1, usable + out.too_long)):
+        return
+    there, asked = (
+        usable + (out.examples if wanted else out.too_long),
+        f"{name}: {wanted or 'all'} {unit} asked for",
+    )
     also = "".join(f"; {n} of {there} are also in {place}" for place, n in out.also_in.items())
-    if not usable or usable < ENOUGH * min(wanted or there, there):
+    if not usable or (wanted and usable < ENOUGH * min(wanted, there)):
         why = f"{usable} of {there} usable ({out}{also})" if there else "none is there"
         more = f" ({room})" if room else " or raise the token limit"
         apart = ", or measure on others" if also else ""

@@ -26,6 +26,8 @@ PAIRS = (("prompt", "target"), ("prompt", "completion"), ("question", "answer"),
 CHATS = ("messages", "conversations")
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 """Who speaks, in other words than the usual ones."""
+LONGEST = 2**31 - 1
+"""Characters of a cell, at most: what all systems take."""
 FORMS = "a row has prompt and target (or completion), question and answer, messages, conversations, or text"
 
 
@@ -38,9 +40,13 @@ def own_rows(path: Path, *, measured: bool) -> Iterator[tuple[str, Row]]:
         for number, row in enumerate(_stored_rows(path, measured=measured), 1):
             yield f"{path} row {number}", row
     elif path.suffix == ".csv":
+        csv.field_size_limit(LONGEST)
         lines = csv.DictReader(io.StringIO(read_text(path), newline=""))
-        for row in lines:
-            yield f"{path}:{lines.line_num}", row
+        try:
+            for row in lines:
+                yield f"{path}:{lines.line_num}", row
+        except csv.Error as cause:
+            raise DataError(f"{path}:{lines.line_num}: cannot be read as CSV: {cause}") from cause
     else:
         yield from read_json_rows(path)
 

@@ -160,9 +160,8 @@ def _print_run(record: dict[str, Any], folder: Path, as_json: bool) -> None:
 
 def _print_draws(record: dict[str, Any], folder: Path, as_json: bool) -> None:
     from causalprune.cli import tables
-    from causalprune.evaluation import rows_of
+    from causalprune.evaluation import DRAWS, rows_of
     from causalprune.reports import REPORT, report
-    from causalprune.runs import DRAWS
 
     rows = rows_of(record)
     console.print(tables.comparison(rows))

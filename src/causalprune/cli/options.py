@@ -279,8 +279,8 @@ class AnswerOptions:
     answer: Annotated[
         str | None,
         typer.Option(
-            help="How answers to problems of a file (FILE_answers) are read: number, yes_no, letter, text or regex:PATTERN "
-            "(the first group of its last match). Default: as its targets end."
+            help="How answers to problems of a file (FILE_answers) are read: number, number_comma (1.234,5), yes_no, "
+            "letter, text or regex:PATTERN (the first group of its last match). Default: as its targets end."
         ),
     ] = None
     max_new_tokens: Annotated[

@@ -180,7 +180,9 @@ def read_rows(path: Path) -> dict[str, Any]:
         lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise CheckpointError(f"cannot read ledger {path}: {error.strerror}") from error
-    if not lines or (_parse(lines[0]) or {}).get("format") != FORMAT:
+    if not lines or (len(lines) == 1 and not lines[0].endswith(b"\n")):
+        return {}  # killed while the header was written, which is written again
+    if (_parse(lines[0]) or {}).get("format") != FORMAT:
         raise CheckpointError(f"{path}, line 1: not a ledger of this version of causalprune")
     return {row["key"]: row["value"] for _, _, row in _intact(lines, path)}
 

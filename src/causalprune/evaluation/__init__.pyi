@@ -24,6 +24,9 @@ from .measures import (
     check_tasks as check_tasks,
 )
 from .measures import (
+    digests as digests,
+)
+from .measures import (
     evaluate as evaluate,
 )
 from .measures import (
@@ -44,6 +47,9 @@ from .measures import (
 from .pieces import Text as Text
 from .results import (
     AT_CHANCE as AT_CHANCE,
+)
+from .results import (
+    DRAWS as DRAWS,
 )
 from .results import (
     HIGHER_IS_BETTER as HIGHER_IS_BETTER,

@@ -113,7 +113,10 @@ def write(
     reader = reader_for(decoder, settings)
     thinking = calibration.uses_thinking(tokenizer, settings.thinking, chat=reader.chat)
     shown = [calibration.question_text(reader, problem, thinking=thinking) for problem in few]
-    tokens = [calibration.question_tokens(reader, text) for text in shown]
+    calibration.enough(source, settings.limit, len(few))
+    tokens = [
+        calibration.question_tokens(reader, problem, text) for problem, text in zip(few, shown, strict=True)
+    ]
     limit = room_for(decoder, source, max(map(len, tokens)), settings, thinking=thinking)
     stop = [] if thinking else _stops(source, problems, chat=reader.chat)  # thoughts may hold anything
     asked = list(zip(tokens, shown, strict=True))
@@ -211,7 +214,7 @@ def _reading(source: str, problems: Sequence[Problem], settings: Settings) -> st
     if kind is None:
         raise OptionError(
             f"{source}: its targets do not all end in a number, in yes or no, or in a letter, so say how answers are read: "
-            f"--answer number, yes_no, letter, text or {REGEX}PATTERN (answer in a recipe)"
+            f"--answer number, number_comma, yes_no, letter, text or {REGEX}PATTERN (answer in a recipe)"
         )
     labels = labels_of(targets) if kind == "letter" else ()
     bare = [t for t in targets if extract(t, kind, labels) is None and not kind.startswith(REGEX)]

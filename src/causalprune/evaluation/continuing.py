@@ -63,7 +63,7 @@ def begin(decoder: Decoder, source: str, split: Split, settings: Settings) -> Be
         thinking = calibration.uses_thinking(decoder.tokenizer, settings.thinking, chat=reader.chat)
         few = chosen(every, settings)
         texts = [calibration.question_text(reader, problem, thinking=thinking) for problem in few]
-        return few, [calibration.question_tokens(reader, text) for text in texts]
+        return few, [calibration.question_tokens(reader, *own) for own in zip(few, texts, strict=True)]
     pairs = list(itertools.islice(_openings(decoder, source, split, settings), settings.limit))
     calibration.enough(source, settings.limit, len(pairs), unit="openings")
     return [problem for problem, _ in pairs], [tokens for _, tokens in pairs]

@@ -80,8 +80,12 @@ def evaluate(
             else:
                 every = [_runner(names[0], settings.scorers)(decoder, names[0], own, tell)]
         seconds = (time.perf_counter() - start) / len(group)
+        held = list(digests(names[:1], settings.scorers).values())
+        data = {"data": held[0]} if held else {}
         for task, results in zip(group, every, strict=True):
-            found[task] = [replace(result, seconds=seconds) for result in results]
+            found[task] = [
+                replace(result, seconds=seconds, description=result.description | data) for result in results
+            ]
     return [result for task in tasks for result in found[task]]
 
 
@@ -117,6 +121,12 @@ def source_of(name: str, scorers: Iterable[str] = ()) -> str | None:
     if runner in WRITING[1:]:
         return name.removesuffix(f"_{scorer_in(name, (*scorers, *TRAITS))}")
     return name.rpartition("_")[0]
+
+
+def digests(tasks: Sequence[str], scorers: Iterable[str] = ()) -> dict[str, str]:
+    """Return what users' files that tasks measure hold now, by the name of the file."""
+    sources = (source_of(calibration.with_limit(task)[0], scorers) for task in tasks)
+    return {source: own for source in sources if source is not None and (own := calibration.digest(source))}
 
 
 def output_type(name: str, scorers: Iterable[str] = ()) -> str:

@@ -27,8 +27,8 @@ Row: TypeAlias = tuple[str, list[EvalResult]]
 """One model in a table: its label and its results."""
 
 VERSION = 1
-RESULTS = "results.json"
-"""Name of the results in a run folder."""
+RESULTS, DRAWS = "results.json", "draws.json"
+"""Names of the results in a run folder: of a run, and of runs on several draws."""
 HIGHER_IS_BETTER = {
     "accuracy": True,
     "acc_norm": True,
@@ -215,6 +215,8 @@ def rows_of(record: Mapping[str, Any]) -> list[Row]:
 def load_rows(path: Path) -> list[Row]:
     """Return the rows of a run folder, of its `results.json`, or of a file of `evaluate` as one row."""
     file = path / RESULTS if path.is_dir() else path
+    if path.is_dir() and not file.exists() and (path / DRAWS).exists():
+        file = path / DRAWS
     record = read_json(file)
     if "rows" in record:
         return rows_of(record)
@@ -362,6 +364,8 @@ def _check_pair(a: EvalResult, b: EvalResult) -> None:
             f"{a.task}: results of versions {versions[0]} and {versions[1]} of the method, between which "
             f"{changes_since(min(versions))}: measure both anew"
         )
+    if len({own for result in (a, b) if (own := result.description.get("data"))}) > 1:
+        raise MismatchError(f"{a.task}: the file was changed between these results: measure both models anew")
     for key in SETTINGS:
         if (one := a.description.get(key)) != (other := b.description.get(key)):
             raise MismatchError(

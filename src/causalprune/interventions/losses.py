@@ -13,9 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from causalprune.core import Batch, Decoder
+from causalprune.interventions.ablation import entered_at, last_hidden
 
 CHUNK = 256
 """Positions whose softmax is normalised at once, at most: bounds the temporary memory."""
+ROOM = 2**30
+"""Bytes of logits, in float32, that may exist at once."""
 CACHED = 2**20
 """Logits that a processor works on at once: they stay in its cache, which is several times faster."""
 FAR = 20.0
@@ -66,10 +69,24 @@ def target_logits(decoder: Decoder, batch: Batch, wanted: Targets) -> Float[Tens
 
 
 def target_nats(decoder: Decoder, batch: Batch) -> Float[Tensor, "batch"]:
-    """Return the cross-entropy summed over each sequence's target tokens, in float64 nats, on the CPU."""
-    wanted = targets(batch)
+    """Return the cross-entropy summed over each sequence's target tokens, in float64 nats, on the CPU.
+
+    Where all their logits would take more than `ROOM`, some exist at a time.
+    """
+    wanted, after = targets(batch), len(decoder.layers)
+    width = decoder.model.get_output_embeddings().weight.shape[0] * 4
     with torch.inference_mode():
-        return by_row(cross_entropy(target_logits(decoder, batch, wanted), wanted), wanted).cpu()
+        if len(wanted.tokens) * width <= ROOM:
+            return by_row(cross_entropy(target_logits(decoder, batch, wanted), wanted), wanted).cpu()
+        last, step, found = last_hidden(decoder, batch), max(ROOM // (4 * width), 1), list[Tensor]()
+        for start in range(0, len(wanted.tokens), step):
+            at = slice(start, start + step)
+            part = replace(
+                wanted, rows=wanted.rows[at], positions=wanted.positions[at], tokens=wanted.tokens[at]
+            )
+            with entered_at(decoder, after, last):
+                found.append(cross_entropy(target_logits(decoder, batch, part), part))
+        return by_row(torch.cat(found), wanted).cpu()
 
 
 def cross_entropy(logits: Float[Tensor, "target vocab"], wanted: Targets) -> Float[Tensor, "target"]:

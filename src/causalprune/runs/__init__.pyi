@@ -20,9 +20,6 @@ from .correcting import (
 )
 from .data import calibrate as calibrate
 from .draws import (
-    DRAWS as DRAWS,
-)
-from .draws import (
     run_draws as run_draws,
 )
 from .draws import (

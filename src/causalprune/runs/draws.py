@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from causalprune.core import Progress, Stage, quiet
-from causalprune.evaluation import averaged, rows_of, write_json
+from causalprune.evaluation import DRAWS, averaged, rows_of, write_json
 from causalprune.runs.jobs import Coming
 from causalprune.runs.plans import Plan
 from causalprune.runs.recipe import Recipe
 from causalprune.runs.study import run
-
-DRAWS = "draws.json"
 
 
 def draws(recipe: Recipe, seeds: int) -> dict[str, Recipe]:

@@ -1,5 +1,6 @@
 """What came of a command, in numbers: sizes, zeros, speed, and the command to go on with."""
 
+import dataclasses
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,10 @@ from causalprune.core import Size, Speed
 from causalprune.models import read_shape
 from causalprune.reports import CHECKPOINTS, Verdict
 from causalprune.runs.cells import ADDED
+from causalprune.runs.recipe import CalibrationSpec
+
+READ = ("seed", "max_tokens", "chat", "thinking", "turns", "fold_system")
+"""Options that say how data are read, which a command on the same data repeats."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,13 @@ def _again(record: Mapping[str, Any], command: str, output: Path, *own: str) -> 
     preserved = record["calibration"].get("preserve", ())
     for source, count in sources.items():
         words += ["--preserve" if source in preserved else "-t", f"{source}:{count}"]
+    wanted, plain = (
+        record["recipe"]["calibration"],
+        {f.name: f.default for f in dataclasses.fields(CalibrationSpec)},
+    )
+    for name in READ:
+        if (value := wanted.get(name, plain[name])) != plain[name]:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     for name, value in model.items():
         if name != "name" and value not in (None, False, "auto", "cpu", DATE):
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]

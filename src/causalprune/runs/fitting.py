@@ -1,6 +1,5 @@
 """Where a model is pruned: in memory, or from file to file where it does not fit."""
 
-import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,10 +7,10 @@ import torch
 
 from causalprune.calibration import DATE
 from causalprune.checkpoints import resolve
-from causalprune.core import CausalPruneError, Decoder, ModelError, OptionError, free_bytes, size_of
-from causalprune.models import auto_dtype, check_options, device_of, open_checkpoint, read_shape
+from causalprune.core import Decoder, ModelError, OptionError, free_bytes, size_of
+from causalprune.models import check_options, device_of, read_shape
 from causalprune.pruning import TRAINS, Method, check_dtype
-from causalprune.runs.plans import memory_bytes, size_bytes
+from causalprune.runs.plans import dtype_of, memory_bytes, size_bytes
 from causalprune.runs.recipe import ModelSpec, Shape
 from causalprune.streaming import COPIES, check_streams, was_streamed
 
@@ -86,12 +85,8 @@ def room_of(decoder: Decoder, kept_in: Path | None) -> float:
 
 def check_trained(spec: ModelSpec, update: str) -> None:
     """Raise `OptionError`, before anything is loaded, for a model that is to be trained in a type too narrow for gradients."""
-    folder, dtype = Path(spec.name).expanduser(), getattr(torch, spec.dtype, None)
-    if dtype is None and folder.is_dir():
-        with contextlib.suppress(CausalPruneError, OSError, ValueError):  # which loading names
-            dtype = auto_dtype(folder, open_checkpoint(folder))
-    if update in TRAINS and dtype is not None:
-        check_dtype(spec.name, dtype)
+    if update in TRAINS:
+        check_dtype(spec.name, dtype_of(spec))
 
 
 def check_stored(spec: ModelSpec) -> None:

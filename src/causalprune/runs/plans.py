@@ -64,7 +64,6 @@ TRAINING_BYTES = {"distill": 0.5, "adam": 8.5}
 PROBE_SECONDS = 0.3
 ABSENT_GPU_FLOPS = 300e12
 """Assumed of a GPU that is not here: the dense bfloat16 rate of an A100 (NVIDIA's data sheet: 312e12)."""
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
 @dataclass(frozen=True)
@@ -146,11 +145,7 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | str | None = None) ->
 
 def size_bytes(spec: ModelSpec, parameters: float) -> float:
     """Return the bytes that so many parameters take, as they are loaded."""
-    unpacked, folder = spec.name == EMBEDDED or spec.name.endswith(".gguf"), Path(spec.name).expanduser()
-    if spec.dtype == "auto" and folder.is_dir():
-        with contextlib.suppress(CausalPruneError, OSError, ValueError):  # as of code that is not trusted
-            return parameters * auto_dtype(folder, open_checkpoint(folder)).itemsize
-    return parameters * BYTES["float32" if unpacked and spec.dtype == "auto" else spec.dtype]
+    return parameters * dtype_of(spec).itemsize
 
 
 def memory_bytes(shape: Shape, size: float, updates: Iterable[str], batch_tokens: int) -> float:
@@ -254,12 +249,22 @@ def priced(spec: ModelSpec, tokens: float) -> float:
     return 2 * _read_shape(spec).parameters * tokens / _flops_per_second(spec)
 
 
+def dtype_of(spec: ModelSpec) -> torch.dtype:
+    """Return the type that a model is loaded in, as far as its configuration tells."""
+    folder = Path(spec.name).expanduser()
+    if spec.dtype == "auto" and folder.is_dir():
+        with contextlib.suppress(CausalPruneError, OSError, ValueError):  # as of code that is not trusted
+            return auto_dtype(folder, open_checkpoint(folder))
+    unpacked = spec.name == EMBEDDED or spec.name.endswith(".gguf")
+    return getattr(torch, ("float32" if unpacked else "bfloat16") if spec.dtype == "auto" else spec.dtype)  # type: ignore[no-any-return]
+
+
 def _flops_per_second(spec: ModelSpec) -> float:
     """Time a matrix product on the device asked for, or on the CPU if that is not here."""
     device = torch.device(device_of(spec.device))
     if device.type == "cuda" and not torch.cuda.is_available():
         return ABSENT_GPU_FLOPS * EFFICIENCY
-    dtype = torch.float32 if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    dtype = dtype_of(spec)
     left = torch.ones(1024, 1024, device=device, dtype=dtype)
     start, products = time.perf_counter(), 0
     while time.perf_counter() - start < PROBE_SECONDS:

@@ -1,6 +1,7 @@
 """Recipes: a whole comparison in one YAML file, read strictly and planned before anything is loaded."""
 
 import dataclasses
+import datetime as dt
 import types
 import typing
 import warnings
@@ -209,6 +210,10 @@ class Recipe:
             values = getattr(self, kind)
             if not values or len(set(values)) < len(values):
                 raise OptionError(f"recipe: {kind} must be a list without repetitions, not {list(values)}")
+        if phrases := [task for task in self.on if with_limit(task)[0].endswith("_phrases")]:
+            raise OptionError(
+                f"{phrases[0]} needs a list of phrases, for which a recipe has no place: `causalprune evaluate --phrases` measures it"
+            )
         for method in self.save if isinstance(self.save, tuple) else ():
             if method not in self.methods:
                 raise unknown("method to save", method, self.methods)
@@ -360,6 +365,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return tuple(_value(typing.get_args(hint)[0], item, where) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    value = (
+        value.isoformat() if hint is str and isinstance(value, dt.date) else value
+    )  # YAML's own reading of 2026-03-01
     if type(value) is not hint:
         raise OptionError(f"{where} must be {_KINDS[hint]}, not {value!r}")
     return value

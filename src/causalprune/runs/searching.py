@@ -133,10 +133,7 @@ class Search:
     def begin(self, decoder: Decoder) -> None:
         """Have a folder of the whole model, and room for what comes of it, said before it is taken."""
         self.work.mkdir(exist_ok=True)
-        for left in self.work.glob(f"{SCRATCH}*"):  # of a search that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        if not self.book.rows:
-            clear(self.work)
+        clear(self.work, whole=not self.book.rows)
         folder = self.folder(0.0)
         if not folder.exists():
             with self.options.stage("saving the whole model"):
@@ -220,11 +217,7 @@ class Search:
 
     def load(self, share: float) -> Decoder:
         """Load the model without a share, or the whole one."""
-        return load(self.spec_of(share))
-
-    def spec_of(self, share: float) -> ModelSpec:
-        """Return how the model without a share, or the whole one, is loaded."""
-        return dataclasses.replace(self.spec, name=str(self.folder(share)), revision=None)
+        return load(dataclasses.replace(self.spec, name=str(self.folder(share)), revision=None))
 
     def importance(self, share: float, decoder: Decoder | None) -> Importance:
         """Return the importance matrix of a model that is not rounded yet (None: it is loaded), from the calibration."""
@@ -247,8 +240,8 @@ class Search:
             self.options.stage,
             self.calibration,
         )
-        first = self.start.spec if self.start.spec != self.spec else self.spec_of(0.0)
-        decoder, goes = load(first), 1 - (1 - share) / (1 - self.start.lacks)
+        decoder = load(self.start.spec) if self.asked.start else self.load(0.0)
+        goes = 1 - (1 - share) / (1 - self.start.lacks)
         how = Shrinking(
             update=self.asked.update, seed=self.wanted.seed, max_batch_tokens=self.options.batch_tokens
         )
@@ -261,8 +254,12 @@ class Search:
             self.book.append(key, True)
 
 
-def clear(work: Path) -> None:
-    """Remove what an earlier search has left, which is not this one's."""
+def clear(work: Path, *, whole: bool) -> None:
+    """Remove what a killed search has left half-made, or the `whole` of an earlier one, which is not this one's."""
+    for left in work.glob(f"{SCRATCH}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    if not whole:
+        return
     for left in (*work.glob("without-*"), work / "whole"):
         if (left / MANIFEST).exists():
             shutil.rmtree(left)

@@ -20,7 +20,7 @@ from causalprune.core import (
     read_rows,
     versions,
 )
-from causalprune.evaluation import check_tasks, headline, interval, paired_difference, write_json
+from causalprune.evaluation import check_tasks, digests, headline, interval, paired_difference, write_json
 from causalprune.models import tokenizer_of
 from causalprune.reports import FRONTIER_PAGE, frontier_page
 from causalprune.runs.cells import load
@@ -108,6 +108,7 @@ def _identity(decoder: Decoder, wanted: CalibrationSpec, asked: Asked, options: 
         "update": asked.update,
         "batch_tokens": options.batch_tokens,
         "settings": asked.settings.identity(),
+        "data": digests([asked.on], asked.settings.scorers),
         **dated(decoder, asked.settings.chat),
     }
 

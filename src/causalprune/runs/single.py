@@ -54,6 +54,7 @@ from causalprune.evaluation import (
     AND,
     Settings,
     check_tasks,
+    digests,
     evaluate,
     kept_rows,
     results_in,
@@ -303,6 +304,7 @@ def evaluate_model(
         "model": decoder.fingerprint,
         "settings": settings.identity(),
         **dated(decoder, settings.chat),
+        **({"data": data} if (data := digests(tasks, settings.scorers)) else {}),
     }
     unchanged = functools.partial(same_as_before, tasks, settings, decoder)
     with Ledger(path, identity, unchanged=unchanged) as book:

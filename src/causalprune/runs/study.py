@@ -41,6 +41,7 @@ from causalprune.evaluation import (
     RESULTS,
     Settings,
     check_tasks,
+    digests,
     evaluation_contents,
     load_scorers,
     output_type,
@@ -179,7 +180,19 @@ def _note(book: Ledger, recipe: Recipe, settings: Settings, named: Sequence[str]
     """Keep what a run was begun with, beside its identity; warn or refuse where it goes on otherwise."""
     _note_versions(book)
     note_general_text(book, [task for task in recipe.on if task not in named])
+    note_data(book, digests(recipe.on, settings.scorers))
     _note_answering(book, settings, recipe.on)
+
+
+def note_data(book: Ledger, found: Mapping[str, str]) -> None:
+    """Keep what files held when a run measured them first; refuse to go on with others."""
+    for name, own in found.items():
+        if (key := f"data {name}") not in book.rows:
+            book.append(key, own)
+        if book.rows[key] != own:
+            raise MismatchError(
+                f"{name} has changed since {book.path.parent} was begun: choose another folder, or bring it back"
+            )
 
 
 def _note_answering(book: Ledger, settings: Settings, tasks: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from causalprune.core import EvalResult, OptionError, Stage
-from causalprune.evaluation import Tried, headline, higher_is_better, paired_difference, rows_of
+from causalprune.evaluation import Tried, at_chance, headline, higher_is_better, paired_difference, rows_of
 from causalprune.pruning import N_OF_M, pattern_sparsity
 from causalprune.runs.cells import ADDED
 from causalprune.runs.jobs import Coming
@@ -101,13 +101,17 @@ def _tried(
     found, holds = [], True
     for own, whole in zip(results, dense, strict=True):
         difference = paired_difference(own, whole)
-        decides = not own.description.get(ADDED)
+        decides = not own.description.get(ADDED) and not at_chance(whole)
         found.append((f"{own.task} ({own.metric}{'' if decides else ', decides nothing'})", difference))
         end = difference.difference
         if certain:
             end = difference.low if higher_is_better(own) else difference.high
         limit = worst_difference(whole, keep)
         holds &= not decides or (end >= limit if higher_is_better(own) else end <= limit)
+    if all(own.description.get(ADDED) or at_chance(own) for own in dense):
+        raise OptionError(
+            "the dense model is at chance in all that decides, so that no share of it can be kept: measure a loss, as arc_challenge_nll"
+        )
     return Tried(sparsity, tuple(found), holds)
 
 
@@ -115,13 +119,13 @@ def worst_difference(dense: EvalResult, keep: float) -> float:
     """Return the difference to dense at which exactly the share `keep` of a result is left.
 
     Raises:
-        OptionError: a scorer gives the dense model a negative value, of which there is no share.
+        OptionError: the dense model has nothing, or by a scorer a negative value, of which there is no share.
     """
     if dense.metric == "nats_per_token":
         return -math.log(keep)
-    if headline(dense) < 0:
+    if headline(dense) < 0 or (higher_is_better(dense) and not headline(dense)):
+        way = "measure what it can do" if dense.metric == "accuracy" else "add a constant in the scorer"
         raise OptionError(
-            f"{dense.task}: the dense model has {headline(dense):.4g}, and a share to keep needs a value above zero: "
-            "add a constant in the scorer"
+            f"{dense.task}: the dense model has {headline(dense):.4g}, and a share to keep needs a value above zero: {way}"
         )
     return headline(dense) * (keep - 1 if higher_is_better(dense) else 1 / keep - 1)

@@ -120,6 +120,10 @@ def own_answers(
     Raises:
         DataError: too few answers come to an end.
     """
+    if source == "ioi":
+        raise OptionError(
+            f"{OWN}{source}: pairs are there to compare two answers, and have none of their own: take {source}"
+        )
     if decoder.device.type == "meta":
         raise OptionError(f"{OWN}{source} needs a model that writes: leave out --stream, or take {source}")
     identity = _identity(decoder, reader, source)
@@ -137,7 +141,7 @@ def own_answers(
         for examples in _batched(islice(found, TRIES * count)):
             missing = [problems[e.content] for e in examples if e.content not in book.rows]
             texts = [question_text(reader, p, thinking=reader.thinking) for p in missing]
-            prompts = [question_tokens(reader, text) for text in texts]
+            prompts = [question_tokens(reader, *own) for own in zip(missing, texts, strict=True)]
             write = partial(_answers, decoder, prompts, reader)
             answers = chain(*at_once(len(missing), reader.limit, write))
             for problem, answer in zip(missing, answers, strict=True):

@@ -9,12 +9,16 @@ from typing import Literal, get_args
 from causalprune.calibration import TRACE_END, TRACE_START
 from causalprune.core import OptionError, unknown
 
-AnswerKind = Literal["number", "yes_no", "letter", "text"]
+AnswerKind = Literal["number", "number_comma", "yes_no", "letter", "text"]
 KINDS: tuple[AnswerKind, ...] = get_args(AnswerKind)
 REGEX = "regex:"
 """Before a pattern that reads answers, in place of a kind."""
 
 NUMBER = re.compile(r"(?:(?<![\w)])-\s?)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+")
+NUMBER_COMMA = re.compile(r"(?:(?<![\w)])-\s?)?(?:\d{1,3}(?:[.'’\u00a0\u202f]\d{3})+(?!\d)|\d+)(?:,\d+)?")
+"""A number whose decimals follow a comma, as 1.234,5: digits go in threes after a point, an apostrophe or a narrow space."""
+COMMAS = re.compile(r"\d,(?!\d{3}(?!\d))\d|\d\.\d{3}[.,]\d|\d[\u00a0\u202f’']\d{3}")
+"""What numbers are written like that say."""
 YES_NO = re.compile(r"\b(?:yes|no)\b", re.IGNORECASE)
 MARK = "####"
 ENDINGS: dict[AnswerKind, re.Pattern[str]] = {
@@ -42,10 +46,15 @@ def check_kind(kind: str) -> str:
 
 
 def guess(targets: Sequence[str]) -> AnswerKind | None:
-    """Return how answers are read where all targets end alike: in yes or no, a number (with a unit), a letter; else None."""
+    """Return how answers are read where all targets end alike: in yes or no, a number (with a unit), a letter; else None.
+
+    Numbers are read with decimals after a comma where one of them can only be read so.
+    """
     ends = [target.rpartition(MARK)[2] for target in targets]
     found = (kind for kind, ending in ENDINGS.items() if all(map(ending.search, ends)))
-    return next(found, None) if ends else None
+    kind = next(found, None) if ends else None
+    last = (NUMBER_COMMA.findall(end)[-1:] for end in ends) if kind == "number" else ()
+    return "number_comma" if any(COMMAS.search(own) for one in last for own in one) else kind
 
 
 def labels_of(targets: Sequence[str]) -> tuple[str, ...]:
@@ -80,7 +89,7 @@ def is_correct(text: str, kind: str, gold: str, labels: Sequence[str] = ()) -> b
 def extract(text: str, kind: str, labels: Sequence[str] = ()) -> str | None:
     """Return the answer that follows the last `####`, else the last one in `text`, else None.
 
-    Numbers come without separators, currency sign and trailing zeros, yes and no in lower case, a `text` (all that follows
+    Numbers (`number_comma`: as 1.234,5) come without separators, currency sign and trailing zeros, yes and no in lower case, a `text` (all that follows
     the mark, or all of it) without regard to case and white space. `labels` are the options of a `letter` answer. A pattern
     gives the first group of its last match, or all of it where there is no group.
     """
@@ -91,13 +100,15 @@ def extract(text: str, kind: str, labels: Sequence[str] = ()) -> str | None:
         return _normal(text.rpartition(MARK)[2]) or None
     if kind == "letter":
         return _letter(text, labels)
-    pattern = NUMBER if kind == "number" else YES_NO
+    pattern = {"number": NUMBER, "number_comma": NUMBER_COMMA}.get(kind, YES_NO)
     marked = text.rpartition(MARK)[2] if MARK in text else ""
     first = pattern.search(marked)
     found = first.group() if first else next(iter(reversed(pattern.findall(text))), None)
     if found is None:
         return None
-    return _plain(found) if kind == "number" else found.lower()
+    if kind == "number_comma":
+        found = re.sub(r"[^\d,-]", "", found).replace(",", ".")
+    return _plain(found) if kind in ("number", "number_comma") else found.lower()
 
 
 def _normal(text: str) -> str:
