@@ -141,16 +141,6 @@ class Search:
         with self.options.stage("room on the disk") as progress:
             say(progress, note=room(self))
 
-    def settle(self) -> None:
-        """Raise `MismatchError` where a stopped search was begun with other examples: files may have changed."""
-        own = {"examples": self.calibration.fingerprint}
-        if self.book.rows.get(EXAMPLES, own) != own:
-            raise MismatchError(
-                f"{self.book.path} was begun with other calibration examples: choose another folder, or delete {self.output}"
-            )
-        if EXAMPLES not in self.book.rows:
-            self.book.append(EXAMPLES, own)
-
     def measure(self, share: float, mix: str) -> None:
         """Measure a smaller model in a mix (empty: as it is), if that is not on disk yet."""
         key = f"{share:g}/{mix}"
@@ -252,6 +242,17 @@ class Search:
             forget(path)
         if key not in self.book.rows:
             self.book.append(key, True)
+
+
+def settle(search: Search) -> None:
+    """Raise `MismatchError` where a stopped search was begun with other examples: files may have changed."""
+    own, book = {"examples": search.calibration.fingerprint}, search.book
+    if book.rows.get(EXAMPLES, own) != own:
+        raise MismatchError(
+            f"{book.path} was begun with other calibration examples: choose another folder, or delete {search.output}"
+        )
+    if EXAMPLES not in book.rows:
+        book.append(EXAMPLES, own)
 
 
 def clear(work: Path, *, whole: bool) -> None:

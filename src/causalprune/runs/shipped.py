@@ -35,6 +35,7 @@ from causalprune.runs.searching import (
     check_reach,
     enough,
     possible,
+    settle,
     started,
 )
 from causalprune.runs.single import Options, dated
@@ -135,7 +136,7 @@ def _searched(search: Search) -> list[Point]:
     asked = search.asked
     points = search.points(0.0)
     check_reach(search, points)
-    search.settle()
+    settle(search)
     search.measure(0.0, "")
     check_halves(search.result(0.0, ""), asked.limit)
     for point in points:
