@@ -204,7 +204,7 @@ def test_samples_that_do_not_fit_are_counted(run: Run, place: tuple[Path, Planti
     rows = [json.loads(line) for line in (folder / "bad.jsonl").read_text().splitlines()]
     rows += [{"prompt": "a" * 600 + "~", "target": PHRASE, "instead": "and"}]
     write_jsonl(folder / "long.jsonl", rows)
-    with pytest.warns(UserWarning, match=r"1 of 9 samples have more than \d+ tokens"):
+    with pytest.warns(UserWarning, match="8 taken: all that it holds but 1 too long"):
         code, _, err = fix(run, folder, "long", "--undesired", folder / "long.jsonl", *OPTIONS)
     assert code == 0, err
 

@@ -36,17 +36,35 @@ def merge(shares: Sequence[Effects]) -> Effects:
                 raise MismatchError(f"the shares are of different {what}")
         if effects.description["question"] != first.description["question"]:
             raise MismatchError("the shares answer different questions")
+        if _alike(effects) != _alike(first):
+            raise MismatchError(
+                "the shares were measured in different batches or by different estimators: give all the same options"
+            )
     estimator = {**first.description["estimator"], "share": (1, 1)}
     tokens = sum(float(effects.description["tokens_forwarded"]) for effects in shares)
     description: dict[str, Any] = {**first.description, "estimator": estimator, "tokens_forwarded": tokens}
     kl = [effects.kl_nats for effects in shares if effects.kl_nats is not None]
     masked = _joined([effects.masked_nats for effects in shares])
+    missing = masked.isnan()
+    if holes := int((missing & ~missing.all(1, keepdim=True)).sum()):
+        raise MismatchError(
+            f"{holes} of {missing.numel()} measurements are in none of the shares: give all the same options"
+        )
     return replace(first, masked_nats=masked, kl_nats=_joined(kl) if kl else None, description=description)
 
 
 def _share(effects: Effects) -> tuple[int, int]:
     index, parts = effects.description.get("estimator", {}).get("share", (1, 1))
     return int(index), int(parts)
+
+
+def _alike(effects: Effects) -> dict[str, Any]:
+    """Return how a share was measured, as all have to be."""
+    return {
+        key: value
+        for key, value in effects.description["estimator"].items()
+        if key not in ("share", "cache_gib")
+    }
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from causalprune.attribution.questions import ELSEWHERE, Estimator, Question
+from causalprune.attribution.questions import DEFAULT_BUDGET, ELSEWHERE, Estimator, Question
 from causalprune.calibration import batch_of, batches, check_positions
 from causalprune.core import Batch, Calibration, Decoder, Ledger, OptionError, Unit
 from causalprune.interventions import Parts, Site, grouped_by_effect, list_units, neuron_effects, sites
@@ -49,9 +49,14 @@ class Plan:
             how.name == "adaptive" or (how.name, self.question.effect) == ("gradient", "kl")
         ):
             raise OptionError(f"the estimator {how.name!r} of {self.question.effect!r} needs draws ≥ 1")
-        if how.budget is not None and self.naive_tokens / how.budget < self.expansion_tokens:
+        budget = DEFAULT_BUDGET if how.name == "adaptive" and not how.until_certain else None
+        budget = how.budget or budget
+        if budget is not None and self.naive_tokens / budget < self.expansion_tokens:
             most = self.naive_tokens / self.expansion_tokens
-            raise OptionError(f"the prediction alone costs 1/{most:.0f} of naive: choose a budget below that")
+            raise OptionError(
+                f"the prediction alone costs 1/{most:.0f} of naive, and the budget is 1/{budget:g}: choose one below that, or the "
+                "estimator exact"
+            )
 
     @property
     def depth(self) -> int:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from causalprune.attribution.estimators import attribute
@@ -87,16 +87,22 @@ def stability(
 
 def draws(effects: Effects) -> dict[str, float]:
     """Return how the subsets agree: rank correlation, top fifth, and the spread of a unit's effect."""
-    means = [_mean(effects, effects.subset == k) for k in range(int(effects.subset.max()) + 1)]
+    known = _known(effects)
+    means = [_mean(effects, effects.subset == k)[known] for k in range(int(effects.subset.max()) + 1)]
     spread = torch.stack(means).std(0)
     return {
         "spearman_between_draws": agreement(means, spearman),
         "top_fifth_between_draws": agreement(means, top_overlap),
         "median_sd_between_draws_nats": float(spread.median()),
-        "sd_between_units_nats": float(effects.paired_delta_nats().std()),
+        "sd_between_units_nats": float(effects.paired_delta_nats()[known].std()),
         "problems_per_draw": float(len(effects.subset) / len(means)),
         **reliability(effects),
     }
+
+
+def _known(effects: Effects) -> Bool[Tensor, "unit"]:
+    """Tell of which units all was measured: experts that no token reached are none."""
+    return ~effects.change_nats().isnan().any(1)
 
 
 def compared(one: Effects, other: Effects) -> dict[str, float]:
@@ -106,8 +112,9 @@ def compared(one: Effects, other: Effects) -> dict[str, float]:
     (Spearman–Brown): the correlation of two noisy measurements of the same ranking.
     """
     halves = [reliability(effects).get("split_half", np.nan) for effects in (one, other)]
-    ceiling = float(np.sqrt(np.prod([2 * r / (1 + r) for r in halves])))
-    a, b = one.paired_delta_nats(), other.paired_delta_nats()
+    ceiling = float(np.sqrt(np.prod([2 * r / (1 + r) for r in halves]))) if min(halves) > 0 else np.nan
+    known = _known(one) & _known(other)
+    a, b = one.paired_delta_nats()[known], other.paired_delta_nats()[known]
     return {"spearman": spearman(a, b), "ceiling": ceiling, "top_fifth": top_overlap(a, b)}
 
 
@@ -118,7 +125,8 @@ def swapped(one: Effects, other: Effects, seed: int = 0) -> dict[str, float]:
     is the draw alone. As in every mixed calibration all target tokens count the same, so worked solutions outweigh
     problems whose target is a short answer.
     """
-    random, whole, found = np.random.default_rng(seed), one.paired_delta_nats(), {}
+    known = _known(one) & _known(other)
+    random, whole, found = np.random.default_rng(seed), one.paired_delta_nats()[known], {}
     size = min(len(one.tokens) // 2, len(other.tokens))
     for share in SWAPPED:
         out, values = round(share * size), []
@@ -127,7 +135,7 @@ def swapped(one: Effects, other: Effects, seed: int = 0) -> dict[str, float]:
                 random.permutation(len(one.tokens))[: size - out],
                 random.permutation(len(other.tokens)),
             )
-            change = torch.cat([one.change_nats()[:, kept], other.change_nats()[:, taken[:out]]], 1)
+            change = torch.cat([one.change_nats()[:, kept], other.change_nats()[:, taken[:out]]], 1)[known]
             tokens = torch.cat([one.tokens[kept], other.tokens[taken[:out]]])
             values.append(spearman(change.sum(1) / tokens.sum(), whole))
         found[f"{share:.0%}"] = float(np.mean(values))
@@ -142,7 +150,8 @@ def interactions(
     `plan` is for the first sequences of those that `effects` were measured on.
     """
     question, examples = plan.question, plan.calibration.examples
-    chosen = sorted(effects.paired_delta_nats().topk(min(top, len(effects.units))).indices.tolist())
+    worth = effects.paired_delta_nats().nan_to_num(-torch.inf)  # what no token reached is no pair of anything
+    chosen = sorted(worth.topk(min(top, int(_known(effects).sum()))).indices.tolist())
     both = [(a, b) for i, a in enumerate(chosen) for b in chosen[i + 1 :]]
     joint = torch.zeros(len(both), len(examples), dtype=torch.float64)
     units = list(plan.units)

@@ -257,6 +257,7 @@ def enough(
         apart = ", or measure on others" if also else ""
         raise DataError(f"{asked}, {why}: ask for fewer{more if out.too_long else ''}{apart}")
     left = f" but {out}{also}" if there > usable else ""
+    left += " (more fit with a higher limit of tokens)" if out.too_long and not room else ""
     warnings.warn(f"{asked}, {usable} taken: all that it holds{left}", stacklevel=2)
 
 

@@ -157,7 +157,7 @@ def turns(question: Question, estimator: Estimator, rescore: int | None = None) 
 def check_search(question: Question, estimator: Estimator, keep: float, rank: Rank, rescore: int) -> None:
     """Raise `OptionError` for what does not go together, before anything is loaded."""
     learn = estimator.epochs or 0
-    if learn and estimator.name == "relevance":
+    if learn and estimator.name == "relevance" and question.effect != "kl":
         raise OptionError(
             "relevance is of logits, and gates are learned by divergences: ask for no epochs (--learn 0)"
         )

@@ -89,6 +89,8 @@ class SpreadOptions(opt.RunningOptions):
         """Return how the work is done as runs take it."""
         from causalprune.attribution import Cluster
 
+        if self.address and self.executor != "ray":
+            raise OptionError(f"--address {self.address} is of a Ray cluster: pass --executor ray too")
         cluster = Cluster(self.workers, self.address) if self.executor == "ray" else None
         return replace(
             super().options(data_dir, overwrite=overwrite), share=_share(self.shard), cluster=cluster

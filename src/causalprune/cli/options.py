@@ -52,7 +52,7 @@ METHODS = (
     "causal, sparsegpt, wanda, fisher, magnitude, cap, snip, relevance or random. A scope says among which weights scores are compared: "
     "row, matrix or global, as in magnitude:global, or a pattern as in wanda:2:4. +graded measures which layers can lose more. "
     "An update lets kept weights make up for the others: +obs column by column, +refit by least "
-    "squares, +distill by training after that (minutes), +none. causal has distill of its own. "
+    "squares, +distill by training after that (minutes), +adam the same with two means of slopes kept for every weight, +none. causal has distill of its own. "
     "causal:2:4+graded at a sparsity below 0.5 lets the matrices stay dense that the task needs most."
 )
 OBJECTIVES = {"task": 0.0, "balanced": 0.25}

@@ -231,6 +231,7 @@ def fit(
         answer=answers.answer,
         max_new_tokens=answers.max_new_tokens,
         scorers=load_scorers(answers.scorer),
+        batch_tokens=running.batch_tokens,
     )
     how = Exporting(file.pre_tokenizer, model.loading.trust_remote_code)
     asked = Asked(limit.limit(), on, settings, types, shares, method.update, how, method.start)

@@ -65,7 +65,8 @@ def figures(rows: Sequence[Row], *, against: str | None = None) -> list[dict[str
         cells = []
         for result in results:
             other = None if i == base_row else base.get(_column(result))
-            difference = None if other is None else paired_difference(result, other)
+            alone = other is None or _other_text(result, other)
+            difference = None if other is None or alone else paired_difference(result, other)
             measure = {"task": result.task, "metric": result.metric}
             measure |= {
                 key: result.description[key] for key in ("draws", "spread") if key in result.description
@@ -106,10 +107,7 @@ def _cell(result: EvalResult | None, base: EvalResult | None, is_base: bool) -> 
     value, ended = f"{headline(result):.4g}", f"\n{how}" if (how := answered(result)) else ""
     if "spread" in result.description:
         value += f" ± {result.description['spread']:.2g}"
-    other_text = base is not None and base.description.get("written_by") != result.description.get(
-        "written_by"
-    )
-    if is_base or base is None or other_text:  # another model wrote its own
+    if is_base or base is None or _other_text(result, base):
         own = interval(result)
         bounds = f"[{own.low:.4g}, {own.high:.4g}]" if own.n > 1 else NO_INTERVAL
         return Text(f"{value}\n{bounds}{ended}")
@@ -117,6 +115,11 @@ def _cell(result: EvalResult | None, base: EvalResult | None, is_base: bool) -> 
     bounds = f"[{difference.low:+.3g}, {difference.high:+.3g}]" if difference.n > 1 else NO_INTERVAL
     bounds = f"{difference.difference:+.3g} {bounds}"
     return Text(f"{value}\n{bounds}{ended}", style=STYLES.get(difference.verdict, ""))
+
+
+def _other_text(result: EvalResult, base: EvalResult) -> bool:
+    """Tell whether results are of texts that two models wrote each for itself."""
+    return base.description.get("written_by") != result.description.get("written_by")
 
 
 def to_markdown(table: Table) -> str:
@@ -172,7 +175,8 @@ def strongest(effects: Effects) -> Table:
     if unreached := effects.description.get("unreached_experts"):
         lines.append(f"{len(unreached)} experts got no token and are unmeasured")
     table = Table(title="most critical units", caption="\n".join(lines))
-    for name in ("layer", "unit", "Δ, nats/token", "95 % interval"):
+    unit_of = "logits" if effects.description.get("estimator", {}).get("name") == "relevance" else "nats"
+    for name in ("layer", "unit", f"Δ, {unit_of}/token", "95 % interval"):
         table.add_column(name, justify="right")
     for i in found.value.nan_to_num(-math.inf).argsort(descending=True)[:STRONGEST].tolist():
         unit, bounds = effects.units[i], f"[{float(found.low[i]):.4f}, {float(found.high[i]):.4f}]"

@@ -142,6 +142,7 @@ from .tasks.generation import (
 from .tasks.generation import (
     plain_generation as plain_generation,
 )
+from .tasks.repeating import TRAITS as TRAITS
 from .tasks.repeating import (
     read_phrases as read_phrases,
 )

@@ -43,6 +43,8 @@ SETTINGS = (
 """What two results that are compared must say alike."""
 AT_CHANCE = "the loss of the right answers, as in arc_challenge_nll, says more"
 CONFIDENCE = 0.95
+FEW = 8
+"""Examples below which quantiles of resamples are too narrow: two of them would exclude 0 in half of all cases."""
 CHUNK = 4_000_000
 """Resampled examples held in memory at a time."""
 
@@ -344,6 +346,9 @@ def bounds(draws: Floats, n: int) -> tuple[float, float]:
     """
     if n < 2 or not np.isfinite(draws).all():
         return math.nan, math.nan
+    if n < FEW:  # resamples of a few cannot leave their range: Student's t from how far they scatter
+        reach = math.sqrt(n / (n - 1)) * float(draws.std()) * scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
+        return float(draws.mean()) - reach, float(draws.mean()) + reach
     tail = scipy.stats.norm.cdf(-math.sqrt(n / (n - 1)) * scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)

@@ -83,7 +83,11 @@ def compare(
         raise unknown("row", against, labels)
     first = 0 if against is None else labels.index(against)
     found = [{task_key(result): result for result in results} for _, results in models]
-    columns = {key: f"{own.task}, {UNITS[own.metric]}" for results in found for key, own in results.items()}
+    columns = {
+        key: f"{own.task}, {UNITS.get(own.metric, own.metric)}"
+        for results in found
+        for key, own in results.items()
+    }
     table = tuple(
         (label, tuple(_cell(own.get(key), None if i == first else found[first].get(key)) for key in columns))
         for i, (label, own) in enumerate(zip(labels, found, strict=True))

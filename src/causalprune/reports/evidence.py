@@ -36,7 +36,7 @@ SIZES = ("parameters", "bytes", "speed")
 
 @dataclass(frozen=True)
 class Measured:
-    """Effects of units as one file of a run gives them, in nats per target token; NaN where nothing is known.
+    """Effects of units as one file of a run gives them, per target token in nats, or logits for relevance; NaN where nothing is known.
 
     `exact` is False for estimates. Every unit has `layer`, `index`, `kind`, `delta`, `low`, `high` and `importance`, the factor I
     of heads (method §2), NaN for other units.
@@ -47,6 +47,7 @@ class Measured:
     effect: str
     units: list[dict[str, Any]]
     reliability: Mapping[str, float]
+    unit: str = "nats per token"
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,9 @@ def measured(effects: Effects, name: str | None = None) -> list[Measured]:
 def _measured(effects: Effects, name: str, *, exact: bool) -> Measured:
     found = estimate(effects)
     factor = [math.nan] * len(effects.units)
-    heads = effects.of("head")
+    heads = effects.of("head", "mixer")  # all of the model together, as `cap` has it
     if heads.units and bool(scores(heads).isfinite().all()):
-        at = [i for i, unit in enumerate(effects.units) if unit.kind == "head"]
+        at = [i for i, unit in enumerate(effects.units) if unit.kind in ("head", "mixer")]
         for i, value in zip(at, head_importance(scores(heads)).tolist(), strict=True):
             factor[i] = value
     columns = found.value.tolist(), found.low.tolist(), found.high.tolist(), factor
@@ -156,7 +157,9 @@ def _measured(effects: Effects, name: str, *, exact: bool) -> Measured:
         {"layer": unit.layer, "index": unit.index, "kind": unit.kind, **dict(zip(names, row, strict=True))}
         for unit, *row in zip(effects.units, *columns, strict=True)
     ]
-    return Measured(name, exact, effects.effect, units, reliability(effects))
+    relevant = effects.description.get("estimator", {}).get("name") == "relevance"
+    unit = "logits per token" if relevant else "nats per token"
+    return Measured(name, exact, effects.effect, units, reliability(effects), unit)
 
 
 def achieved(decoder: Decoder, keep: Mapping[str, Bool[Tensor, "_ _"]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from causalprune.evaluation import write_text
 from causalprune.reports.page import bounds, number
+from causalprune.reports.summary import UNITS
 
 FRONTIER_PAGE = "frontier.html"
 WIDE, HIGH, LEFT, LOW = 860, 420, 70, 40
@@ -26,8 +27,8 @@ def frontier_page(record: Mapping[str, Any], file: Path) -> Path:
     """Write the page of what `fit` found to a file, and return that."""
     said = Markup("").join(Markup("<p>{}</p>").format(line) for line in found(record))
     note = Markup('<p class="note">{}</p>').format(
-        "Circles were measured and crosses only predicted, each the rise to dense on the problems that decide; the larger the "
-        "mark, the more parameters are gone. Those in the table are of the other problems, which nothing was chosen by."
+        f"Circles were measured and crosses only predicted, each by how much it is worse than dense on the problems that decide "
+        f"({_rise(record)}); the larger the mark, the more parameters are gone. Those in the table are of the other problems, which nothing was chosen by."
     )
     parts = {"drawing": _drawing(record), "note": note, "table": _table(record), "said": said}
     text = PAGE.format(title=f"{record['model']}: the file to ship", style=Markup(STYLE), **parts)  # noqa: S704 (our own file)
@@ -40,32 +41,40 @@ def found(record: Mapping[str, Any]) -> list[str]:
     chosen, limit, unit = (
         record["chosen"],
         record["limit"]["said"],
-        "" if record["metric"] == "accuracy" else " nats",
+        UNITS.get(record["metric"], record["metric"]),
     )
     whole = f"quantise to {chosen['mix']} and do not prune"
     smaller = f"remove {chosen['share']:.0%} of the parameters and quantise to {chosen['mix']}"
     own, dense = chosen["minus_dense"], record["dense"]
     lines = [
         f"{smaller if chosen['share'] else whole}: {record['file']['bytes'] / 1e6:.1f} MB, {limit}",
-        f"{record['on']}, on {dense['problems']} problems that decided nothing: {_signed(own)} to dense at {number(dense['value'])}",
+        f"{record['on']}, on {dense['problems']} problems that decided nothing: {_signed(own)} to dense at {number(dense['value'])} ({unit})",
         f"kept: {chosen['kept']:.1%} of dense, on these problems",
     ]
     if (over := record["minus_best_whole"]) is not None:
         lines.append(
             f"against the best file of its size or smaller without pruning, {record['best_whole']}: "
-            f"{_signed(over)}{unit}"
+            f"{_signed(over)} ({unit})"
         )
     below = record["pays_below_bytes"]
     lines.append(
-        f"removing parameters beats quantising further below {below / 1e6:.1f} MB, on the problems that decide"
+        f"removing parameters was measured better than quantising further below {below / 1e6:.1f} MB, on the problems that decide, "
+        "without an interval"
         if below
-        else "removing parameters beat quantising further at no size that was measured"
+        else "removing parameters was measured better than quantising further at no size"
     )
     for name, speed in record.get("speeds", {}).items():
         lines.append(
             f"speed of {name}: {speed['over_dense']:.2f} × dense at Q8_0, {speed['tokens_per_second']:.1f} tokens/s"
         )
     return lines
+
+
+def _rise(record: Mapping[str, Any]) -> str:
+    """Return the unit of what a file is worse by."""
+    return (
+        "its logarithm" if record["metric"] == "perplexity" else UNITS.get(record["metric"], record["metric"])
+    )
 
 
 def _signed(own: Mapping[str, Any]) -> str:
@@ -130,7 +139,10 @@ def _axes(most: float, low: float, top: float) -> Iterator[Markup]:
 
 def _table(record: Mapping[str, Any]) -> Markup:
     rows = Markup("").join(_rows(record["points"], record["chosen"]["name"]))
-    head = ("file", "MB", "gone", "rise predicted", "rise measured", "to dense, other problems", "kept")
+    unit, rise = UNITS.get(record["metric"], record["metric"]), _rise(record)
+    head = (
+        "file", "MB", "gone", f"worse by, predicted ({rise})", f"worse by, measured ({rise})", f"less dense, other problems ({unit})", "kept",
+    )  # fmt: skip
     names = Markup("").join(Markup("<th>{}</th>").format(name) for name in head)
     return Markup('<table class="models"><thead><tr>{}</tr></thead><tbody>{}</tbody></table>').format(
         names, rows
@@ -143,8 +155,10 @@ def _rows(points: Sequence[Mapping[str, Any]], chosen: str) -> Iterator[Markup]:
         cells = (
             f"{p['bytes'] / 1e6:.1f}",
             f"{p['share']:.0%}",
-            number(p["predicted_rise"], sign="+", digits=3),
-            number(p["measured_rise"], sign="+", digits=3),
+            *(
+                "–" if p[key] is None else number(p[key], sign="+", digits=3)
+                for key in ("predicted_rise", "measured_rise")
+            ),
             _signed(own) if own else "–",
             f"{p['kept']:.1%}" if own else "–",
         )

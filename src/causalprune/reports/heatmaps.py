@@ -27,7 +27,7 @@ def heatmap(own: Measured, *, width: int, colour: bool) -> Iterator[Text]:
         if not top:
             yield Text(f"{kind}: nothing measured")
             continue
-        yield Text(f"{kind}, Δ in nats per token; the strongest shade is {top:.3g} or more", style="bold")
+        yield Text(f"{kind}, Δ in {own.unit}; the strongest shade is {top:.3g} or more", style="bold")
         indices = sorted({index for _, index in cells})
         room = max((width - MARGIN) // 2, 1)
         for start in range(0, len(indices), room):

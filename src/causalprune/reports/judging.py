@@ -7,10 +7,10 @@ from typing import Any, Literal, TypeAlias
 
 from causalprune.calibration import OWN, is_file
 from causalprune.core import EvalResult, Size, Speed
-from causalprune.evaluation import AT_CHANCE
+from causalprune.evaluation import AT_CHANCE, TRAITS
 
-Kind: TypeAlias = Literal["answers", "text", "loss", "choices"]
-"""What a task measures: generated answers, general text, the loss of given solutions, a choice among given options."""
+Kind: TypeAlias = Literal["answers", "text", "loss", "choices", "habits"]
+"""What a task measures: generated answers, general text, the loss of given solutions, a choice among given options, habits of writing."""
 
 Told: TypeAlias = Mapping[str, Any]
 """A task or a model as `summary` tells of it."""
@@ -40,23 +40,27 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Judged:
-    """One model: the tasks on which it is shown to be worse, and those whose form alone it may have taken on."""
+    """One model: the tasks on which it is shown to be worse, those that cannot be compared, and those whose form alone it may have taken on."""
 
     model: Told
+    tasks: Sequence[Told]
     worse: tuple[Told, ...]
+    unknown: tuple[Told, ...]
     form: tuple[Told, ...]
     kinds: Set[Kind]
     loss: float
 
     @property
     def holds(self) -> bool:
-        return not self.worse and ("answers" in self.kinds or ("text" in self.kinds and not self.form))
+        return not (self.worse or self.unknown) and (
+            "answers" in self.kinds or ("text" in self.kinds and not self.form)
+        )
 
     @property
     def order(self) -> tuple[Any, ...]:
         """What holds comes first, then what is shown to be worse nowhere; the smallest of those, then the sparsest."""
-        size = (0.0, 0.0) if self.worse else (-self.model["removed"], -self.model["sparsity"])
-        return not self.holds, len(self.worse), *size, self.loss
+        size = (0.0, 0.0) if self.worse or self.unknown else (-self.model["removed"], -self.model["sparsity"])
+        return not self.holds, len(self.worse) + len(self.unknown), *size, self.loss
 
 
 def reliability_word(value: float) -> str:
@@ -68,6 +72,8 @@ def kind_of(result: EvalResult) -> Kind:
     """Return what a result measures, from the name of its task, its metric and whether text was generated."""
     if result.task.endswith(("_ppl", "_kl")):
         return "text"
+    if result.metric in TRAITS:
+        return "habits"
     if result.metric == "nats_per_token":
         return "loss"
     generated = result.task.endswith(("_answers", "_cot")) or result.description.get("generation") is not None
@@ -92,11 +98,14 @@ def judge(models: Sequence[Told], tasks: Sequence[Told]) -> Verdict:
         for m in models
         if m["criterion"] != "dense" and keys and all((m["cells"].get(k) or {}).get("dense") for k in keys)
     ]
+    at_chance = f"{', '.join(dict.fromkeys(blind))}: the dense model is at chance there, so it decides nothing; {AT_CHANCE}."
     if not full:
         text = (
             "Nothing can be recommended yet: no pruned model is measured on all tasks beside the dense one."
         )
-        return Verdict(None, holds=False, headline=text)
+        if blind and not keys:
+            text = "Nothing can be recommended: nothing that was measured can decide."
+        return Verdict(None, holds=False, headline=text, reasons=(at_chance,) if blind else ())
     best = min(full, key=lambda own: own.order)
     answers = None if "answers" in best.kinds else _answers_task(tasks)
     reasons = [_choice(best, full)]
@@ -108,8 +117,11 @@ def judge(models: Sequence[Told], tasks: Sequence[Told]) -> Verdict:
     if "text" not in best.kinds:
         reasons.append("General text was not measured: nothing is known of what the task does not need.")
     if blind:
-        said = f"{', '.join(dict.fromkeys(blind))}: the dense model is at chance there, so it decides nothing"
-        reasons.append(f"{said}; {AT_CHANCE}.")
+        reasons.append(at_chance)
+    if best.unknown:
+        reasons.append(
+            f"Not to be compared with the dense model on {', '.join(task['task'] for task in best.unknown)}: too few problems, or others."
+        )
     others = sorted((own for own in full if own is not best and best.holds), key=lambda own: own.order)
     for own in (own for own in others if bool(own.model["removed"]) != bool(best.model["removed"])):
         if own.holds:
@@ -129,9 +141,12 @@ def _judged(model: Told, tasks: Sequence[Told]) -> _Judged:
 
     first = next((task for task in tasks if task["kind"] != "text"), tasks[0])
     change = model["cells"][first["key"]]["dense"]["difference"]
+    broken = {task["key"] for task in tasks if not math.isfinite(model["cells"][task["key"]]["value"])}
     return _Judged(
         model,
-        worse=tuple(task for task in tasks if verdict(task) not in ("better", "no difference shown")),
+        tasks,
+        worse=tuple(task for task in tasks if verdict(task) == "worse" or task["key"] in broken),
+        unknown=tuple(t for t in tasks if verdict(t) == "undefined" and t["key"] not in broken),
         form=tuple(t for t in tasks if t["kind"] == "loss" and t["calibrated"] and verdict(t) == "better"),
         kinds={task["kind"] for task in tasks},
         loss=math.inf if math.isnan(change) else -change if first["higher_is_better"] else change,
@@ -141,7 +156,7 @@ def _judged(model: Told, tasks: Sequence[Told]) -> _Judged:
 def _headline(best: _Judged) -> str:
     label = best.model["label"]
     if best.holds:
-        return f"{label} holds the level of the dense model: with {taken(best.model)} no measure is shown to be worse."
+        return f"{label}: with {taken(best.model)} no measure is shown to be worse than the dense model's; {_at_most(best)}."
     rest = "; ".join(filter(None, (_found(best, "text", "general text"), _found(best, "answers", "answers"))))
     others = [task["task"] for task in best.worse if task["kind"] not in ("text", "answers")]
     if others:
@@ -156,6 +171,20 @@ def _headline(best: _Judged) -> str:
     return f"{label} is not shown to be worse, but little was measured: {rest}{ask}."
 
 
+def _at_most(best: _Judged) -> str:
+    """Say what the intervals of a model leave open: the far end of the one that is widest beside the dense model's value."""
+    ends: dict[str, tuple[float, str]] = {}
+    for task in best.tasks:
+        cell = best.model["cells"][task["key"]]
+        dense, beside = cell["value"] - cell["dense"]["difference"], cell["dense"]
+        end = max(-beside["low"] if task["higher_is_better"] else beside["high"], 0.0)
+        if dense and math.isfinite(end):
+            said = f"{task['task']} may still be worse by {end:.3g} ({task['unit']}, n = {task['n']})"
+            ends[task["key"]] = end / abs(dense), said
+    worst = max(ends.values(), default=(math.nan, "by how much it may still be is not known"))
+    return worst[1] if worst[0] else "no interval leaves room for that"
+
+
 def _found(best: _Judged, kind: Kind, name: str) -> str:
     if kind not in best.kinds:
         return f"{name} not measured"
@@ -168,10 +197,9 @@ def _found(best: _Judged, kind: Kind, name: str) -> str:
 def _choice(best: _Judged, full: Sequence[_Judged]) -> str:
     """Say why this model was chosen."""
     if best.worse:
-        tasks = len(best.model["cells"])
-        return f"It is shown to be worse on {len(best.worse)} of {tasks} measures; of those with as few, its result on the first is best."
+        return f"It is shown to be worse on {len(best.worse)} of {len(best.tasks)} measures that decide; of those with as few, its result on the first is best."
     same = [own for own in full if own.holds == best.holds and not own.worse]
-    what = "hold the level of the dense model" if best.holds else "are shown to be worse on no measure"
+    what = "are shown to be worse on no measure"
     rest = "the smallest of them, of one size the sparsest, then the best on the first measure"
     return f"Pruned models that {what}: {len(same)} of {len(full)}. This is {rest}."
 

@@ -4,7 +4,7 @@
 const told = JSON.parse(document.getElementById("data").textContent);
 const MARKS = ["circle", "square", "diamond", "triangle-up", "x", "star", "cross", "triangle-down"];
 const DASHES = ["solid", "dash", "dot", "dashdot"];
-const ROLES = ["q", "k", "v", "o", "gate", "up", "down"];
+const ROLES = ["q_a", "q_b", "kv_a", "kv_b", "q", "k", "v", "g", "o", "gate", "up", "down"];
 const config = { displayModeBar: false, responsive: true };
 
 const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
@@ -190,7 +190,7 @@ function effects(place, run, r) {
     Plotly.newPlot(canvas, [{
       type: "heatmap", z, x: columns, y: z.map((_, i) => i), text, hovertemplate: "%{text}<extra></extra>", hoverongaps: false,
       xgap: 1, ygap: 1, zmid: 0, zmin: -top, zmax: top, colorscale: diverging(),
-      colorbar: { orientation: "h", thickness: 9, len: 0.9, y: 0, yanchor: "top", ypad: 12, title: { text: "Δ, nats per token", side: "bottom" }, outlinewidth: 0, nticks: 5 },
+      colorbar: { orientation: "h", thickness: 9, len: 0.9, y: 0, yanchor: "top", ypad: 12, title: { text: `Δ, ${view.unit}`, side: "bottom" }, outlinewidth: 0, nticks: 5 },
     }], layout({
       height: Math.max(320, Math.min(820, 120 + rows * 16)), xaxis: { title: { text: kind === "block" ? "" : plain(kind) }, side: "top", showgrid: false, zeroline: false, type: kind === "block" ? "category" : "linear" },
       yaxis: { title: { text: "layer" }, autorange: "reversed", showgrid: false, zeroline: false }, plot_bgcolor: colour("none"),
@@ -211,7 +211,7 @@ function scatter(place, run) {
       type: "scatter", mode: "markers", x: pairs.map(([a]) => a.delta), y: pairs.map(([, b]) => b.delta), marker: { color: colour("c0"), size: 6, opacity: 0.7 },
       text: pairs.map(([a, b]) => `layer ${a.layer}, ${a.kind} ${a.index}<br>exact ${number(a.delta)}<br>estimate ${number(b.delta)}`), hovertemplate: "%{text}<extra></extra>",
     }], layout({
-      height: 380, xaxis: { title: { text: "exact Δ" } }, yaxis: { title: { text: "estimated Δ" } },
+      height: 380, xaxis: { title: { text: plain(`exact Δ, ${exact.unit}`) } }, yaxis: { title: { text: plain(`estimated Δ, ${other.unit}`) } },
       shapes: [{ type: "line", x0: low, y0: low, x1: high, y1: high, line: { color: colour("soft"), dash: "dot", width: 1 } }],
     }), config);
   }

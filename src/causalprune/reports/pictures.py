@@ -42,8 +42,9 @@ def _effects(own: Measured) -> Iterator[Markup]:
             continue
         how = "measured" if own.exact else "estimated"
         what = "rise of the loss" if own.effect == "ce" else "divergence from the intact model"
+        what = "share of the targets' logits" if "logits" in own.unit else what
         yield paragraph(
-            f"{kind}: {how} {what} when it is removed, in nats per token; red is above zero, blue below, and the strongest "
+            f"{kind}: {how} {what} when it is removed, in {own.unit}; red is above zero, blue below, and the strongest "
             f"shade is {number(top, digits=3)} or more"
         )
         columns = sorted({u["index"] for u in units})

@@ -33,6 +33,7 @@ UNITS = {
     "rep4": "share of 4-grams that are repeated",
     "loops": "share that ends in a loop",
     "uniqueness": "distinct words over words",
+    "diversity": "product of shares of distinct n-grams",
     "phrases": "share with a phrase of the list",
 }
 VERDICTS = ("better", "no difference shown", "worse", "undefined")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,12 +108,6 @@ class Study:
         if asked.undesired is not None:
             reader = reader_for(self.decoder, self.settings)
             given = taken(reader, str(asked.undesired), "calibration", None)
-            if long := reader.skipped.too_long:
-                warnings.warn(
-                    f"{asked.undesired}: {long} of {long + len(given)} samples have more than {reader.limit} tokens and are left "
-                    "out: see --max-tokens, where the model has more positions",
-                    stacklevel=2,
-                )
             return Calibration(tuple(given), ()), Calibration((), ())
         self.wanted = sought(str(asked.behaviour), asked.bar)
         for word in asked.asked:
