@@ -48,6 +48,19 @@ def test_experts_without_tokens_stay_unmeasured() -> None:
     assert merged.description.get("unreached_experts") == whole.description.get("unreached_experts")
 
 
+def test_shares_that_were_measured_in_other_batches_are_refused() -> None:
+    one = part(1, 2)
+    other = attribute(shared("llama3"), EXAMPLES, Question(), Estimator(max_batch_tokens=14, share=(2, 2)))
+    with pytest.raises(MismatchError, match="in different batches or by different estimators"):
+        merge([one, other])
+    holed = part(2, 2)
+    holed.masked_nats[:, 0] = torch.nan
+    lacking = replace(one, masked_nats=one.masked_nats.clone())
+    lacking.masked_nats[:, 0] = torch.nan
+    with pytest.raises(MismatchError, match=r"\d+ of \d+ measurements are in none of the shares"):
+        merge([lacking, holed])
+
+
 def test_shares_are_even() -> None:
     costs = {(number, layer): float(32 - layer) for number in range(8) for layer in range(32)}
     loads = [sum(costs[job] for job in share_of(costs, i, 7)) for i in range(1, 8)]

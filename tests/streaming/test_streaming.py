@@ -290,17 +290,25 @@ def test_damaged_checkpoints_are_refused_before_anything_is_written(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_cache_of_the_hub_is_read_through_its_links(tmp_path: Path) -> None:
-    source = saved("llama3", tmp_path / "models" / "snapshots" / "abc")
-    blobs = tmp_path / "models" / "blobs"
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_cache_of_the_hub_is_read_through_its_links(shared: bool, tmp_path: Path) -> None:
+    """Those of all models share files where huggingface_hub 2.4 writes them: a link leads to another."""
+    source = saved("llama3", tmp_path / "models--org--name" / "snapshots" / "abc")
+    blobs, common = tmp_path / "models--org--name" / "blobs", tmp_path / "blobs" / "ab"
     blobs.mkdir()
+    common.mkdir(parents=True)
     for file in [*source.iterdir()]:
-        target = blobs / f"hash-of-{file.name}"
-        shutil.move(file, target)
+        target = blobs / f"etag-of-{file.name}"
+        shutil.move(file, common / f"hash-of-{file.name}" if shared else target)
+        if shared:
+            target.symlink_to(common / f"hash-of-{file.name}")
         file.symlink_to(target)
     prune_stream(source, tmp_path / "out", Method("magnitude", 0.5))
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert verify(tmp_path / "out").ok
+    decoder = load(str(source))
+    assert decoder.source is not None
+    assert not decoder.source.reshaped
 
 
 def test_what_cannot_be_streamed_is_said(tmp_path: Path) -> None:

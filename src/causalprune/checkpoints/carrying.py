@@ -18,7 +18,7 @@ import huggingface_hub as hub
 
 from causalprune.checkpoints.card import CARD
 from causalprune.core import Decoder, Source
-from causalprune.models import WEIGHTS
+from causalprune.models import WEIGHTS, in_cache
 
 MANIFEST, EFFECTS = "causalprune.json", "effects.json"
 BASE_CARD, TEMPLATES, CONFIG = "README.base.md", "additional_chat_templates", "config.json"
@@ -85,7 +85,7 @@ def goes_along(path: PurePath) -> bool:
 def _kept_back(path: Path, source: Source) -> str:
     """Return why a file that is there stays behind, empty if it does not."""
     home, target = path.parent if source.folder is None else source.folder.resolve(), path.resolve()
-    if not target.is_relative_to(home) and target.parent != home.parent.parent / "blobs":
+    if not target.is_relative_to(home) and not in_cache(home, target):
         return "a link to outside the model"
     if target.stat().st_size > LARGEST:
         return f"over {LARGEST / 1e6:.0f} MB"

@@ -94,6 +94,9 @@ def reapply(pruned: Path, model: Path, output: Path, *, overwrite: bool = False,
     if decoder.tokenizer is None:
         decoder = replace(decoder, tokenizer=tokenizer_of(pruned))
     restored = keep_sparsity(decoder.model, pruned).restored
-    run = {**read_manifest(pruned)["run"], "reapplied": {"from": str(pruned), "to": str(model)}}
+    told = {key: own for key, own in read_manifest(pruned)["run"].items() if key != "speed"}
+    if corrected := told.get("correction"):  # whose numbers are of the other model
+        told["correction"] = {key: own for key, own in corrected.items() if key != "sentences"}
+    run = {**told, "reapplied": {"from": str(pruned), "to": str(model)}}
     save(decoder, output, manifest=run, keep=load_keep(pruned), overwrite=overwrite)
     return restored

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from causalprune.core.errors import CheckpointError, MismatchError
+from causalprune.core.ledger import sync
 from causalprune.core.provenance import METHOD_VERSION, changes_since
 
 EVERY = 10.0
@@ -97,7 +98,9 @@ class State:
                     "values": {name: value},
                 }
                 torch.save(record, partial)
+                sync(partial)
                 partial.replace(self.path / name)
+                sync(self.path)
             except (OSError, RuntimeError) as error:  # torch's own for a full disk
                 with contextlib.suppress(OSError):
                     partial.unlink(missing_ok=True)

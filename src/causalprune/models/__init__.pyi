@@ -91,6 +91,9 @@ from .shards import (
     ShardWriter as ShardWriter,
 )
 from .shards import (
+    in_cache as in_cache,
+)
+from .shards import (
     layout as layout,
 )
 from .shards import (

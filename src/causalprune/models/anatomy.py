@@ -241,6 +241,10 @@ def _order(p: Projection) -> tuple[bool, bool, int]:
     return p.role in ("gate", "up", "down"), p.place == "mixers", _ROLES.index(p.role)
 
 
+INTERLEAVED = ("GptOssExperts",)
+"""Experts whose gate and up projections take turns, which early releases of transformers 5 do not mark."""
+
+
 def _views(pattern: Pattern, match: re.Match[str], stored: Projection) -> Iterator[_Placed]:
     """Yield the projections that share one stored parameter: its roles, for each expert of a stack."""
     group, expert = (match.groupdict().get(key) or "" for key in ("group", "expert"))
@@ -252,7 +256,9 @@ def _views(pattern: Pattern, match: re.Match[str], stored: Projection) -> Iterat
     transposed = _transposed(module) if stacked else isinstance(module, Conv1D)
     n_rows = shape[-1 if transposed else -2]
     # transformers' `use_experts_implementation` marks stacks that are interleaved
-    plain = len(pattern.roles) == 1 or getattr(module, "is_concatenated", True)
+    plain = len(pattern.roles) == 1 or getattr(
+        module, "is_concatenated", type(module).__name__ not in INTERLEAVED
+    )
     sizes, times = ([n_rows // len(pattern.roles)], 1) if plain else ([1], n_rows // 2)
     rows = arranged(pattern.roles, sizes * len(pattern.roles), times)
     for e in range(shape[0]) if stacked else [int(expert or 0)]:

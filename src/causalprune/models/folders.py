@@ -213,7 +213,7 @@ def auto_dtype(folder: Path, stored: Stored) -> torch.dtype:
     """Return the dtype in which `load` has the weights that are stored in a local folder if none is asked for."""
     if stored.form:
         return torch.bfloat16
-    configured = AutoConfig.from_pretrained(folder).dtype
+    configured = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype
     floating = (entry.dtype for entry in stored.entries.values() if entry.dtype.is_floating_point)
     return configured if isinstance(configured, torch.dtype) else next(floating, torch.float32)
 
@@ -237,7 +237,10 @@ def _again(files: Iterable[Path], entries: Mapping[str, Entry], form: Form | Non
     total = sum(entry.stop - entry.start for entry in placed.values())
     where = {name: names[placed[name].file] for name in sorted(placed)}
     index = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"
-    return Stored(tuple(shards), placed, form, index if len(shards) > 1 else None)
+    indexed = (
+        len(shards) > 1 or shards[0].name != FORMS[0]
+    )  # one file of another name is found by an index alone
+    return Stored(tuple(shards), placed, form, index if indexed else None)
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as hf_logging
@@ -41,7 +42,7 @@ _WRAPPERS = {"_orig_mod": "torch.compile", "module": "DistributedDataParallel"}
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _UNPACKED: dict[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
 _CORRUPT = (SafetensorError, UnpicklingError, EOFError)
-_LOAD_ERRORS = (*_CORRUPT, OSError, ValueError, RuntimeError, KeyError, ImportError)
+_LOAD_ERRORS = (*_CORRUPT, OSError, ValueError, RuntimeError, LookupError, ImportError, StrictDataclassError)
 
 
 def load(  # noqa: PLR0913 (all that there is to say about loading)
@@ -101,7 +102,8 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
         vars(model.config).pop("quantization_config", None)
         vars(model).pop("_weight_conversions", None)
     model.eval().requires_grad_(False)
-    source = _described(name, revision, replace(source, pickles=allow_pickle, code=trust_remote_code))
+    source = replace(source, pickles=allow_pickle, code=trust_remote_code)
+    source = _described(name, revision, source, model.dtype)
     return replace(inspect_model(model, tokenizer, name=name, revision=revision), source=source)
 
 
@@ -118,8 +120,8 @@ def _opened(name: str, folder: str, config: Any, dtype: str, *, gguf: bool) -> t
     return source, {"dtype": unpacked, "quantization_config": _UNPACKED[form](dequantize=True)}
 
 
-def _described(name: str, revision: str | None, source: Source) -> Source:
-    """Return the source with its place in the cache and the dtype of its files, whose headers are checked."""
+def _described(name: str, revision: str | None, source: Source, dtype: torch.dtype) -> Source:
+    """Return the source with its place in the cache and the dtype of its files, whose headers are checked; else that of the model."""
     if source.folder is None:
         return source
     if source.hub:
@@ -130,7 +132,9 @@ def _described(name: str, revision: str | None, source: Source) -> Source:
         return source if source.form else replace(source, dtype=stored.dtype)
     except CheckpointError as error:
         if source.hub:  # weights may be of another revision than the rest
-            return replace(source, reshaped=True)
+            said = f"the files of {name!r} cannot be written again as they are, so that it is saved as it is in memory: {error}"
+            warnings.warn(said, stacklevel=3)
+            return replace(source, dtype=source.dtype if source.form else dtype, reshaped=True)
         raise ModelError(f"{name!r} cannot be loaded: {error}") from error
 
 
@@ -261,7 +265,7 @@ def tokenizer_of(folder: Path) -> Any:
         return None
     try:
         with _quiet(hide_bars=True):
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except _LOAD_ERRORS as error:
         raise _load_error(str(folder), error, local=True) from error
 

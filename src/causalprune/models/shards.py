@@ -168,9 +168,17 @@ def inside(folder: Path, name: str) -> Path:
     if not file.exists():
         raise CheckpointError(f"{file} is missing: fetch it again")
     home, target = folder.resolve(), file.resolve()
-    if target.parent not in (home, home.parent.parent / "blobs"):
+    if target.parent != home and not in_cache(home, target):
         raise CheckpointError(f"{file} is a link to {target}, outside the model: put the file itself there")
     return file
+
+
+def in_cache(home: Path, target: Path) -> bool:
+    """Tell whether a file is where the Hub's cache has those of the snapshot `home`: beside it, or shared by all models."""
+    if target.parent == home.parent.parent / "blobs":
+        return True
+    snapshot = home.parent.name == "snapshots" and home.parents[1].name.startswith("models--")
+    return snapshot and target.parent.parent == home.parents[2] / "blobs"
 
 
 AT_ONCE = 2**26

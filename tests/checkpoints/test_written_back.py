@@ -1,0 +1,46 @@
+"""What was written is compared value by value, and found again under the name that it has."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sources import fp8, llama, write
+
+import causalprune as cp
+from causalprune.checkpoints.verification import verify
+from causalprune.checkpoints.writing import _alike
+from causalprune.core.errors import ModelError
+from causalprune.pruning.methods import Method
+from causalprune.streaming.files import prune_stream
+
+
+def test_values_are_compared_one_by_one_in_either_dtype() -> None:
+    """Half of a float16 matrix was changed in bfloat16 and rounded, the other half has the bits of the file."""
+    file = torch.tensor([0.1, 1e-6, -0.3, 7e-7]).half()
+    memory = file.bfloat16()
+    memory[1] *= 1.01
+    written = torch.where(torch.tensor([True, False, True, True]), file, memory.half())
+    assert _alike(written, memory)
+    assert not _alike(torch.where(torch.arange(4) == 2, -written, written), memory)
+
+
+def test_one_file_of_another_name_has_an_index(tmp_path: Path) -> None:
+    fp8(tmp_path / "source")
+    one = tmp_path / "source" / "model-00001-of-00001.safetensors"
+    (tmp_path / "source" / "model.safetensors").rename(one)
+    where = dict.fromkeys(load_file(one), one.name)
+    index = {"metadata": {}, "weight_map": where}
+    (tmp_path / "source" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.warns(UserWarning, match="packed"):
+        prune_stream(tmp_path / "source", tmp_path / "out", Method("magnitude", 0.5))
+    assert verify(tmp_path / "out").ok
+
+
+def test_a_configuration_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path / "model", llama())
+    path = tmp_path / "model" / "config.json"
+    path.write_text(path.read_text().replace('"hidden_size": 32', '"hidden_size": "32"'))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        cp.load(str(tmp_path / "model"))
