@@ -44,7 +44,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "matplotlib": {"reports"},
     "lm_eval": {"evaluation"},
     "tqdm": {"core", "evaluation"},
-    "huggingface_hub": {"checkpoints", "shrinking"},
+    "huggingface_hub": {"checkpoints", "models", "shrinking"},
     "yaml": {"calibration", "checkpoints", "evaluation", "runs"},
     "numpy": {
         "core",

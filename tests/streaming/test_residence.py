@@ -15,6 +15,7 @@ from pretended import pretended
 from reference import calibration, fresh
 from test_streaming import effects_of, same, saved, tensors
 from tinydata import tiny_decoder, write_data
+from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 
 from causalprune.checkpoints import saving as checkpoint
 from causalprune.checkpoints.verification import verify
@@ -129,6 +130,21 @@ def test_the_layer_at_work_is_on_the_device(
     with pretended(monkeypatch), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*kept on disk")
         check_same(source, METHODS[method], tmp_path, replace(seen, device=torch.device("cuda")))
+
+
+def test_what_stays_in_float32_does_from_files_too(tmp_path: Path) -> None:
+    """The router of a mixture, as transformers keeps it."""
+    config = Ernie4_5_MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, moe_num_experts=4, moe_k=2, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Ernie4_5_MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    assert {p.dtype for p in load(str(tmp_path / "source")).model.parameters()} == {
+        torch.float32,
+        torch.bfloat16,
+    }
+    check_same(tmp_path / "source", METHODS["wanda"], tmp_path)
 
 
 @pytest.mark.thorough

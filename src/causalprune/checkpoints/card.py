@@ -35,13 +35,13 @@ def card_text(
 ) -> str:
     """Return the card as Markdown with its metadata in front."""
     results = rows[-1][1] if len(rows) > 1 else []
-    run = record["run"]
+    run, loader = record["run"], record.get("loader", {"class": "AutoModelForCausalLM", "code": False})
     method = run.get("method") or {}
     tags = ["causalprune", "pruned", *(["sparse", str(method["criterion"])] if method else [])]
     data = hub.ModelCardData(
         base_model=source.get("base_model"),
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if "Causal" in loader["class"] else "image-text-to-text",
         tags=tags,
         model_name=title,
         eval_results=[found for result in results for found in _index(result)] or None,
@@ -55,6 +55,8 @@ def card_text(
     )
     body = _words("card").format(
         title=title,
+        loader=loader["class"],
+        code=", trust_remote_code=True" if loader["code"] else "",
         what=_what(base, record),
         warning=_warning(run).strip(),
         corrected=_corrected(run.get("correction")),

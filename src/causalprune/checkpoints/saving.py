@@ -50,7 +50,7 @@ from causalprune.core import (
     zeros_in,
 )
 from causalprune.evaluation import Row, write_json
-from causalprune.models import ShardWriter, layout
+from causalprune.models import ShardWriter, class_for, layout
 
 FORMAT = 1
 KEEP = "keep_masks.safetensors"
@@ -240,6 +240,10 @@ def write_manifest(
         "versions": versions(),
         "git_commit": git_commit(),
         "base": {"name": decoder.name, "revision": decoder.revision, "fingerprint": decoder.fingerprint},
+        "loader": {
+            "class": class_for(decoder.model.config).__name__,
+            "code": bool(decoder.source and decoder.source.code),
+        },
         "run": run,
         "sparsity": summed(projections),
         "files": {path.name: digest for path, digest in zip(hashed, hashes, strict=True)},

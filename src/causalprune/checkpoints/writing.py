@@ -39,7 +39,9 @@ def write_model(decoder: Decoder, folder: Path) -> Stored | None:
     generation = getattr(decoder.model, "generation_config", None)
     if stored is None and generation is not None and not (folder / "generation_config.json").exists():
         generation.to_json_file(folder / "generation_config.json", use_diff=True)
-    if decoder.tokenizer is not None and not any(any(folder.glob(own)) for own in TOKENIZER_FILES):
+    names = getattr(decoder.tokenizer, "vocab_files_names", {}).values()  # without any, the rest is of no use
+    files = any(any(folder.glob(own)) for own in TOKENIZER_FILES)
+    if decoder.tokenizer is not None and not (files and any((folder / name).exists() for name in names)):
         decoder.tokenizer.save_pretrained(folder)
         for_older_tokenizers(folder)
     return stored

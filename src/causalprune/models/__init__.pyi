@@ -1,4 +1,7 @@
 from .anatomy import (
+    dtype_in_memory as dtype_in_memory,
+)
+from .anatomy import (
     expert_weight as expert_weight,
 )
 from .anatomy import (
@@ -19,6 +22,7 @@ from .anatomy import (
 from .anatomy import (
     unfilled as unfilled,
 )
+from .classes import class_for as class_for
 from .context import positions as positions
 from .converting import (
     as_saved as as_saved,

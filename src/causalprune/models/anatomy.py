@@ -135,6 +135,17 @@ def fingerprint_of(model: PreTrainedModel, parts: Iterable[tuple[str, torch.dtyp
     return digest.hexdigest()
 
 
+def dtype_in_memory(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that a tensor of a model has which is loaded in another: some stay in float32, as routers of mixtures."""
+    narrow = {
+        torch.float16: ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"),
+        torch.bfloat16: ("_keep_in_fp32_modules_strict",),
+    }
+    kept = [own for which in narrow.get(dtype, ()) for own in getattr(model, which, None) or ()]
+    wide = any(re.search(re.escape(own).replace(r"\*", ".*"), name) for own in kept)
+    return torch.float32 if wide else dtype
+
+
 def frame_fingerprint(decoder: Decoder) -> str:
     """Return the SHA-256 of all weights outside the layers, which pruning leaves alone: embedding, final norm, head."""
     path, digest = decoder.layers[0].name.rpartition(".")[0], hashlib.sha256()

@@ -38,6 +38,7 @@ from causalprune.models import (
     Entry,
     Stored,
     auto_dtype,
+    dtype_in_memory,
     fingerprint_of,
     open_checkpoint,
     raw_bytes,
@@ -317,23 +318,24 @@ def _survey(decoder: Decoder, sources: Sources, dtype: torch.dtype, spectra: Spe
         for p in own:
             spectra.add(p)
 
-    def pieces(name: str) -> Iterator[Any]:
+    def pieces(name: str, wanted: torch.dtype) -> Iterator[Any]:
         for entry in _regions(sources[name], pool):
             if entry in pool:
                 own = pool[entry]
                 matrix = own[0].stored()
                 counted = workers.submit(count, own)  # while the caller hashes
-                yield raw_bytes(matrix.to(dtype))
+                yield raw_bytes(matrix.to(wanted))
                 counted.result()
-            elif entry.dtype == dtype:
+            elif entry.dtype == wanted:
                 yield from (piece for _, piece in entry.chunks())
             else:
-                yield raw_bytes(entry.read().to(dtype))
+                yield raw_bytes(entry.read().to(wanted))
 
     names = sorted(sources)
     _pool(decoder)[0].store.follow(e for name in names for e in _regions(sources[name], pool) if e in pool)
     with ThreadPoolExecutor(1) as workers:
-        return fingerprint_of(decoder.model, ((name, dtype, pieces(name)) for name in names))
+        wanted = {name: dtype_in_memory(decoder.model, name, dtype) for name in names}
+        return fingerprint_of(decoder.model, ((name, own, pieces(name, own)) for name, own in wanted.items()))
 
 
 def _pool(decoder: Decoder) -> list[StoredProjection]:

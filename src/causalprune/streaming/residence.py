@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from causalprune.core import CheckpointError, Decoder, Layer, Projection, aligned, room
 from causalprune.interventions import LayerInputs, replaced_forward
-from causalprune.models import Entry, as_saved, raw_bytes
+from causalprune.models import Entry, as_saved, dtype_in_memory, raw_bytes
 from causalprune.streaming.stored import Sources, fields_of
 
 Leave: TypeAlias = Callable[[Layer], None]
@@ -123,14 +123,14 @@ class Residence:
 
     def _fill(self, name: str, parameter: nn.Parameter, newer: Tensor | None = None) -> nn.Parameter:
         """Give a parameter its values, and return what it was without."""
-        parts = self._sources[name]
+        parts, dtype = self._sources[name], dtype_in_memory(self.decoder.model, name, self._dtype)
         with torch.inference_mode(False):  # it is changed in place later
             if newer is not None:
                 values = newer.to(self._device, copy=True)
             elif len(parts) == 1:
-                values = aligned(parts[0].read().to(self._dtype)).to(self._device)
+                values = aligned(parts[0].read().to(dtype)).to(self._device)
             else:
-                values = torch.empty(parameter.shape, dtype=self._dtype, device=self._device)
+                values = torch.empty(parameter.shape, dtype=dtype, device=self._device)
                 for p, entry in zip(self.views(name), parts, strict=True):
                     whole = nn.Parameter(values, requires_grad=False)
                     replace(p, parameter=whole).write(entry.read())
@@ -156,7 +156,9 @@ class Residence:
                 raise CheckpointError(
                     f"{name} is not in the checkpoint: prune it in memory, without --stream"
                 )
-            buffer.copy_(found.read())
+            dtype = dtype_in_memory(model, name, buffer.dtype)
+            owner, _, own = name.rpartition(".")
+            setattr(model.get_submodule(owner), own, found.read().to(dtype))
 
     def pieces(self, layer: Layer) -> Iterator[tuple[Entry, Any]]:
         """Yield the places in files of a layer's prunable weights, with the bytes that they have now."""
