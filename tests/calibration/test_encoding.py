@@ -15,6 +15,7 @@ from causalprune.calibration import encoding
 from causalprune.calibration.data import Problem
 from causalprune.calibration.encoding import Reader, apart, encode
 from causalprune.calibration.examples import batch_of
+from causalprune.calibration.templates import lead
 from causalprune.core.errors import DataError
 from causalprune.core.types import Calibration, Example
 from causalprune.interventions.losses import target_nats
@@ -168,3 +169,39 @@ def test_examples_longer_than_the_model_has_positions_are_refused() -> None:
             DataError, match=r"20 tokens does not fit into the 16 positions of tiny: .*max_tokens=16"
         ):
             planned(tiny_decoder(positions=16), calibration=long)
+
+
+def test_a_target_without_thoughts_follows_the_end_of_those_that_a_template_opens() -> None:
+    words = byte_tokenizer(chat=True)
+    words.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
+    )
+    reader = Reader(words, chat=True, max_tokens=200)
+    for target, between in (("Four.", "\n</think>\n\n"), ("2 + 2.</think>Four.", "")):
+        found = encode(reader, Problem("own", "2 + 2?", target))
+        assert words.decode(found.tokens[: found.target_start]) == f"2 + 2?<think>\n{between}"
+        assert words.decode(found.tokens[found.target_start :]) == target
+
+
+def test_a_blank_that_the_template_puts_before_an_answer_goes_with_it() -> None:
+    """Of Llama 2, Mistral and DeepSeek; the first token takes it in, and all turns can be told."""
+    words = byte_tokenizer(chat=True)
+    words.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    turns = (("user", "How many?"), ("assistant", "Three."), ("user", "Sure?"))
+    problem = Problem("own", "Sure?", "Yes.", before=turns)
+    for all_turns in (False, True):
+        reader = Reader(words, chat=True, max_tokens=200, turns="all" if all_turns else "last")
+        found = encode(reader, problem)
+        text = "[INST] How many? [/INST] Three.</s>[INST] Sure? [/INST] Yes."
+        assert words.decode(found.tokens) == text
+        wanted = "Yes." if not all_turns else "Three.Yes."
+        at = [
+            i
+            for i, own in enumerate(found.mask or [i >= found.target_start for i in range(len(found.tokens))])
+            if own
+        ]
+        assert words.decode([found.tokens[i] for i in at]) == wanted
+    assert lead(byte_tokenizer(chat=True), "x") == ""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from causalprune.calibration.data import SHORTEST_LEAK, Problem, Split, content_hash, load_texts
-from causalprune.calibration.templates import TRACE_END, check_tokenizer, folded, opened
+from causalprune.calibration.templates import TRACE_END, TRACE_START, check_tokenizer, folded, lead, opened
 from causalprune.core import DataError, Example
 
 Turns = Literal["last", "all"]
@@ -126,6 +126,7 @@ def encode(reader: Reader, problem: Problem) -> Example:
         spans = [(1, len(tokens))]
     else:
         prompt = prompt_text(reader, problem, thinking=TRACE_END in problem.target)
+        prompt += _between(reader, problem, prompt)
         text = prompt + problem.target
         where = [(len(prompt), len(text))]
         if reader.turns == "all":
@@ -139,6 +140,15 @@ def encode(reader: Reader, problem: Problem) -> Example:
         mask = tuple(any(a <= i < b for a, b in spans) and i >= start for i in range(len(tokens)))
     example = Example(tuple(tokens), start, problem.source, problem.content, mask)
     return _paired(reader, problem, example) if problem.counterfactual or problem.instead else example
+
+
+def _between(reader: Reader, problem: Problem, prompt: str) -> str:
+    """Return what a template has between the end of a prompt and its target: a blank, or the end of thoughts that it has opened."""
+    if not _templated(reader, problem):
+        return ""
+    if prompt.rstrip().endswith(TRACE_START) and TRACE_END not in problem.target:
+        return f"\n{TRACE_END}\n\n"
+    return lead(reader.tokenizer, prompt)
 
 
 def _paired(reader: Reader, problem: Problem, example: Example) -> Example:
@@ -163,6 +173,8 @@ def apart(reader: Reader, problem: Problem) -> bool:
     if not problem.prompt:
         return True
     text = prompt_text(reader, problem, thinking=TRACE_END in problem.target)
+    if _between(reader, problem, text):
+        return False
     prompt = tokenize(reader.tokenizer, text, special=not _templated(reader, problem))
     target, whole = tokenize(reader.tokenizer, problem.target, special=False), encode(reader, problem)
     return (*prompt, *target) == whole.tokens and len(prompt) == whole.target_start
@@ -176,6 +188,7 @@ def _earlier(reader: Reader, problem: Problem, text: str) -> Iterator[Span]:
         until = problem.until(at)
         heads = [prompt_text(reader, until, thinking=thinking) for thinking in (False, True)]
         forms = (content, content.strip(), content.rpartition(TRACE_END)[2].strip())
+        heads += [head + lead(reader.tokenizer, head) for head in heads if _templated(reader, problem)]
         found = [(head, form) for head in heads for form in forms if form and text.startswith(head + form)]
         if not found:
             raise DataError(

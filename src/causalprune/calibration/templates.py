@@ -2,6 +2,7 @@
 
 import functools
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import date
@@ -133,6 +134,30 @@ def opened(tokenizer: Any, prompt: str | Sequence[Message], *, thinking: bool = 
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     # Templates that do not know of thinking ignore the word.
     return rendered(tokenizer, messages, add_generation_prompt=True, enable_thinking=thinking)
+
+
+_LEADS: dict[str, str] = {}
+"""What was found of templates."""
+
+
+def lead(tokenizer: Any, prompt: str) -> str:
+    """Return the white space that a template puts between the head of an answer (the end of a prompt) and its text.
+
+    Those of Llama 2, Mistral and DeepSeek put a blank there, which the first token of an answer takes in.
+    """
+    template = str(tokenizer.chat_template)
+    if template not in _LEADS:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            head, whole = (
+                opened(tokenizer, turns[:1]),
+                rendered(tokenizer, turns, add_generation_prompt=False),
+            )
+        except DataError:
+            head = whole = ""
+        found = re.match(r"\s+(?=b)", whole[len(head) :]) if whole.startswith(head) else None
+        _LEADS[template] = found[0] if found else ""
+    return "" if prompt[-1:].isspace() else _LEADS[template]
 
 
 def check_tokenizer(tokenizer: Any) -> None:

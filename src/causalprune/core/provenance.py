@@ -15,7 +15,7 @@ PACKAGES = ("causalprune", "torch", "transformers", "tokenizers", "datasets", "l
 METHOD_VERSION = 2
 """Of the way in which models are measured and pruned. What was begun with another one is not continued with other numbers."""
 CHANGES = {
-    2: "prompt and target are tokenised as one text, equal prompts with other targets count, templates write one date, "
+    2: "prompt and target are tokenised as one text, with the blank that a template puts between them, equal prompts with other targets count, templates write one date, "
     "training remembers no moments of each weight and goes through the data three times at most, causal prunes all "
     "matrices alike unless +graded is written, and shrink trains what stays, on text of the model's own too; kinds of units compete for a share of the parameters"
 }
