@@ -204,4 +204,6 @@ def test_a_blank_that_the_template_puts_before_an_answer_goes_with_it() -> None:
             if own
         ]
         assert words.decode([found.tokens[i] for i in at]) == wanted
+    written = encode(reader, Problem("own", "Sure?", " Yes."))  # as the model wrote it
+    assert words.decode(written.tokens) == "[INST] Sure? [/INST] Yes."
     assert lead(byte_tokenizer(chat=True), "x") == ""

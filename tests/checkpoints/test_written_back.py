@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import problems
 from safetensors.torch import load_file
 from sources import fp8, llama, write
 
@@ -13,6 +14,7 @@ from causalprune.checkpoints.verification import verify
 from causalprune.checkpoints.writing import _alike
 from causalprune.core.errors import ModelError
 from causalprune.pruning.methods import Method
+from causalprune.shrinking.removal import Shares, shrink
 from causalprune.streaming.files import prune_stream
 
 
@@ -24,6 +26,14 @@ def test_values_are_compared_one_by_one_in_either_dtype() -> None:
     written = torch.where(torch.tensor([True, False, True, True]), file, memory.half())
     assert _alike(written, memory)
     assert not _alike(torch.where(torch.arange(4) == 2, -written, written), memory)
+
+
+def test_layers_that_were_to_go_are_not_said_to_be_lost(tmp_path: Path) -> None:
+    write(tmp_path / "source", llama())
+    smaller = shrink(
+        cp.load(str(tmp_path / "source")), Shares(layers=0.5), problems(), update="none", stage=cp.quiet
+    )
+    cp.save(smaller.decoder, tmp_path / "out", smaller)  # a warning would be an error
 
 
 def test_one_file_of_another_name_has_an_index(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from causalprune.calibration.forms import own_rows
 from causalprune.core.errors import MismatchError
 from causalprune.core.ledger import Ledger
 from causalprune.evaluation.measures import digests, evaluate
-from causalprune.evaluation.results import load_rows, paired_difference, write_json
+from causalprune.evaluation.results import interval, load_rows, paired_difference, write_json
 from causalprune.evaluation.tasks.answers import extract, guess
 from causalprune.interventions import losses
 from causalprune.runs.study import note_data
@@ -37,6 +37,7 @@ def test_a_file_that_was_changed_is_not_compared_with_itself(tmp_path: Path) -> 
         with Ledger(tmp_path / "run" / "results.ledger", {}) as book:
             note_data(book, digests([f"{file}_nll", "gsm8k_nll"]))
             assert len(book.rows) == 1, count
+            assert not any("/" in key for key in book.rows), "it would be taken for a measurement"
     write_jsonl(file, rows("one", "two", "threw"))  # as long
     (after,) = evaluate(decoder, [f"{file}_nll"])
     assert after.weights == before.weights
@@ -49,6 +50,15 @@ def test_a_file_that_was_changed_is_not_compared_with_itself(tmp_path: Path) -> 
         paired_difference(after, before)
     old = {key: own for key, own in before.description.items() if key != "data"}
     paired_difference(after, replace(before, description=old))  # of a release that did not note it
+
+
+def test_running_text_of_a_file_is_measured(tmp_path: Path) -> None:
+    file = write_jsonl(
+        tmp_path / "text.jsonl", [{"text": "It rained all day."}, {"text": "Then it stopped."}]
+    )
+    (found,) = evaluate(tiny_decoder(), [f"{file}_nll"])
+    assert len(found.values) == 2
+    assert found.description["data"]
 
 
 @pytest.mark.parametrize(
@@ -108,6 +118,9 @@ def test_intervals_of_a_few_hold_what_they_promise() -> None:
             other = result(np.zeros(n), metric="nats_per_token")
             wrong += paired_difference(one, other).verdict != "no difference shown"
         assert wrong < 30, (n, wrong)
+    share, surprise = interval(result([1, 1, 1, 0])), interval(result([2, 2.5, 2.2], metric="perplexity"))
+    assert (share.high, type(share.low)) == (1.0, float)
+    assert 0 < surprise.low < surprise.value < surprise.high
 
 
 def test_a_long_cell_is_read(tmp_path: Path) -> None:

@@ -167,7 +167,10 @@ def reliability(effects: Effects, seed: int = 0) -> dict[str, float]:
         found["certain_signs"] = float(bounds.certain_sign()[~bounds.value.isnan()].double().mean())
     change = effects.change_nats() if effects.predicted_nats is None else effects.predicted_nats
     known = ~change.isnan().any(1)
-    if effects.description.get("estimator", {}).get("name") == "adaptive":
+    if (
+        effects.predicted_nats is not None
+        and effects.description.get("estimator", {}).get("name") == "adaptive"
+    ):
         return found
     change, tokens = change[known], effects.tokens.double()
     n, random = change.shape[1], np.random.default_rng(seed)

@@ -212,11 +212,14 @@ def load_problems(
 
 
 def digest(name: str) -> str | None:
-    """Return a SHA-256 of prompts and targets of a user's file as it is now; None for a source of ours, which does not change."""
-    if not is_file(name):
+    """Return a SHA-256 of a user's file or folder as it is now; None for a source of ours, which does not change, or where nothing is."""
+    path = Path(name).expanduser()
+    if not is_file(name) or not path.exists():
         return None
-    own = [(p.prompt, p.target, p.answer) for p in load_problems(name, "evaluation", with_targets=False)]
-    return hashlib.sha256(repr(own).encode()).hexdigest()
+    found = hashlib.sha256()
+    for file in sorted(own for own in path.rglob("*") if own.is_file()) if path.is_dir() else [path]:
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def load_texts(name: str, split: Split, *, data_dir: Path | str | None = None) -> list[str]:

@@ -148,7 +148,7 @@ def _between(reader: Reader, problem: Problem, prompt: str) -> str:
         return ""
     if prompt.rstrip().endswith(TRACE_START) and TRACE_END not in problem.target:
         return f"\n{TRACE_END}\n\n"
-    return lead(reader.tokenizer, prompt)
+    return "" if problem.target[:1].isspace() else lead(reader.tokenizer, prompt)
 
 
 def _paired(reader: Reader, problem: Problem, example: Example) -> Example:

@@ -247,7 +247,7 @@ def enough(
     if usable >= (wanted or max(1, usable + out.too_long)):
         return
     there, asked = (
-        usable + (out.examples if wanted else out.too_long),
+        usable + (out.examples if wanted or not usable else out.too_long),
         f"{name}: {wanted or 'all'} {unit} asked for",
     )
     also = "".join(f"; {n} of {there} are also in {place}" for place, n in out.also_in.items())

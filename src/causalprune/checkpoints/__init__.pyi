@@ -48,6 +48,9 @@ from .saving import (
     describe as describe,
 )
 from .saving import (
+    hash_file as hash_file,
+)
+from .saving import (
     iterate_keep as iterate_keep,
 )
 from .saving import (

@@ -41,7 +41,8 @@ def write_model(decoder: Decoder, folder: Path) -> Stored | None:
         generation.to_json_file(folder / "generation_config.json", use_diff=True)
     names = getattr(decoder.tokenizer, "vocab_files_names", {}).values()  # without any, the rest is of no use
     files = any(any(folder.glob(own)) for own in TOKENIZER_FILES)
-    if decoder.tokenizer is not None and not (files and any((folder / name).exists() for name in names)):
+    whole = not names or any((folder / name).exists() for name in names)
+    if decoder.tokenizer is not None and not (files and whole):
         decoder.tokenizer.save_pretrained(folder)
         for_older_tokenizers(folder)
     return stored
@@ -217,9 +218,13 @@ def _warn_lost(decoder: Decoder, source: Source, folder: Path) -> None:
         before = stored_in(source).entries
     except (CheckpointError, ModelError):
         return
-    after = {_levelled(decoder, name) for name in open_checkpoint(folder).entries}
+    config = json.loads((source.folder / CONFIG).read_text(encoding="utf-8")) if source.folder else {}
+    whole = int(
+        config.get("text_config", config).get("num_hidden_layers") or 2**31
+    )  # where it has another name: all of them
+    after = {_levelled(decoder, name, whole) for name in open_checkpoint(folder).entries}
     tied = getattr(decoder.model, "all_tied_weights_keys", None) or {}
-    if lost := sorted(n for n in before if _levelled(decoder, n) not in after and n not in tied):
+    if lost := sorted(n for n in before if _levelled(decoder, n, whole) not in after and n not in tied):
         kind = type(decoder.model).__name__
         warnings.warn(
             f"not in the new files: {len(lost)} tensors that a {kind} does not know, such as {lost[0]}",
@@ -227,14 +232,10 @@ def _warn_lost(decoder: Decoder, source: Source, folder: Path) -> None:
         )
 
 
-def _levelled(decoder: Decoder, name: str) -> str:
-    """Return a name without its numbers, but for that of a layer beyond those of the model, which predicts further tokens."""
+def _levelled(decoder: Decoder, name: str, whole: int) -> str:
+    """Return a name without its numbers, but for that of a layer beyond the `whole` model's, which predicts further tokens."""
     home = re.escape(decoder.layers[0].name.rpartition(".")[0])
     beyond = re.match(rf"{home}\.(\d+)\.", name)
-    last = decoder.layers[-1].name.rpartition(".")[2]
-    whole = max(
-        int(last) + 1, getattr(decoder.model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
-    )
     kept = beyond[1] if beyond and int(beyond[1]) >= whole else "#"
     return f"{kept} {re.sub(r'[0-9]+', '#', name)}"
 

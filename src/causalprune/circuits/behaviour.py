@@ -279,7 +279,10 @@ def scored(
             on_progress(number + 1, len(groups))
         found[:, numbers[:, None], torch.tensor(batch.indices)] = state.values.pop(key).double()
     if not bool(found[:, numbers].isfinite().all()):
-        raise ModelError("scores of units are not finite: load the model with --dtype float32 or bfloat16")
+        dtype = str(of.decoder.model.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"scores of units are not finite in {dtype}: a wider --dtype may do, or other problems"
+        )
     return balanced(of.effects(found))
 
 

@@ -43,14 +43,14 @@ def learned(
     """Return by how much every unit moves up from its place in an `order` of units of these `sizes`, as a share of the order.
 
     Goes through the problems in the estimator's epochs, with its seed. Goes on from the `state` of a stopped run, bit for bit.
-    Costs three forward passes an epoch, and one.
+    Costs three forward passes an epoch, and one; by `resample`, whose donors are in the batch, one of the batch more a step.
 
     Raises:
         ModelError: a slope is not finite.
     """
     parts, generator = _parts(of), torch.Generator().manual_seed(how.seed)
     start, total = places(order), (how.epochs or 0) * len(parts)
-    known = state.values.pop("learned", None) or {
+    known = state.values.pop("moves", None) or {
         "steps": 0,
         "moves": torch.zeros(len(order), dtype=torch.float64),
         "last": torch.zeros(len(order), dtype=torch.float64),
@@ -82,7 +82,7 @@ def learned(
         moves -= RATE * (1 + math.cos(math.pi * (number + 1) / total)) / 2 * last
         if state.due() or number + 1 == total:
             own = {"moves": moves, "last": last, "largest": largest, "generator": generator.get_state()}
-            state.flush(learned=own | {"steps": number + 1})
+            state.flush(moves=own | {"steps": number + 1})
         tell(number + 1, total)
     return moves
 

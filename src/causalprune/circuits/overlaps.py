@@ -108,7 +108,7 @@ def check_overlap(named: Mapping[str, Circuit], remove: int | None = None) -> No
             )
     if remove is not None and not 0 < remove < len(one.units):
         raise OptionError(
-            f"{remove:,} of {len(one.units):,} units cannot be removed as a circuit: ask for fewer (--remove)"
+            f"{remove:,} of {len(one.units):,} units cannot be removed as a circuit: ask for at least 1, and fewer than all (--remove)"
         )
 
 

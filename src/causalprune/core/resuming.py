@@ -66,6 +66,10 @@ class State:
         """Tell whether it is time to `flush` what is large, if anything is kept at all."""
         return self.path is not None and time.monotonic() - self._written >= self._pause
 
+    def pass_on(self, **values: Any) -> None:
+        """Write these values, which are not remembered beyond that, and which a power cut may take: many that soon get others."""
+        self._write(values, durable=False)
+
     def flush(self, **values: Any) -> None:
         """Write what is held, then these values, which are not remembered beyond that."""
         start, held, self._held = time.monotonic(), self._held, {}
@@ -85,7 +89,7 @@ class State:
             for name in names:
                 (self.path / name).unlink(missing_ok=True)
 
-    def _write(self, values: dict[str, Any]) -> None:
+    def _write(self, values: dict[str, Any], *, durable: bool = True) -> None:
         for name, value in values.items():
             if self.path is None:
                 return
@@ -98,9 +102,11 @@ class State:
                     "values": {name: value},
                 }
                 torch.save(record, partial)
-                sync(partial)
+                if durable:
+                    sync(partial)
                 partial.replace(self.path / name)
-                sync(self.path)
+                with contextlib.suppress(OSError):  # some file systems have no such thing for folders
+                    sync(self.path)
             except (OSError, RuntimeError) as error:  # torch's own for a full disk
                 with contextlib.suppress(OSError):
                     partial.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +176,8 @@ def _take_out(
     if repair is None:
         candidates.write(chosen)
         return
-    candidates.still(chosen)
     with stage("update") as tell:
-        remove(candidates.decoder, keep, repair, tell, state)
+        remove(candidates.decoder, keep, repair, tell, state, partial(candidates.still, chosen))
 
 
 def _united(decoder: Decoder, keep: Masks) -> Masks:

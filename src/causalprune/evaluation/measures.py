@@ -71,7 +71,7 @@ def evaluate(
             calibration.with_limit(group[0])[1],
         )
         own = settings if limit is None else replace(settings, limit=limit)
-        start = time.perf_counter()
+        start, held = time.perf_counter(), list(digests(names[:1], settings.scorers).values())
         with bar(on_progress, AND.join(names)) as tell:
             say(tell, unit=_unit(names[0], settings.scorers))
             if len(names) > 1:
@@ -80,7 +80,6 @@ def evaluate(
             else:
                 every = [_runner(names[0], settings.scorers)(decoder, names[0], own, tell)]
         seconds = (time.perf_counter() - start) / len(group)
-        held = list(digests(names[:1], settings.scorers).values())
         data = {"data": held[0]} if held else {}
         for task, results in zip(group, every, strict=True):
             found[task] = [

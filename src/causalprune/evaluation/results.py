@@ -115,8 +115,15 @@ def resampled(result: EvalResult, *, resamples: int = 10_000, seed: int = 0) -> 
 
 def interval_of(result: EvalResult, draws: Floats) -> Interval:
     """Return the value of a result with the interval that its resampled values give."""
-    low, high = bounds(draws, len(result.values))
-    return Interval(headline(result), low, high, len(result.values))
+    n = len(result.values)
+    if result.metric == "perplexity":
+        with np.errstate(divide="ignore", invalid="ignore"):
+            low, high = (math.exp(end) for end in bounds(np.log(draws), n))
+    else:
+        low, high = bounds(draws, n)
+    if result.metric in ("accuracy", "acc_norm"):
+        low, high = max(low, 0.0), min(high, 1.0)
+    return Interval(headline(result), low, high, n)
 
 
 def difference_of(a: EvalResult, b: EvalResult, draws_a: Floats, draws_b: Floats) -> Comparison:
@@ -347,7 +354,8 @@ def bounds(draws: Floats, n: int) -> tuple[float, float]:
     if n < 2 or not np.isfinite(draws).all():
         return math.nan, math.nan
     if n < FEW:  # resamples of a few cannot leave their range: Student's t from how far they scatter
-        reach = math.sqrt(n / (n - 1)) * float(draws.std()) * scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
+        quantile = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+        reach = math.sqrt(n / (n - 1)) * float(draws.std()) * quantile
         return float(draws.mean()) - reach, float(draws.mean()) + reach
     tail = scipy.stats.norm.cdf(-math.sqrt(n / (n - 1)) * scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
     low, high = np.quantile(draws, [tail, 1 - tail])

@@ -213,7 +213,10 @@ def auto_dtype(folder: Path, stored: Stored) -> torch.dtype:
     """Return the dtype in which `load` has the weights that are stored in a local folder if none is asked for."""
     if stored.form:
         return torch.bfloat16
-    configured = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype
+    try:
+        configured = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype
+    except Exception as cause:  # transformers and huggingface_hub have many
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {cause}") from cause
     floating = (entry.dtype for entry in stored.entries.values() if entry.dtype.is_floating_point)
     return configured if isinstance(configured, torch.dtype) else next(floating, torch.float32)
 

@@ -1,6 +1,6 @@
 """Stage 3 of the method, and the baselines: score, budget, keep, update. The only writer of weights."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
@@ -130,10 +130,11 @@ def remove(
     repair: Repair,
     on_progress: Progress = silent,
     state: State | None = None,
+    besides: Callable[[], None] = lambda: None,
 ) -> None:
     """Set all weights to zero but those that `keep` names, in place, and update the others on calibration data.
 
-    Matrices that lose nothing are updated by training alone. Costs as in `prune`, and goes on from the `state` as that does.
+    What goes `besides`, as a bias, goes once it is known what training follows. Matrices that lose nothing are updated by training alone. Costs as in `prune`, and goes on from the `state` as that does.
 
     Raises:
         ModelError: a weight or an input is not finite, or inputs say too little for an update.
@@ -146,8 +147,11 @@ def remove(
         method = Method("magnitude", share, seed=repair.seed, update=repair.update)
         plan = replace(planned(decoder, method, {}, data, size), state=state)
         steps = Steps(plan.costs, on_progress)
+        stopped = bool({"training", "trained"} & state.values.keys())  # all layers had been pruned
         followed = _followed(plan, steps, data, size)
-        for _ in prune_layers(plan, Gathered(), steps, fixed=iter([keep[p.name] for p in pool])):
+        besides()
+        fixed = iter([keep[p.name] for p in pool])
+        for _ in () if stopped else prune_layers(plan, Gathered(), steps, fixed=fixed):
             pass
         state.flush()
         if followed is not None:

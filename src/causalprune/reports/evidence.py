@@ -48,6 +48,7 @@ class Measured:
     units: list[dict[str, Any]]
     reliability: Mapping[str, float]
     unit: str = "nats per token"
+    subsets: int = 1
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ def _measured(effects: Effects, name: str, *, exact: bool) -> Measured:
     ]
     relevant = effects.description.get("estimator", {}).get("name") == "relevance"
     unit = "logits per token" if relevant else "nats per token"
-    return Measured(name, exact, effects.effect, units, reliability(effects), unit)
+    subsets = int(effects.subset.max()) + 1
+    return Measured(name, exact, effects.effect, units, reliability(effects), unit, subsets)
 
 
 def achieved(decoder: Decoder, keep: Mapping[str, Bool[Tensor, "_ _"]]) -> dict[str, Any]:

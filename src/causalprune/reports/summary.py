@@ -249,7 +249,7 @@ def _missing(
         )
     if any(cell["n"] == 1 for m in models for cell in m["cells"].values()):
         said.append("Where a single example was measured there is no interval, and no verdict.")
-    if run.effects and "between_subsets" not in run.effects[0].reliability:
+    if run.effects and run.effects[0].subsets == 1:
         said.append("The calibration set is one subset: agreement between subsets is not known.")
     return said
 

@@ -276,7 +276,10 @@ def started(spec: ModelSpec, name: str | None) -> Start:
     """
     if name is None:
         return Start(spec)
-    own = dataclasses.replace(spec, name=str(Path(resolve(name)).expanduser()), revision=None)
+    folder = Path(resolve(name)).expanduser()
+    if not folder.is_dir():
+        raise OptionError(f"--from takes a folder of a checkpoint, and {name!r} is none")
+    own = dataclasses.replace(spec, name=str(folder), revision=None)
     bare = [outlined(one) for one in (spec, own)]
     whole, left = (size_of(one).parameters for one in bare)
     shapes = [one.model.get_input_embeddings().weight.shape for one in bare]

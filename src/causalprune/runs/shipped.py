@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from causalprune.calibration import OWN_TEXT
+from causalprune.checkpoints import hash_file
 from causalprune.core import (
     CausalPruneError,
     CheckpointError,
@@ -50,7 +51,6 @@ from causalprune.shipping import (
     running,
     worth_measuring,
 )
-from causalprune.streaming import stored_fingerprint
 
 FRONTIER, FILE, LEDGER = "frontier.json", "model.gguf", "fit.ledger"
 PROMPTS, WRITTEN, ROUNDS = 10, 24, 3
@@ -92,7 +92,7 @@ def fit(spec: ModelSpec, wanted: CalibrationSpec, output: Path, asked: Asked, op
         decoder = load(spec)
     identity = _identity(decoder, wanted, asked, options)
     if asked.start:
-        identity["start"] = stored_fingerprint(Path(start.spec.name))
+        identity["start"] = [hash_file(file) for file in sorted(Path(start.spec.name).glob("*.safetensors"))]
     with cleared(output), Ledger(output / LEDGER, identity) as book:
         search = Search(spec, wanted, output, asked, options, book, start)
         search.begin(decoder)

@@ -216,7 +216,7 @@ def prune_checkpoint(
 ) -> Pruned:
     """Prune a model and save it; heads that `cap` needs are measured first where `effects_path` is None.
 
-    The ledger of such a measurement lies beside the output, in `<output>.attribution`; what a stopped pruning had finished in
+    The ledger of such a measurement lies beside the output, in `<output>.attribution`; what a stopped run had finished in
     `<output>.pruning`, until the output is there.
     """
     check_destination(output, options.overwrite)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ def sweep(
 def _best(record: Mapping[str, Any], keep: float, certain: bool) -> str | None:
     """Return the label of the highest sparsity that holds, of the rows that are measured so far."""
     (_, dense), *pruned = rows_of(record)
+    check_decides(dense, keep)  # as soon as the dense model is measured
     sparsities = [row["sparsity"] for row in record["rows"][1:]]
     found = [
         (sparsity, label)
@@ -98,6 +99,7 @@ def _best(record: Mapping[str, Any], keep: float, certain: bool) -> str | None:
 def _tried(
     sparsity: float, results: list[EvalResult], dense: list[EvalResult], keep: float, certain: bool
 ) -> Tried:
+    check_decides(dense, keep)
     found, holds = [], True
     for own, whole in zip(results, dense, strict=True):
         difference = paired_difference(own, whole)
@@ -106,13 +108,20 @@ def _tried(
         end = difference.difference
         if certain:
             end = difference.low if higher_is_better(own) else difference.high
-        limit = worst_difference(whole, keep)
+        limit = worst_difference(whole, keep) if decides else 0.0
         holds &= not decides or (end >= limit if higher_is_better(own) else end <= limit)
-    if all(own.description.get(ADDED) or at_chance(own) for own in dense):
+    return Tried(sparsity, tuple(found), holds)
+
+
+def check_decides(dense: Sequence[EvalResult], keep: float) -> None:
+    """Raise `OptionError` for a dense model of which no share can be kept: it has nothing, or is at chance in all that decides."""
+    deciding = [own for own in dense if not (own.description.get(ADDED) or at_chance(own))]
+    if not deciding:
         raise OptionError(
             "the dense model is at chance in all that decides, so that no share of it can be kept: measure a loss, as arc_challenge_nll"
         )
-    return Tried(sparsity, tuple(found), holds)
+    for own in deciding:
+        worst_difference(own, keep)
 
 
 def worst_difference(dense: EvalResult, keep: float) -> float:

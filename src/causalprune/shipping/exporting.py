@@ -1,6 +1,7 @@
 """A checkpoint as one GGUF file: converted, quantised, and its tokens compared with those of the checkpoint."""
 
 import glob
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from causalprune.checkpoints import check_room
-from causalprune.core import CheckpointError, ModelError, Stage, quiet, unknown
+from causalprune.core import CheckpointError, ModelError, Stage, is_being_written, quiet, unknown
 from causalprune.models import tokenizer_of
 from causalprune.shipping.converting import PACKAGES, check_convertible, convert, needed
 from causalprune.shipping.files import Importance, Written, file_bytes, opened, planned, quantise
@@ -93,8 +94,10 @@ def export(
     check_export(folder, target, mix, how)
     target.parent.mkdir(parents=True, exist_ok=True)
     began = f".{target.name}.partial-"
-    for left in target.parent.glob(f"{glob.escape(began)}*"):  # of one that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    for left in target.parent.glob(f"{glob.escape(began)}*"):
+        if not is_being_written(left):  # of one that was killed
+            shutil.rmtree(left, ignore_errors=True)
+    began += f"{os.getpid()}-"
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=began) as scratch:
         whole, made = Path(scratch) / "whole.gguf", Path(scratch) / "made.gguf"
         with stage("converting"):

@@ -12,8 +12,5 @@ from .files import (
     prune_stream as prune_stream,
 )
 from .files import (
-    stored_fingerprint as stored_fingerprint,
-)
-from .files import (
     was_streamed as was_streamed,
 )

@@ -50,8 +50,8 @@ class Copies:
         return dict(zip(_parameters(layer), found["weights"], strict=True))
 
     def _moved(self, number: int, layer: Layer) -> None:
-        self._state.flush(
-            **{_name(number, layer): {"weights": [p.data for p in _parameters(layer).values()]}}
+        self._state.pass_on(
+            **{_name(number, layer): {"weights": [p.data for p in _parameters(layer).values()]}},
         )
 
 
