@@ -117,8 +117,8 @@ def interval_of(result: EvalResult, draws: Floats) -> Interval:
     """Return the value of a result with the interval that its resampled values give."""
     n = len(result.values)
     if result.metric == "perplexity":
-        with np.errstate(divide="ignore", invalid="ignore"):
-            low, high = (math.exp(end) for end in bounds(np.log(draws), n))
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            low, high = (float(np.exp(end)) for end in bounds(np.log(draws), n))
     else:
         low, high = bounds(draws, n)
     if result.metric in ("accuracy", "acc_norm"):
