@@ -270,13 +270,13 @@ def _stopped_anywhere(family: str, seen: Seen, tmp_path: Path, monkeypatch: pyte
     prune_stream(source, tmp_path / "whole", METHODS["causal"], seen=seen)
     write, writes, left = State._write, 0, 1
 
-    def limited(self: State, values: dict[str, Any]) -> None:
+    def limited(self: State, values: dict[str, Any], **how: Any) -> None:
         nonlocal writes
         if self.path is not None and values:
             writes += 1
             if writes > left:
                 raise StoppedError
-        write(self, values)
+        write(self, values, **how)
 
     monkeypatch.setattr(State, "_write", limited)
     stops = 0
