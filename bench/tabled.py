@@ -1,11 +1,17 @@
 """Tables of circuits and corrections, for `tables.py`."""
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from common import record
+import numpy as np
+from common import ROWS, record
 
+from causalprune.circuits.curves import SHARES, areas, faithfulness
+
+DECIDED = 60
+"""Problems that sizes are measured on, the first half of which chooses between orders."""
 SHOWN = {"5 %": 5, "10 %": 6, "20 %": 7, "50 %": 8}
 """Sizes whose losses are shown: MIB's, by their place."""
 MISSING = "Not measured yet.\n"
@@ -53,17 +59,24 @@ def planted() -> str:
     return "\n".join(lines) + "\n"
 
 
+METHODS = ("kl learned", "kl integrated x3", "kl gradient", "gradient", "relevance", "wanda", "random")
+"""Ways of ordering units, as `circuits.py` names their rows."""
+
+
 def grid(units: str) -> str:
     """What circuits of SmolLM2 lose on GSM8K by every way of ordering units, in nats a token, and how large they have to be."""
-    found = _step("circuits", "grid")
-    if not found:
-        return MISSING
     rows = []
-    for method, own in found[units]["methods"].items():
-        lost = [f"{own['nats'][at] - own['nats'][-2]:.2f}" for at in SHOWN.values()]
+    for method in METHODS:
+        file = ROWS / "circuits" / f"smollm2-gsm8k-{units}-{method.replace(' ', '_')}-absolute-zero-0.json"
+        if not file.exists():
+            continue
+        own = json.loads(file.read_text())
+        nats = np.array(own["nats"])[:, DECIDED // 2 :].mean(1)  # the half that chose nothing
+        cpr, cmd = areas(SHARES, faithfulness(nats[:-2], nats[-2], nats[-1]))
+        lost = [f"{nats[at] - nats[-2]:.2f}" for at in SHOWN.values()]
         size = f"{own['size']:.0%}" if own["size"] == own["size"] else ""  # by chance nobody looks for one
-        rows.append([method, *lost, f"{own['cmd']:.2f}", f"{own['cpr']:.2f}", size])
-    return _table(["order", *SHOWN, "CMD", "CPR", "keeps 90 %"], rows)
+        rows.append([method, *lost, f"{float(cmd):.2f}", f"{float(cpr):.2f}", size])
+    return _table(["order", *SHOWN, "CMD", "CPR", "keeps 90 %"], rows) if rows else MISSING
 
 
 def ioi() -> str:
@@ -102,7 +115,7 @@ def _value(own: dict[str, float]) -> str:
 CIRCUITS: dict[str, Callable[[], str]] = {
     "constructed": constructed,
     "planted": planted,
-    "grid_neurons": partial(grid, "neurons:1"),
+    "grid_neurons": partial(grid, "neurons1"),
     "grid_heads": partial(grid, "heads"),
     "ioi": ioi,
     "removal": removal,
@@ -120,16 +133,22 @@ LOOPS = {
 
 def corrected() -> str:
     """What is left of loops, and of the rest, for every way of choosing that was measured."""
-    rows = []
-    for step in ("loops", "curve", "baselines", "paper"):
-        for label, own in (_step("correction", step) or {}).items():
-            if "values" in own:
-                cells = [own["values"].get(task) for task in LOOPS.values()]
-                count = own.get("found", {}).get("chosen", {}).get("count", "")
-                rows.append(
-                    [label, str(count), *("" if cell is None else f"{cell[1]:.3g}" for cell in cells)]
-                )
-                before = [("" if cell is None else f"{cell[0]:.3g}") for cell in cells]
+    rows, before = [], [""] * len(LOOPS)
+    for file in sorted((ROWS / "correction" / "smollm2" / "row").glob("*.json")):
+        own = json.loads(file.read_text())
+        if "values" not in own:
+            continue
+        cells = [own["values"].get(task) for task in LOOPS.values()]
+        before = [old if cell is None else f"{cell[0]:.3g}" for old, cell in zip(before, cells, strict=True)]
+        label, _, draw = file.stem.rpartition("-")
+        count = own.get("found", {}).get("chosen", {}).get("count", "")
+        rows.append(
+            [
+                f"{label}, draw {draw}",
+                str(count),
+                *("" if cell is None else f"{cell[1]:.3g}" for cell in cells),
+            ]
+        )
     return _table(["corrected", "parts", *LOOPS], [["nothing", "0", *before], *rows]) if rows else MISSING
 
 
