@@ -149,8 +149,7 @@ def adaptive(work: Measured, on_progress: Progress = silent) -> Effects:
     """
     plan, how = work.plan, work.plan.estimator
     spent, units = plan.expansion_tokens, list(plan.units)
-    limit = math.inf if how.until_certain else plan.naive_tokens / DEFAULT_BUDGET
-    budget = limit if how.budget is None else plan.naive_tokens / how.budget
+    budget = plan.budget_tokens
     total = round(min(budget, plan.naive_tokens))
     first, second = expanded(work, lambda done, all_: on_progress(round(spent * done / all_), total))
     tokens = torch.tensor([example.target_tokens for example in plan.calibration.examples])

@@ -1,6 +1,7 @@
 """What a measurement consists of, fixed before the first pass: batches, units, what they cost, whose ledger it is."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -49,10 +50,8 @@ class Plan:
             how.name == "adaptive" or (how.name, self.question.effect) == ("gradient", "kl")
         ):
             raise OptionError(f"the estimator {how.name!r} of {self.question.effect!r} needs draws ≥ 1")
-        budget = DEFAULT_BUDGET if how.name == "adaptive" and not how.until_certain else None
-        budget = how.budget or budget
-        if budget is not None and self.naive_tokens / budget < self.expansion_tokens:
-            most = self.naive_tokens / self.expansion_tokens
+        if self.budget_tokens < self.expansion_tokens:
+            most, budget = (self.naive_tokens / own for own in (self.expansion_tokens, self.budget_tokens))
             raise OptionError(
                 f"the prediction alone costs 1/{most:.0f} of naive, and the budget is 1/{budget:g}: choose one below that, or the "
                 "estimator exact"
@@ -95,6 +94,14 @@ class Plan:
     def naive_tokens(self) -> int:
         """Tokens of one whole forward pass per unit and sequence, and one of the intact model, unpadded."""
         return (len(self.units) + 1) * sum(len(example.tokens) for example in self.calibration.examples)
+
+    @property
+    def budget_tokens(self) -> float:
+        """Tokens that the estimator may spend; without bound where it has no budget, or goes on until all is certain."""
+        how = self.estimator
+        own = DEFAULT_BUDGET if how.name == "adaptive" and not how.until_certain else None
+        budget = how.budget or own
+        return math.inf if budget is None else self.naive_tokens / budget
 
     @property
     def expansion_tokens(self) -> float:

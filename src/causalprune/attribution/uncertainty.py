@@ -165,13 +165,10 @@ def reliability(effects: Effects, seed: int = 0) -> dict[str, float]:
     found: dict[str, float] = {}
     if effects.effect == "ce":
         found["certain_signs"] = float(bounds.certain_sign()[~bounds.value.isnan()].double().mean())
+    if effects.predicted_nats is not None and effects.estimator == "adaptive":
+        return found
     change = effects.change_nats() if effects.predicted_nats is None else effects.predicted_nats
     known = ~change.isnan().any(1)
-    if (
-        effects.predicted_nats is not None
-        and effects.description.get("estimator", {}).get("name") == "adaptive"
-    ):
-        return found
     change, tokens = change[known], effects.tokens.double()
     n, random = change.shape[1], np.random.default_rng(seed)
     if n >= 2 and len(change) >= 2:

@@ -175,7 +175,7 @@ def strongest(effects: Effects) -> Table:
     if unreached := effects.description.get("unreached_experts"):
         lines.append(f"{len(unreached)} experts got no token and are unmeasured")
     table = Table(title="most critical units", caption="\n".join(lines))
-    unit_of = "logits" if effects.description.get("estimator", {}).get("name") == "relevance" else "nats"
+    unit_of = "logits" if effects.estimator == "relevance" else "nats"
     for name in ("layer", "unit", f"Δ, {unit_of}/token", "95 % interval"):
         table.add_column(name, justify="right")
     for i in found.value.nan_to_num(-math.inf).argsort(descending=True)[:STRONGEST].tolist():

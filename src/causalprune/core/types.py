@@ -220,6 +220,12 @@ class Effects(Shown):
     curvature_nats: Float[Tensor, "unit"] | None = None
 
     @property
+    def estimator(self) -> str | None:
+        """Name of the estimator, where the description has it."""
+        name: str | None = self.description.get("estimator", {}).get("name")
+        return name
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the effect of every unit."""
         named = zip(self.units, self.delta_nats().tolist(), strict=True)

@@ -13,7 +13,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -47,6 +47,7 @@ from causalprune.interventions import (
     divergence,
     entered_at,
     last_hidden,
+    parts_of,
     selected,
     target_logits,
     targets,
@@ -200,16 +201,12 @@ def _seen(decoder: Decoder, hidden: Sequence[Tensor] | None, batch: Batch) -> li
         for row, i in zip(intact, batch.indices, strict=True):
             if hidden is not None:
                 row[: len(hidden[i])] = hidden[i]
-        for at in range(0, len(wanted.tokens), CHUNK):
-            rows, positions, tokens = (
-                own[at : at + CHUNK] for own in (wanted.rows, wanted.positions, wanted.tokens)
-            )
-            part = replace(wanted, rows=rows, positions=positions, tokens=tokens)
+        for part, _ in parts_of(wanted, CHUNK):
             logits = _logits(decoder, batch, part, found)
             losses.append(cross_entropy(logits, part))
             if hidden is not None:
                 expected = _logits(decoder, batch, part, LayerInputs({after: intact}, found.as_tuple))
-                nats.append(divergence(expected, torch.arange(len(rows)), logits))
+                nats.append(divergence(expected, torch.arange(len(logits)), logits))
         loss = by_row(torch.cat(losses), wanted).tolist()
         kl = by_row(torch.cat(nats), wanted).tolist() if nats else [0.0] * len(loss)
         sent = [row[:length].cpu().clone() for row, length in zip(own, batch.lengths.tolist(), strict=True)]

@@ -50,9 +50,6 @@ from .asked import (
     odds as odds,
 )
 from .asked import (
-    parts_of as parts_of,
-)
-from .asked import (
     prominence as prominence,
 )
 from .carried import (
@@ -96,6 +93,9 @@ from .losses import (
 )
 from .losses import (
     divergence_slope as divergence_slope,
+)
+from .losses import (
+    parts_of as parts_of,
 )
 from .losses import (
     selected as selected,

@@ -4,7 +4,7 @@ A question gives every prediction a number to be differentiated: a log-probabili
 is drawn. So a window of a thousand tokens costs no more memory for a large vocabulary than a short problem does.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -29,6 +29,7 @@ from causalprune.interventions.losses import (
     cross_entropy,
     divergence,
     divergence_slope,
+    parts_of,
     target_logits,
     targets,
 )
@@ -94,23 +95,13 @@ class Following:
         return (logits * divergence_slope(teacher, own, 1.0)).sum(-1)
 
 
-def parts_of(wanted: Targets) -> Iterator[tuple[Targets, slice]]:
-    """Yield the targets of a batch, `CHUNK` at a time, and their place among all."""
-    for start in range(0, len(wanted.tokens), CHUNK):
-        at = slice(start, start + CHUNK)
-        yield (
-            replace(wanted, rows=wanted.rows[at], positions=wanted.positions[at], tokens=wanted.tokens[at]),
-            at,
-        )
-
-
 def end_slope(
     decoder: Decoder, batch: Batch, last: LayerInputs, asked: Asked
 ) -> Float[Tensor, "*stream batch time model"]:
     """Return the slope of what is asked of a batch's targets, summed, at the output of the last layer."""
     after = len(decoder.layers)
     leaf = last.hidden[after].detach().clone().requires_grad_()
-    for part, at in parts_of(targets(batch)):
+    for part, at in parts_of(targets(batch), CHUNK):
         with torch.enable_grad(), entered_at(decoder, after, LayerInputs({after: leaf}, last.as_tuple)):
             total = asked(target_logits(decoder, batch, part), part, at).sum()
         total.backward(inputs=[leaf])

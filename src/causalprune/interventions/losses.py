@@ -5,6 +5,7 @@ vocabularies they would otherwise cost more than the decoder (SmolLM2: a quarter
 Softmax and sums run in float32 or wider, whatever the dtype of the model, on the device of the logits.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,6 +69,14 @@ def target_logits(decoder: Decoder, batch: Batch, wanted: Targets) -> Float[Tens
     return logits
 
 
+def parts_of(wanted: Targets, size: int = CHUNK) -> Iterator[tuple[Targets, slice]]:
+    """Yield the targets of a batch, so many at a time, and their place among all."""
+    for start in range(0, len(wanted.tokens), size):
+        at = slice(start, start + size)
+        rows, positions, tokens = (own[at] for own in (wanted.rows, wanted.positions, wanted.tokens))
+        yield replace(wanted, rows=rows, positions=positions, tokens=tokens), at
+
+
 def target_nats(decoder: Decoder, batch: Batch) -> Float[Tensor, "batch"]:
     """Return the cross-entropy summed over each sequence's target tokens, in float64 nats, on the CPU.
 
@@ -79,11 +88,7 @@ def target_nats(decoder: Decoder, batch: Batch) -> Float[Tensor, "batch"]:
         if len(wanted.tokens) * width <= ROOM:
             return by_row(cross_entropy(target_logits(decoder, batch, wanted), wanted), wanted).cpu()
         last, step, found = last_hidden(decoder, batch), max(ROOM // (4 * width), 1), list[Tensor]()
-        for start in range(0, len(wanted.tokens), step):
-            at = slice(start, start + step)
-            part = replace(
-                wanted, rows=wanted.rows[at], positions=wanted.positions[at], tokens=wanted.tokens[at]
-            )
+        for part, _ in parts_of(wanted, step):
             with entered_at(decoder, after, last):
                 found.append(cross_entropy(target_logits(decoder, batch, part), part))
         return by_row(torch.cat(found), wanted).cpu()

@@ -41,6 +41,7 @@ from causalprune.interventions import (
     entering,
     last_hidden,
     on_cpu,
+    parts_of,
     run_layer,
     target_logits,
     targets,
@@ -325,11 +326,7 @@ def _last_slope(
     leaf = last.hidden[after].detach().requires_grad_()
     (sent,) = intact.hidden.values()  # by a model that may have had more layers, and more devices
     intact = LayerInputs({after: sent.to(leaf.device)}, intact.as_tuple)
-    for at in range(0, len(wanted.tokens), CHUNK):
-        own = slice(at, at + CHUNK)
-        part = replace(
-            wanted, rows=wanted.rows[own], positions=wanted.positions[own], tokens=wanted.tokens[own]
-        )
+    for part, _ in parts_of(wanted, CHUNK):
         with torch.no_grad(), entered_at(decoder, after, intact):
             teacher = target_logits(decoder, batch, part)
         with torch.enable_grad(), entered_at(decoder, after, LayerInputs({after: leaf}, intact.as_tuple)):

@@ -158,8 +158,7 @@ def _measured(effects: Effects, name: str, *, exact: bool) -> Measured:
         {"layer": unit.layer, "index": unit.index, "kind": unit.kind, **dict(zip(names, row, strict=True))}
         for unit, *row in zip(effects.units, *columns, strict=True)
     ]
-    relevant = effects.description.get("estimator", {}).get("name") == "relevance"
-    unit = "logits per token" if relevant else "nats per token"
+    unit = "logits per token" if effects.estimator == "relevance" else "nats per token"
     subsets = int(effects.subset.max()) + 1
     return Measured(name, exact, effects.effect, units, reliability(effects), unit, subsets)
 

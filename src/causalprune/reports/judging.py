@@ -199,9 +199,10 @@ def _choice(best: _Judged, full: Sequence[_Judged]) -> str:
     if best.worse:
         return f"It is shown to be worse on {len(best.worse)} of {len(best.tasks)} measures that decide; of those with as few, its result on the first is best."
     same = [own for own in full if own.holds == best.holds and not own.worse]
-    what = "are shown to be worse on no measure"
     rest = "the smallest of them, of one size the sparsest, then the best on the first measure"
-    return f"Pruned models that {what}: {len(same)} of {len(full)}. This is {rest}."
+    return (
+        f"Pruned models that are shown to be worse on no measure: {len(same)} of {len(full)}. This is {rest}."
+    )
 
 
 def taken(model: Told) -> str:
