@@ -108,6 +108,24 @@ def removal() -> str:
     return _table(["removed", *both["names"]], rows)
 
 
+def elsewhere() -> str:
+    """Areas and sizes of circuits of heads on other tasks and with other ablations, by the default and by slopes of the intact model."""
+    found = _step("circuits", "elsewhere")
+    if not found:
+        return MISSING
+    rows = [
+        [key, f"{own['cmd']:.2f}", f"{own['cpr']:.2f}", f"{own['size']:.0%}"] for key, own in found.items()
+    ]
+    return _table(["model, task, ablation, order", "CMD", "CPR", "keeps 90 %"], rows)
+
+
+def compression() -> str:
+    """Perplexity of SmolLM2 at half of the weights of each row, by four criteria."""
+    found = _step("circuits", "compression")
+    rows = [[name, f"{own['perplexity']:.4g}"] for name, own in (found or {}).items()]
+    return _table(["half of the weights by", "perplexity"], rows) if rows else MISSING
+
+
 def _value(own: dict[str, float]) -> str:
     return f"{own['value']:+.2f} [{own['low']:+.2f}, {own['high']:+.2f}]"
 
@@ -119,6 +137,8 @@ CIRCUITS: dict[str, Callable[[], str]] = {
     "grid_heads": partial(grid, "heads"),
     "ioi": ioi,
     "removal": removal,
+    "elsewhere": elsewhere,
+    "compression": compression,
 }
 
 
