@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE  # some thirty interpreters start in the tests: each would compile torch anew
-BENCHES := core attribution stability families quality speed moe large
+BENCHES := core attribution stability families quality speed moe large shape report written measured front lean fit circuits correction
 RUNS := .venv/.runs
 INSTALLED := .venv/.installed
 

@@ -437,7 +437,7 @@ def choosing_prompts() -> dict[str, float]:
     corrected, _ = fixed("smollm2", "goal-03pct", goal, 0, OfGoals)
     study.decoder, falls = corrected, {}
     for at, what in enumerate(("choosing", "deciding")):
-        (before,), (after,), _ = study.after([part(written, at)])
+        (before,), (after,), _ = study.after([part(written, study.half_of, at)])
         falls[what] = headline(before) - headline(after)
     return falls
 

@@ -14,9 +14,10 @@ from constructed import TRUE, constructed, problems
 from reference import calibration, shared
 
 import causalprune as cp
+from causalprune.attribution.estimators import balanced
 from causalprune.calibration.examples import batches
 from causalprune.circuits import Checks, Circuit, examined, save_circuit
-from causalprune.circuits.behaviour import Trials, balanced, behaviour
+from causalprune.circuits.behaviour import Trials, behaviour
 from causalprune.circuits.checking import random_like
 from causalprune.core.errors import DataError, MismatchError, OptionError
 from causalprune.core.types import Calibration, Decoder, Unit

@@ -123,17 +123,12 @@ def test_zeros_of_a_checkpoint_are_united(run: Run, place: tuple[Path, Planting]
         )
     )
     assert code == 0, err
-    words = (
-        "correct",
-        folder / "sparse",
-        "-o",
-        folder / "both",
-        "--data-dir",
-        folder / "data",
-        "--undesired",
-        folder / "bad.jsonl",
-    )
-    code, out, err = run(*words, *OPTIONS, "--json")
+    words = ("correct", folder / "sparse", "--data-dir", folder / "data", "--undesired", folder / "bad.jsonl")
+    code, _, err = run(*words, "-o", folder / "scaled", *OPTIONS, "--damp", 0.5)
+    assert code == 0, err
+    outcome = run("reapply", folder / "scaled", folder / "model", "-o", folder / "not")
+    assert_refused(outcome, "was corrected by scaling", folder / "not")
+    code, out, err = run(*words, "-o", folder / "both", *OPTIONS, "--json")
     assert code == 0, err
     told = json.loads(out)
     found = {tuple(member[:2]) for member in told["members"]}

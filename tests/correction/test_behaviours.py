@@ -85,5 +85,8 @@ def test_nothing_or_everything_shown_says_how_to_go_on() -> None:
     every = judged("some", written("aaaaaaaa", "bbbbbbbb"), wanted, WORDS)
     with pytest.raises(DataError, match="all 2 continuations show loops"):
         check_shown([every], wanted)
+    empty = judged("some", written("aaaaaaaa", ""), wanted, WORDS)
+    with pytest.raises(DataError, match="the 1 continuations that do not show loops are empty"):
+        check_shown([empty], wanted)
     lower = sought("rep4", 1 / 6)
     check_shown([judged("some", written("abcdabcd!", "nothing"), sought("rep4", 0.16), WORDS)], lower)

@@ -12,7 +12,7 @@ from reference import calibration, example, fresh, shared, with_expert_modules
 from test_ablation import state
 from torch import Tensor, nn
 
-from causalprune.attribution.estimators import attribute
+from causalprune.attribution.estimators import attribute, balanced
 from causalprune.attribution.questions import Estimator, Question
 from causalprune.calibration.examples import batches
 from causalprune.core.errors import ModelError, OptionError
@@ -230,6 +230,27 @@ def test_integrated_is_the_gradient_at_five_gates() -> None:
     assert one.predicted_nats is not None
     assert other.predicted_nats is not None
     assert torch.equal(one.predicted_nats, other.predicted_nats)
+    plain = attribute(shared("llama3"), EXAMPLES, Question(), replace(whole, draws=0))
+    assert torch.equal(one.predicted_nats, plain.predicted_nats), "an integral has no second order"
+
+
+def test_gates_count_alike_for_divergences() -> None:
+    """Predicted at one gate each, and put together as circuits do."""
+    gates, question = (0.2, 0.9), Question(effect="kl")
+    both, *each = (
+        attribute(shared("llama3"), EXAMPLES, question, Estimator("gradient", gates=own)).predicted_nats
+        for own in (gates, *((gate,) for gate in gates))
+    )
+    torch.testing.assert_close(both, balanced(torch.stack(each)))
+    assert not torch.allclose(both, torch.stack(each).mean(0))
+
+
+@pytest.mark.parametrize("name", ["altup", "per_layer_input_gate"])
+def test_products_that_no_rule_halves_are_refused(name: str) -> None:
+    decoder = fresh("llama3")
+    setattr(decoder.model.model.layers[1], name, nn.Linear(4, 4))
+    with pytest.raises(ModelError, match=rf"layers\.1\.{name} is a Linear, for which relevance has no rule"):
+        attribute(decoder, EXAMPLES, Question(), Estimator("relevance"))
 
 
 @pytest.mark.thorough

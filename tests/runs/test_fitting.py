@@ -114,7 +114,8 @@ def test_a_full_disk_is_named_before_the_start(
 
 def test_a_model_that_is_no_folder_is_not_streamed() -> None:
     with pytest.raises(
-        OptionError, match=r"--stream takes a local folder .*'org/x' is none: download it first"
+        OptionError,
+        match=r"--stream takes a local folder .*'org/x' is none: for a name on the Hub, `hf download",
     ):
         fitting.check_stored(ModelSpec("org/x"))
 

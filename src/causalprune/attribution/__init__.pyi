@@ -4,7 +4,9 @@ from .cluster import (
 from .cluster import (
     fill as fill,
 )
+from .estimators import LEAST as LEAST
 from .estimators import attribute as attribute
+from .estimators import balanced as balanced
 from .measuring import Passes as Passes
 from .merging import merge as merge
 from .plan import (

@@ -24,6 +24,8 @@ from causalprune.calibration import batches
 from causalprune.core import Calibration, Decoder, Effects, Progress, Unit, bar, say, silent
 
 Job: TypeAlias = tuple[int, int]  # a batch and a layer
+LEAST = 0.01
+"""Share of the largest sum over units below which a gate's own counts no more."""
 ROUNDS = 4
 """Times that `adaptive` looks at what it has learnt and decides anew where to measure, in a budget."""
 CERTAIN = 0.95
@@ -106,7 +108,8 @@ def gradient(work: Measured, on_progress: Progress = silent) -> Effects:
     """Predict every cell to first order (`ce`), with the Fisher term of second order where `draws` > 0.
 
     Costs `1 + 2 · (1 + draws)` forward passes per sequence and gate value, a backward counted as two.
-    For `kl` only the second-order term exists: a divergence has no slope at the intact model. `relevance` has no second order.
+    For `kl` only the second-order term exists: a divergence has no slope at the intact model. `relevance` has no second order,
+    and neither has `ce` at several gates, which is an integral and no expansion (`planned` draws no labels).
     """
     plan, spent = work.plan, work.plan.expansion_tokens
     first, second = expanded(work, lambda done, all_: on_progress(round(spent * done / all_), round(spent)))
@@ -117,9 +120,9 @@ def gradient(work: Measured, on_progress: Progress = silent) -> Effects:
 
 
 def expanded(work: Measured, on_progress: Progress = silent) -> tuple[Tensor, Tensor]:
-    """Return the first- and second-order parts of the prediction `[unit sequence]`, averaged over gates."""
+    """Return the first- and second-order parts of the prediction `[unit sequence]`, means over gates: of divergences `balanced` ones."""
     plan, how = work.plan, work.plan.estimator
-    first, second = torch.zeros_like(work.masked), torch.zeros_like(work.masked)
+    first, second = torch.zeros_like(work.masked), work.masked.new_zeros(len(how.gates), *work.masked.shape)
     groups = plan.groups
     if how.name == "adaptive":  # whose cells go through the model sequence by sequence
         groups = batches(plan.calibration.examples, max_batch_tokens=how.max_batch_tokens)
@@ -133,7 +136,18 @@ def expanded(work: Measured, on_progress: Progress = silent) -> tuple[Tensor, Te
     if any(unit.kind == "expert" for unit in plan.units) or how.gates != (1.0,):
         for number in range(len(plan.groups)):
             work.measure_intact(number)  # which experts get tokens, and losses where gates are open
-    return first, second
+    return first, balanced(second)
+
+
+def balanced(scores: Float[Tensor, "gate unit _"]) -> Float[Tensor, "unit _"]:
+    """Return the mean of scores over gates, each weighed by what all its units are worth together.
+
+    Nearly closed, a model is broken, and every unit is worth a hundred times as much as in the intact one: in a plain mean
+    only that would count. Gates at which next to nothing is worth anything (`LEAST` of the largest sum) are not blown up.
+    """
+    totals = scores.mean(2).abs().nansum(1)
+    weights = 1 / totals.clamp_min(LEAST * float(totals.max())).clamp_min(torch.finfo(totals.dtype).tiny)
+    return (weights[:, None, None] * scores).sum(0) / weights.sum()
 
 
 def _curvature(plan: Plan, second: Float[Tensor, "unit sequence"]) -> Float[Tensor, "unit"]:

@@ -104,7 +104,7 @@ class Passes:
         return found | ({"reached": counts} if experts else {})
 
     def predicted_row(self, batch: Batch) -> dict[str, Any]:
-        """Return the intact losses of a batch, and both orders of the prediction, averaged over gates."""
+        """Return the intact losses of a batch, and the prediction's first order, averaged over gates, and second, at each of several."""
         plan, how = self.plan, self.plan.estimator
         ablation, units = plan.question.ablation, [*plan.units.values()]
         mean = self.means if ablation == "mean" else None
@@ -114,8 +114,9 @@ class Passes:
             return {"ce": ce.tolist(), "first": first.tolist(), "second": torch.zeros_like(first).tolist()}
         labels = uniforms(plan.calibration.examples, batch, how.draws, how.seed)
         found = [expansion(plan.decoder, batch, units, labels, **own, gate=gate) for gate in how.gates]
-        means = [torch.stack(parts).mean(0).tolist() for parts in zip(*found, strict=True)]
-        return dict(zip(("ce", "first", "second"), means, strict=True))
+        ce, first, second = (torch.stack(parts) for parts in zip(*found, strict=True))
+        second = second if len(how.gates) > 1 else second[0]
+        return {"ce": ce.mean(0).tolist(), "first": first.mean(0).tolist(), "second": second.tolist()}
 
     def _compared(self, number: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the intact logits of a batch, and for the targets of `rows` their place in them."""

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -153,6 +153,8 @@ def planned(
     Costs nothing, but a forward and a backward pass where neurons are grouped by effect.
     """
     check_positions(decoder, calibration.examples)
+    if question.effect == "ce" and estimator.gates != (1.0,):  # an integral has no second order
+        estimator = replace(estimator, draws=0)
     groups = batches(calibration.examples, max_batch_tokens=estimator.max_batch_tokens)
     if question.ablation == "resample":
         groups = _in_company(groups, calibration)

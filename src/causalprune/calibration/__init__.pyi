@@ -20,6 +20,9 @@ from .data import (
     Split as Split,
 )
 from .data import (
+    check_path as check_path,
+)
+from .data import (
     content_hash as content_hash,
 )
 from .data import (

@@ -195,6 +195,7 @@ def load_problems(
     if is_file(name):
         return _own_problems(name, split, with_targets=with_targets)
     if name not in SOURCES:
+        check_path(name)
         raise unknown("task", name, SOURCES)
     source = SOURCES[name]
     if name in TEXT_SOURCES:
@@ -242,6 +243,14 @@ def contents(name: str, split: Split, *, data_dir: Path | str | None = None) -> 
 def is_file(name: str) -> bool:
     """Tell whether a task or source is the path of a file, or of a folder."""
     return name.endswith(SUFFIXES) or "/" in name
+
+
+def check_path(name: str) -> None:
+    """Raise `DataError` for a name that is not taken for a path, although a file or a folder has it."""
+    if not is_file(name) and Path(name).exists():
+        raise DataError(
+            f"{name} is no data set of ours: a folder is written ./{name}, and a file ends in {', '.join(SUFFIXES)}"
+        )
 
 
 @functools.cache
@@ -325,5 +334,5 @@ def _hub_rows(name: str, split: Split) -> Iterator[tuple[str, Row]]:
         for number, row in enumerate(itertools.islice(rows, limit)):
             yield f"{path} {split} row {number}", row
     except Exception as cause:  # the hub client raises errors of four libraries
-        advice = "pass --data-dir with a folder that holds the files"
+        advice = f"pass --data-dir FOLDER with FOLDER/{source.path(name, split)}"
         raise DataError(f"cannot load {path} from the Hugging Face hub ({cause}); {advice}") from cause

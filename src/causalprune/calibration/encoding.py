@@ -158,9 +158,12 @@ def _paired(reader: Reader, problem: Problem, example: Example) -> Example:
         other = encode(reader, replace(pair, prompt=problem.counterfactual, counterfactual=""))
         own, theirs = example.target_start, other.target_start
         if (own, len(example.tokens)) != (theirs, len(other.tokens)):
+            what = ("the prompt", theirs, own)
+            if own == theirs:
+                what = ("the prompt, with the target,", len(other.tokens), len(example.tokens))
             raise UnequalError(
-                f"{problem.where or problem.source}: the counterfactual has {theirs} tokens and the prompt {own}: both must have "
-                "the same number"
+                f"{problem.where or problem.source}: the counterfactual has {what[1]} tokens and {what[0]} {what[2]}: both must "
+                "have the same number"
             )
         example = replace(example, counterfactual=other.tokens)
     if problem.instead:

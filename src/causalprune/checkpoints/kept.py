@@ -84,9 +84,7 @@ def reapply(pruned: Path, model: Path, output: Path, *, overwrite: bool = False,
     For a model into which adapters were merged, or that was fine-tuned without `keep_sparsity`. Where it has no tokenizer,
     it gets that of `pruned`. `loading` is what `load` takes.
     """
-    if is_damped(read_manifest(pruned)["run"]) and all(
-        bool(mask.all()) for mask in load_keep(pruned).values()
-    ):
+    if is_damped(read_manifest(pruned)["run"]):
         raise CheckpointError(
             f"{pruned} was corrected by scaling, which no mask of zeros repeats: correct {model} itself, without --damp or with it"
         )

@@ -1,5 +1,5 @@
 from .behaviour import Behaviour as Behaviour
-from .behaviour import balanced as balanced
+from .behaviour import check_apart as check_apart
 from .checking import (
     RANDOM as RANDOM,
 )

@@ -1,6 +1,7 @@
 """A behaviour on problems: what the model makes of them with some of its units closed, and which units that hangs on."""
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from causalprune.attribution import Estimator, Plan, Question, planned
+from causalprune.attribution import Estimator, Plan, Question, balanced, planned
 from causalprune.core import (
     Batch,
     Calibration,
@@ -42,8 +43,6 @@ from causalprune.interventions import (
 )
 
 Keep = Bool[Tensor, "unit"]
-LEAST = 0.01
-"""Share of the largest sum over units below which a gate's own counts no more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,16 +100,6 @@ class Behaviour:
             )
         return found
 
-    def check_apart(self) -> None:
-        """Raise `OptionError` where units are parts of one another: closing one would close some of another."""
-        for site, (index, owner) in self.places.items():
-            if len(index.unique()) < len(index):
-                kinds = sorted({self.units[number].kind for number in owner.tolist()})
-                raise OptionError(
-                    f"units of {' and '.join(self.plan.question.units)} share parts at layer {site.layer} ({', '.join(kinds)}): "
-                    "name kinds that have nothing in common, such as heads and neurons:1"
-                )
-
     def gates(self, keep: Keep, value: float = 1.0) -> dict[Site, Float[Tensor, "part"]]:
         """Return gates that are closed where a unit is not kept, and have this value elsewhere."""
         found = {}
@@ -124,10 +113,13 @@ class Behaviour:
         return self.plan.calibration.fingerprint
 
     def first(self, count: int) -> "Behaviour":
-        """Return the same behaviour on the first problems."""
-        return behaviour(
-            self.decoder, self.problems[:count], self.plan.question, self.plan.estimator, self.mean
-        )
+        """Return the same behaviour on the first problems, of every source in turn."""
+        by: dict[str, list[Example]] = {}
+        for problem in self.problems:
+            by.setdefault(problem.source, []).append(problem)
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*by.values()))
+        chosen = list(itertools.islice((problem for problem in turns if problem is not None), count))
+        return behaviour(self.decoder, chosen, self.plan.question, self.plan.estimator, self.mean)
 
     def instead(self, batch: Batch, rows: list[int] | None = None) -> Mapping[Site, Tensor]:
         """Return what takes the place of closed units on a batch, or in these rows of it."""
@@ -152,6 +144,22 @@ class Behaviour:
         return values[..., :n] / torch.tensor([example.target_tokens for example in self.problems])
 
 
+def check_apart(units: Mapping[Unit, Parts], asked: Sequence[str]) -> None:
+    """Raise `OptionError` where units are parts of one another: closing one would close some of another."""
+    found: dict[Site, list[tuple[Tensor, str]]] = {}
+    for unit, parts in units.items():
+        for site, index in parts.items():
+            found.setdefault(site, []).append((index, unit.kind))
+    for site, own in found.items():
+        index = torch.cat([index for index, _ in own])
+        if len(index.unique()) < len(index):
+            kinds = ", ".join(sorted({kind for _, kind in own}))
+            raise OptionError(
+                f"units of {' and '.join(asked)} share parts at layer {site.layer} ({kinds}): "
+                "name kinds that have nothing in common, such as heads and neurons:1"
+            )
+
+
 def behaviour(
     decoder: Decoder,
     problems: Sequence[Example],
@@ -164,6 +172,11 @@ def behaviour(
     if paired and len(paired) < len(problems):
         raise OptionError(
             "some problems have a wrong answer to compare with, and some have none: give it to all or to none"
+        )
+    if paired and question.ablation == "resample":
+        raise OptionError(
+            "problems with a wrong answer are no donors: 'resample' could put a prompt in its own place; "
+            "take counterfactual, mean or zero"
         )
     every = Calibration((*problems, *paired), (0,) * (len(problems) + len(paired)))
     how = estimator
@@ -284,17 +297,6 @@ def scored(
             f"scores of units are not finite in {dtype}: a wider --dtype may do, or other problems"
         )
     return balanced(of.effects(found))
-
-
-def balanced(scores: Float[Tensor, "gate unit problem"]) -> Float[Tensor, "unit problem"]:
-    """Return the mean of scores over gates, each weighed by what all its units are worth together.
-
-    Nearly closed, a model is broken, and every unit is worth a hundred times as much as in the intact one: in a plain mean
-    only that would count. Gates at which next to nothing is worth anything (`LEAST` of the largest sum) are not blown up.
-    """
-    totals = scores.mean(2).abs().nansum(1)
-    weights = 1 / totals.clamp_min(LEAST * float(totals.max())).clamp_min(torch.finfo(totals.dtype).tiny)
-    return (weights[:, None, None] * scores).sum(0) / weights.sum()
 
 
 def _slopes(

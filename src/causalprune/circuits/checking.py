@@ -201,14 +201,13 @@ def _completeness(bench: _Bench) -> dict[str, Any]:
 def _greedy(bench: _Bench) -> Keep:
     """Return a few of the best members whose removal tells circuit and model apart, each chosen by slopes, then measured."""
     how, best = Estimator("gradient", draws=0), bench.circuit.order[: min(BEST, bench.circuit.size)]
-    own = bench.keep()
+    plan, own = bench.of.plan, bench.keep()
+    of = replace(bench.of, plan=replace(plan, question=replace(plan.question, effect="ce")))  # as gaps are
     out = torch.zeros_like(own)
-    if bench.of.plan.question.effect == "kl":
-        how = replace(how, draws=1)
     for _ in range(min(GREEDY, len(best) - 1)):
         both = [own & ~out, ~out]
         gap = torch.sub(*bench.nats(both))
-        rises = [scored(bench.of, keep, how, State()).mean(1) for keep in both]
+        rises = [scored(of, keep, how, State()).mean(1) for keep in both]
         moved = (gap + rises[0] - rises[1]).abs()[best].masked_fill(out[best], -1).nan_to_num(nan=-1)
         out[best[int(moved.argmax())]] = True
     return out

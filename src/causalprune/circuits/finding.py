@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from causalprune.attribution import ELSEWHERE, Estimator, Question, attribute
-from causalprune.circuits.behaviour import Behaviour, Keep, Trials, behaviour, identity, scored
+from causalprune.circuits.behaviour import Behaviour, Keep, Trials, behaviour, check_apart, identity, scored
 from causalprune.circuits.curves import SHARES, Curve, Point, curve
 from causalprune.circuits.learning import learned
 from causalprune.circuits.ranking import (
@@ -32,7 +32,7 @@ from causalprune.circuits.ranking import (
     values_of,
     with_ties,
 )
-from causalprune.circuits.records import Circuit
+from causalprune.circuits.records import CIRCUIT, Circuit, save_circuit
 from causalprune.core import (
     METHOD_VERSION,
     Calibration,
@@ -80,7 +80,8 @@ def circuit(  # noqa: PLR0913 (what a user says)
     mean over rounds of the mean score (`signed`: what helps) or of its size (`absolute`: what the behaviour hangs on). By `kl`
     the order is then `learned` in the estimator's `epochs`; `turns` says how many of both there are. Sizes are measured on the problems of
     `decide`, or without on the second half of the calibration: the smallest that leaves the share `keep` of the likelihood per
-    token is the circuit (for `absolute` to either side). What is finished is kept in `folder`, where the same call goes on.
+    token is the circuit (for `absolute` to either side). What is finished is kept in `folder`, where the same call goes on, and
+    the circuit in its `circuit.json`.
 
     Raises:
         OptionError: what is asked does not go together, or nothing short of all units keeps the share.
@@ -94,7 +95,7 @@ def circuit(  # noqa: PLR0913 (what a user says)
         check_problems(what, own.examples)
     how = estimator if {question.effect, estimator.name} & {"kl", *MEASURED} else replace(estimator, draws=0)
     ranked = behaviour(decoder, calibration.examples, question, how)
-    ranked.check_apart()
+    check_apart(ranked.plan.units, question.units)
     decided = behaviour(decoder, decide.examples, question, how, ranked.mean)
     search = Search(ranked, decided, how, rank, keep, Path(folder) if folder else None, stage or bars)
     with ledger(ranked, decided, how, folder) as book:
@@ -104,7 +105,7 @@ def circuit(  # noqa: PLR0913 (what a user says)
         found, chosen = search.curve(order, size, book)
     orders = resampled_orders(rounds, rank)
     low, high = intervals(every := last_scores(rounds))
-    return Circuit(
+    made = Circuit(
         units=tuple(ranked.units),
         order=order,
         size=size,
@@ -121,16 +122,19 @@ def circuit(  # noqa: PLR0913 (what a user says)
         description=search.described(rescore)
         | {"calibration": calibration.description, "decide": decide.description},
     )
+    if folder:
+        save_circuit(made, Path(folder) / CIRCUIT)
+    return made
 
 
 def halves(calibration: Calibration) -> tuple[Calibration, Calibration]:
-    """Return every other example to score on, and the others to decide on."""
-    return tuple(
-        Calibration(
-            calibration.examples[at::2], (0,) * len(calibration.examples[at::2]), calibration.description
-        )
-        for at in (0, 1)
-    )  # type: ignore[return-value]
+    """Return every other problem to score on, and the others to decide on; those of one prompt stay together."""
+    number: dict[str, int] = {}
+    for example in calibration.examples:
+        number.setdefault(example.content, len(number))
+    sides = [tuple(own for own in calibration.examples if number[own.content] % 2 == side) for side in (0, 1)]
+    score, decide = (Calibration(side, (0,) * len(side), calibration.description) for side in sides)
+    return score, decide
 
 
 def check_problems(what: str, examples: Sequence[Example]) -> None:

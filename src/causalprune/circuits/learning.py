@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from causalprune.attribution import Estimator
-from causalprune.circuits.behaviour import LEAST, Behaviour
+from causalprune.attribution import LEAST, Estimator
+from causalprune.circuits.behaviour import Behaviour
 from causalprune.circuits.ranking import places, prefix
 from causalprune.core import ModelError, Progress, State
 from causalprune.interventions import Following, LayerInputs, gate_slopes, last_hidden, selected

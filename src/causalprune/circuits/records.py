@@ -68,8 +68,9 @@ class Circuit(Shown):
     def remarks(self) -> list[str]:
         """What has to be said of it before anything else."""
         found, curve = [], self.curve
-        if self.share >= SPARSE:
-            found.append(f"nothing is sparse here: the circuit is {self.share:.0%} of the units")
+        if self.chosen.share >= SPARSE:
+            of = self.description.get("sizes_of", "units")
+            found.append(f"nothing is sparse here: the circuit is {self.chosen.share:.0%} of the {of}")
         if min(own["over_chance"] for own in self.stability.values()) < STABLE:
             shown = ", ".join(
                 f"{float(share):.0%}: {own['over_chance']:.2f}" for share, own in self.stability.items()

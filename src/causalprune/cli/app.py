@@ -105,9 +105,8 @@ def run_recipe(
     words = typed(recipe, folder, data_dir, full=full, seeds=seeds)
     command = shlex.join([*words, *(["--trust-remote-code"] if trust_remote_code else [])])
     if seeds == 1:
-        _print_run(
-            run(wanted, folder, data_dir=data_dir, stage=voice.stage, command=command), folder, as_json
-        )
+        found = run(wanted, folder, data_dir=data_dir, stage=voice.stage, command=command)
+        _print_run(found, folder, data_dir, as_json)
     else:
         found = run_draws(wanted, seeds, folder, data_dir=data_dir, stage=voice.stage, command=command)
         _print_draws(found, folder, as_json)
@@ -139,7 +138,7 @@ def demo(
         say(shlex.join(["causalprune", *words]))
 
 
-def _print_run(record: dict[str, Any], folder: Path, as_json: bool) -> None:
+def _print_run(record: dict[str, Any], folder: Path, data_dir: Path | None, as_json: bool) -> None:
     from causalprune.cli import tables
     from causalprune.evaluation import RESULTS, rows_of
     from causalprune.reports import REPORT, report, verdict
@@ -151,7 +150,7 @@ def _print_run(record: dict[str, Any], folder: Path, as_json: bool) -> None:
     with voice.stage("report"):
         (page,) = report([folder], folder / REPORT)
     say(f"results: {folder / RESULTS}\nreport: {page}")
-    made = outcome_of(record, folder, found.label, next_command(record, folder, found))
+    made = outcome_of(record, folder, found.label, next_command(record, folder, found, data_dir))
     if made is not None:
         say(tables.outcome(made))
     files = {"results": folder / RESULTS, "report": page}

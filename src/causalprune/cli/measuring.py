@@ -297,10 +297,10 @@ def compare(
 ) -> None:
     """Compare results example by example: paired differences with 95 % bootstrap intervals."""
     from causalprune.cli import tables
-    from causalprune.evaluation import RESULTS, load_rows, read_json
+    from causalprune.evaluation import load_rows, read_json, record_file
 
     rows = [row for path in results for row in load_rows(path)]
-    records = (read_json(path / RESULTS if path.is_dir() else path) for path in results)
+    records = (read_json(record_file(path)) for path in results)
     sizes = [size for record in records for size in tables.sizes(record)]
     table = tables.comparison(rows, against=against, sizes=sizes)
     console.print(

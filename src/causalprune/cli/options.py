@@ -295,7 +295,7 @@ class AnswerOptions:
         list[str],
         typer.Option(
             help="NAME=module:function makes SOURCE_NAME a measure: called with texts and targets (or None), it returns a "
-            "number for each. It is code, and is run; repeatable."
+            "number for each; more is better, unless function.higher_is_better is False. It is code, and is run; repeatable."
         ),
     ] = field(default_factory=list)
 

@@ -62,8 +62,8 @@ class StreamOptions(opt.RunningOptions):
         typer.Option(
             "--stream/--no-stream",
             help="From file to file, without loading the model (local folder): matrix by matrix, or layer by layer where "
-            "a method looks at inputs or updates weights. Not for fisher, +graded, or scope global with inputs. By default "
-            "where the model does not fit into memory.",
+            "a method looks at inputs or updates weights. Not for fisher, snip, relevance, +graded, +adam, or scope global with "
+            "inputs; cap needs --effects. By default where the model does not fit into memory.",
             show_default=False,
         ),
     ] = None
@@ -103,14 +103,21 @@ def prune(
     """
     from causalprune.checkpoints import check_destination
     from causalprune.cli import tables
-    from causalprune.runs import outcome, place, prune_checkpoint, prune_streamed, writes_own
+    from causalprune.runs import outcome, place, prune_checkpoint, prune_streamed, reading, writes_own
 
     spec, calibration, wanted = model.spec(), data.spec(subsets), method.parsed(data.reading.seed)
     options = running.options(data.reading.data_dir, overwrite=overwrite)
     check_destination(output, overwrite)
     kept_in = output.with_name(f"{output.name}.pruning")
     with options.stage("finding the model"):  # which may be fetched
-        chosen = place(spec, wanted, options.batch_tokens, stream=running.stream, kept_in=kept_in)
+        chosen = place(
+            spec,
+            wanted,
+            options.batch_tokens,
+            stream=running.stream,
+            kept_in=kept_in,
+            effects=method.effects is not None,
+        )
     say(str(chosen))
     if chosen.stream and calibration.preserve is None and writes_own(wanted):
         say(
@@ -125,7 +132,7 @@ def prune(
     if done.unrouted:
         said = "matrices of experts got no calibration token and were scored by magnitude"
         say(tables.unrouted(done.unrouted, said))
-    made = outcome(output)
+    made = outcome(output, reading(vars(calibration), vars(spec), data.reading.data_dir))
     say(tables.outcome(made))
     pushed = pushed_to(output, repository)
     document(as_json, saved=output, **vars(made), unrouted=done.unrouted, pushed=pushed)

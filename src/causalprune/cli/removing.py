@@ -133,7 +133,7 @@ def shrink(
     from causalprune.checkpoints import check_destination, save
     from causalprune.cli import tables
     from causalprune.core import forget, size_of
-    from causalprune.runs import check_trained, outcome, speeds
+    from causalprune.runs import check_trained, outcome, reading, speeds
     from causalprune.shrinking import Shrinking, leftovers
     from causalprune.shrinking import shrink as smaller
 
@@ -166,7 +166,7 @@ def shrink(
     if shrunk.unrouted:
         said = "experts, put before others, got no token that tells their worth"
         say(tables.unrouted(shrunk.unrouted, said))
-    made = outcome(output)
+    made = outcome(output, reading(vars(data.spec(1)), vars(spec), data.reading.data_dir))
     say(tables.outcome(made))
     pushed = pushed_to(output, repository)
     document(as_json, saved=output, **vars(made), unrouted=shrunk.unrouted, pushed=pushed)

@@ -238,5 +238,5 @@ def fit(
     made = fitted(model.spec(), wanted, output, asked, running.options(data.reading.data_dir))
     for line in found(made.record):
         say(line)
-    say(f"saved: {made.file}\nmodel: {made.checkpoint}\nnext: llama-cli -m {made.file}")
+    say(f"saved: {made.file}\nmodel: {made.checkpoint}\n{tables.runs_in(made.file)}")
     document(as_json, saved=made.file, checkpoint=made.checkpoint, **made.record)

@@ -5,6 +5,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -326,6 +327,11 @@ def shipped(made: Written) -> str:
             f"zeros: {zeros}"
             + ("; types with an offset for each block, as Q4_K, do not keep them" if lost else ""),
             f"saved: {made.file}",
-            f"next: llama-cli -m {shlex.quote(str(made.file))}",
+            runs_in(made.file),
         ]
     )
+
+
+def runs_in(file: Path | str) -> str:
+    """Return the command that a GGUF file is tried with."""
+    return f"next: llama-cli -m {shlex.quote(str(file))}   (a program of llama.cpp's, which causalprune[ship] does not bring)"

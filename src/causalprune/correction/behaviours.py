@@ -107,6 +107,11 @@ def check_shown(found: Sequence[Judged], wanted: Sought) -> None:
     texts = [text for own in found for text in own.written.texts]
     shown = sum(value >= wanted.bar for value in values)
     if not any(own.clean for own in found):
+        if shown < len(values):
+            raise DataError(
+                f"the {len(values) - shown} continuations that do not show {wanted.name} are empty, so there is no clean text beside "
+                "the others: take other prompts"
+            )
         either = wanted.judge.name in ("loops", "phrases")  # 0 or 1, whatever the bar
         higher = "" if either else f"raise the bar (--bar above {min(values)}), or "
         raise DataError(

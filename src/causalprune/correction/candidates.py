@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from causalprune.circuits import Behaviour
 from causalprune.core import Batch, Decoder, Masks, Projection, Unit
 from causalprune.interventions import Asked, Parts, Site, gate_slopes, gated, ruled, weight_slopes
-from causalprune.pruning import close, dampen, scale, scaled, staying, staying_weights, still
+from causalprune.pruning import close, dampen, scale, scaled, size_of_parts, staying, staying_weights, still
 
 Chosen = Int[Tensor, "_"]
 """Numbers of candidates."""
@@ -22,7 +22,11 @@ Rows = Callable[[int], AbstractContextManager[Any]]
 
 
 class Candidates(Protocol):
-    """What may be taken out, numbered; `factor` is what is left of it, 0 where it is closed."""
+    """What may be taken out, numbered."""
+
+    @property
+    def factor(self) -> float:
+        """What is left of it, 0 where it is closed."""
 
     @property
     def decoder(self) -> Decoder:
@@ -106,8 +110,8 @@ class Units:
         return found
 
     def weights(self, chosen: Chosen) -> int:
-        """Return how many weights some units have, shared ones in parts."""
-        return round(float(self.of.weights[chosen].sum()))
+        """Return how many weights some units have, but for those that others need too."""
+        return size_of_parts(self.decoder, self._parts(chosen))
 
     def _gates(self, closed: Chosen, gate: float = 1.0) -> dict[Site, Float[Tensor, "part"]]:
         keep = torch.ones(self.count, dtype=torch.bool)

@@ -12,7 +12,7 @@ import torch
 from causalprune.attribution import Question, planned
 from causalprune.calibration import check_positions
 from causalprune.checkpoints import KEEP, iterate_keep
-from causalprune.circuits import Behaviour
+from causalprune.circuits import Behaviour, check_apart
 from causalprune.core import (
     Calibration,
     DataError,
@@ -37,7 +37,7 @@ from causalprune.correction.scores import ACTIVE
 from causalprune.correction.search import Search
 from causalprune.interventions import Site, grouped_by_effect, list_units, ruled
 from causalprune.models import fingerprint
-from causalprune.pruning import Repair, remove
+from causalprune.pruning import Repair, check_dtypes, remove
 
 LEDGER, SCORES, UPDATE = "correction.ledger", "scores", "update"
 MEASURED = ("units", "weights", "damp", "max_batch_tokens")
@@ -119,6 +119,8 @@ def check_contrast(decoder: Decoder, contrast: Contrast) -> None:
     if contrast.estimator == "relevance":
         with ruled(decoder):
             pass
+    if contrast.update == "distill":
+        check_dtypes(decoder)
     if contrast.weights:
         count = sum(p.size for p in decoder.projections)
         takes, free = TABLES * 4 * count, free_bytes(torch.device("cpu"))
@@ -130,6 +132,7 @@ def check_contrast(decoder: Decoder, contrast: Contrast) -> None:
         contrast.number(count)
     elif not grouped_by_effect(contrast.units):  # else what the groups are depends on samples
         units = list_units(decoder, contrast.units)
+        check_apart(units, contrast.units)
         contrast.number(len(units))
         _check_active(contrast, {site for parts in units.values() for site in parts})
 
@@ -154,6 +157,7 @@ def candidates_of(decoder: Decoder, chooses: Half, contrast: Contrast) -> Candid
         ),
         contrast.damp,
     )
+    check_apart(units.of.plan.units, contrast.units)
     _check_active(contrast, units.of.places)
     return units
 

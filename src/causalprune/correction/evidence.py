@@ -9,9 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from causalprune.attribution import Estimator
+from causalprune.attribution import Estimator, balanced
 from causalprune.calibration import batches
-from causalprune.circuits import balanced
 from causalprune.core import Batch, Example, Progress, State
 from causalprune.correction.candidates import Candidates, Chosen, Units
 from causalprune.correction.samples import Half

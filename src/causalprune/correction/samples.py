@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,14 +49,16 @@ class Half:
 def halves(undesired: Given, preserve: Given, tokenizer: Any = None) -> tuple[Half, Half]:
     """Return the half that chooses and the half that decides.
 
-    Of a `Calibration` in two subsets the first chooses; else every other sample of each source. Repeated samples are left out.
+    Of a `Calibration` in two subsets the first chooses; else every other prompt of each source. Samples of one prompt are in one
+    half, whichever set they are of. Repeated samples are left out.
 
     Raises:
         DataError: a set is empty or too small, both share a sample, or a sample has no target.
     """
     both = [_alone(name, given) for name, given in (("undesired", undesired), ("preserve", preserve))]
     _check(both[0][0], both[1][0], tokenizer)
-    sides = [_split(*own) for own in both]
+    known = dict[str, int]()
+    sides = [_split(*own, known) for own in both]
     found = [Half(sides[0][at], sides[1][at]) for at in (0, 1)]
     for own, what in zip(found, ("chooses", "decides"), strict=True):
         if len(own.undesired) < FEWEST // 2:
@@ -87,14 +90,16 @@ def _alone(name: str, given: Given) -> tuple[list[Example], list[int] | None]:
 
 
 def _split(
-    examples: Sequence[Example], subset: Sequence[int] | None
+    examples: Sequence[Example], subset: Sequence[int] | None, known: dict[str, int]
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    seen = dict[str, int]()
+    """Return the samples of each half; the halves of prompts that are `known` stay, and others become so."""
+    turns = Counter[str]()
     sides: tuple[list[Example], list[Example]] = ([], [])
     for i, example in enumerate(examples):
-        turn = seen.get(example.source, 0)
-        seen[example.source] = turn + 1
-        sides[turn % 2 if subset is None else subset[i]].append(example)
+        if example.content not in known:
+            known[example.content] = turns[example.source] % 2 if subset is None else subset[i]
+            turns[example.source] += 1
+        sides[known[example.content]].append(example)
     return tuple(sides[0]), tuple(sides[1])
 
 

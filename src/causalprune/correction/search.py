@@ -14,7 +14,7 @@ from causalprune.circuits import Value, summed_up
 from causalprune.core import OptionError, Stage, say
 from causalprune.correction.behaviours import CLEAN
 from causalprune.correction.candidates import Candidates, Chosen
-from causalprune.correction.evidence import HARM, Looking
+from causalprune.correction.evidence import HARM, ODDS, Looking, Need
 from causalprune.correction.measuring import Measured, Trials, named
 from causalprune.correction.records import Contrast, Point
 from causalprune.correction.scores import SCORES, Known
@@ -47,6 +47,13 @@ class Search:
     most: int
     stage: Stage
     curve: list[Point] = field(default_factory=list)
+    _known: tuple[str, dict[Need, Tensor]] | None = None
+
+    @cached_property
+    def _part(self) -> dict[Need, float]:
+        """The parts of what closing does that scaling does, to first and to second order."""
+        gone = 1 - self.candidates.factor
+        return {ODDS: gone, HARM: gone**2}
 
     def run(self) -> Found:
         """Return what goes, and what the model was measured to do without it.
@@ -114,9 +121,13 @@ class Search:
     def ranked(self, members: Chosen, number: int, before: float) -> tuple[Chosen, Float[Tensor, "_"]]:
         """Return the candidates that may go next, the best first, and the divergence expected of the first of them."""
         score, closed = SCORES[self.how.score], named(members)
-        with self.stage(self._named("scores", number)) as tell:
-            say(tell, unit="batches")
-            gathered = {need: self.looking.gather(need, members, closed, tell) for need in score.needs}
+        if self._known is None or self._known[0] != closed:  # else no more was taken out since
+            self._known = None
+            with self.stage(self._named("scores", number)) as tell:
+                say(tell, unit="batches")
+                gathered = {need: self.looking.gather(need, members, closed, tell) for need in score.needs}
+            self._known = closed, {need: own * self._part.get(need, 1.0) for need, own in gathered.items()}
+        gathered = self._known[1]
         limit = self.how.limit_nats if math.isfinite(self.how.limit_nats) else FREE
         worth = score.of(Known(gathered, self.candidates.magnitude, limit / self.most, self.how.seed)).clone()
         worth[~self.candidates.alive] = -torch.inf

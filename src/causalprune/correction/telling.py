@@ -5,9 +5,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from causalprune.calibration import OWN
 from causalprune.core import Decoder
 from causalprune.correction.behaviours import CLEAN
 from causalprune.correction.records import Corrected
+from causalprune.shrinking import step_of
 
 
 def sentences(found: Corrected) -> list[str]:
@@ -40,7 +42,8 @@ def sentences(found: Corrected) -> list[str]:
 
 def short(source: str) -> str:
     """Return the name of a source without the folder of a file."""
-    return f"{source.partition('/')[0]}{Path(source).name}" if "/" in source else source
+    head = next((own for own in (f"{CLEAN}{OWN}", CLEAN, OWN) if source.startswith(own)), "")
+    return head + Path(source.removeprefix(head)).name
 
 
 def for_good(found: Corrected, decoder: Decoder) -> str:
@@ -56,15 +59,19 @@ def for_good(found: Corrected, decoder: Decoder) -> str:
     total = sum(layers.values())
     if not total:
         return ""
-    share = min(layers[layer] / width for layer, width in widths.items())
     said = (
         f"{total:,} neurons are zero for good, {min(layers.values()):,} to {max(layers.values()):,} a layer"
     )
-    if share > 0:
-        return f"{said}: `causalprune shrink --neurons {math.floor(1e4 * share) / 1e4:g} --by magnitude --update none` takes those out without loss"
+    steps = {layer: step_of("neurons", width) for layer, width in widths.items()}
+    share = min(layers[layer] // steps[layer] * steps[layer] / width for layer, width in widths.items())
+    if share > 0 and len(set(widths.values())) == 1:
+        return (
+            f"{said}: `causalprune shrink --neurons {share:.6g} --by magnitude --update none` takes {share:.1%} of each layer out "
+            "without loss"
+        )
     return (
-        f"{said}: `causalprune shrink --by magnitude` takes such neurons out first, without loss as far as every layer has some "
-        "(it takes the same share of each)"
+        f"{said}; `causalprune shrink` takes as many of every layer, {max(steps.values())} at a time, which not all layers have: "
+        "they stay as zeros"
     )
 
 

@@ -112,6 +112,9 @@ from .results import (
     read_json as read_json,
 )
 from .results import (
+    record_file as record_file,
+)
+from .results import (
     resampled as resampled,
 )
 from .results import (

@@ -182,7 +182,7 @@ def room_for(decoder: Decoder, source: str, longest: int, settings: Settings, *,
         limit = min(limit, max(room, 1))
     if room is not None and limit > room:
         way_out = (
-            f"ask for --max-new-tokens {room} at most (max_new_tokens in a recipe)"
+            f"ask for --max-new-tokens {room} at most (`correct`: --new-tokens; in a recipe max_new_tokens)"
             if room > 0
             else "shorten it"
         )

@@ -217,6 +217,7 @@ def _runner(name: str, scorers: Iterable[str] = ()) -> Runner:
             )
         return OF_FILES[measure]
     if name not in (known := task_names(scorers)):
+        calibration.check_path(source or name)
         raise unknown("task", name, known)
     if name in OWN_TASKS:
         return _own

@@ -221,11 +221,17 @@ def rows_of(record: Mapping[str, Any]) -> list[Row]:
     return [(row["label"], [_result(result) for result in row["results"]]) for row in record["rows"]]
 
 
+def record_file(path: Path) -> Path:
+    """Return the file that holds the results of a folder, a run's or that of its draws; a file stands for itself."""
+    if not path.is_dir():
+        return path
+    drawn = not (path / RESULTS).exists() and (path / DRAWS).exists()
+    return path / (DRAWS if drawn else RESULTS)
+
+
 def load_rows(path: Path) -> list[Row]:
     """Return the rows of a run folder, of its `results.json`, or of a file of `evaluate` as one row."""
-    file = path / RESULTS if path.is_dir() else path
-    if path.is_dir() and not file.exists() and (path / DRAWS).exists():
-        file = path / DRAWS
+    file = record_file(path)
     record = read_json(file)
     if "rows" in record:
         return rows_of(record)

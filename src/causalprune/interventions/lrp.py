@@ -30,6 +30,8 @@ SQUASHING = (torch.tanh, torch.sigmoid, Tensor.tanh, Tensor.sigmoid, functional.
 LINEAR = (nn.Linear, nn.Embedding, nn.Dropout, nn.Identity)
 LINEAR_NAMES = re.compile(r"^Conv1D$|Rotary|Router$")
 UNRULED = re.compile(r"Mamba|DeltaNet|Lightning|Recurrent|ShortConv|LinearAttention|Rwkv")
+UNRULED_NAMES = ("per_layer_input_gate", "altup")
+"""Modules of Gemma 3n and 4 whose outputs are multiplied with what no rule halves."""
 FITS = 0.02
 """How far a norm may be from the linear map that its rule supposes, as a share of its largest output: bfloat16 rounds."""
 
@@ -109,7 +111,7 @@ class _Squashed(TorchFunctionMode):
 def _rule_of(name: str, module: nn.Module) -> Any:
     """Return the hook of a module of its kind, None where gradients go back as they are."""
     kind = type(module).__name__
-    if UNRULED.search(kind):
+    if UNRULED.search(kind) or name.endswith(UNRULED_NAMES):
         raise _no_rule(name, module)
     if any(True for _ in module.children()):
         return None

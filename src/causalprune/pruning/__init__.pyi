@@ -23,6 +23,9 @@ from .closing import (
     scaled as scaled,
 )
 from .closing import (
+    size_of_parts as size_of_parts,
+)
+from .closing import (
     staying as staying,
 )
 from .closing import (

@@ -49,6 +49,16 @@ def staying(decoder: Decoder, units: Iterable[Parts]) -> Masks:
     return found
 
 
+def size_of_parts(decoder: Decoder, units: Iterable[Parts]) -> int:
+    """Return the number of weights that are zero once units are closed; those of rows that others need too stay."""
+    gone, found = _members(decoder, units), 0
+    for layer in decoder.layers:
+        for p in layer.projections:
+            own = _gone(layer, p, gone)
+            found += int(own.sum()) * (p.size // own.numel())
+    return found
+
+
 def _members(decoder: Decoder, units: Iterable[Parts]) -> dict[Site, Bool[Tensor, "part"]]:
     """Return for every site which parts belong to one of the units."""
     found = {site: torch.zeros(size, dtype=torch.bool) for site, size in sites(decoder).items()}

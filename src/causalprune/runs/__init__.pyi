@@ -37,6 +37,9 @@ from .endings import (
 from .endings import (
     outcome_of as outcome_of,
 )
+from .endings import (
+    reading as reading,
+)
 from .fitting import check_trained as check_trained
 from .fitting import place as place
 from .fitting import room_of as room_of

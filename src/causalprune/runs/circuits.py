@@ -95,6 +95,8 @@ def find_circuit(
             raise OptionError(
                 f"--save writes zeros, and {asked.question.ablation!r} puts something else there: ask for zero"
             )
+        if alone.absolute() == folder.absolute():
+            raise OptionError("--save and --output are one folder: choose another for --save")
         check_destination(alone, options.overwrite)
     with options.stage("loading model"):
         decoder = load(spec)

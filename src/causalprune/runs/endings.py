@@ -2,18 +2,18 @@
 
 import dataclasses
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from causalprune.calibration import DATE, OWN, OWN_TEXT, TEXT_SOURCES, is_file
+from causalprune.calibration import OWN, OWN_TEXT, TEXT_SOURCES, is_file
 from causalprune.checkpoints import MANIFEST, read_manifest
 from causalprune.core import Size, Speed
 from causalprune.models import read_shape
 from causalprune.reports import CHECKPOINTS, Verdict
 from causalprune.runs.cells import ADDED
-from causalprune.runs.recipe import CalibrationSpec
+from causalprune.runs.recipe import CalibrationSpec, ModelSpec
 
 READ = ("seed", "max_tokens", "chat", "thinking", "turns", "fold_system")
 """Options that say how data are read, which a command on the same data repeats."""
@@ -36,14 +36,14 @@ class Outcome:
     then: str
 
 
-def outcome(checkpoint: Path) -> Outcome:
-    """Return what is in a checkpoint that was just made, from its manifest."""
+def outcome(checkpoint: Path, beside: Sequence[str] = ()) -> Outcome:
+    """Return what is in a checkpoint that was just made, from its manifest; words `beside` go with the next command."""
     record = read_manifest(checkpoint)
     run, counts = record["run"], record["sparsity"]
     about = run.get("shrink") or run
     size, speed = about.get("size"), about.get("speed")
     before, after = (Size(**size[key]) if size else _on_disk(checkpoint) for key in ("before", "after"))
-    then = evaluating(checkpoint, _task((run.get("calibration") or {}).get("sources") or ()))
+    then = evaluating(checkpoint, _task((run.get("calibration") or {}).get("sources") or ()), beside)
     found = counts["weights"], counts["zeros"]
     return Outcome(before, after, *found, Speed(**speed) if speed else None, str(checkpoint), then)
 
@@ -60,18 +60,21 @@ def outcome_of(record: Mapping[str, Any], folder: Path, label: str | None, then:
     return Outcome(before, after, *found, speed, str(kept) if kept else None, then)
 
 
-def next_command(record: Mapping[str, Any], folder: Path, verdict: Verdict) -> str:
+def next_command(
+    record: Mapping[str, Any], folder: Path, verdict: Verdict, data_dir: Path | None = None
+) -> str:
     """Return the command that goes on from a run: measure what its verdict lacks, make a smaller model, or look for less."""
-    kept = _kept(folder, verdict.label)
+    kept, recipe = _kept(folder, verdict.label), record["recipe"]
     if kept and not verdict.holds and verdict.measure is not None:
-        return evaluating(kept, verdict.measure)
+        return evaluating(kept, verdict.measure, reading(recipe["calibration"], recipe["model"], data_dir))
     if not verdict.holds:
         named = [r for r in record["rows"][0]["results"] if not r["description"].get(ADDED)]
         found = {result["task"]: result["description"].get("limit") for result in named}
         tasks = (f"{task}:{limit}" if limit else task for task, limit in found.items())
-        return _again(record, "sweep", folder / "sweep", *(word for task in tasks for word in ("--on", task)))
+        on = (word for task in tasks for word in ("--on", task))
+        return _again(record, "sweep", folder / "sweep", data_dir, *on)
     if not any(row.get("removed") for row in record["rows"]):
-        return _again(record, "shrink", folder / "smaller", "--parameters", "0.2")
+        return _again(record, "shrink", folder / "smaller", data_dir, "--parameters", "0.2")
     return shlex.join(["causalprune", *(("verify", str(kept)) if kept else ("report", str(folder)))])
 
 
@@ -81,28 +84,36 @@ def _kept(folder: Path, label: str | None) -> Path | None:
     return checkpoint if (checkpoint / MANIFEST).exists() else None
 
 
-def evaluating(checkpoint: Path, task: str) -> str:
+def evaluating(checkpoint: Path, task: str, beside: Sequence[str] = ()) -> str:
     """Return the command that measures a checkpoint on a task."""
     output = checkpoint.with_name(f"{checkpoint.name}.json")
-    return shlex.join(["causalprune", "evaluate", str(checkpoint), "--on", task, "-o", str(output)])
+    return shlex.join(["causalprune", "evaluate", str(checkpoint), "--on", task, "-o", str(output), *beside])
 
 
-def _again(record: Mapping[str, Any], command: str, output: Path, *own: str) -> str:
+def reading(wanted: Mapping[str, Any], model: Mapping[str, Any], data_dir: Path | str | None) -> list[str]:
+    """Return what a command says to read the same data in the same way, with a checkpoint of the same model."""
+    words = [] if data_dir is None else ["--data-dir", str(data_dir)]
+    for own, names, of in (
+        (wanted, READ, CalibrationSpec),
+        (model, ("date", "trust_remote_code"), ModelSpec),
+    ):
+        plain = {f.name: f.default for f in dataclasses.fields(of)}
+        for name in names:
+            if (value := own.get(name, plain[name])) != plain[name]:
+                words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
+
+
+def _again(record: Mapping[str, Any], command: str, output: Path, data_dir: Path | None, *own: str) -> str:
     """Return a command on the model and the calibration data of a run."""
     model, sources = record["recipe"]["model"], record["calibration"]["sources"]
     words = ["causalprune", command, model["name"], "-o", str(output), *own]
     preserved = record["calibration"].get("preserve", ())
     for source, count in sources.items():
         words += ["--preserve" if source in preserved else "-t", f"{source}:{count}"]
-    wanted, plain = (
-        record["recipe"]["calibration"],
-        {f.name: f.default for f in dataclasses.fields(CalibrationSpec)},
-    )
-    for name in READ:
-        if (value := wanted.get(name, plain[name])) != plain[name]:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    words += reading(record["recipe"]["calibration"], model, data_dir)
     for name, value in model.items():
-        if name != "name" and value not in (None, False, "auto", "cpu", DATE):
+        if name not in {"name", "date", "trust_remote_code"} and value not in (None, False, "auto", "cpu"):
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
     return shlex.join(words)
 

@@ -36,10 +36,11 @@ def place(
     *,
     stream: bool | None = None,
     kept_in: Path | None = None,
+    effects: bool = True,
 ) -> Place:
     """Choose how a model is pruned, from its configuration alone: as asked for, as a stopped run `kept_in` a folder was, or by what fits.
 
-    A model that is spread over devices is taken to fit.
+    A model that is spread over devices is taken to fit. What needs `effects` is pruned from its files only where they are there.
 
     Raises:
         ModelError: it does not fit into memory, and cannot be pruned from its files; says why.
@@ -60,7 +61,7 @@ def place(
     if stream is None and needed > free and spec.device_map is None:
         try:
             check_stored(spec)
-            check_streams(method)
+            check_streams(method, effects=effects)
         except OptionError as error:
             raise ModelError(
                 f"{spec.name} needs about {_gib(needed)} of memory, {_gib(free)} are free, and it cannot be pruned from its "
@@ -69,7 +70,7 @@ def place(
         stream = True
     elif stream:
         check_stored(spec)
-        check_streams(method)
+        check_streams(method, effects=effects)
     copies = (COPIES if stream else 1) if method.takes_long else 0
     return Place(bool(stream), needed, free, (1 + copies) * size)
 
@@ -95,9 +96,10 @@ def check_stored(spec: ModelSpec) -> None:
         raise OptionError(
             "--stream keeps the dtype of the files, takes one device and runs no code: leave the other options out"
         )
-    if not Path(spec.name).expanduser().is_dir():
+    if not Path(resolve(spec.name)).expanduser().is_dir():
         raise OptionError(
-            f"--stream takes a local folder of safetensors files, and {spec.name!r} is none: download it first"
+            f"--stream takes a local folder of safetensors files, and {spec.name!r} is none: for a name on the Hub, "
+            f"`hf download {spec.name} --local-dir FOLDER` first"
         )
 
 

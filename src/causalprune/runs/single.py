@@ -28,6 +28,7 @@ from causalprune.checkpoints import (
     check_destination,
     check_room,
     load_effects,
+    resolve,
     save,
     save_effects,
     warn_unpacked,
@@ -265,10 +266,10 @@ def prune_streamed(
     wanted, effects = wanted.settled(own=False), None  # a model in files does not write
     if "effects" in method.needs and effects_path is not None:
         effects = load_effects(effects_path)
-    folder, calibration = Path(spec.name).expanduser(), None
+    folder, calibration = Path(resolve(spec.name)).expanduser(), None
     check_destination(output, options.overwrite)
     check_folder(folder)
-    check_streams(method)
+    check_streams(method, effects=effects is not None)
     if method.needs_calibration:
         with options.stage("calibration data"):
             bare = dataclasses.replace(skeleton(folder), tokenizer=tokenizer_of(folder))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ from causalprune.evaluation import (
     paired_difference,
     reader_for,
 )
+from causalprune.models import positions
 from causalprune.runs.single import Options
 
 PROMPTS, PRESERVE = ("wikitext2",), ("wikitext2:24", "gsm8k:48")
@@ -119,16 +122,22 @@ class Study:
                 written = self._written(name, begun, tell)
             self.found.append(judged(name, written, self.wanted, self.decoder.tokenizer))
         check_shown(self.found, self.wanted)
-        numbered = (pair for own in self.found for pair in enumerate(own.written.problems))
-        self.half_of = {problem.content: number % 2 for number, problem in numbered}
-        bad = _halved([own.undesired for own in self.found])
-        good = _halved([own.clean for own in self.found])
+        for own in self.found:
+            for number, problem in enumerate(own.written.problems):
+                self.half_of.setdefault(problem.content, number % 2)
+        bad = self._halved([own.undesired for own in self.found])
+        good = self._halved([own.clean for own in self.found])
         for what, some in ((f"show {self.wanted.name}", bad), ("are clean", good)):
             if set(some.subset) != {0, 1}:
                 raise DataError(
                     f"{len(some.examples)} continuations {what}, all of them in one half of the prompts: take more prompts"
                 )
         return bad, good
+
+    def _halved(self, found: Sequence[Mapping[int, Example]]) -> Calibration:
+        """Return samples in two subsets, by the halves of their prompts."""
+        examples = tuple(example for own in found for example in own.values())
+        return Calibration(examples, tuple(self.half_of[example.content] for example in examples))
 
     def _written(self, name: str, begun: Begun, tell: Progress) -> Written:
         """Return how the model goes on, from the ledger where that is written already."""
@@ -162,9 +171,13 @@ class Study:
     def before(self, deciding: Sequence[Example]) -> list[Written]:
         """Return the texts that are written again afterwards: those of the deciding half, or after some given samples' prompts."""
         if self.found:
-            return [part(own.written, 1) for own in self.found if len(own.written.texts) > 1]
-        decode = self.decoder.tokenizer.decode
-        few = [dataclasses.replace(own, mask=None) for own in deciding[:SHOWN]]
+            parts = [part(own.written, self.half_of, 1) for own in self.found]
+            return [own for own in parts if own.texts]
+        decode, room = self.decoder.tokenizer.decode, positions(self.decoder.model.config) or math.inf
+        fitting = (own for own in deciding if own.target_start + self.asked.new_tokens <= room)
+        few = [dataclasses.replace(own, mask=None) for own in itertools.islice(fitting, SHOWN)]
+        if not few:
+            return []
         problems = [
             Problem(
                 own.source,
@@ -223,22 +236,12 @@ class Study:
         return {**about, "continuations": counts, "preserved": asked.preserved}
 
 
-def _halved(found: Sequence[Mapping[int, Example]]) -> Calibration:
-    """Return samples in two subsets: every other prompt of each source decides."""
-    pairs = [(example, number % 2) for own in found for number, example in own.items()]
-    return Calibration(tuple(e for e, _ in pairs), tuple(half for _, half in pairs))
-
-
-def part(written: Written, first: int) -> Written:
-    """Return every other continuation, from one on."""
-    each = slice(first, None, 2)
-    return dataclasses.replace(
-        written,
-        problems=written.problems[each],
-        texts=written.texts[each],
-        over=written.over[each],
-        tokens=written.tokens[each],
-    )
+def part(written: Written, half_of: Mapping[str, int], half: int) -> Written:
+    """Return the continuations of the prompts of a half."""
+    inside = [half_of[problem.content] == half for problem in written.problems]
+    parts = ("problems", "texts", "over", "tokens")
+    own = {name: tuple(itertools.compress(getattr(written, name), inside)) for name in parts}
+    return dataclasses.replace(written, **own)
 
 
 def changed(before: EvalResult, after: EvalResult) -> str:

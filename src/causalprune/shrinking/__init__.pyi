@@ -7,6 +7,9 @@ from .competing import (
 from .competing import (
     check_budget as check_budget,
 )
+from .competing import (
+    step_of as step_of,
+)
 from .removal import (
     Shares as Shares,
 )

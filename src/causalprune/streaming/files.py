@@ -206,8 +206,12 @@ def was_streamed(kept_in: Path) -> bool | None:
     return None if known is None else known[0] == STREAMED
 
 
-def check_streams(method: Method, *, data: bool = True) -> None:
-    """Raise `OptionError` for a method that has to see all layers at once, or lacks calibration data."""
+def check_streams(method: Method, *, data: bool = True, effects: bool = True) -> None:
+    """Raise `OptionError` for a method that has to see all layers at once, or lacks calibration data or effects."""
+    if "effects" in method.needs and not effects:
+        raise OptionError(
+            f"method {method.criterion!r} from files needs effects that were measured before: `causalprune attribute`, then --effects"
+        )
     if not method.walks:
         return
     scope, update, budgets = method.resolved_scope, method.resolved_update, method.resolved_budgets
