@@ -88,7 +88,9 @@ def smaller(name: str, percent: int) -> Found:
     seconds = {
         build: _made(place, [pythons[build], "-c", COMMAND, *words]) for build, place in places.items()
     }
-    every = {"dense": Path(model), **places, **PEERS}
+    untrained = RUNS / "fit" / f"{step}-untrained"
+    seconds["untrained"] = _made(untrained, [sys.executable, "-c", COMMAND, *words, "--update", "none"])
+    every = {"dense": Path(model), **places, "untrained": untrained, **PEERS}
     results = {label: _measured(place, dtype) for label, place in every.items()}
     losses, texts = ({label: own[at] for label, own in results.items()} for at in (0, 1))
     rise = {label: headline(own) - headline(losses["dense"]) for label, own in losses.items()}
@@ -100,6 +102,7 @@ def smaller(name: str, percent: int) -> Found:
     if PEERS:
         best, clearest = (min(PEERS, key=lambda peer: headline(own[peer])) for own in (losses, texts))
         figures[f"shrink_over_best_peer_{step}"] = rise["ours"] / rise[best]
+        figures[f"shrink_untrained_over_best_peer_{step}"] = rise["untrained"] / rise[best]
         apart = paired_difference(texts["ours"], texts[clearest])
         figures[f"shrink_ppl_minus_best_peer_high_{step}"] = apart.high
     pairs = {
@@ -213,7 +216,10 @@ def frontier(name: str, sizes: tuple[int, ...]) -> Found:
     for number, size in enumerate(sizes):
         start, note = time.perf_counter(), place.with_name(f"{place.name}-{size}.json")
         if not note.exists():
-            subprocess.run([sys.executable, "-c", COMMAND, *words, "--size", f"{size}MB"], check=True)
+            done = subprocess.run([sys.executable, "-c", COMMAND, *words, "--size", f"{size}MB"], check=False)
+            if done.returncode:  # refused, or stopped: the other sizes are not lost with it
+                print(f"{name}: no file of {size} MB")
+                continue
             record = json.loads((place / "frontier.json").read_text())
             minutes = (time.perf_counter() - start) / 60 if not number else None
             note.write_text(json.dumps({**record, "minutes": minutes}))
@@ -226,7 +232,7 @@ def frontier(name: str, sizes: tuple[int, ...]) -> Found:
     figures |= {
         f"fit_pays_points_{name}": float(sum(own is not None and own["high"] < 0 for own in over.values()))
     }
-    if (minutes := found[str(sizes[0])]["minutes"]) is not None:
+    if (minutes := found.get(str(sizes[0]), {}).get("minutes")) is not None:
         figures[f"fit_minutes_{name}"] = minutes
     return {"figures": figures, "raw": found}
 

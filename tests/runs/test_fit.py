@@ -13,6 +13,7 @@ from tinydata import write_data
 from causalprune.core.types import EvalResult
 from causalprune.models.loading import load
 from causalprune.runs import ModelSpec, searching
+from causalprune.runs import shipped as fit_of
 from causalprune.shipping.frontier import Limit, Point
 from causalprune.shipping.recounting import looked_into
 
@@ -54,6 +55,19 @@ def test_a_file_within_the_limit_and_a_search_that_goes_on(
     assert len(record["asked"]) == 4
     assert (output / "frontier.html").exists()
     assert str(file) in out
+    assert (record["chosen"]["share"] > 0) == (output / "model" / "config.json").exists()
+    assert looked_into(file)["name"].startswith("model")
+    timed, speed = list[Path](), fit_of._speed
+    monkeypatch.setattr(fit_of, "_speed", lambda *given: timed.append(given[1]) or speed(*given))
+    slow = words[:4] + words[6:]
+    for wanted in ("0.01x", "0.02x"):
+        code, out, err = run("fit", model, "-o", output, *slow, "--speed", wanted, "--json")
+        assert code == 0, err
+        assert json.loads(out)["speeds"]
+    assert len(timed) == 1, "the second limit is met by what was timed for the first"
+    code, _, err = run("fit", model, "-o", output, *slow, "--speed", "1000x")
+    assert code == 2
+    assert "× the speed" in err
 
 
 @pytest.mark.slow

@@ -101,6 +101,8 @@ def test_where_removing_starts_to_pay() -> None:
     points = [*WHOLE, Point(0.1, "q4_k_m", 55, 0.3), Point(0.1, "q8_0", 90, 0.3)]
     assert pays_below(points, {**RISES, "0.1-q4_k_m": 0.3, "0.1-q8_0": 0.3}) == 55
     assert pays_below(points, {**RISES, "0.1-q4_k_m": 1.0}) is None
+    alone = Point(0.1, "q2_k", 1, 0.3)  # which no whole file is as small as
+    assert pays_below([*WHOLE, alone], {**RISES, alone.name: 0.01}) is None
 
 
 def test_the_page_says_what_was_found(tmp_path: Path) -> None:

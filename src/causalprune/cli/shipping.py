@@ -165,7 +165,7 @@ class TriedOptions:
     shares: Annotated[
         str,
         typer.Option(help="Shares of all parameters that go, tried in turn as long as they pay, by commas."),
-    ] = "0.1,0.2,0.3"
+    ] = "0.1,0.2,0.3,0.4,0.5"
     start: Annotated[
         str | None,
         typer.Option(
@@ -218,6 +218,7 @@ def fit(
     Tries types of llama.cpp and smaller models, predicts before it measures, chooses by one half of the problems and reports
     the other. Writes model.gguf, frontier.json and frontier.html. That no pruning is best is an answer too.
     """
+    from causalprune.cli import tables
     from causalprune.evaluation import load_scorers
     from causalprune.reports import found
     from causalprune.runs import Asked

@@ -28,7 +28,8 @@ def frontier_page(record: Mapping[str, Any], file: Path) -> Path:
     said = Markup("").join(Markup("<p>{}</p>").format(line) for line in found(record))
     note = Markup('<p class="note">{}</p>').format(
         f"Circles were measured and crosses only predicted, each by how much it is worse than dense on the problems that decide "
-        f"({_rise(record)}); the larger the mark, the more parameters are gone. Those in the table are of the other problems, which nothing was chosen by."
+        f"({_rise(record)}); the larger the mark, the more parameters are gone. Upright lines are 95 % intervals on the other problems, which nothing "
+        "was chosen by, as are the numbers in the table."
     )
     parts = {"drawing": _drawing(record), "note": note, "table": _table(record), "said": said}
     text = PAGE.format(title=f"{record['model']}: the file to ship", style=Markup(STYLE), **parts)  # noqa: S704 (our own file)
@@ -95,7 +96,18 @@ def _drawing(record: Mapping[str, Any]) -> Markup:
         share = ((_height(point) or 0.0) - low) / (top - low)
         return LEFT + (WIDE - LEFT - 20) * point["bytes"] / most, 15 + (HIGH - 15 - LOW) * (1 - share)
 
-    marks = Markup("").join(_mark(p, *at(p), chosen=p["name"] == record["chosen"]["name"]) for p in points)
+    def bars() -> Iterator[Markup]:
+        for p in points:
+            own = p.get("minus_dense")
+            if own and record["metric"] != "perplexity" and math.isfinite(own["low"] + own["high"]):
+                sign = -1 if record.get("higher_is_better") else 1
+                ends = sign * own["low"], sign * own["high"]
+                x, (low_y, high_y) = at(p)[0], (at({**p, "measured_rise": end})[1] for end in ends)
+                yield Markup('<path d="M{:.1f} {:.1f}V{:.1f}" stroke-opacity=".4"/>').format(x, low_y, high_y)
+
+    marks = Markup("").join(
+        (*bars(), *(_mark(p, *at(p), chosen=p["name"] == record["chosen"]["name"]) for p in points))
+    )
     axes = Markup("").join(_axes(most, low, top))
     return Markup(
         '<svg viewBox="0 0 {} {}" width="{}" style="max-width:100%" role="img" aria-label="rise to dense by size of the file">'

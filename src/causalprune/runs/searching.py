@@ -57,7 +57,7 @@ from causalprune.shipping import (
 from causalprune.shrinking import Budget, Offers, Shrinking, check_budget, leftovers, shrink
 
 MIXES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "q2_k")
-SHARES = (0.1, 0.2, 0.3)
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 PLAN, MADE, EXAMPLES = "plan/", "made/", "examples"
 """Keys of a ledger besides those of what was measured."""
 ROUNDED = 1.1
@@ -191,10 +191,15 @@ class Search:
         keys = {mix: f"{PLAN}{share:g}/{mix}" for mix in self.asked.mixes}
         if missing := [mix for mix, key in keys.items() if key not in self.book.rows]:
             with self.options.stage(f"planning files{f' without {share:.0%}' if share else ''}"):
-                found = plans(self.folder(share), missing, self.work, self.asked.file)
+                found = plans(self.folder(share), missing, self.work, self.how(share))
             for mix, plan in found.items():
                 self.book.append(keys[mix], asdict(plan))
         return {mix: self.book.rows[key] for mix, key in keys.items()}
+
+    def how(self, share: float) -> Exporting:
+        """Return how files of a share are made, which are called as the model is."""
+        own = Path(self.spec.name).name.removesuffix(".gguf")
+        return dataclasses.replace(self.asked.file, name=f"{own} without {share:.0%}" if share else own)
 
     def folder(self, share: float) -> Path:
         """Return the checkpoint of a share; that of the whole model is written where it is none on this disk."""
@@ -266,6 +271,8 @@ def clear(work: Path, *, whole: bool) -> None:
             shutil.rmtree(left)
     for left in (*work.glob("importance-*.npz"), work / "whole-q8_0.gguf"):
         left.unlink(missing_ok=True)
+    for left in work.glob("without-*.attribution.*"):
+        forget(left)
 
 
 def started(spec: ModelSpec, name: str | None) -> Start:

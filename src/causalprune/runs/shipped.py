@@ -1,6 +1,7 @@
 """From a model, a task and a limit to the file to ship: what is gone, and the types of what stays, predicted and then measured."""
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from causalprune.calibration import OWN_TEXT
-from causalprune.checkpoints import hash_file
+from causalprune.checkpoints import MANIFEST, hash_file
 from causalprune.core import (
     CausalPruneError,
     CheckpointError,
@@ -21,7 +22,15 @@ from causalprune.core import (
     read_rows,
     versions,
 )
-from causalprune.evaluation import check_tasks, digests, headline, interval, paired_difference, write_json
+from causalprune.evaluation import (
+    check_tasks,
+    digests,
+    headline,
+    higher_is_better,
+    interval,
+    paired_difference,
+    write_json,
+)
 from causalprune.models import tokenizer_of
 from causalprune.reports import FRONTIER_PAGE, frontier_page
 from causalprune.runs.cells import load
@@ -52,7 +61,9 @@ from causalprune.shipping import (
     worth_measuring,
 )
 
-FRONTIER, FILE, LEDGER = "frontier.json", "model.gguf", "fit.ledger"
+FRONTIER, FILE, MODEL, LEDGER = "frontier.json", "model.gguf", "model", "fit.ledger"
+TIMED = "speed/"
+"""Before the names of files in a ledger, of which it has the speed."""
 PROMPTS, WRITTEN, ROUNDS = 10, 24, 3
 
 
@@ -147,9 +158,11 @@ def _searched(search: Search) -> list[Point]:
         if enough(search, share, points):
             break
         points += search.points(share)
-        near = [p for p in worth_measuring(points, search.rises(points)) if p.share == share]
-        for point in near:
-            search.measure(share, point.mix)
+        while near := worth_measuring(
+            points, search.rises(points)
+        ):  # what was measured may move the frontier
+            for point in near:
+                search.measure(point.share, point.mix)
         measured = [p for p in points if p.share == share and search.known(p)]
         if not measured and best(points, search.rises(points), asked.limit, search.keeps(points)):
             break
@@ -162,21 +175,46 @@ def _written(search: Search, points: list[Point]) -> Fitted:
     speeds: dict[str, Any] = {}
     made = search.work / FILE
     for point in best(points, rises, limit, search.keeps(points)):
-        file = _export(search, point, made)
+        file = None
         if limit.kind == "speed":
-            speeds[point.name] = _speed(search, made)
-        if limit.kind != "speed" or speeds[point.name]["over_dense"] >= limit.value:
-            break
+            if (key := f"{TIMED}{point.name}") not in search.book.rows:
+                file = _export(search, point, made)
+                search.book.append(key, _speed(search, made))
+            speeds[point.name] = search.book.rows[key]
+            if speeds[point.name]["over_dense"] < limit.value:
+                continue
+        file = file or _export(search, point, made)
+        break
     else:
         made.unlink(missing_ok=True)
         raise OptionError(_nearest(search, points, speeds))
     made.replace(target)
+    checkpoint = _kept(search, point.share)
     record = _record(search, points, point, file) | {"speeds": speeds}
     write_json(search.output / FRONTIER, record)  # before the file is asked, which may fail
     record |= {"asked": _asked(search, target)}
     write_json(search.output / FRONTIER, record)
     frontier_page(record, search.output / FRONTIER_PAGE)
-    return Fitted(target, search.folder(point.share), record)
+    return Fitted(target, checkpoint, record)
+
+
+def _kept(search: Search, share: float) -> Path:
+    """Return the folder of the model that was chosen: beside the file, where this search made it, for `work` may go."""
+    folder, kept_in = search.folder(share), search.output / MODEL
+    if (kept_in / MANIFEST).exists():  # of an earlier choice
+        shutil.rmtree(kept_in)
+    if search.work not in folder.parents:
+        return folder
+    shutil.copytree(folder, kept_in, copy_function=_linked)
+    return kept_in
+
+
+def _linked(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where the disk has no such names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _nearest(search: Search, points: Sequence[Point], speeds: Mapping[str, Any]) -> str:
@@ -186,15 +224,19 @@ def _nearest(search: Search, points: Sequence[Point], speeds: Mapping[str, Any])
     if limit.kind == "speed":
         name = max(speeds, key=lambda own: speeds[own]["over_dense"])
         found = f"{speeds[name]['over_dense']:.2f} × the speed"
+    elif limit.kind == "keep":
+        keeps = search.keeps([*points])
+        name = max(keeps, key=lambda own: keeps[own])
+        found = f"{keeps[name]:.3f} of the task kept"
     else:
-        name = min(known, key=lambda own: known[own].bytes if limit.kind == "size" else rises[own])
+        name = min(known, key=lambda own: known[own].bytes)
         found = f"{known[name].bytes / 1e6:.1f} MB"
     return f"no file is of {limit}: the nearest is {name} with {found}, {rises[name]:+.3f} to dense on {search.asked.on}"
 
 
 def _export(search: Search, point: Point, target: Path) -> Written:
     weigh = partial(search.importance, point.share, None)
-    how = dataclasses.replace(search.asked.file, overwrite=True)
+    how = dataclasses.replace(search.how(point.share), overwrite=True)
     return export(search.folder(point.share), target, point.mix, weigh, how, search.options.stage)
 
 
@@ -227,6 +269,7 @@ def _record(search: Search, points: list[Point], chosen: Point, file: Written) -
         "model": search.spec.name,
         "on": asked.on,
         "metric": whole.metric,
+        "higher_is_better": higher_is_better(whole),
         "limit": {"kind": asked.limit.kind, "value": asked.limit.value, "said": str(asked.limit)},
         "calibration": _plain(search.wanted),
         "update": asked.update,

@@ -67,10 +67,12 @@ def home() -> Path:
     return Path(next(iter(spec.submodule_search_locations or ()))) / "llama.cpp"
 
 
-def convert(folder: Path, file: Path, *, pre_tokenizer: str = "", trust_remote_code: bool = False) -> None:
+def convert(
+    folder: Path, file: Path, *, pre_tokenizer: str = "", trust_remote_code: bool = False, name: str = ""
+) -> None:
     """Write the model in a folder as a GGUF file, every weight as it is stored there.
 
-    `pre_tokenizer` names llama.cpp's rule for cutting texts before merges, where the converter does not know the tokenizer.
+    The file calls it by its `name`, or by that of its card or its folder. `pre_tokenizer` names llama.cpp's rule for cutting texts before merges, where the converter does not know the tokenizer.
 
     Raises:
         ModelError: the converter does not know the family or the tokenizer, or the folder is no model it reads.
@@ -81,6 +83,7 @@ def convert(folder: Path, file: Path, *, pre_tokenizer: str = "", trust_remote_c
     width = config.get(_WIDTHS.get(str(config.get("model_type")), ""))
     command = [sys.executable, "-c", _LAUNCH, str(script), pre_tokenizer, str(width or ""), str(folder)]
     command += ["--outtype", _OUT.get(stored, "f32"), "--outfile", str(file)]
+    command += ["--model-name", name] if name else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ModelError(

@@ -25,6 +25,7 @@ SCRATCH = ".gguf-"
 class Exporting:
     """How a file is made: the rule by which texts are cut, where the converter does not know it, and whether a file is replaced.
 
+    `name` is what the file calls the model, instead of its card's or its folder's name.
     `check` loads the file in llama.cpp and compares how it cuts some texts with what the checkpoint's tokenizer does. `uneven`
     leaves out neurons and heads that are zero as a whole, of which layers may then have different numbers.
     """
@@ -34,6 +35,7 @@ class Exporting:
     overwrite: bool = False
     check: bool = True
     uneven: bool = False
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def plans(folder: Path, mixes: Iterable[str], scratch: Path, how: Exporting = Ex
     """Return what a checkpoint becomes in every mix with an importance matrix, by converting it once into the folder `scratch`."""
     with tempfile.TemporaryDirectory(dir=scratch, prefix=SCRATCH) as place:
         whole = Path(place) / "whole.gguf"
-        convert(folder, whole, pre_tokenizer=how.pre_tokenizer, trust_remote_code=how.trust_remote_code)
+        trusted = how.trust_remote_code
+        convert(folder, whole, pre_tokenizer=how.pre_tokenizer, trust_remote_code=trusted, name=how.name)
         reader = opened(whole)
         found = {mix: planned(reader, mix, weighted=True) for mix in mixes}
         return {
@@ -101,7 +104,8 @@ def export(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=began) as scratch:
         whole, made = Path(scratch) / "whole.gguf", Path(scratch) / "made.gguf"
         with stage("converting"):
-            convert(folder, whole, pre_tokenizer=how.pre_tokenizer, trust_remote_code=how.trust_remote_code)
+            trusted = how.trust_remote_code
+            convert(folder, whole, pre_tokenizer=how.pre_tokenizer, trust_remote_code=trusted, name=how.name)
         importance = weigh()
         if how.uneven:
             with stage("leaving out what is zero"):

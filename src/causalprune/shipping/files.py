@@ -98,9 +98,14 @@ def _check_agreement(path: Path, reader: Any) -> None:
         field(reader, f"{own}.embedding_length"),
         field(reader, "tokenizer.ggml.tokens", length=True),
     )
-    for what, found, wanted in (("embedding_length", embedding[-1], width), ("tokens", embedding[0], tokens)):
+    inner, down = field(reader, f"{own}.feed_forward_length"), sizes.get(f"{LAYERS}0.ffn_down.weight")
+    pairs = [("embedding_length", embedding[-1], width, "token_embd.weight")]
+    pairs += [("tokens", embedding[0], tokens, "token_embd.weight")]
+    if down is not None and isinstance(inner, int):
+        pairs += [("feed_forward_length", down[-1], inner, f"{LAYERS}0.ffn_down.weight")]
+    for what, found, wanted, tensor in pairs:
         if wanted is not None and found != wanted:
-            raise ModelError(f"{str(path)!r} says {what} = {wanted}, and its token_embd.weight has {found}")
+            raise ModelError(f"{str(path)!r} says {what} = {wanted}, and its {tensor} has {found}")
 
 
 def field(reader: Any, key: str, *, length: bool = False) -> Any:

@@ -130,12 +130,17 @@ def best(
 
 
 def pays_below(points: Sequence[Point], rises: Mapping[str, float]) -> int | None:
-    """Return the largest file without a share of its parameters that is better than every whole one of its size; None if there is none."""
+    """Return the largest file without a share of its parameters that is better than all whole ones of its size, of which there is one.
+
+    None if there is none: where no whole file is so small, nothing was compared.
+    """
     known = [p for p in points if p.name in rises]
     whole = [p for p in known if not p.share]
     found = [
         p.bytes
         for p in known
-        if p.share and all(rises[p.name] < rises[w.name] for w in whole if w.bytes <= p.bytes)
+        if p.share
+        and (rivals := [w for w in whole if w.bytes <= p.bytes])
+        and all(rises[p.name] < rises[w.name] for w in rivals)
     ]
     return max(found, default=None)

@@ -252,7 +252,7 @@ def _is_quantised(name: str, size: tuple[int, ...]) -> bool:
     own = name not in ("position_embd.weight", "token_types.weight") and not any(
         part in name for part in _LEFT
     )
-    return own and name.endswith("weight") and len(size) > 1
+    return own and name.endswith("weight") and any(n > 1 for n in size[:-1])  # more than one row
 
 
 def _kind(name: str, *, tied: bool) -> str | None:
