@@ -99,12 +99,10 @@ def circuit(  # noqa: PLR0913 (what a user says)
     decided = behaviour(decoder, decide.examples, question, how, ranked.mean)
     search = Search(ranked, decided, how, rank, keep, Path(folder) if folder else None, stage or bars)
     with ledger(ranked, decided, how, folder) as book:
-        rounds = search.rounds(rescore)
-        order = order_of(rounds, rank)
-        size = search.size(order, rounds, book)
-        found, chosen = search.curve(order, size, book)
-    orders = resampled_orders(rounds, rank)
-    low, high = intervals(every := last_scores(rounds))
+        rounds, order, size, (found, chosen) = search.run(rescore, book)
+    told = {"calibration": calibration.description, "decide": decide.description}
+    orders, every = resampled_orders(rounds, rank), last_scores(rounds)
+    low, high = intervals(every)
     made = Circuit(
         units=tuple(ranked.units),
         order=order,
@@ -119,8 +117,7 @@ def circuit(  # noqa: PLR0913 (what a user says)
         stability=stability(orders),
         problems=tuple(decide.examples),
         model_fingerprint=ranked.plan.model_fingerprint,
-        description=search.described(rescore)
-        | {"calibration": calibration.description, "decide": decide.description},
+        description=search.described(rescore) | told,
     )
     if folder:
         save_circuit(made, Path(folder) / CIRCUIT)
@@ -318,6 +315,15 @@ class Search:
     def _rise(self, trials: Trials, order: Int[Tensor, "unit"], count: int) -> float:
         both = trials.nats([self.kept(order, len(order)), self.kept(order, count)]).mean(1)
         return float(both[1] - both[0])
+
+    def run(
+        self, rescore: int, book: Ledger | None
+    ) -> tuple[list[Round], Int[Tensor, "unit"], int, tuple[Curve, Point]]:
+        """Return what was scored, the order that comes of it, the size, and what is left at all sizes and at that one."""
+        rounds = self.rounds(rescore)
+        order = order_of(rounds, self.rank)
+        size = self.size(order, rounds, book)
+        return rounds, order, size, self.curve(order, size, book)
 
     def curve(self, order: Int[Tensor, "unit"], size: int, book: Ledger | None) -> tuple[Curve, Point]:
         """Measure circuits of MIB's sizes, and the one that was chosen."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from causalprune.calibration import rendered, tokenize
 from causalprune.core import DataError, Decoder
+from causalprune.models import go_on
 
 Piece: TypeAlias = tuple[list[int], list[int]]
 """Tokens, and the places of those that were given and not chosen: where documents begin."""
@@ -107,9 +108,9 @@ class _Step:
         device, at = self._decoder.device, self._read
         seen = (torch.arange(at + 1) >= begun[:, None]).long()
         places = {"position_ids": (at - begun)[:, None].to(device)} if self._places else {}
-        options = {"attention_mask": seen.to(device), "past_key_values": self._cache, "use_cache": True}
-        output = self._decoder.model(input_ids=tokens[:, None].to(device), **options, **places)
-        self._cache, self._read = getattr(output, "past_key_values", None), at + 1
+        model, step = self._decoder.model, tokens[:, None].to(device)
+        output, self._cache = go_on(model, step, self._cache, seen.to(device), **places)
+        self._read = at + 1
         logits: Tensor = output.logits[:, -1].float()
         if self._cache is None:
             raise DataError(f"{self._decoder.name} keeps no cache of what it reads: it cannot write a text")

@@ -163,5 +163,8 @@ from .units import (
     list_units as list_units,
 )
 from .units import (
+    sees_all as sees_all,
+)
+from .units import (
     sites as sites,
 )

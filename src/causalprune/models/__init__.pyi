@@ -23,6 +23,7 @@ from .anatomy import (
     unfilled as unfilled,
 )
 from .classes import class_for as class_for
+from .context import go_on as go_on
 from .context import positions as positions
 from .converting import (
     as_saved as as_saved,

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -192,18 +193,18 @@ def _unpacked(
 
 
 def _made(name: str, codes: Entry, scales: Entry, blocks: Any, dtype: torch.dtype) -> Entry:
-    shape, unpack = codes.shape, unpack_mxfp4 if blocks is None else unpack_fp8
+    shape, unpack = codes.shape, unpack_mxfp4 if blocks is None else partial(unpack_fp8, size=tuple(blocks))
     if blocks is None:
         *rest, out, n, half = codes.shape
         shape = (*rest, 2 * half * n, out)
         fits = codes.dtype == scales.dtype == torch.uint8 and scales.shape == codes.shape[:-1]
     else:
-        whole = tuple(n * size for n, size in zip(scales.shape[-2:], blocks, strict=True))
-        fits = scales.dtype.is_floating_point and codes.dtype in _EIGHT and codes.shape[-2:] == whole
+        needed = tuple(math.ceil(n / size) for n, size in zip(codes.shape[-2:], blocks, strict=True))
+        fits = scales.dtype.is_floating_point and codes.dtype in _EIGHT and scales.shape[-2:] == needed
     if not fits:
         raise ModelError(
-            f"{codes.file}: {codes.name} {list(codes.shape)} does not fit its scales {list(scales.shape)}, or blocks of "
-            f"{blocks or 32} do not divide it: pass the original model"
+            f"{codes.file}: {codes.name} {list(codes.shape)} does not fit its scales {list(scales.shape)} of blocks of "
+            f"{blocks or 32}: pass the original model"
         )
     size = math.prod(shape) * dtype.itemsize
     return Made(name, codes.file, dtype, shape, 0, size, parts=(codes, scales), unpack=unpack)

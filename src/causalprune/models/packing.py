@@ -36,12 +36,11 @@ def packing(record: Any, name: str) -> Form | None:
     )
 
 
-def unpack_fp8(codes: Tensor, scales: Tensor) -> Float[Tensor, "... out in"]:
-    """Return weights in float32 from their codes and the scale of every block; blocks divide the matrix."""
-    *rest, out, into = codes.shape
-    down, across = scales.shape[-2:]
-    blocks = codes.float().view(*rest, down, out // down, across, into // across)
-    return (blocks * scales.float()[..., :, None, :, None]).view(codes.shape)
+def unpack_fp8(codes: Tensor, scales: Tensor, size: tuple[int, int]) -> Float[Tensor, "... out in"]:
+    """Return weights in float32 from their codes and the scale of every block of a `size`, the last of which may be cut short."""
+    out, into = codes.shape[-2:]
+    each = scales.float().repeat_interleave(size[0], -2)[..., :out, :]
+    return codes.float() * each.repeat_interleave(size[1], -1)[..., :into]
 
 
 def unpack_mxfp4(

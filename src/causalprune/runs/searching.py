@@ -198,8 +198,8 @@ class Search:
 
     def how(self, share: float) -> Exporting:
         """Return how files of a share are made, which are called as the model is."""
-        own = Path(self.spec.name).name.removesuffix(".gguf")
-        return dataclasses.replace(self.asked.file, name=f"{own} without {share:.0%}" if share else own)
+        name = Path(self.spec.name).name.removesuffix(".gguf") + (f" without {share:.0%}" if share else "")
+        return dataclasses.replace(self.asked.file, name=name)
 
     def folder(self, share: float) -> Path:
         """Return the checkpoint of a share; that of the whole model is written where it is none on this disk."""
@@ -230,11 +230,8 @@ class Search:
         folder, key = self.folder(share), f"{MADE}{share:g}"
         if key in self.book.rows and (folder / MANIFEST).exists():
             return
-        ledger, stage, calibration = (
-            self.work / f"{folder.name}.attribution",
-            self.options.stage,
-            self.calibration,
-        )
+        ledger, stage = self.work / f"{folder.name}.attribution", self.options.stage
+        calibration = self.calibration
         decoder = load(self.start.spec) if self.asked.start else self.load(0.0)
         goes = 1 - (1 - share) / (1 - self.start.lacks)
         how = Shrinking(

@@ -7,9 +7,6 @@ from .competing import (
 from .competing import (
     check_budget as check_budget,
 )
-from .competing import (
-    step_of as step_of,
-)
 from .removal import (
     Shares as Shares,
 )
@@ -25,6 +22,7 @@ from .removal import (
 from .timing import (
     read_and_written as read_and_written,
 )
+from .together import step_of as step_of
 from .worth import (
     Shrinking as Shrinking,
 )

@@ -7,13 +7,13 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
 from causalprune.calibration import batches, few
 from causalprune.core import Batch, Calibration, Decoder, ModelError, OptionError, Progress, size_of
 from causalprune.interventions import LayerInputs, divergence, entered_at, last_hidden, target_logits, targets
 from causalprune.shrinking.structure import Kept, parameters_of, smaller
 from causalprune.shrinking.timing import token_seconds
+from causalprune.shrinking.together import parts_of, staying, step_of, worthiest
 from causalprune.shrinking.worth import KINDS, Kind, Scores, sizes_of
 
 Left: TypeAlias = Mapping[Kind, int]
@@ -25,8 +25,6 @@ TRIED = (0.0, 0.125, 0.25, 0.375, 0.5)
 """Shares of the experts, or of the layers, that are tried, at least one; of KV groups every number up to half."""
 OVER = 0.02
 """Share of the whole by which a candidate may be smaller than asked for, where a finer one is at hand."""
-MULTIPLE = 32
-"""Widths of MLPs stay multiples of this where they are, as kernels like them."""
 COUNTED = {"parameters": "parameters", "memory": "bytes", "latency": "time for a token"}
 """What a budget counts, in words."""
 
@@ -55,11 +53,6 @@ class Budget:
     def named(self) -> dict[str, float]:
         """What is asked for, by its name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-def step_of(kind: Kind, units: int) -> int:
-    """Return how many units of a kind go at once."""
-    return MULTIPLE if kind == "neurons" and units % MULTIPLE == 0 and units > MULTIPLE else 1
 
 
 @dataclass(frozen=True)
@@ -106,8 +99,12 @@ class Offers:
                 found[kind] = tuple(worthiest(own, n).tolist())
             else:
                 scores = known or dict.fromkeys(sizes_of(self.decoder, kind))
-                found[kind] = {layer: worthiest(own, n) for layer, own in scores.items()}
+                found[kind] = staying(self.decoder, kind, {layer: (own, n) for layer, own in scores.items()})
         return Kept(**found)
+
+    def step(self, kind: Kind) -> int:
+        """Return how many units of a kind go at once."""
+        return step_of(kind, self.sizes[kind], parts_of(self.decoder, kind))
 
     def parameters(self, left: Left) -> int:
         """Return the parameters of the model that is left; raises what `smaller` does."""
@@ -125,8 +122,8 @@ class Offers:
 
     def options(self, kind: Kind) -> Iterator[int]:
         """Yield how many units of a kind may be left where others give too, the most first."""
-        n = self.sizes[kind]
-        some = sorted({max(round(n * own / step_of(kind, n)), 1) * step_of(kind, n) for own in TRIED})
+        n, step = self.sizes[kind], self.step(kind)
+        some = sorted({max(round(n * own / step), 1) * step for own in TRIED})
         counts = range(1, n // 2 + 1) if kind == "kv_groups" else some
         yield from (n - count for count in counts if count < n and self.possible({kind: n - count}))
 
@@ -184,7 +181,7 @@ class Offers:
 
     def _given(self, kind: Kind, given: Left) -> dict[Kind, int] | None:
         n = self.sizes[kind]
-        start, step = given.get(kind, n), step_of(kind, n)
+        start, step = given.get(kind, n), self.step(kind)
         if not self.possible(given):
             return None
         near = self.budget.parameters is not None
@@ -220,7 +217,7 @@ def _even(decoder: Decoder, kind: Kind) -> int:
             "its configuration does not state the width of a head, which runtimes work out from their number"
         )
     n = len(decoder.layers) if kind == "layers" else min(sizes)
-    if len(sizes) > 1 or n < 2 * step_of(kind, n):
+    if len(sizes) > 1 or n < 2 * step_of(kind, n, parts_of(decoder, kind)):
         raise OptionError(f"too few, or not equally many, in its layers: {sorted({n} | sizes)}")
     return n
 
@@ -231,13 +228,13 @@ def check_budget(offers: Offers) -> None:
     if filled == {}:
         raise OptionError(
             f"nothing of {offers.decoder.name} would go: the budget is less than one step of "
-            f"{step_of(offers.finest, offers.sizes[offers.finest])} {offers.finest.replace('_', ' ')}"
+            f"{offers.step(offers.finest)} {offers.finest.replace('_', ' ')}"
         )
     others = [kind for kind in offers.sizes if kind != offers.finest]
     if filled is None and all(offers.filled({own: n}) is None for own in others for n in offers.options(own)):
         kind, n = offers.finest, offers.sizes[offers.finest]
         fewest = next(
-            own for own in range(step_of(kind, n), n + 1, step_of(kind, n)) if offers.possible({kind: own})
+            own for own in range(offers.step(kind), n + 1, offers.step(kind)) if offers.possible({kind: own})
         )
         least, whole = offers.cost({kind: fewest}), offers.cost({})
         where = "" if kind == "layers" else " of a layer"
@@ -323,10 +320,3 @@ def harm(decoder: Decoder, groups: Sequence[Batch], intact: Sequence[LayerInputs
             own = divergence(whole, torch.arange(len(whole)), target_logits(decoder, batch, wanted))
         total, tokens = total + float(own.cpu().double().sum()), tokens + len(own)
     return total / tokens
-
-
-def worthiest(worth: Tensor | None, n: int) -> Tensor:
-    """Return the indices of the `n` units that are worth most, in order; of those whose worth is not known first."""
-    if worth is None:
-        return torch.arange(n)
-    return worth.nan_to_num(nan=torch.inf).argsort(descending=True, stable=True)[:n].sort().values

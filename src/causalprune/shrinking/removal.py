@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from causalprune.core import Calibration, Decoder, ModelError, OptionError, Shown, Stage, State, bars, say
 from causalprune.models import fingerprint
@@ -27,8 +25,9 @@ from causalprune.pruning import (
     lessons,
     remove,
 )
-from causalprune.shrinking.competing import Budget, Offers, check_budget, competed, step_of, worthiest
+from causalprune.shrinking.competing import Budget, Offers, check_budget, competed
 from causalprune.shrinking.structure import Kept, column_keep, silence, smaller
+from causalprune.shrinking.together import parts_of, staying, step_of, worthiest
 from causalprune.shrinking.worth import KINDS, Kind, Scores, Shrinking, sizes_of, worth_of, worths_of
 
 LOOKING = {"effect": 5.0, "activation": 1.0}
@@ -200,7 +199,9 @@ def _chosen(
     """
     wanted = {kind: share for kind in KINDS if (share := asdict(shares)[kind])}
     some = {kind: {i: torch.zeros(n) for i, n in sizes_of(decoder, kind).items()} for kind in wanted}
-    smaller(decoder, Kept(**{kind: _kept(kind, some[kind], share) for kind, share in wanted.items()}))
+    smaller(
+        decoder, Kept(**{kind: _kept(decoder, kind, some[kind], share) for kind, share in wanted.items()})
+    )
     _warn_of_heads(decoder, wanted)
     worths: dict[Kind, Scores] = {}
     for kind in wanted:
@@ -209,7 +210,9 @@ def _chosen(
                 say(progress, jobs=shrink_jobs(decoder, shares, calibration, how))
             path = None if ledger is None else leftovers(ledger)[kind]
             worths[kind] = worth_of(decoder, kind, calibration, how, progress, path)
-    chosen: dict[Kind, Any] = {kind: _kept(kind, worths[kind], share) for kind, share in wanted.items()}
+    chosen: dict[Kind, Any] = {
+        kind: _kept(decoder, kind, worths[kind], share) for kind, share in wanted.items()
+    }
     return chosen, _unrouted(worths), {"shares": asdict(shares)}
 
 
@@ -292,20 +295,23 @@ def shrink_jobs(
     return found | ({"training what stays": 3.0 * epochs(tokens)} if trains else {})
 
 
-def _kept(kind: Kind, worth: Scores, share: float) -> Any:
+def _kept(decoder: Decoder, kind: Kind, worth: Scores, share: float) -> Any:
     """Return the indices that stay: in every layer, or of the layers."""
     if kind == "layers":
-        return tuple(_best(torch.cat([worth[i] for i in sorted(worth)]), kind, share).tolist())
-    return {layer: _best(own, kind, share) for layer, own in worth.items()}
+        every = torch.cat([worth[i] for i in sorted(worth)])
+        return tuple(worthiest(every, _left(len(every), kind, share, 1)).tolist())
+    parts = parts_of(decoder, kind)
+    each = {layer: (own, _left(len(own), kind, share, parts)) for layer, own in worth.items()}
+    return staying(decoder, kind, each)
 
 
-def _best(worth: Float[Tensor, "unit"], kind: Kind, share: float) -> Tensor:
-    n = len(worth)
-    step = step_of(kind, n)
+def _left(n: int, kind: Kind, share: float, parts: int) -> int:
+    """Return how many of `n` units stay without a share of them."""
+    step = step_of(kind, n, parts)
     left = max(round(n * (1 - share) / step) * step, step)
     if left == n:
         raise OptionError(
             f"a share of {share:g} of {n} {kind.replace('_', ' ')} is less than one step of {step}: "
             f"ask for {step / n:.2g} or more, or leave it out"
         )
-    return worthiest(worth, left)
+    return left

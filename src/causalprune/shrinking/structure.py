@@ -4,6 +4,7 @@ Every layer loses equally many, because a standard configuration has one width f
 """
 
 import copy
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,11 @@ Indices: TypeAlias = Mapping[int, Int[Tensor, "_"]]
 
 _WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")
+_NUMBERS = ("moe_layers", "attn_layer_indices")
+"""Lists of numbers of layers, besides those that end in `_only_layers`."""
+_FIRST = ("first_k_dense_replace", "num_dense_layers")
+"""How many of the first layers are dense."""
 _UNFIT = (ValueError, RuntimeError, TypeError, LookupError, AttributeError)
 """What configurations and modules raise where sizes do not fit each other."""
 PRUNED = 0.01
@@ -157,10 +163,9 @@ def _stated(decoder: Decoder, kept: Kept) -> Any:
         config.num_key_value_heads = groups
     if kept.experts:
         left = _common(kept.experts, "experts")
-        if left < config.num_experts_per_tok:
-            raise OptionError(
-                f"every token needs {config.num_experts_per_tok} experts: keep at least as many"
-            )
+        needed = next(filter(None, (getattr(config, name, None) for name in _CHOSEN)), 1)
+        if left < needed:
+            raise OptionError(f"every token needs {needed} experts: keep at least as many")
         for name in _EXPERTS:
             if hasattr(config, name):
                 setattr(config, name, left)
@@ -184,6 +189,10 @@ def _narrower(config: Any, width: int) -> None:
     names = [name for name in _WIDTHS if getattr(config, name, None) or name in config.to_dict()]
     if not names:
         raise ModelError(f"{config.model_type} does not state the width of its MLP as one of {_WIDTHS}")
+    if getattr(
+        config, "block_auto_adjust_ff_dim", False
+    ):  # LFM2: else another width is made of what is stated
+        config.block_auto_adjust_ff_dim = False
     for name in names:
         own = getattr(config, name)
         setattr(config, name, [width] * len(own) if isinstance(own, list) else width)
@@ -231,9 +240,19 @@ def _bias(p: Projection) -> str:
 def _fewer_layers(config: Any, layers: tuple[int, ...]) -> None:
     """State fewer layers, with what the configuration says of each of them in lists."""
     n = config.num_hidden_layers
+    by_number = config.model_type == "diffllama" or getattr(config, "scale_attn_by_inverse_layer_idx", False)
+    if by_number and layers != tuple(range(len(layers))):
+        raise ModelError(f"layers of {config.model_type} compute by their numbers: none can go but the last")
+    if getattr(config, "scale_depth", None):  # MiniCPM divides it by the root of the number of layers
+        config.scale_depth *= math.sqrt(len(layers) / n)
     for name, value in config.to_dict().items():
-        if name.endswith("_only_layers"):  # lists of numbers of layers
+        if name.endswith("_only_layers") or name in _NUMBERS:
             setattr(config, name, [layers.index(i) for i in value or [] if i in layers])
+        elif name in _FIRST and value:
+            setattr(config, name, sum(i < value for i in layers))
+        elif name == "per_layer_config" and value:
+            own = {layers.index(int(i)): each for i, each in value.items() if int(i) in layers}
+            setattr(config, name, own)
         elif isinstance(value, list) and len(value) == n:
             setattr(config, name, [value[i] for i in layers])
     config.num_hidden_layers = len(layers)
@@ -284,23 +303,27 @@ def _picks(layer: Layer, kept: Kept, state: Mapping[str, Tensor]) -> dict[str, d
         if (columns := _columns(layer, p, kept)) is not None:
             picks.setdefault(p.parameter_name, {})[into] = columns
     if (experts := kept.experts.get(layer.index)) is not None:
-        for name in _by_expert(layer, state):
-            picks.setdefault(name, {})[0] = experts
+        for name, dim in _by_expert(layer, state):
+            picks.setdefault(name, {})[dim] = experts
     return picks
 
 
-def _by_expert(layer: Layer, state: Mapping[str, Tensor]) -> Iterator[str]:
-    """Yield the names of the tensors of a layer whose first dimension counts experts."""
+def _by_expert(layer: Layer, state: Mapping[str, Tensor]) -> Iterator[tuple[str, int]]:
+    """Yield the names of the tensors of a layer that count experts, and by which dimension: biases beside a router by the last."""
     if layer.experts is None or isinstance(layer.experts, nn.ModuleList):
         raise ModelError(f"{layer.name} has no experts in one stack that could be removed")
     inside = {
         name: name.removeprefix(f"{layer.name}.") for name in state if name.startswith(f"{layer.name}.")
     }
     routers = tuple(inner.removesuffix("weight") for inner in inside.values() if re.search(_ROUTER, inner))
+    home = next(name for name, own in layer.module.named_modules() if own is layer.experts).rpartition(".")[0]
+    beside = f"{home}." if home else "router."
     for name, inner in inside.items():
         own, weight = ".experts." in f".{inner}" or inner.startswith(routers), state[name]
         if own and weight.ndim and weight.shape[0] == layer.n_experts:
-            yield name
+            yield name, 0
+        elif inner.startswith(beside) and "shared" not in inner and weight.numel() == layer.n_experts:
+            yield name, weight.ndim - 1
 
 
 def _features(index: Tensor, width: int) -> Tensor:

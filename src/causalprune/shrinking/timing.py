@@ -12,6 +12,7 @@ import torch
 
 from causalprune.core import Decoder, ModelError, cache_folder
 from causalprune.evaluation import write_json
+from causalprune.models import go_on
 from causalprune.shrinking.structure import Kept, smaller
 from causalprune.shrinking.worth import Kind
 
@@ -26,12 +27,12 @@ def read_and_written(decoder: Decoder, read: int, written: int) -> tuple[float, 
     prompt = torch.arange(read)[None] % model.get_input_embeddings().num_embeddings
     with torch.inference_mode():
         start = time.perf_counter()
-        output = model(input_ids=prompt.to(decoder.device), use_cache=True, **last)
+        output, cache = go_on(model, prompt.to(decoder.device), None, **last)
         token = int(output.logits[0, -1].argmax())  # waits for the device
         between = time.perf_counter()
         for _ in range(written):
             step = torch.tensor([[token]], device=decoder.device)
-            output = model(input_ids=step, past_key_values=output.past_key_values, use_cache=True)
+            output, cache = go_on(model, step, cache)
             token = int(output.logits[0, -1].argmax())
     return between - start, time.perf_counter() - between
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from causalprune.attribution import Estimator, Question, attribute
 from causalprune.calibration import batches, few
@@ -23,7 +23,7 @@ from causalprune.core import (
     say,
     unknown,
 )
-from causalprune.interventions import InputNorms, See, Site, gated_module, observed
+from causalprune.interventions import InputNorms, See, Site, gated_module, observed, sees_all
 from causalprune.pruning import UPDATES
 
 Kind: TypeAlias = Literal["neurons", "kv_groups", "experts", "layers"]
@@ -204,6 +204,10 @@ def _router_weighted(decoder: Decoder, calibration: Calibration, on_progress: Pr
     NaN for experts that no token reaches.
     """
     layers = [layer for layer in decoder.layers if layer.n_experts]
+    if any(isinstance(layer.experts, nn.Module) and sees_all(layer.experts) for layer in layers):
+        raise OptionError(
+            f"experts of {decoder.name} get inputs that are weighted already: choose them by effect, magnitude or random"
+        )
     sums = {layer.index: torch.zeros(2, layer.n_experts, dtype=torch.float64) for layer in layers}
     routed: dict[int, tuple[Tensor, Tensor]] = {}
 

@@ -129,6 +129,8 @@ def find_sources(bare: Decoder, entries: Mapping[str, Entry]) -> Sources:
         exact = _named(bare, name, entries)
         found[name] = [entry for entry in exact if entry.shape == tuple(parameter.shape)][:1]
     taken = {entry.name for parts in found.values() for entry in parts}
+    ignored = getattr(bare.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    taken |= {n for n in entries if any(re.search(own, n) for own in ignored)}  # other blocks, as for MTP
     for name, parts in found.items():
         if parts:
             continue
@@ -213,8 +215,9 @@ def _renamed(
         if name.startswith(f"{layer.name}."):
             ending = ".".join(layer.name.split(".")[-2:])  # what stands before may be called otherwise
             found = (re.match(rf"(?:.*\.)?{re.escape(ending)}\.", n) for n in entries)
-            own = {hit.string[hit.end() :]: entries[hit.string] for hit in found if hit}
-            return _in_layer(layer, name, shape, own)
+            names = [(hit.string[hit.end() :], hit.string) for hit in found if hit]
+            own = {rest: entries[whole] for rest, whole in names}
+            return _in_layer(layer, name, shape, own) if len(own) == len(names) else []
     outside = [e for n, e in entries.items() if not any(n.startswith(f"{layer.name}.") for layer in layers)]
     alike = [entry for entry in outside if entry.shape == shape]
     return alike if len(alike) == 1 else []

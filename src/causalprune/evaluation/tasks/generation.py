@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from causalprune.core import AtOnce, Decoder, Progress
 from causalprune.evaluation.sampling import ends_of
+from causalprune.models import go_on
 
 AT_ONCE = 4
 """Answers that are generated at once, in multiples of the batch size: a step costs hardly more for many than for one."""
@@ -115,8 +116,8 @@ def greedy(
     for at in range(context.shape[1], max_length):
         extra = {"position_ids": places, "logits_to_keep": 1}
         extra = {name: value for name, value in extra.items() if name in known}
-        output = model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
-        cache, last = output.past_key_values, output.logits[:, -1]
+        output, cache = go_on(model, step, cache, mask, **extra)
+        last = output.logits[:, -1]
         broken |= bool(last.amax(-1).isnan().any())
         token = last.argmax(-1)
         found[rows[running], at] = token[running.to(token.device)]
