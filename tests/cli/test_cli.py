@@ -76,8 +76,24 @@ def test_the_next_command_can_be_pasted(run: Run, model: Path, data: Path, tmp_p
     assert "speed: runs at the dense model's speed" in out
     then = shlex.split(out.rpartition("next: causalprune ")[2])
     assert "strategyqa_nll:200" in then
-    assert run(*then, "--data-dir", data)[0] == 0
+    assert then[-2:] == ["--data-dir", str(data)], "data are read as before"
+    assert run(*then)[0] == 0
     assert (tmp_path / "a model.json").exists()
+
+
+def test_a_path_that_looks_like_a_name_says_how_to_write_it(
+    run: Run, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "problems.txt").write_text("{}")
+    for source in ("mine", "problems.txt"):
+        words = ("--data-dir", data, "-t", source, "-n", "3")
+        said = f"{source} is no data set of ours: a folder is written ./{source}, and a file ends in .jsonl"
+        assert said in run("prune", model, "-o", "out", "--method", "wanda", *words)[2]
+        assert (
+            said in run("evaluate", model, "--on", f"{source}_nll", "-o", "own.json", "--data-dir", data)[2]
+        )
 
 
 @pytest.mark.thorough

@@ -1,5 +1,7 @@
 """A pruning that was stopped anywhere goes on, and ends with the bytes of an undisturbed one."""
 
+import subprocess
+import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -150,13 +152,33 @@ def test_what_is_kept_and_damaged_is_an_error_that_names_it(tmp_path: Path) -> N
     torch.save([1], tmp_path / "other")
     for damaged in (b"", b"no archive", data[: len(data) // 2], (tmp_path / "other").read_bytes()):
         file.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"kept.ones, .* is damaged: delete it"):
+        with pytest.raises(CheckpointError, match=r"kept.ones, .* is damaged: delete .*kept to begin again"):
             State(tmp_path / "kept", ["a"])
     file.unlink()
     assert State(tmp_path / "kept", ["a"]).values == {"other": 1}
     file.mkdir()
     with pytest.raises(CheckpointError, match=r"cannot read .*kept.ones"):
         State(tmp_path / "kept", ["a"])
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    """Another process that keeps what it has finished at the same place is refused; this one may go on there."""
+    place = tmp_path / "kept"
+    code = (
+        "import sys; from pathlib import Path; from causalprune.core.resuming import State\n"
+        "state = State(Path(sys.argv[1])); state.keep(number=1); print('there', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "there\n"
+    with pytest.raises(CheckpointError, match="is in use by another run: wait for it"):
+        State(place)
+    other.communicate("")
+    first = State(place)
+    first.keep(number=2)
+    assert State(place).values == {"number": 2}
 
 
 def test_values_come_back_one_by_one_and_half_written_ones_do_not(tmp_path: Path) -> None:

@@ -121,13 +121,13 @@ def test_text_that_is_of_no_use_is_written_again_and_then_refused(
         return [([7] * 24, [0]), *found[1:]] if len(drawn) == 1 else found
 
     monkeypatch.setattr(piecewise, "write", first_loops)
-    assert len(own_pieces(decoder, 3, 24, 0)) == 3
+    with pytest.warns(UserWarning, match="1 of 3 pieces .* written again"):
+        assert len(own_pieces(decoder, 3, 24, 0)) == 3
     assert [len(own) for own in drawn] == [3, 1], "the one that loops, with other numbers"
     assert not torch.equal(drawn[1][0], drawn[0][0])
     monkeypatch.setattr(piecewise, "write", real)
-    with pytest.raises(
-        DataError, match=r"repeats itself or ends at once: 2 of 2 pieces, 3 times each.*--preserve c4"
-    ):
+    refused = r"repeats itself or ends at once: 2 of 2 pieces, 3 times each.*--preserve c4"
+    with pytest.warns(UserWarning, match="written again"), pytest.raises(DataError, match=refused):
         own_pieces(steered(tiny_decoder(), 9), 2, 24, 1)
     assert len(list(cache.glob("*.ledger"))) == 2
 

@@ -105,6 +105,7 @@ def test_the_command_shows_means_and_plans_as_many_runs(
     assert "--seeds 2" in page
     code, out, err = run("compare", tmp_path / "out" / "draws.json", "--json")
     assert code == 0, err
+    assert run("compare", tmp_path / "out", "--json")[:2] == (0, out), "the folder will do"
     measured = json.loads(out)["rows"][1]["results"][0]
     assert (measured["draws"], measured["spread"]) == (2, 0.0), "magnitude looks at no examples"
 

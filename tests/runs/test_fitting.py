@@ -11,8 +11,9 @@ from tinydata import tiny_decoder, write_data
 
 from causalprune.core.errors import ModelError, OptionError
 from causalprune.core.resuming import State, forget
+from causalprune.models import folders
 from causalprune.pruning.methods import Method
-from causalprune.runs import fitting
+from causalprune.runs import fitting, plans
 from causalprune.runs.recipe import ModelSpec
 
 
@@ -76,6 +77,32 @@ def test_adam_remembers_too_much_to_go_from_files(model: Path) -> None:
         fitting.place(ModelSpec(str(model)), method, 2048, stream=True)
 
 
+@pytest.mark.usefixtures("little")
+def test_effects_that_are_missing_are_said_before_the_start(model: Path) -> None:
+    with pytest.raises(OptionError, match="'cap' from files needs effects that were measured before"):
+        fitting.place(ModelSpec(str(model)), Method("cap", 0.5), 2048, stream=True, effects=False)
+    assert fitting.place(ModelSpec(str(model)), Method("cap", 0.5), 2048, stream=True).stream
+
+
+def test_the_type_of_a_name_on_the_hub_is_what_its_configuration_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.json"
+    monkeypatch.setattr(folders, "try_to_load_from_cache", lambda *_, **__: str(file))
+    for text, dtype in (
+        ('{"torch_dtype": "float16"}', torch.float16),
+        ('{"text_config": {"dtype": "bfloat16"}}', torch.bfloat16),
+        ("{}", torch.float32),
+    ):
+        file.write_text(text)
+        assert plans.dtype_of(ModelSpec("org/name")) is dtype
+    file.write_text('{"torch_dtype": "float16"}')
+    with pytest.raises(OptionError, match="float16, in which gradients"):
+        fitting.check_trained(ModelSpec("org/name"), "distill")
+    monkeypatch.setattr(folders, "try_to_load_from_cache", lambda *_, **__: None)
+    assert plans.dtype_of(ModelSpec("org/name")) is torch.bfloat16
+
+
 def test_a_type_too_narrow_to_train_is_refused_before_anything_is_loaded(model: Path) -> None:
     half = tiny_decoder()
     half.model.to(torch.float16).save_pretrained(model)
@@ -125,7 +152,7 @@ def test_prune_says_how_and_does_it(model: Path, tmp_path: Path, run: Run) -> No
     options = ("-n", 6, "--data-dir", write_data(tmp_path / "data"), "--sparsity", "0.5")
     code, out, err = run("prune", model, "-o", tmp_path / "out", *options, "--dry-run")
     assert code == 0, err
-    assert out.startswith("from file to file, a layer in memory at a time: about ")
+    assert out.startswith("from file to file, a layer in memory at a time (the whole model would take about ")
     assert not (tmp_path / "out").exists()
     code, out, err = run("prune", model, "-o", tmp_path / "out", *options)
     assert code == 0, err

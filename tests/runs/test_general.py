@@ -9,9 +9,10 @@ import pytest
 import torch
 from tinydata import tiny_decoder, write_model
 
+import causalprune as cp
 from causalprune.checkpoints import embedded
 from causalprune.checkpoints.saving import save
-from causalprune.core.errors import DataError
+from causalprune.core.errors import DataError, MismatchError, OptionError
 from causalprune.core.ledger import Ledger, read_rows
 from causalprune.core.types import EvalResult
 from causalprune.evaluation import pieces, written
@@ -65,6 +66,33 @@ def test_a_recipe_has_the_last_word(change: dict[str, Any], model: Path, data: P
     assert tasks(tmp_path / "run") == [named] * 2
     added = running.run(recipe(model), tmp_path / "run", data_dir=data)  # it may change its mind
     assert [r["task"] for r in added["rows"][1]["results"]] == ["gsm8k_nll", "own_ppl", "own_kl"]
+
+
+def test_a_method_that_preserves_more_does_not_change_examples_unsaid(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    first = recipe(model, general_text="none")
+    running.run(first, tmp_path / "run", data_dir=data)
+    more = Recipe(first.model, CalibrationSpec(("gsm8k",), n=6), ("magnitude", "causal"), (0.5,), first.on)
+    more = dataclasses.replace(more, general_text="none")
+    with pytest.raises(
+        MismatchError, match=r"begun with nothing to preserve, .* with own: .*`preserve: \[none\]`"
+    ):
+        running.run(more, tmp_path / "run", data_dir=data)
+    same = dataclasses.replace(more.calibration, preserve=("none",))
+    record = running.run(dataclasses.replace(more, calibration=same), tmp_path / "run", data_dir=data)
+    assert [row["label"] for row in record["rows"]] == ["dense", "magnitude-matrix-0.5", "causal-matrix-0.5"]
+
+
+def test_python_preserves_what_it_is_told_to(data: Path) -> None:
+    plain = cp.calibrate(tiny_decoder(), ["gsm8k"], n=6, data_dir=data, on_progress=cp.silent)
+    both = cp.calibrate(
+        tiny_decoder(), ["gsm8k"], n=6, data_dir=data, preserve=["own"], on_progress=cp.silent
+    )
+    assert both.description["preserve"] == ["own"]
+    assert both.description["own_text"]["pieces"] == len(both.examples) - len(plain.examples) > 0
+    with pytest.raises(OptionError, match="needs the model"):
+        cp.calibrate(tiny_decoder().tokenizer, ["gsm8k"], n=6, data_dir=data, preserve=["own"])
 
 
 def test_wikitext_is_measured_where_it_is_at_hand(data: Path, tmp_path: Path) -> None:

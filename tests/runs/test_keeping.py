@@ -218,14 +218,27 @@ def test_the_next_command_names_what_lacks(model: Path, data: Path, tmp_path: Pa
 
     def then(holds: bool) -> str:
         judged = Verdict("wanda-row-0.5", holds, "", measure="gsm8k_answers:4")
-        return endings.next_command(record, tmp_path / "run", judged).removeprefix("causalprune ")
+        return endings.next_command(record, tmp_path / "run", judged, data).removeprefix("causalprune ")
 
-    assert then(holds=False) == f"evaluate {best} --on gsm8k_answers:4 -o {best}.json"
+    there = f"--data-dir {data}"
+    assert then(holds=False) == f"evaluate {best} --on gsm8k_answers:4 -o {best}.json {there}"
     smaller = tmp_path / "run" / "smaller"
-    assert then(holds=True) == f"shrink {model} -o {smaller} --parameters 0.2 -t gsm8k:6"
+    assert then(holds=True) == f"shrink {model} -o {smaller} --parameters 0.2 -t gsm8k:6 {there}"
     (best / MANIFEST).unlink()
     on = "--on gsm8k_nll:4 --on strategyqa_nll"
-    assert then(holds=False) == f"sweep {model} -o {tmp_path / 'run' / 'sweep'} {on} -t gsm8k:6"
+    assert then(holds=False) == f"sweep {model} -o {tmp_path / 'run' / 'sweep'} {on} -t gsm8k:6 {there}"
+
+
+def test_what_reads_the_same_data_is_said() -> None:
+    wanted, model = (
+        CalibrationSpec(("gsm8k",), seed=3, chat="off", fold_system=True),
+        ModelSpec("m", date="2026-05-01"),
+    )
+    words = "--data-dir d --seed 3 --chat off --fold-system --date 2026-05-01"
+    assert endings.reading(vars(wanted), vars(model), "d") == words.split()
+    assert (
+        endings.reading(vars(CalibrationSpec(("gsm8k",))), vars(ModelSpec("m", dtype="float32")), None) == []
+    )
 
 
 def test_the_other_part_of_a_users_data_is_measured_where_it_is_found(tmp_path: Path) -> None:

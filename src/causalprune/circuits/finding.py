@@ -38,7 +38,6 @@ from causalprune.core import (
     Calibration,
     DataError,
     Decoder,
-    Example,
     Ledger,
     OptionError,
     Progress,
@@ -91,13 +90,12 @@ def circuit(  # noqa: PLR0913 (what a user says)
     estimator, rescore = turns(question, estimator, rescore)
     check_search(question, estimator, keep, rank, rescore)
     calibration, decide = (calibration, decide) if decide else halves(calibration)
-    for what, own in (("score", calibration), ("decide", decide)):
-        check_problems(what, own.examples)
+    check_problems(score=calibration, decide=decide)
     how = estimator if {question.effect, estimator.name} & {"kl", *MEASURED} else replace(estimator, draws=0)
     ranked = behaviour(decoder, calibration.examples, question, how)
     check_apart(ranked.plan.units, question.units)
-    decided = behaviour(decoder, decide.examples, question, how, ranked.mean)
-    search = Search(ranked, decided, how, rank, keep, Path(folder) if folder else None, stage or bars)
+    decided, place = behaviour(decoder, decide.examples, question, how, ranked.mean), folder and Path(folder)
+    search = Search(ranked, decided, how, rank, keep, place or None, stage or bars)
     with ledger(ranked, decided, how, folder) as book:
         rounds, order, size, (found, chosen) = search.run(rescore, book)
     told = {"calibration": calibration.description, "decide": decide.description}
@@ -119,8 +117,8 @@ def circuit(  # noqa: PLR0913 (what a user says)
         model_fingerprint=ranked.plan.model_fingerprint,
         description=search.described(rescore) | told,
     )
-    if folder:
-        save_circuit(made, Path(folder) / CIRCUIT)
+    if place:
+        save_circuit(made, place / CIRCUIT)
     return made
 
 
@@ -134,16 +132,15 @@ def halves(calibration: Calibration) -> tuple[Calibration, Calibration]:
     return score, decide
 
 
-def check_problems(what: str, examples: Sequence[Example]) -> None:
-    """Raise `DataError` for problems without targets, or too few to resample."""
-    if empty := [example for example in examples if not example.target_tokens]:
-        raise DataError(
-            f"{empty[0].source}: an example has no target tokens, so there is nothing to lose: mark some"
-        )
-    if len(examples) < FEWEST:
-        raise DataError(
-            f"{len(examples)} problems to {what} on are too few to resample: take at least {FEWEST}"
-        )
+def check_problems(**given: Calibration) -> None:
+    """Raise `DataError` for problems without targets, or too few to resample, by what they are for."""
+    for what, own in given.items():
+        if empty := [example for example in own.examples if not example.target_tokens]:
+            raise DataError(
+                f"{empty[0].source}: an example has no target tokens, so there is nothing to lose: mark some"
+            )
+        if (n := len(own.examples)) < FEWEST:
+            raise DataError(f"{n} problems to {what} on are too few to resample: take at least {FEWEST}")
 
 
 def turns(question: Question, estimator: Estimator, rescore: int | None = None) -> tuple[Estimator, int]:

@@ -106,10 +106,11 @@ def _opened(
     from causalprune.pruning import begun
     from causalprune.runs import prepared, room_of
 
-    decoder, calibration = prepared(spec, data.spec(1).settled(own=True), options, begun(kept_in))
-    warn_unpacked(decoder)
-    check_room(output, room_of(decoder, kept_in))
-    return decoder, calibration
+    def check(decoder: "Decoder") -> None:
+        warn_unpacked(decoder)
+        check_room(output, room_of(decoder, kept_in))
+
+    return prepared(spec, data.spec(1).settled(own=True), options, begun(kept_in), check)
 
 
 @app.command()

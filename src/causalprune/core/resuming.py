@@ -1,11 +1,14 @@
 """What long work has finished, on disk, so that stopped work goes on."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
 import time
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from causalprune.core.provenance import METHOD_VERSION, changes_since
 
 EVERY = 10.0
 """Seconds between two times that something large is written, at least."""
+LOCK = ".lock"
+"""File that tells other processes that a folder is written."""
 RARELY = 16.0
 """Times as long as the last writing took, until the next: it costs at most a seventeenth of the time."""
 
@@ -25,12 +30,12 @@ RARELY = 16.0
 class State:
     """Values by name: numbers, tensors, and lists and dictionaries of them.
 
-    With a path each is in a file of its own in that folder, which is replaced as a whole; `identity` is everything they
-    depend on. What cannot be written is lost with the process, and a warning says so; where it is `needed` there, that is an
+    With a path each is in a file of its own in that folder, which is replaced as a whole, and which one process writes at a
+    time; `identity` is everything they depend on. What cannot be written is lost with the process, and a warning says so; where it is `needed` there, that is an
     error. Tensors come back on the CPU.
 
     Raises:
-        CheckpointError: a file cannot be read, is damaged, or cannot be written and is needed.
+        CheckpointError: a file cannot be read, is damaged, or cannot be written and is needed; or another process writes there.
         MismatchError: a file is of another identity.
     """
 
@@ -40,6 +45,9 @@ class State:
         self.path, self.values, self.needed = path, dict[str, Any](), needed
         self._identity, self._held = json.dumps(identity, sort_keys=True), dict[str, Any]()
         self._written, self._pause = time.monotonic(), EVERY
+        self._locked = False
+        if path is not None and path.is_dir():
+            self._lock(path)
         for own, values, version in _found(path):
             if version != METHOD_VERSION:
                 raise MismatchError(
@@ -51,6 +59,22 @@ class State:
                     f"{path} is of a stopped run with other options: delete it, or choose another output"
                 )
             self.values |= values
+
+    def _lock(self, path: Path) -> None:
+        """Keep other processes from this folder, for as long as this value is there."""
+        try:
+            file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT)
+        except OSError:  # nothing can be written there, which writing will say
+            return
+        weakref.finalize(self, os.close, file)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system that knows no locks
+                raise CheckpointError(
+                    f"{path} is in use by another run: wait for it, or choose another output"
+                ) from error
+        self._locked = True
 
     def keep(self, **values: Any) -> None:
         """Remember these values, in place of earlier ones of the same names; they are on disk on return."""
@@ -80,7 +104,7 @@ class State:
     def read(self, name: str) -> Any:
         """Return a value from its file, as far as it is looked at, and do not remember it."""
         assert self.path is not None
-        ((_, values, _),) = _found(self.path / name)
+        ((_, values, _),) = _found(self.path / name, self.path)
         return values[name]
 
     def drop(self, names: Iterable[str]) -> None:
@@ -96,6 +120,8 @@ class State:
             partial = self.path / f"{name}.partial-{os.getpid()}"
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
+                if not self._locked:
+                    self._lock(self.path)
                 record = {
                     "identity": self._identity,
                     "method_version": METHOD_VERSION,
@@ -115,6 +141,7 @@ class State:
                         f"cannot write {partial}: {error}; what was done before is kept there, and the same command goes on"
                     ) from error
                 with contextlib.suppress(OSError):
+                    (self.path / LOCK).unlink(missing_ok=True)
                     self.path.rmdir()  # where nothing is in it
                 self.path, self._held = None, {}
                 warnings.warn(
@@ -143,8 +170,8 @@ def forget(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _found(path: Path | None) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """Yield identity, values and version of the method of file after file."""
+def _found(path: Path | None, whole: Path | None = None) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """Yield identity, values and version of the method of file after file, which belong to a `whole` folder."""
     for file in _files(path):
         try:
             found = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
@@ -153,7 +180,7 @@ def _found(path: Path | None) -> Iterator[tuple[str, dict[str, Any], int]]:
             raise CheckpointError(f"cannot read {file}: {cause.strerror or cause}") from cause
         except Exception as cause:  # torch has many for a damaged file
             raise CheckpointError(
-                f"{file}, kept of a stopped run, is damaged: delete it to begin again"
+                f"{file}, kept of a stopped run, is damaged: delete {whole or path} to begin again"
             ) from cause
         yield own, values, version
 
@@ -170,4 +197,4 @@ def _files(path: Path | None) -> list[Path]:
             partial.unlink()
     except OSError as cause:
         raise CheckpointError(f"cannot read {path}: {cause.strerror or cause}") from cause
-    return [file for file in files if ".partial-" not in file.name]
+    return [file for file in files if ".partial-" not in file.name and file.name != LOCK]

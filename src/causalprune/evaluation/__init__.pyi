@@ -44,6 +44,7 @@ from .measures import (
 from .measures import (
     source_of as source_of,
 )
+from .pieces import VERSION as VERSION
 from .pieces import Text as Text
 from .results import (
     AT_CHANCE as AT_CHANCE,

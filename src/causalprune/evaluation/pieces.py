@@ -139,6 +139,11 @@ def _tried(
             step = (lambda _: None) if again else (lambda done: told(rows[0] * size + done * len(rows)))
             return write(decoder, torch.stack(own), step)
 
+        if left and again:
+            warnings.warn(
+                f"{len(left)} of {len(wanted)} pieces of the model's own text repeat themselves or end at once: written again",
+                stacklevel=2,
+            )
         if left:
             made = itertools.chain(*at_once(len(left), wanted[0][0].piece, pieces))
             found |= zip(left, made, strict=True)

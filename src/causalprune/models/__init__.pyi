@@ -41,6 +41,9 @@ from .folders import (
     auto_dtype as auto_dtype,
 )
 from .folders import (
+    cached_dtype as cached_dtype,
+)
+from .folders import (
     open_checkpoint as open_checkpoint,
 )
 from .folders import (

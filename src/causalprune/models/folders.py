@@ -14,6 +14,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -220,6 +221,20 @@ def auto_dtype(folder: Path, stored: Stored) -> torch.dtype:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {cause}") from cause
     floating = (entry.dtype for entry in stored.entries.values() if entry.dtype.is_floating_point)
     return configured if isinstance(configured, torch.dtype) else next(floating, torch.float32)
+
+
+def cached_dtype(name: str, revision: str | None) -> torch.dtype | None:
+    """Return the type that the configuration of a name on the Hub states, where that is on this machine; None where it is not."""
+    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    if not isinstance(file, str):
+        return None
+    record = json.loads(Path(file).read_text(encoding="utf-8"))
+    text = record.get("text_config") or record
+    stated = next(
+        (own[key] for own in (text, record) for key in ("dtype", "torch_dtype") if own.get(key)), "float32"
+    )
+    found = getattr(torch, str(stated), None)
+    return found if isinstance(found, torch.dtype) else None
 
 
 def _again(files: Iterable[Path], entries: Mapping[str, Entry], form: Form | None) -> Stored:

@@ -58,6 +58,7 @@ BATCH_TOKENS = 1024
 """Tokens of a batch, at most."""
 AT_ONCE = 1
 """Batches whose gradients a step adds up: few, as a few dozen problems have to give some dozens of steps."""
+WAY_OUT = "load the model with --dtype float32, or take +refit; what is kept of earlier steps stays"
 CHUNK = 256
 """Positions whose logits exist at once: bounds the memory that large vocabularies take."""
 
@@ -257,7 +258,7 @@ class _Run:
             own = [parameter for parameter in layer.module.parameters() if parameter in self.first]
             if not all(bool(slope.isfinite().all()) for slope in slopes):
                 raise ModelError(
-                    f"training step {number}: slopes at the output of {layer.name} are not finite"
+                    f"training step {number}: slopes at the output of {layer.name} are not finite: {WAY_OUT}"
                 )
             slopes, gradients = pieces.back(layer.index, own, slopes)
             for parameter, gradient in zip(own, gradients, strict=True):
@@ -283,7 +284,7 @@ class _Run:
         known = {name: own.to(p.device) for name, own in self.known.get(p.name, {}).items()}
         move = self.how.rule(known, slope, keep, number)
         if not bool(move.sum().isfinite()):  # a sum hides no number that is none
-            raise ModelError(f"training step {number}: slopes at {p.name} are not finite")
+            raise ModelError(f"training step {number}: slopes at {p.name} are not finite: {WAY_OUT}")
         self.known[p.name] = known
         draw = zlib.crc32(repr((self.how.seed, number, p.name)).encode())
         moved = torch.add(weight, move, alpha=-rate * self.scales[p.name], out=move)

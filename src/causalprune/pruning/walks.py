@@ -1,6 +1,7 @@
 """What a pruning run is planned to do, and the walks through the layers that gather what it has to know."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -149,9 +150,15 @@ def _entering(plan: Plan, first: int, name: str) -> list[LayerInputs]:
     for index in range(at, first):
         for number, batch in enumerate(plan.groups):
             entered = inputs[number]
-            hidden = run_layer(decoder, batch.tokens, index, entered)
+            looking = observed(decoder.layers[index], batch.real, _unseen)  # as then: experts one by one
+            with looking if name == INPUTS[False] else nullcontext():
+                hidden = run_layer(decoder, batch.tokens, index, entered)
             inputs[number] = hold(LayerInputs({index + 1: hidden}, entered.as_tuple))
     return inputs
+
+
+def _unseen(p: Projection, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
+    """Look at nothing."""
 
 
 def unrouted(plan: Plan, gathered: Gathered) -> tuple[str, ...]:

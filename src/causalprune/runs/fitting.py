@@ -12,7 +12,7 @@ from causalprune.models import check_options, device_of, read_shape
 from causalprune.pruning import TRAINS, Method, check_dtype
 from causalprune.runs.plans import dtype_of, memory_bytes, size_bytes
 from causalprune.runs.recipe import ModelSpec, Shape
-from causalprune.streaming import COPIES, check_streams, was_streamed
+from causalprune.streaming import check_streams, copies_of, was_streamed
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,13 @@ class Place:
     disk_bytes: float
 
     def __str__(self) -> str:
-        way = "from file to file, a layer in memory at a time" if self.stream else "in memory"
-        return f"{way}: about {_gib(self.needed_bytes)} needed in memory, {_gib(self.free_bytes)} free; {_gib(self.disk_bytes)} on disk"
+        free, disk = f"{_gib(self.free_bytes)} free", f"{_gib(self.disk_bytes)} on disk"
+        if self.stream:
+            return (
+                f"from file to file, a layer in memory at a time (the whole model would take about {_gib(self.needed_bytes)}, {free}); "
+                f"{disk}, and hidden states beyond --cache-gib"
+            )
+        return f"in memory: about {_gib(self.needed_bytes)} needed, {free}; {disk}"
 
 
 def place(
@@ -71,7 +76,7 @@ def place(
     elif stream:
         check_stored(spec)
         check_streams(method, effects=effects)
-    copies = (COPIES if stream else 1) if method.takes_long else 0
+    copies = copies_of(method) if stream else int(method.takes_long)
     return Place(bool(stream), needed, free, (1 + copies) * size)
 
 

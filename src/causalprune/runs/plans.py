@@ -42,7 +42,14 @@ from causalprune.evaluation import (
     source_of,
     together,
 )
-from causalprune.models import auto_dtype, check_options, device_of, open_checkpoint, read_shape
+from causalprune.models import (
+    auto_dtype,
+    cached_dtype,
+    check_options,
+    device_of,
+    open_checkpoint,
+    read_shape,
+)
 from causalprune.pruning import Method
 from causalprune.runs.general import with_general_text
 from causalprune.runs.recipe import ModelSpec, Recipe, Shape
@@ -256,6 +263,9 @@ def dtype_of(spec: ModelSpec) -> torch.dtype:
         with contextlib.suppress(CausalPruneError, OSError, ValueError):  # as of code that is not trusted
             return auto_dtype(folder, open_checkpoint(folder))
     unpacked = spec.name == EMBEDDED or spec.name.endswith(".gguf")
+    if spec.dtype == "auto" and not unpacked:
+        with contextlib.suppress(ValueError, OSError):  # no name of the Hub, or nothing that can be read
+            return cached_dtype(spec.name, spec.revision) or torch.bfloat16
     return getattr(torch, ("float32" if unpacked else "bfloat16") if spec.dtype == "auto" else spec.dtype)  # type: ignore[no-any-return]
 
 

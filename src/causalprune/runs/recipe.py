@@ -28,7 +28,7 @@ from causalprune.calibration import (
 )
 from causalprune.core import Decoder, MismatchError, OptionError, unknown
 from causalprune.evaluation import PIECE, Settings
-from causalprune.pruning import N_OF_M, Method
+from causalprune.pruning import N_OF_M, TRAINS, Method, check_dtypes
 from causalprune.runs.rows import Cell, Removal, is_removal, label, parse_method, parse_removal, writes_own
 from causalprune.shrinking import Budget, Offers, check_budget
 
@@ -230,7 +230,7 @@ class Recipe:
     def check_shape(self, decoder: Decoder) -> None:
         """Raise `MismatchError` where the model that was loaded has another shape than the recipe says.
 
-        And `OptionError` where it cannot lose as many parameters as a method of the recipe removes.
+        And `OptionError` where it cannot lose as many parameters as a method of the recipe removes, or be trained as one trains it.
         """
         layers, heads = len(decoder.layers), max(layer.n_heads for layer in decoder.layers)
         if self.shape is not None and (layers, heads) != (self.shape.layers, self.shape.heads):
@@ -241,6 +241,9 @@ class Recipe:
         for method in self.cells().values():
             if isinstance(method, Removal):
                 check_budget(Offers(decoder, Budget(parameters=method.share)))
+            update = method.how.update if isinstance(method, Removal) else method and method.resolved_update
+            if update in TRAINS:
+                check_dtypes(decoder)
 
     def cells(self) -> dict[str, Cell]:
         """Return every row of the table by its label, dense (None) first."""

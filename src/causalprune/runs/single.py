@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,15 @@ class Options:
 
 
 def prepared(
-    spec: ModelSpec, wanted: CalibrationSpec, options: Options, begun: str = ""
+    spec: ModelSpec,
+    wanted: CalibrationSpec,
+    options: Options,
+    begun: str = "",
+    check: Callable[[Decoder], None] = lambda _: None,
 ) -> tuple[Decoder, Calibration]:
-    """Load a model and draw its calibration examples; `begun` says what a stopped run has left."""
+    """Load a model, `check` it, and draw its calibration examples; `begun` says what a stopped run has left."""
     decoder = _loaded(spec, options, begun)
+    check(decoder)
     with options.stage("calibration data") as progress:
         return decoder, calibrated(decoder, wanted, options.data_dir, on_progress=progress)
 
@@ -224,12 +229,15 @@ def prune_checkpoint(
     wanted = wanted.settled(writes_own(method))
     needs, kept_in = method.needs, output.with_name(f"{output.name}.pruning")
     calibration, effects, found = None, None, begun(kept_in)
+
+    def check(decoder: Decoder) -> None:
+        warn_unpacked(decoder)
+        check_room(output, room_of(decoder, kept_in if method.takes_long else None))
+
     if method.needs_calibration or ("effects" in needs and effects_path is None):
-        decoder, calibration = prepared(spec, wanted, options, found)
+        decoder, calibration = prepared(spec, wanted, options, found, check)
     else:
-        decoder = _loaded(spec, options, found)
-    warn_unpacked(decoder)
-    check_room(output, room_of(decoder, kept_in if method.takes_long else None))
+        check(decoder := _loaded(spec, options, found))
     if "effects" in needs and effects_path is not None:
         effects = load_effects(effects_path, decoder)
     elif "effects" in needs and calibration is not None:

@@ -54,7 +54,7 @@ from causalprune.evaluation import (
 from causalprune.pruning import Method
 from causalprune.reports import verdict
 from causalprune.runs.cells import Cells, load_intact
-from causalprune.runs.general import note_general_text, with_general_text
+from causalprune.runs.general import note_general_text, note_preserved, with_general_text
 from causalprune.runs.jobs import Coming, run_jobs
 from causalprune.runs.recipe import Recipe, as_recipe
 from causalprune.runs.record import Record
@@ -180,6 +180,7 @@ def _identity(recipe: Recipe, decoder: Decoder, calibration: Calibration) -> dic
 def _note(book: Ledger, recipe: Recipe, settings: Settings, named: Sequence[str]) -> None:
     """Keep what a run was begun with, beside its identity; warn or refuse where it goes on otherwise."""
     _note_versions(book)
+    note_preserved(book, recipe)
     note_general_text(book, [task for task in recipe.on if task not in named])
     note_data(book, digests(recipe.on, settings.scorers))
     _note_answering(book, settings, recipe.on)

@@ -46,6 +46,7 @@ from causalprune.core import (
     say,
     silent,
 )
+from causalprune.evaluation import VERSION as OWN_TEXT_VERSION
 from causalprune.evaluation import Text, alone, ends_of, own_pieces, plain_generation, write_text
 from causalprune.models import positions
 from causalprune.runs.recipe import CalibrationSpec
@@ -97,6 +98,11 @@ def calibrated(
     if OWN_TEXT in given:
         text = repr([example.tokens for example in given[OWN_TEXT]]).encode()
         description["own_text_sha256"] = hashlib.sha256(text).hexdigest()
+        description["own_text"] = {
+            "version": OWN_TEXT_VERSION,
+            "pieces": len(given[OWN_TEXT]),
+            "share": wanted.preserve_share,
+        }
     if files:
         hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
         description["own_answers_sha256"] = hashes

@@ -1,4 +1,3 @@
-from .copies import COPIES as COPIES
 from .files import (
     Seen as Seen,
 )
@@ -8,6 +7,7 @@ from .files import (
 from .files import (
     check_streams as check_streams,
 )
+from .files import copies_of as copies_of
 from .files import (
     prune_stream as prune_stream,
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from causalprune.core import Decoder, Layer, OptionError, State
+from causalprune.core import CheckpointError, Decoder, Layer, OptionError, State
 from causalprune.streaming.residence import Residence
 
 TURNS = "even", "odd"
@@ -44,14 +44,28 @@ class Copies:
 
     def _newer(self, layer: Layer) -> Mapping[str, Tensor]:
         name = _name(self._steps, layer)
-        if self._state.path is None or not (self._state.path / name).exists():
+        if self._state.path is None:
             return {}
-        found = self._state.read(name)
+        there = (self._state.path / name).exists()
+        found = self._state.read(name) if there else {}
+        if (
+            found.get("step", 0) != self._steps
+        ):  # as after a power cut: a step's files are not synced one by one
+            raise CheckpointError(
+                f"{self._state.path / name} is not of training step {self._steps}: delete {self._state.path} to begin again"
+            )
+        if not there:
+            return {}
         return dict(zip(_parameters(layer), found["weights"], strict=True))
 
     def _moved(self, number: int, layer: Layer) -> None:
         self._state.pass_on(
-            **{_name(number, layer): {"weights": [p.data for p in _parameters(layer).values()]}},
+            **{
+                _name(number, layer): {
+                    "weights": [p.data for p in _parameters(layer).values()],
+                    "step": number,
+                }
+            },
         )
 
 

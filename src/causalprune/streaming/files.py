@@ -126,10 +126,10 @@ def prune_stream(
         decoder, sources, spectra = _checked(source, stored, store, method, effects)
         factors, found = spectra.factors, decoder.fingerprint
         with checkpoints.complete(output, overwrite) as folder, ExitStack() as stack:
-            copies = COPIES if method.takes_long else 0
+            copies = copies_of(method)
             _check_room(folder, decoder, size, kept_in, copies, _hidden_bytes(decoder, method, seen))
             if calibration is not None:
-                reading = _residence(source, sources, stored, seen.device, head=method.takes_long)
+                reading = _residence(source, sources, stored, seen.device, head=_kept(method))
                 residence = stack.enter_context(reading)
                 hidden_states = HiddenStates(seen.cache_gib * 2**30, folder, seen.device)
                 hidden = stack.enter_context(closing(hidden_states))
@@ -167,9 +167,19 @@ def _checked(
     return replace(decoder, fingerprint=found), sources, spectra
 
 
+def _kept(method: Method) -> bool:
+    """Tell whether what is finished is kept of a stopped run: layers that were fitted too, which take long from files."""
+    return method.takes_long or method.resolved_update == "refit"
+
+
+def copies_of(method: Method) -> int:
+    """Return how many copies of the prunable weights are on disk on the way, at most."""
+    return COPIES if method.resolved_update in TRAINS else int(_kept(method))
+
+
 def _state(path: Path, fingerprint: str, method: Method, seen: Seen) -> State:
     """Return what a stopped run has kept, and what keeps what takes long."""
-    if not method.takes_long:
+    if not _kept(method):
         return State()
     data, effects = (
         seen.calibration and seen.calibration.fingerprint,
@@ -187,7 +197,7 @@ def _one_by_one(
     What takes long is done on return, and its weights are in the plan's state.
     """
     steps = Steps(plan.costs, on_progress)
-    if not plan.method.takes_long:
+    if not _kept(plan.method):
         say(on_progress, part="2 of 2: layers")
         gathered = Gathered()
         return prune_layers(plan, gathered, steps), lambda: unrouted(plan, gathered)
@@ -373,6 +383,6 @@ def _hidden_bytes(decoder: Decoder, method: Method, seen: Seen) -> float:
         return 0.0
     config = decoder.model.config.get_text_config(decoder=True)
     tokens = sum(len(example.tokens) for example in seen.calibration.examples)
-    layers = len(decoder.layers) + 3 if "slopes" in method.needs else 3
+    layers = len(decoder.layers) + 4 if "slopes" in method.needs else 4
     each = tokens * config.hidden_size * decoder.projections[0].parameter.element_size()
     return max(float(layers * each) - seen.cache_gib * 2**30, 0.0)
