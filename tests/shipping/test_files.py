@@ -210,18 +210,20 @@ def test_types_that_need_an_importance_matrix_say_so() -> None:
 
 
 @pytest.mark.thorough
-def test_an_uneven_llama_computes_the_same(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("heads", [(2, 1), (0, 0)])
+def test_an_uneven_llama_computes_the_same(heads: tuple[int, int], folder: Path, tmp_path: Path) -> None:
+    """A layer may have fewer heads, or no attention at all."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[:, 10:40] = 0
         model.model.layers[1].mlp.gate_proj.weight[:70] = 0
-        model.model.layers[1].self_attn.o_proj.weight[:, :32] = 0
+        model.model.layers[1].self_attn.o_proj.weight[:, : 64 - 16 * heads[0]] = 0
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "model")
     whole, file = tmp_path / "whole.gguf", tmp_path / "uneven.gguf"
     convert(tmp_path / "model", whole, pre_tokenizer="gpt-2")
     kept = compacted(opened(whole), file)
-    assert [(len(layer.neurons), layer.heads) for layer in kept.values()] == [(96, (4, 2)), (32, (2, 1))]
+    assert [(len(layer.neurons), layer.heads) for layer in kept.values()] == [(96, (4, 2)), (32, heads)]
     assert file.stat().st_size < whole.stat().st_size
     tokens = [*range(5, 25)]
     with torch.inference_mode():

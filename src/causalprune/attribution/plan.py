@@ -153,7 +153,8 @@ def planned(
     Costs nothing, but a forward and a backward pass where neurons are grouped by effect.
     """
     check_positions(decoder, calibration.examples)
-    if question.effect == "ce" and estimator.gates != (1.0,):  # an integral has no second order
+    if (estimator.name, question.effect) == ("gradient", "ce") and estimator.gates != (1.0,):
+        # an integral has no second order
         estimator = replace(estimator, draws=0)
     groups = batches(calibration.examples, max_batch_tokens=estimator.max_batch_tokens)
     if question.ablation == "resample":
