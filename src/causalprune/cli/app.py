@@ -105,8 +105,8 @@ def run_recipe(
     words = typed(recipe, folder, data_dir, full=full, seeds=seeds)
     command = shlex.join([*words, *(["--trust-remote-code"] if trust_remote_code else [])])
     if seeds == 1:
-        found = run(wanted, folder, data_dir=data_dir, stage=voice.stage, command=command)
-        _print_run(found, folder, data_dir, as_json)
+        record = run(wanted, folder, data_dir=data_dir, stage=voice.stage, command=command)
+        _print_run(record, folder, data_dir, as_json)
     else:
         found = run_draws(wanted, seeds, folder, data_dir=data_dir, stage=voice.stage, command=command)
         _print_draws(found, folder, as_json)

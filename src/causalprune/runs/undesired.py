@@ -122,8 +122,8 @@ class Study:
                 written = self._written(name, begun, tell)
             self.found.append(judged(name, written, self.wanted, self.decoder.tokenizer))
         check_shown(self.found, self.wanted)
-        for own in self.found:
-            for number, problem in enumerate(own.written.problems):
+        for judgement in self.found:
+            for number, problem in enumerate(judgement.written.problems):
                 self.half_of.setdefault(problem.content, number % 2)
         bad = self._halved([own.undesired for own in self.found])
         good = self._halved([own.clean for own in self.found])
@@ -239,9 +239,17 @@ class Study:
 def part(written: Written, half_of: Mapping[str, int], half: int) -> Written:
     """Return the continuations of the prompts of a half."""
     inside = [half_of[problem.content] == half for problem in written.problems]
-    parts = ("problems", "texts", "over", "tokens")
-    own = {name: tuple(itertools.compress(getattr(written, name), inside)) for name in parts}
-    return dataclasses.replace(written, **own)
+
+    def of(values: Sequence[Any]) -> Any:
+        return tuple(itertools.compress(values, inside))
+
+    return dataclasses.replace(
+        written,
+        problems=of(written.problems),
+        texts=of(written.texts),
+        over=of(written.over),
+        tokens=of(written.tokens),
+    )
 
 
 def changed(before: EvalResult, after: EvalResult) -> str:

@@ -27,7 +27,7 @@ def read_and_written(decoder: Decoder, read: int, written: int) -> tuple[float, 
     prompt = torch.arange(read)[None] % model.get_input_embeddings().num_embeddings
     with torch.inference_mode():
         start = time.perf_counter()
-        output, cache = go_on(model, prompt.to(decoder.device), None, **last)
+        output, cache = go_on(model, prompt.to(decoder.device), None, None, **last)
         token = int(output.logits[0, -1].argmax())  # waits for the device
         between = time.perf_counter()
         for _ in range(written):
