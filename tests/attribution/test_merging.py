@@ -61,6 +61,21 @@ def test_shares_that_were_measured_in_other_batches_are_refused() -> None:
         merge([lacking, holed])
 
 
+def test_differences_stay_those_of_each_machine() -> None:
+    """Another machine rounds the losses of the intact model otherwise, and those of the masked one as well."""
+    one, other = part(1, 2), part(2, 2)
+    off = torch.linspace(0.01, 0.1, len(other.intact_nats), dtype=torch.float64)
+    moved = replace(other, intact_nats=other.intact_nats + off, masked_nats=other.masked_nats + off)
+    torch.testing.assert_close(merge([one, moved]).change_nats(), merge([one, other]).change_nats())
+
+
+def test_neurons_that_were_grouped_otherwise_are_not_joined() -> None:
+    one, other = (part(i, 2) for i in (1, 2))
+    grouped = replace(other, description={**other.description, "neurons": {"0": [[1, 2]]}})
+    with pytest.raises(MismatchError, match="grouped neurons otherwise"):
+        merge([one, grouped])
+
+
 def test_shares_are_even() -> None:
     costs = {(number, layer): float(32 - layer) for number in range(8) for layer in range(32)}
     loads = [sum(costs[job] for job in share_of(costs, i, 7)) for i in range(1, 8)]

@@ -88,6 +88,14 @@ def test_draws_agree_as_far_as_their_noise_allows() -> None:
 
 
 @pytest.mark.thorough
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    own = {"one": calibration()}
+    with pytest.raises(OptionError, match="groups of neurons by effect are others"):
+        stability(shared("llama3"), own, tmp_path, Trial(Question(("neurons:4:effect",))), stage=quiet)
+    with pytest.raises(OptionError, match="ablation 'zero', not 'mean'"):
+        stability(shared("llama3"), own, tmp_path, Trial(Question(ablation="mean")), stage=quiet)
+
+
 def test_a_whole_run_is_resumed(tmp_path: Path) -> None:
     decoder = shared("llama3")
     calibrations = {"a/own": EXAMPLES, "b/own": Calibration(EXAMPLES.examples[::-1], EXAMPLES.subset)}

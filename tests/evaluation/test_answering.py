@@ -84,6 +84,17 @@ GOLDEN = [
     ("x = 3; x = 4", r"regex:x = (\d)", "4"),
     ("x = 3; x = 4", r"regex:x = \d", "x = 4"),
     ("y", r"regex:x = (\d)", None),
+    ("x = \u22125", "number", "-5"),
+    (r"\boxed{1{,}250}", "number", "1250"),
+    ("#### Step 2: Change\n54-28=26\n\n**The change is 26 dollars.**", "number", "26"),
+    ("#### 26\n\nCheck: 28 + 26 = 54", "number", "26"),
+    ("B. vitamin C", "letter", "B"),
+    ("(B) Hepatitis A", "letter", "B"),
+    ("The answer is C. Option A is wrong.", "letter", "C"),
+    ("The answer is \\boxed{B}.\n\nNote: option D is close.", "letter", "B"),
+    ("A) is wrong. B) is right, so B", "letter", "B"),
+    ("Yes, because there is no rule against it.", "yes_no", "yes"),
+    ("The answer is no because it melts.", "yes_no", "no"),
     ("a", r"regex:a(b)?", None),
 ]
 
@@ -111,6 +122,11 @@ def test_a_pattern_reads_the_target_too_or_takes_it_whole() -> None:
         (["Yes", "so NO.", "#### yes"], "yes_no"),
         (["B", "The answer is (C).", "**A**"], "letter"),
         (["18", "eighteen"], None),
+        (["#### 3/4", "#### 1/4"], None),
+        (["2024-05-12", "2023-01-12"], None),
+        (["12:30", "9:30"], None),
+        (["A12", "B12"], None),
+        (["2^10", "3^10"], None),
         (["Paris", "Rome"], None),
         (["yes", "4"], None),
         ([], None),
@@ -118,6 +134,13 @@ def test_a_pattern_reads_the_target_too_or_takes_it_whole() -> None:
 )
 def test_the_way_to_read_is_guessed_where_targets_end_alike(targets: list[str], kind: str | None) -> None:
     assert guess(targets) == kind
+
+
+def test_a_heading_is_no_answer_where_targets_have_no_mark() -> None:
+    text = "#### 1. Add\n2 + 3 = 5\n\nIt is 5."
+    assert is_correct(text, "number", "It is 5.")
+    assert not is_correct(text, "number", "5", marked=True)
+    assert is_correct("2 + 3\n#### 5\n", "number", "5", marked=True)
 
 
 def test_labels_reach_as_far_as_targets() -> None:

@@ -9,6 +9,7 @@ import pytest
 from causalprune.core.errors import CheckpointError, MismatchError
 from causalprune.core.types import EvalResult
 from causalprune.evaluation.results import (
+    averaged,
     headline,
     interval,
     paired_difference,
@@ -59,7 +60,40 @@ def test_pairing_removes_the_variation_between_examples() -> None:
 
 def test_equal_results_show_no_difference() -> None:
     found = paired_difference(result([0, 1, 1]), result([0, 1, 1]), resamples=100)
-    assert (found.difference, found.low, found.high, found.verdict) == (0.0, 0.0, 0.0, "no difference shown")
+    assert (found.difference, found.verdict) == (0.0, "no difference shown")
+    assert -found.low == found.high == pytest.approx(1 - 0.025 ** (1 / 3)), "what three have not shown"
+    large = paired_difference(result([1] * 400), result([1] * 400), resamples=100)
+    assert large.high == pytest.approx(0.0092, abs=1e-4)
+    assert interval(result([0] * 50), resamples=100).high == pytest.approx(1 - 0.025 ** (1 / 50))
+    assert interval(result([1] * 50), resamples=100).low == pytest.approx(0.025 ** (1 / 50))
+
+
+@pytest.mark.parametrize(
+    ("changed", "n", "verdict"),
+    [(5, 5, "no difference shown"), (6, 6, "worse"), (5, 100, "no difference shown"), (6, 100, "worse")],
+)
+def test_few_changes_are_no_evidence(changed: int, n: int, verdict: str) -> None:
+    """As the sign test has it: five of five are 0.06, six of six 0.03."""
+    found = paired_difference(result([0] * changed + [1] * (n - changed)), result([1] * n), resamples=2000)
+    assert found.verdict == verdict
+    assert -1 <= found.low <= found.difference <= found.high <= 1
+
+
+def test_losses_of_other_tokens_are_not_compared() -> None:
+    a, b = (result([5.0, 6.0], [n, n], "nats_per_token") for n in (5, 10))
+    with pytest.raises(MismatchError, match="other numbers of tokens for both models"):
+        paired_difference(a, b)
+
+
+def test_means_over_draws_are_of_all_draws() -> None:
+    draws = [
+        replace(
+            result([0, 1]),
+            description={"answers": {"not_ended": share, "mean_tokens": tokens, "unended": [0]}},
+        )
+        for share, tokens in ((0.0, 10.0), (0.5, 30.0))
+    ]
+    assert averaged(draws).description["answers"] == {"not_ended": 0.25, "mean_tokens": 20.0}
 
 
 def test_ratio_is_resampled_jointly() -> None:

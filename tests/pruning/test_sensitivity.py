@@ -76,3 +76,14 @@ def test_an_expert_without_tokens_has_no_gradient() -> None:
         )
         < 0.01
     )
+
+
+@pytest.mark.parametrize("criterion", ["relevance", "snip"])
+def test_weights_of_an_expert_without_tokens_rank_by_magnitude(criterion: str) -> None:
+    decoder = fresh("mixtral")
+    by_size = prune(fresh("mixtral"), Method("magnitude", 0.5, "row")).keep
+    pruned = prune(decoder, Method(criterion, 0.5, "row"), calibration=ONE_ROUTE)
+    assert pruned.unrouted
+    for name in pruned.unrouted:
+        assert torch.equal(pruned.keep[name], by_size[name]), name
+    assert not all(torch.equal(pruned.keep[p.name], by_size[p.name]) for p in decoder.projections)

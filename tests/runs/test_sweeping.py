@@ -68,6 +68,17 @@ def test_what_is_left_of_a_result() -> None:
     assert headline(worse) - headline(text) == pytest.approx(worst_difference(text, 0.9), rel=1e-4)
 
 
+@pytest.mark.parametrize("n", [50, 150, 800])
+def test_a_share_that_is_kept_exactly_holds(n: int) -> None:
+    def solved(count: int) -> EvalResult:
+        values = (1.0,) * count + (0.0,) * (n - count)
+        return EvalResult("t_answers", "accuracy", values, (1.0,) * n, tuple(map(str, range(n))))
+
+    dense = solved(n * 2 // 5)
+    assert sweeping._tried(0.5, [solved(n * 36 // 100)], [dense], 0.9, certain=False).holds
+    assert not sweeping._tried(0.5, [solved(n * 36 // 100 - 1)], [dense], 0.9, certain=False).holds
+
+
 def test_certain_wants_the_far_end_of_the_interval(
     runs: list[tuple[float, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from causalprune.attribution.estimators import Job, cells_of, exact_jobs
 from causalprune.attribution.measuring import Passes
 from causalprune.attribution.plan import Plan
 from causalprune.core import CausalPruneError, Ledger, OptionError, Progress, say
+from causalprune.interventions import grouped_by_effect
 
 RETRIES = 3
 """Times that a job may take its worker down with it before the run ends."""
@@ -97,6 +98,10 @@ def fill(plan: Plan, path: Path, make: Callable[[], Passes], cluster: Cluster, o
     """
     if plan.estimator.name != "exact":
         raise OptionError(f"only the estimator 'exact' runs on a cluster, not {plan.estimator.name!r}")
+    if grouped_by_effect(plan.question.units):
+        raise OptionError(
+            "every worker would group neurons by effects of its own: take neurons:64 in a row, or no cluster"
+        )
     wanted = in_order(exact_jobs(plan))
     say(on_progress, unit="jobs")
     with plan.ledger(path) as book:

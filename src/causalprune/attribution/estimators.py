@@ -21,7 +21,7 @@ from causalprune.attribution.plan import Plan, opened, planned
 from causalprune.attribution.questions import DEFAULT_BUDGET, Estimator, Question
 from causalprune.attribution.sampling import Allocation, next_cells, settled
 from causalprune.calibration import batches
-from causalprune.core import Calibration, Decoder, Effects, Progress, Unit, bar, say, silent
+from causalprune.core import Calibration, Decoder, Effects, MismatchError, Progress, Unit, bar, say, silent
 
 Job: TypeAlias = tuple[int, int]  # a batch and a layer
 LEAST = 0.01
@@ -129,6 +129,10 @@ def expanded(work: Measured, on_progress: Progress = silent) -> tuple[Tensor, Te
     for number, batch in enumerate(groups):
         row = work.recalled(f"gradient:{number}", partial(work.passes.predicted_row, batch))
         columns = list(batch.indices)
+        if len(how.gates) > 1 and torch.tensor(row["second"]).ndim < 3:
+            raise MismatchError(
+                "the ledger was begun by an earlier version, which averaged over gates: choose another folder"
+            )
         for target, name in ((work.intact, "ce"), (first, "first"), (second, "second")):
             target[..., columns] = torch.tensor(row[name], dtype=torch.float64)
         if work.fresh or number + 1 == len(groups):

@@ -36,6 +36,10 @@ def merge(shares: Sequence[Effects]) -> Effects:
                 raise MismatchError(f"the shares are of different {what}")
         if effects.description["question"] != first.description["question"]:
             raise MismatchError("the shares answer different questions")
+        if effects.description.get("neurons") != first.description.get("neurons"):
+            raise MismatchError(
+                "the shares have grouped neurons otherwise, by effects that differ: take neurons:64 in a row"
+            )
         if _alike(effects) != _alike(first):
             raise MismatchError(
                 "the shares were measured in different batches or by different estimators: give all the same options"
@@ -44,13 +48,20 @@ def merge(shares: Sequence[Effects]) -> Effects:
     tokens = sum(float(effects.description["tokens_forwarded"]) for effects in shares)
     description: dict[str, Any] = {**first.description, "estimator": estimator, "tokens_forwarded": tokens}
     kl = [effects.kl_nats for effects in shares if effects.kl_nats is not None]
-    masked = _joined([effects.masked_nats for effects in shares])
+    masked = _joined([_beside(effects, first) for effects in shares])
     missing = masked.isnan()
     if holes := int((missing & ~missing.all(1, keepdim=True)).sum()):
         raise MismatchError(
             f"{holes} of {missing.numel()} measurements are in none of the shares: give all the same options"
         )
     return replace(first, masked_nats=masked, kl_nats=_joined(kl) if kl else None, description=description)
+
+
+def _beside(effects: Effects, first: Effects) -> Tensor:
+    """Return the masked losses of a share as the intact ones of the first have it: another machine rounds both alike."""
+    if torch.equal(effects.intact_nats, first.intact_nats):
+        return effects.masked_nats
+    return effects.masked_nats - effects.intact_nats + first.intact_nats
 
 
 def _share(effects: Effects) -> tuple[int, int]:

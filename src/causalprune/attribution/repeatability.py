@@ -21,7 +21,8 @@ from causalprune.attribution.measuring import Passes
 from causalprune.attribution.plan import Plan, opened, planned
 from causalprune.attribution.questions import Estimator, Question
 from causalprune.attribution.uncertainty import agreement, reliability, spearman, top_overlap
-from causalprune.core import Calibration, Decoder, Effects, Progress, Stage, say, silent
+from causalprune.core import Calibration, Decoder, Effects, OptionError, Progress, Stage, say, silent
+from causalprune.interventions import grouped_by_effect
 
 DRAWS = 5
 SWAPPED = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -65,6 +66,12 @@ def stability(
     compared with, and where pairs are removed. Costs an exact measurement of each, and about
     `top · (top − 1) / 2` passes per sequence for the pairs. Resumable: every job is in a ledger in `folder`.
     """
+    if grouped_by_effect(trial.question.units):
+        raise OptionError(
+            "groups of neurons by effect are others on every set of problems: to compare take neurons:1, or neurons:64 in a row"
+        )
+    if trial.question.ablation != "zero":
+        raise OptionError(f"pairs are removed with ablation 'zero', not {trial.question.ablation!r}")
     question, pairs, how = trial.question, trial.pairs, Estimator(max_batch_tokens=trial.max_batch_tokens)
     measured: dict[str, Effects] = {}
     for name, calibration in calibrations.items():

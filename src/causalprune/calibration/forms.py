@@ -158,6 +158,10 @@ def _messages(where: str, messages: Any) -> Sequence[Any]:
 def _turn(where: str, message: Any) -> Turn:
     if not isinstance(message, Mapping):
         raise DataError(f"{where}: a turn has role and content (or from and value), {message!r} has not")
+    if message.get("tool_calls") or message.get("function_call"):
+        raise DataError(
+            f"{where}: calls of tools are not read: write them into the content as the model sees them"
+        )
     role, content = (message.get(a, message.get(b)) for a, b in (("role", "from"), ("content", "value")))
     if isinstance(content, list) and all(
         isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content

@@ -128,6 +128,8 @@ def halves(calibration: Calibration) -> tuple[Calibration, Calibration]:
     for example in calibration.examples:
         number.setdefault(example.content, len(number))
     sides = [tuple(own for own in calibration.examples if number[own.content] % 2 == side) for side in (0, 1)]
+    if len(number) < 2:
+        raise DataError("all problems have one prompt: give others to decide on (--on; in Python `decide`)")
     score, decide = (Calibration(side, (0,) * len(side), calibration.description) for side in sides)
     return score, decide
 

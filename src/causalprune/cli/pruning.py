@@ -193,7 +193,12 @@ def sweep(
         say(f"no sparsity keeps {keep:g} of every task\nnext: {then}")
     else:
         name = label(parse_method(method.method, best))
-        say(f"{name} keeps {keep:g} of every task; all results: {output / RESULTS}")
+        how = (
+            "even by the worse ends of intervals"
+            if certain
+            else "by the values (--certain asks their intervals)"
+        )
+        say(f"{name} keeps {keep:g} of all that decides, {how}; all results: {output / RESULTS}")
         made = outcome_of(record, output, name, then)
     if made is not None:
         say(tables.outcome(made))

@@ -45,9 +45,12 @@ class State:
         self.path, self.values, self.needed = path, dict[str, Any](), needed
         self._identity, self._held = json.dumps(identity, sort_keys=True), dict[str, Any]()
         self._written, self._pause = time.monotonic(), EVERY
-        self._locked = False
+        self._lock: _Lock | None = None
         if path is not None and path.is_dir():
-            self._lock(path)
+            self._lock = locked(path)
+            for partial in path.glob("*.partial-*"):  # what a kill has left half-written
+                with contextlib.suppress(OSError):
+                    partial.unlink()
         for own, values, version in _found(path):
             if version != METHOD_VERSION:
                 raise MismatchError(
@@ -59,22 +62,6 @@ class State:
                     f"{path} is of a stopped run with other options: delete it, or choose another output"
                 )
             self.values |= values
-
-    def _lock(self, path: Path) -> None:
-        """Keep other processes from this folder, for as long as this value is there."""
-        try:
-            file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT)
-        except OSError:  # nothing can be written there, which writing will say
-            return
-        weakref.finalize(self, os.close, file)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system that knows no locks
-                raise CheckpointError(
-                    f"{path} is in use by another run: wait for it, or choose another output"
-                ) from error
-        self._locked = True
 
     def keep(self, **values: Any) -> None:
         """Remember these values, in place of earlier ones of the same names; they are on disk on return."""
@@ -120,8 +107,7 @@ class State:
             partial = self.path / f"{name}.partial-{os.getpid()}"
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                if not self._locked:
-                    self._lock(self.path)
+                self._lock = self._lock or locked(self.path)
                 record = {
                     "identity": self._identity,
                     "method_version": METHOD_VERSION,
@@ -141,13 +127,49 @@ class State:
                         f"cannot write {partial}: {error}; what was done before is kept there, and the same command goes on"
                     ) from error
                 with contextlib.suppress(OSError):
-                    (self.path / LOCK).unlink(missing_ok=True)
-                    self.path.rmdir()  # where nothing is in it
+                    if not [own for own in self.path.iterdir() if own.name != LOCK]:
+                        shutil.rmtree(self.path)
                 self.path, self._held = None, {}
                 warnings.warn(
                     f"nothing more is kept, should this be stopped: cannot write {partial}: {error}",
                     stacklevel=3,
                 )
+
+
+class _Lock:
+    """A folder that no other process writes; those who need it in this one share it, and it ends with the last of them."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT)
+        weakref.finalize(self, os.close, self.file)
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system that knows no locks
+                raise CheckpointError(
+                    f"{path} is in use by another run: wait for it, or choose another output"
+                ) from error
+
+
+_LOCKS: "weakref.WeakValueDictionary[tuple[int, int], _Lock]" = weakref.WeakValueDictionary()
+"""By device and number of the folder: closing one descriptor of a file would end all locks of this process on it."""
+
+
+def locked(path: Path) -> _Lock | None:
+    """Return the lock of a folder, held as long as the value is there; None where nothing can be written.
+
+    Raises:
+        CheckpointError: another process has it.
+    """
+    try:
+        own = path.stat()
+        key = own.st_dev, own.st_ino
+        lock = _LOCKS.get(key)
+        if lock is None:
+            lock = _LOCKS[key] = _Lock(path)
+    except OSError:  # which writing will say
+        return None
+    return lock
 
 
 def kept(path: Path) -> dict[str, Any]:
@@ -193,8 +215,6 @@ def _files(path: Path | None) -> list[Path]:
         return [path] if path.exists() else []
     try:
         files = sorted(path.iterdir())
-        for partial in (file for file in files if ".partial-" in file.name):
-            partial.unlink()
     except OSError as cause:
         raise CheckpointError(f"cannot read {path}: {cause.strerror or cause}") from cause
     return [file for file in files if ".partial-" not in file.name and file.name != LOCK]

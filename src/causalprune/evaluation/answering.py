@@ -1,7 +1,7 @@
 """Tasks whose answers the model writes itself: right or wrong, or as a user's function says."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -9,7 +9,15 @@ from causalprune import calibration
 from causalprune.calibration import TRACE_START, Problem, is_file, load_problems
 from causalprune.core import DataError, Decoder, EvalResult, OptionError, Progress, Remarked
 from causalprune.evaluation.settings import Settings, described, reader_for
-from causalprune.evaluation.tasks.answers import REGEX, after_trace, extract, guess, is_correct, labels_of
+from causalprune.evaluation.tasks.answers import (
+    MARK,
+    REGEX,
+    after_trace,
+    extract,
+    guess,
+    is_correct,
+    labels_of,
+)
 from causalprune.evaluation.tasks.files import task_file
 from causalprune.evaluation.tasks.generation import Answer, answers
 from causalprune.evaluation.tasks.scorers import reference, scores
@@ -62,7 +70,9 @@ def right_or_wrong(
     labels = labels_of([p.target for p in problems]) if kind == "letter" else ()
     found = write(decoder, source, problems, settings, on_progress)
     values = [
-        float(over and is_correct(text, kind, p.answer or p.target, p.labels or labels))
+        float(
+            over and is_correct(text, kind, p.answer or p.target, p.labels or labels, marked=MARK in p.target)
+        )
         for over, text, p in zip(found.over, found.texts, found.problems, strict=True)
     ]
     return [found.result(name, "accuracy", values, **about)]
@@ -117,7 +127,12 @@ def write(
     tokens = [
         calibration.question_tokens(reader, problem, text) for problem, text in zip(few, shown, strict=True)
     ]
-    limit = room_for(decoder, source, max(map(len, tokens)), settings, thinking=thinking)
+    asks = settings
+    if settings.max_new_tokens is None and not thinking and not is_file(source):
+        asks = replace(
+            settings, max_new_tokens=task_file(f"{source}_cot")["generation_kwargs"]["max_gen_toks"]
+        )
+    limit = room_for(decoder, source, max(map(len, tokens)), asks, thinking=thinking)
     stop = [] if thinking else _stops(source, problems, chat=reader.chat)  # thoughts may hold anything
     asked = list(zip(tokens, shown, strict=True))
     own = answered_in_order(decoder, asked, limit, stop, settings.batch_size, on_progress)

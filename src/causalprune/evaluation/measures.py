@@ -82,10 +82,16 @@ def evaluate(
         seconds = (time.perf_counter() - start) / len(group)
         data = {"data": held[0]} if held else {}
         for task, results in zip(group, every, strict=True):
-            found[task] = [
-                replace(result, seconds=seconds, description=result.description | data) for result in results
-            ]
+            found[task] = [_shared(result, seconds, len(group), data) for result in results]
     return [result for task in tasks for result in found[task]]
+
+
+def _shared(result: EvalResult, seconds: float, tasks: int, data: Mapping[str, Any]) -> EvalResult:
+    """Return a result with its part of what a pass for several tasks took."""
+    told = result.description | data
+    if "tokens_forwarded" in told:
+        told["tokens_forwarded"] /= tasks
+    return replace(result, seconds=seconds, description=told)
 
 
 def _unit(name: str, scorers: Iterable[str]) -> str:

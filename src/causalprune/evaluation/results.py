@@ -43,6 +43,10 @@ SETTINGS = (
 """What two results that are compared must say alike."""
 AT_CHANCE = "the loss of the right answers, as in arc_challenge_nll, says more"
 CONFIDENCE = 0.95
+BINARY = ("accuracy", "acc_norm", "loops", "phrases")
+"""Metrics whose values are 0 or 1."""
+FLIPS = 6
+"""Changes to one side from which there is evidence of it: half to the sixth is 0.016, twice that below 0.05."""
 FEW = 8
 """Examples below which quantiles of resamples are too narrow: two of them would exclude 0 in half of all cases."""
 CHUNK = 4_000_000
@@ -121,7 +125,10 @@ def interval_of(result: EvalResult, draws: Floats) -> Interval:
             low, high = (float(np.exp(end)) for end in bounds(np.log(draws), n))
     else:
         low, high = bounds(draws, n)
-    if result.metric in ("accuracy", "acc_norm"):
+    if result.metric in BINARY and math.isfinite(low):
+        room, value = _room(n), headline(result)  # of what was never seen, or always
+        low = min(low, value - room) if value >= 1 else low
+        high = max(high, value + room) if value <= 0 else high
         low, high = max(low, 0.0), min(high, 1.0)
     return Interval(headline(result), low, high, n)
 
@@ -132,8 +139,30 @@ def difference_of(a: EvalResult, b: EvalResult, draws_a: Floats, draws_b: Floats
     with np.errstate(invalid="ignore"):
         low, high = bounds(draws_a - draws_b, len(a.values))
     difference = headline(a) - headline(b)
+    if a.metric in BINARY and math.isfinite(low):
+        low, high = _opened(a, b, difference, low, high)
     verdict = _verdict(difference, low, high, higher_is_better(a))
     return Comparison(difference, low, high, len(a.values), verdict)
+
+
+def _opened(a: EvalResult, b: EvalResult, difference: float, low: float, high: float) -> tuple[float, float]:
+    """Return the interval of a difference of shares, opened where all that changed did so to one side.
+
+    Resamples know nothing of a change that was not seen: its share may be as large as `_room`. And fewer than `FLIPS` changes
+    are no evidence of a side (sign test).
+    """
+    change = [x - y for x, y in zip(a.values, b.values, strict=True)]
+    changed, room = sum(map(bool, change)), _room(len(change))
+    if min(change) >= 0:
+        low = min(low, difference - room, 0.0 if changed < FLIPS else low)
+    if max(change) <= 0:
+        high = max(high, difference + room, 0.0 if changed < FLIPS else high)
+    return max(low, -1.0), min(high, 1.0)
+
+
+def _room(n: int) -> float:
+    """Return the largest share of which so many examples may show nothing, at 95 % (to two sides; Clopper and Pearson 1934)."""
+    return float(1 - ((1 - CONFIDENCE) / 2) ** (1 / n))
 
 
 def higher_is_better(result: EvalResult) -> bool | None:
@@ -186,6 +215,10 @@ def averaged(results: Sequence[EvalResult]) -> EvalResult:
         _check_pair(other, first)
     values = np.mean([_arrays(result)[0] for result in results], axis=0)
     spread = float(np.std([headline(result) for result in results], ddof=1)) if n > 1 else math.nan
+    described = {**first.description, "draws": n, "spread": spread}
+    if ends := [own for result in results if (own := result.description.get("answers"))]:
+        means = {key: float(np.mean([own[key] for own in ends])) for key in ("not_ended", "mean_tokens")}
+        described["answers"] = means if len(ends) == n else None
     return replace(
         first,
         values=tuple(values.tolist()),
@@ -193,7 +226,7 @@ def averaged(results: Sequence[EvalResult]) -> EvalResult:
         prompts=(),
         golds=(),
         seconds=sum(result.seconds for result in results),
-        description={**first.description, "draws": n, "spread": spread},
+        description=described,
     )
 
 
@@ -378,7 +411,12 @@ def _check_pair(a: EvalResult, b: EvalResult) -> None:
             "evaluate both models with the same limit, seed and data"
         )
     versions = [result.description.get("method_version", 1) for result in (a, b)]
-    if a.weights != b.weights and versions[0] != versions[1] and a.metric in ("nats_per_token", "perplexity"):
+    if a.weights != b.weights and a.metric in ("nats_per_token", "perplexity"):
+        if versions[0] == versions[1]:
+            raise MismatchError(
+                f"{a.task}: the same examples are other numbers of tokens for both models, and losses of a token say nothing of each "
+                "other: compare answers, or models of one tokenizer"
+            )
         raise MismatchError(
             f"{a.task}: results of versions {versions[0]} and {versions[1]} of the method, between which "
             f"{changes_since(min(versions))}: measure both anew"

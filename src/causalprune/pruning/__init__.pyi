@@ -58,6 +58,7 @@ from .criteria import (
 from .importance import (
     Factors as Factors,
 )
+from .importance import cap_units as cap_units
 from .importance import (
     head_factors as head_factors,
 )

@@ -42,6 +42,12 @@ def weight_factor(
     return factor[None, :] if role == "o" else factor[:, None]
 
 
+def cap_units(decoder: Decoder) -> tuple[str, ...]:
+    """Return the kinds of units whose effects `cap` needs: the heads of all mixers."""
+    places = {mixer.place for layer in decoder.layers for mixer in layer.mixers}
+    return tuple(sorted(places)) or ("heads",)
+
+
 def head_factors(decoder: Decoder, effects: Effects | None, found: str | None) -> Factors:
     """Return the factor on the weights of every matrix (method §2); the heads of all mixers are scaled together.
 

@@ -26,7 +26,7 @@ def score(plan: Plan, gathered: Gathered, p: Projection) -> Float[Tensor, "out i
         output_slope=slope(plan, gathered, p),
         inverse=diagonal,
         factor=plan.factors.get(p.name),
-        gradient=_gradient(gathered, p),
+        gradient=_gradient(plan, gathered, p),
         seed=zlib.crc32(f"{method.seed}:{p.name}".encode()),
     )
     return finite(p, CRITERIA[method.criterion].score(weight, evidence))
@@ -51,13 +51,19 @@ def slope(plan: Plan, gathered: Gathered, p: Projection) -> Float[Tensor, "out"]
     return _known(plan, p, lambda q: gathered.slopes.get(q.name)).float().expand(p.shape[0])
 
 
-def _gradient(gathered: Gathered, p: Projection) -> Float[Tensor, "#out #in"] | None:
-    """Return the gradient at the weights, zero where no token reached an expert; None where no gradients were taken."""
+def _gradient(plan: Plan, gathered: Gathered, p: Projection) -> Float[Tensor, "#out #in"] | None:
+    """Return the gradient at the weights, the mean of its siblings for an expert without tokens; None where none were taken."""
     if not gathered.gradients:
         return None
-    if (own := gathered.gradients.get(p.parameter)) is None:
-        return torch.zeros(1, 1, device=p.device)
-    return replace(p, parameter=nn.Parameter(own, requires_grad=False)).read()
+
+    def of(q: Projection) -> Tensor | None:
+        if (own := gathered.gradients.get(q.parameter)) is None:
+            return None
+        slopes = replace(q, parameter=nn.Parameter(own, requires_grad=False)).read()
+        return None if q.expert is not None and not bool(slopes.any()) else slopes.flatten()
+
+    known = _known(plan, p, of)
+    return known.view(1, 1) if known.numel() == 1 else known.view(p.shape)
 
 
 def inverse(plan: Plan, gathered: Gathered, p: Projection) -> Float[Tensor, "in in"]:

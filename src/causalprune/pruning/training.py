@@ -58,7 +58,7 @@ BATCH_TOKENS = 1024
 """Tokens of a batch, at most."""
 AT_ONCE = 1
 """Batches whose gradients a step adds up: few, as a few dozen problems have to give some dozens of steps."""
-WAY_OUT = "load the model with --dtype float32, or take +refit; what is kept of earlier steps stays"
+WAY_OUT = "begin again in another output with --dtype float32 (not from files), or with +refit"
 CHUNK = 256
 """Positions whose logits exist at once: bounds the memory that large vocabularies take."""
 

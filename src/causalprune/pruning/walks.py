@@ -127,7 +127,9 @@ def walk(
                 own = inputs[number]
                 hidden = run_layer(decoder, batch.tokens, layer.index, own)
                 inputs[number] = hold(LayerInputs({layer.index + 1: hidden}, own.as_tuple))
-        if plan.state.due():
+        if plan.state.due() and (
+            plan.hold is None or plan.method.takes_long
+        ):  # else all of them would be in memory
             after = layer.index + 1
             found = {"layer": after, "hidden": on_cpu(inputs, after), "as_tuple": inputs[0].as_tuple}
             plan.state.flush(**{name: found})

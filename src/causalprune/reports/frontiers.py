@@ -58,11 +58,14 @@ def found(record: Mapping[str, Any]) -> list[str]:
             f"{_signed(over)} ({unit})"
         )
     below = record["pays_below_bytes"]
+    nowhere = "removing parameters was measured better than quantising further at no size"
+    if record["best_whole"] is None:
+        nowhere = "no whole file is so small, so that removing parameters was compared with nothing"
     lines.append(
         f"removing parameters was measured better than quantising further below {below / 1e6:.1f} MB, on the problems that decide, "
         "without an interval"
         if below
-        else "removing parameters was measured better than quantising further at no size"
+        else nowhere
     )
     for name, speed in record.get("speeds", {}).items():
         lines.append(
@@ -86,23 +89,18 @@ def _drawing(record: Mapping[str, Any]) -> Markup:
     points = [p for p in record["points"] if _height(p) is not None]
     if not points:
         return Markup("")
-    most, top = (
-        max(p["bytes"] for p in points) * 1.05,
-        max(0.01, *(_height(p) or 0.0 for p in points)) * 1.1,
-    )
-    low = min(0.0, *(_height(p) or 0.0 for p in points))
+    most, ends = max(p["bytes"] for p in points) * 1.05, [_ends(record, p) for p in points]
+    heights = [*(_height(p) or 0.0 for p in points), *(end for own in ends for end in own)]
+    low, top = min(0.0, *heights), max(0.01, *heights) * 1.1
 
     def at(point: Mapping[str, Any]) -> tuple[float, float]:
         share = ((_height(point) or 0.0) - low) / (top - low)
         return LEFT + (WIDE - LEFT - 20) * point["bytes"] / most, 15 + (HIGH - 15 - LOW) * (1 - share)
 
     def bars() -> Iterator[Markup]:
-        for p in points:
-            own = p.get("minus_dense")
-            if own and record["metric"] != "perplexity" and math.isfinite(own["low"] + own["high"]):
-                sign = -1 if record.get("higher_is_better") else 1
-                ends = sign * own["low"], sign * own["high"]
-                x, (low_y, high_y) = at(p)[0], (at({**p, "measured_rise": end})[1] for end in ends)
+        for p, own in zip(points, ends, strict=True):
+            if own:
+                x, (low_y, high_y) = at(p)[0], (at({**p, "measured_rise": end})[1] for end in own)
                 yield Markup('<path d="M{:.1f} {:.1f}V{:.1f}" stroke-opacity=".4"/>').format(x, low_y, high_y)
 
     marks = Markup("").join(
@@ -113,6 +111,15 @@ def _drawing(record: Mapping[str, Any]) -> Markup:
         '<svg viewBox="0 0 {} {}" width="{}" style="max-width:100%" role="img" aria-label="rise to dense by size of the file">'
         '<g stroke="currentColor" fill="none" font-size="11">{}{}</g></svg>'
     ).format(WIDE, HIGH, WIDE, axes, marks)
+
+
+def _ends(record: Mapping[str, Any], point: Mapping[str, Any]) -> tuple[float, ...]:
+    """Return the interval of how much worse a point is on the problems that are reported; nothing where there is none."""
+    own = point.get("minus_dense")
+    if not own or record["metric"] == "perplexity" or not math.isfinite(own["low"] + own["high"]):
+        return ()
+    sign = -1 if record.get("higher_is_better") else 1
+    return sign * own["low"], sign * own["high"]
 
 
 def _height(point: Mapping[str, Any]) -> float | None:

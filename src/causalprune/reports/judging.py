@@ -98,7 +98,7 @@ def judge(models: Sequence[Told], tasks: Sequence[Told]) -> Verdict:
         for m in models
         if m["criterion"] != "dense" and keys and all((m["cells"].get(k) or {}).get("dense") for k in keys)
     ]
-    at_chance = f"{', '.join(dict.fromkeys(blind))}: the dense model is at chance there, so it decides nothing; {AT_CHANCE}."
+    at_chance = f"{', '.join(dict.fromkeys(blind))}: the dense model is at chance there, or solves nothing, so it decides nothing; {AT_CHANCE}."
     if not full:
         text = (
             "Nothing can be recommended yet: no pruned model is measured on all tasks beside the dense one."

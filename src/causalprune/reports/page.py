@@ -231,7 +231,7 @@ def _size(model: Mapping[str, Any]) -> str:
 
 def _extremes(units: Sequence[Mapping[str, Any]]) -> list[tuple[list[Mapping[str, Any]], str]]:
     """Return the parts that matter most, and those whose removal helps most."""
-    order = _strongest(units)
+    order = sorted((u for u in units if math.isfinite(u["delta"])), key=lambda unit: -unit["delta"])
     helpful = [unit for unit in order[::-1] if unit["delta"] < 0][:5]
     return [(order[:9], ""), (helpful, "removing helps most")] if helpful else [(order[:9], "")]
 

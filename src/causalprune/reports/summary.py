@@ -16,6 +16,7 @@ from causalprune.evaluation import (
     answered,
     at_chance,
     difference_of,
+    headline,
     higher_is_better,
     interval_of,
     resampled,
@@ -104,7 +105,11 @@ def _measured(
     tasks = _tasks(found, frozenset((record.get("calibration") or {}).get("sources") or ()))
     models = _models(rows, found, tasks)
     dense = [result for label, results in found for result in results if label in _dense(rows)]
-    chance = {task_key(result): at_chance(result) for result in dense if result.values}
+    chance = {
+        task_key(own): at_chance(own) or (own.metric == "accuracy" and not headline(own))
+        for own in dense
+        if own.values
+    }
     return found, [task | {"at_chance": chance.get(task["key"], False)} for task in tasks], models
 
 

@@ -66,7 +66,8 @@ def next_command(
     """Return the command that goes on from a run: measure what its verdict lacks, make a smaller model, or look for less."""
     kept, recipe = _kept(folder, verdict.label), record["recipe"]
     if kept and not verdict.holds and verdict.measure is not None:
-        return evaluating(kept, verdict.measure, reading(recipe["calibration"], recipe["model"], data_dir))
+        wanted = {**recipe["calibration"], "seed": recipe["seed"]}  # by which problems are measured
+        return evaluating(kept, verdict.measure, reading(wanted, recipe["model"], data_dir))
     if not verdict.holds:
         named = [r for r in record["rows"][0]["results"] if not r["description"].get(ADDED)]
         found = {result["task"]: result["description"].get("limit") for result in named}

@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -176,6 +176,8 @@ def attribution_passes(recipe: Recipe, shape: Shape) -> float:
     how, heads = recipe.attribution.method(), shape.layers * shape.heads
     if how.name == "exact":
         return heads * (shape.layers + 1) / 2 / shape.layers
+    if len(how.gates) > 1 and recipe.attribution.effect == "ce":  # as `attribution.planned` has it
+        how = replace(how, draws=0)
     prediction = _prediction_passes(how)
     return prediction if how.name == "gradient" else max(prediction, heads / (how.budget or DEFAULT_BUDGET))
 

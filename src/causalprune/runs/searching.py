@@ -317,7 +317,9 @@ def room(search: Search) -> str:
     size = sum(path.stat().st_size for path in search.folder(0.0).glob("*.safetensors"))
     missing = [share for share in search.shares if not search.folder(share).exists()]
     whole = 4 * size_of(outlined(search.spec)).parameters  # in float32, as which training is kept
-    needs = size * (len(missing) + 2) + (2 * whole if missing and search.asked.update in TRAINS else 0)
+    needs = size * (sum(1 - share for share in missing) + 2) + (
+        2 * whole if missing and search.asked.update in TRAINS else 0
+    )
     check_room(search.output, needs)
     free = free_at(search.output)
     return f"up to {needs / 1e9:.1f} GB for smaller models and files, {free / 1e9:.1f} GB free"

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from causalprune.calibration import OWN_TEXT
-from causalprune.checkpoints import MANIFEST, hash_file
+from causalprune.checkpoints import hash_file, resolve
 from causalprune.core import (
     CausalPruneError,
     CheckpointError,
@@ -96,6 +96,7 @@ def fit(spec: ModelSpec, wanted: CalibrationSpec, output: Path, asked: Asked, op
         raise CheckpointError(
             f"{output / FILE} was not written by `fit`, and is not replaced: choose another folder"
         )
+    _check_model_folder(output, [spec.name, *filter(None, [asked.start])])
     with options.stage("loading model"):
         spec = dataclasses.replace(spec, dtype="float32")
         start = started(spec, asked.start)
@@ -110,6 +111,17 @@ def fit(spec: ModelSpec, wanted: CalibrationSpec, output: Path, asked: Asked, op
         del decoder  # one model is in memory at a time
         points = _searched(search)
         return _written(search, points)
+
+
+def _check_model_folder(output: Path, names: Sequence[str]) -> None:
+    """Raise a `CausalPruneError` where the folder of the model that is chosen is another's."""
+    place = (output / MODEL).resolve()
+    if place in {Path(resolve(name)).expanduser().resolve() for name in names}:
+        raise OptionError(f"{output / MODEL} is what `fit` starts from: choose another folder")
+    if place.exists() and not (output / LEDGER).exists():
+        raise CheckpointError(
+            f"{output / MODEL} was not written by `fit`, and is not replaced: choose another folder"
+        )
 
 
 def _identity(decoder: Decoder, wanted: CalibrationSpec, asked: Asked, options: Options) -> dict[str, Any]:
@@ -201,7 +213,7 @@ def _written(search: Search, points: list[Point]) -> Fitted:
 def _kept(search: Search, share: float) -> Path:
     """Return the folder of the model that was chosen: beside the file, where this search made it, for `work` may go."""
     folder, kept_in = search.folder(share), search.output / MODEL
-    if (kept_in / MANIFEST).exists():  # of an earlier choice
+    if kept_in.exists():  # of an earlier choice
         shutil.rmtree(kept_in)
     if search.work not in folder.parents:
         return folder

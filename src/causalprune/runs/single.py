@@ -65,7 +65,7 @@ from causalprune.evaluation import (
     write_results,
 )
 from causalprune.models import check_folder, device_of, skeleton, tokenizer_of
-from causalprune.pruning import Method, Pruned, begun, manifest, prune
+from causalprune.pruning import Method, Pruned, begun, cap_units, manifest, prune
 from causalprune.runs.cells import load
 from causalprune.runs.fitting import check_stored, room_of
 from causalprune.runs.jobs import task_jobs
@@ -242,7 +242,8 @@ def prune_checkpoint(
         effects = load_effects(effects_path, decoder)
     elif "effects" in needs and calibration is not None:
         check_subsets(len(calibration.examples), wanted.subsets)
-        effects = measured(decoder, calibration, output.with_name(f"{output.name}.attribution"), options)
+        ledger, heads = output.with_name(f"{output.name}.attribution"), AttributionSpec(cap_units(decoder))
+        effects = measured(decoder, calibration, ledger, options, heads)
     with options.stage("pruning") as progress:
         pruned = prune(
             decoder,

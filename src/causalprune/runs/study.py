@@ -29,6 +29,7 @@ from causalprune.core import (
     Effects,
     Ledger,
     MismatchError,
+    OptionError,
     Stage,
     bars,
     git_commit,
@@ -51,7 +52,7 @@ from causalprune.evaluation import (
     same_as_before,
     write_json,
 )
-from causalprune.pruning import Method
+from causalprune.pruning import Method, cap_units
 from causalprune.reports import verdict
 from causalprune.runs.cells import Cells, load_intact
 from causalprune.runs.general import note_general_text, note_preserved, with_general_text
@@ -237,6 +238,10 @@ def _effects(
     if not any("effects" in method.needs for method in methods):
         return None
     check_subsets(len(calibration.examples), recipe.calibration.subsets)
+    if missing := set(cap_units(decoder)) - set(recipe.attribution.units):
+        raise OptionError(
+            f"cap needs the effects of all heads of {decoder.name}: add {', '.join(sorted(missing))} to `units` under `attribution`"
+        )
     options = Options(batch_tokens=recipe.batch_tokens, stage=stage)
     own = {
         k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(recipe.attribution).items()

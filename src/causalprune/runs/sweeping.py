@@ -83,6 +83,10 @@ def sweep(
     return [tried[sparsity] for sparsity in sorted(tried)]
 
 
+TIE = 1e-9
+"""Share of a limit by which rounding may move what meets it."""
+
+
 def _best(record: Mapping[str, Any], keep: float, certain: bool) -> str | None:
     """Return the label of the highest sparsity that holds, of the rows that are measured so far."""
     (_, dense), *pruned = rows_of(record)
@@ -109,7 +113,8 @@ def _tried(
         if certain:
             end = difference.low if higher_is_better(own) else difference.high
         limit = worst_difference(whole, keep) if decides else 0.0
-        holds &= not decides or (end >= limit if higher_is_better(own) else end <= limit)
+        slack = TIE * max(1.0, abs(limit))  # a share that is kept exactly holds
+        holds &= not decides or (end >= limit - slack if higher_is_better(own) else end <= limit + slack)
     return Tried(sparsity, tuple(found), holds)
 
 

@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from causalprune.core import Decoder, Speed
+from causalprune.core import Decoder, ModelError, Speed
 from causalprune.shrinking import read_and_written
 
 BUDGET_SECONDS = 20.0
@@ -15,12 +15,15 @@ READ_PER_WRITTEN = 8
 
 
 def speeds(whole: Decoder, smaller: Decoder, seconds: float = BUDGET_SECONDS) -> Speed | None:
-    """Time both models in turns on one sequence; None where `seconds` are too few for three rounds.
+    """Time both models in turns on one sequence; None where `seconds` are too few for three rounds, or nothing can be written.
 
     Speed depends on shapes alone, so the whole model may have been changed in place on the way to the smaller one.
     """
     start, rounds = time.perf_counter(), list[tuple[tuple[float, float], tuple[float, float]]]()
-    single = min(read_and_written(whole, 1, 1)[1] for _ in range(2))  # the first warms up
+    try:
+        single = min(read_and_written(whole, 1, 1)[1] for _ in range(2))  # the first warms up
+    except ModelError:  # it does not write
+        return None
     written = max(4, min(32, int(seconds / (4 * (LEAST_ROUNDS + 1)) / single)))
     longest = getattr(whole.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     read = min(READ_PER_WRITTEN * written, (longest or 1024) - written)

@@ -21,13 +21,15 @@ TOKENS, ROUNDS = 16, 5
 
 
 def read_and_written(decoder: Decoder, read: int, written: int) -> tuple[float, float]:
-    """Return the seconds that a prompt of so many tokens takes, and then so many greedy ones."""
+    """Return the seconds that a prompt of so many tokens takes, and then so many greedy ones; `ModelError` for a model without a cache."""
     model: Any = decoder.model
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     prompt = torch.arange(read)[None] % model.get_input_embeddings().num_embeddings
     with torch.inference_mode():
         start = time.perf_counter()
         output, cache = go_on(model, prompt.to(decoder.device), None, None, **last)
+        if cache is None:
+            raise ModelError(f"{decoder.name} keeps no cache of what it reads")
         token = int(output.logits[0, -1].argmax())  # waits for the device
         between = time.perf_counter()
         for _ in range(written):
@@ -50,15 +52,16 @@ def token_seconds(decoder: Decoder, parts: Mapping[Kind, tuple[float, Kept]]) ->
     if (known := _kept(path, names)) is not None:
         return known
     whole, ratios = list[float](), dict[str, float]()
-    try:
-        for name, (_, kept) in parts.items():
-            turns = _turns(decoder, smaller(decoder, kept))
-            whole += [own for own, _ in turns]
-            ratios[str(name)] = statistics.median(other / own for own, other in turns)
-    except AttributeError as error:
-        raise ModelError(
-            f"{decoder.name} cannot be timed as it writes ({error}): ask for --parameters or --memory"
-        ) from error
+    for name, (_, kept) in parts.items():
+        part = smaller(decoder, kept)
+        try:
+            turns = _turns(decoder, part)
+        except ModelError as error:
+            raise ModelError(
+                f"{decoder.name} cannot be timed as it writes ({error}): ask for --parameters or --memory"
+            ) from error
+        whole += [own for own, _ in turns]
+        ratios[str(name)] = statistics.median(other / own for own, other in turns)
     middle = statistics.median(whole)
     seconds = {"whole": middle, **{name: middle * ratio for name, ratio in ratios.items()}}
     path.parent.mkdir(parents=True, exist_ok=True)

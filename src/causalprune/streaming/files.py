@@ -129,7 +129,7 @@ def prune_stream(
             copies = copies_of(method)
             _check_room(folder, decoder, size, kept_in, copies, _hidden_bytes(decoder, method, seen))
             if calibration is not None:
-                reading = _residence(source, sources, stored, seen.device, head=_kept(method))
+                reading = _residence(source, sources, stored, seen.device, head=method.takes_long)
                 residence = stack.enter_context(reading)
                 hidden_states = HiddenStates(seen.cache_gib * 2**30, folder, seen.device)
                 hidden = stack.enter_context(closing(hidden_states))

@@ -20,12 +20,14 @@ NUMBER_COMMA = re.compile(r"(?:(?<![\w)])-\s?)?(?:\d{1,3}(?:[.'’\u00a0\u202f]\
 COMMAS = re.compile(r"\d,(?!\d{3}(?!\d))\d|\d\.\d{3}[.,]\d|\d[\u00a0\u202f’']\d{3}")
 """What numbers are written like that say."""
 YES_NO = re.compile(r"\b(?:yes|no)\b", re.IGNORECASE)
+SAID = re.compile(r"\b(?:yes|no(?!\s+(?!(?:because|since|as|if|but|and|or|for)\b)[a-z]))\b", re.IGNORECASE)
+"""Yes, or a no that is an answer: not the one of `no rule`."""
 MARK = "####"
 ENDINGS: dict[AnswerKind, re.Pattern[str]] = {
     "yes_no": re.compile(r"\b(?:yes|no)[\s.!)*]*\Z", re.IGNORECASE),
     "number": re.compile(
-        rf"(?:{NUMBER.pattern})\s?(?:[%°€£$]|[^\W\d_]+(?:/[^\W\d_]+)?)?[\s.!)*\]}}$]*\Z"
-    ),  # and a unit
+        rf"(?<![\w/:^.])(?<!\d-)(?:{NUMBER.pattern})\s?(?:[%°€£$]|[^\W\d_]+(?:/[^\W\d_]+)?)?[\s.!)*\]}}$]*\Z"
+    ),  # and a unit; no part of a fraction, a date, a time or a name
     "letter": re.compile(r"(?:\A|[\s(*:])[A-Z][\s.!)*]*\Z"),
 }
 """How targets end from which the way to read answers is guessed."""
@@ -75,35 +77,41 @@ def after_trace(text: str, *, opened: bool = False) -> str | None:
     return None if opened or text.lstrip().startswith(TRACE_START) else text
 
 
-def is_correct(text: str, kind: str, gold: str, labels: Sequence[str] = ()) -> bool:
+def is_correct(
+    text: str, kind: str, gold: str, labels: Sequence[str] = (), *, marked: bool | None = None
+) -> bool:
     """Tell whether the final answer in `text` is that in `gold`; a text without an answer is wrong.
 
+    Where targets have answers after `####`, they are `marked` (None: as `gold` is); else that is a heading in the text.
     A gold text in which a pattern finds nothing is the answer itself.
     """
-    found, wanted = extract(text, kind, labels), extract(gold, kind, labels)
+    marked = MARK in gold if marked is None else marked
+    found, wanted = extract(text, kind, labels, marked=marked), extract(gold, kind, labels, marked=marked)
     if wanted is None and kind.startswith(REGEX):
         wanted = _normal(gold.rpartition(MARK)[2])
     return found is not None and wanted is not None and found.casefold() == wanted.casefold()
 
 
-def extract(text: str, kind: str, labels: Sequence[str] = ()) -> str | None:
-    """Return the answer that follows the last `####`, else the last one in `text`, else None.
+def extract(text: str, kind: str, labels: Sequence[str] = (), *, marked: bool = True) -> str | None:
+    """Return the answer in the line of the last `####`, where answers are `marked` so, else the last one in `text`, else None.
 
     Numbers (`number_comma`: as 1.234,5) come without separators, currency sign and trailing zeros, yes and no in lower case, a `text` (all that follows
     the mark, or all of it) without regard to case and white space. `labels` are the options of a `letter` answer. A pattern
     gives the first group of its last match, or all of it where there is no group.
     """
+    text = text.replace("\u2212", "-").replace("{,}", ",")
     if kind.startswith(REGEX):
         last = next(iter(reversed(list(re.finditer(kind.removeprefix(REGEX), text)))), None)
         return None if last is None else _normal(last[1 if last.re.groups else 0] or "") or None
     if kind == "text":
-        return _normal(text.rpartition(MARK)[2]) or None
+        return _normal(text.rpartition(MARK)[2] if marked else text) or None
+    line = _marked(text) if marked else ""
     if kind == "letter":
-        return _letter(text, labels)
-    pattern = {"number": NUMBER, "number_comma": NUMBER_COMMA}.get(kind, YES_NO)
-    marked = text.rpartition(MARK)[2] if MARK in text else ""
-    first = pattern.search(marked)
-    found = first.group() if first else next(iter(reversed(pattern.findall(text))), None)
+        return _letter(text, labels, line)
+    pattern = {"number": NUMBER, "number_comma": NUMBER_COMMA}.get(kind, SAID)
+    first = pattern.search(line)
+    every = pattern.findall(text) or (YES_NO.findall(text) if kind == "yes_no" else [])
+    found = first.group() if first else next(iter(reversed(every)), None)
     if found is None:
         return None
     if kind == "number_comma":
@@ -120,14 +128,27 @@ def _plain(number: str) -> str:
     return format(value.normalize() + 0, "f")  # + 0 turns -0 into 0
 
 
-def _letter(text: str, labels: Sequence[str]) -> str | None:
+def _marked(text: str) -> str:
+    """Return the line of the last `####`, unless that is a heading of a step."""
+    line = text.rpartition(MARK)[2].lstrip().partition("\n")[0] if MARK in text else ""
+    return "" if re.match(r"\W*step\b", line, re.IGNORECASE) else line
+
+
+def _letter(text: str, labels: Sequence[str], line: str) -> str | None:
     label = "|".join(re.escape(name) for name in labels)
-    marked = text.rpartition(MARK)[2] if MARK in text else ""
-    if first := re.search(rf"(?<!\w)(?:{label})(?!\w)", marked):
+    if first := re.search(rf"(?<!\w)(?:{label})(?!\w)", line):
         return first.group()
-    said = re.findall(rf"(?:answer|option|choice)\s*(?:is|:)?[\s:(*]*({label})(?!\w)", text, re.IGNORECASE)
-    if said and said[-1] in labels:
-        return str(said[-1])
+    if boxed := re.findall(rf"\\boxed\{{(?:\\text\{{)?\(?({label})\W", text):
+        return str(boxed[-1])
+    for word in ("answer", "option|choice"):
+        said = re.findall(rf"(?:{word})\s*(?:is|:)?[\s:(*]*({label})(?!\w)", text, re.IGNORECASE)
+        if said and said[-1] in labels:
+            return str(said[-1])
+        listed = re.findall(
+            rf"(?<!\w)({label})\s*[).:\]]", text
+        )  # `B. vitamin C`, and not one option after the other
+        if word == "answer" and len(listed) == 1 and re.match(rf"\W*{re.escape(listed[0])}\W", text):
+            return str(listed[0])
     # Alone, and not the article of "A plant": a label is not followed by a word in lower case.
     alone = re.findall(rf"(?<![\w'])({label})(?![\w'])(?!\s+[a-z])", text)
     return str(alone[-1]) if alone else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from causalprune.core import AtOnce, Decoder, Progress
+from causalprune.core import AtOnce, DataError, Decoder, Progress
 from causalprune.evaluation.sampling import ends_of
 from causalprune.models import go_on
 
@@ -117,6 +117,10 @@ def greedy(
         extra = {"position_ids": places, "logits_to_keep": 1}
         extra = {name: value for name, value in extra.items() if name in known}
         output, cache = go_on(model, step, cache, mask, **extra)
+        if cache is None and at + 1 < max_length:
+            raise DataError(
+                f"{type(model).__name__} keeps no cache of what it reads: it cannot write an answer here"
+            )
         last = output.logits[:, -1]
         broken |= bool(last.amax(-1).isnan().any())
         token = last.argmax(-1)

@@ -141,7 +141,8 @@ def quiet() -> Iterator[None]:
 
 def _scorer(kind: str) -> Callable[[Mapping[str, Any], Sequence[str]], dict[str, float]]:
     def score(row: Mapping[str, Any], generated: Sequence[str]) -> dict[str, float]:
-        return {"exact_match": float(is_correct(generated[0], kind, row["answer"], row.get("labels", ())))}
+        found = is_correct(generated[0], kind, row["answer"], row.get("labels", ()), marked=True)
+        return {"exact_match": float(found)}
 
     return score
 

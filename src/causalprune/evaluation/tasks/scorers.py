@@ -1,5 +1,6 @@
 """Functions of a user's that give every answer a number. Loading one runs its code: only where that was asked for."""
 
+import hashlib
 import importlib
 import inspect
 import math
@@ -98,8 +99,13 @@ def _failing(scorer: Any, texts: Sequence[str], targets: Sequence[str] | None) -
 
 
 def reference(scorer: Scorer) -> str:
-    """Return where a scorer comes from, as `module:function`."""
-    return f"{scorer.__module__}:{getattr(scorer, '__qualname__', type(scorer).__name__)}"
+    """Return where a scorer comes from, as `module:function`, and the beginning of its module's SHA-256 where that is a file."""
+    name = f"{scorer.__module__}:{getattr(scorer, '__qualname__', type(scorer).__name__)}"
+    try:
+        source = inspect.getsource(sys.modules[scorer.__module__])
+    except (OSError, TypeError, KeyError):
+        return name
+    return f"{name} ({hashlib.sha256(source.encode()).hexdigest()[:12]})"
 
 
 def _imported(module: str, word: str) -> Any:
