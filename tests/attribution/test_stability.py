@@ -19,6 +19,7 @@ from causalprune.attribution.repeatability import (
     stability,
     swapped,
 )
+from causalprune.core.errors import OptionError
 from causalprune.core.types import Calibration, Effects, Unit, quiet
 
 EXAMPLES = calibration(((14, 5), (13, 9), (9, 2), (8, 3), (12, 4)), subsets=5)
@@ -87,7 +88,6 @@ def test_draws_agree_as_far_as_their_noise_allows() -> None:
     assert quiet_draws["problems_per_draw"] == 8
 
 
-@pytest.mark.thorough
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     own = {"one": calibration()}
     with pytest.raises(OptionError, match="groups of neurons by effect are others"):
@@ -96,6 +96,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         stability(shared("llama3"), own, tmp_path, Trial(Question(ablation="mean")), stage=quiet)
 
 
+@pytest.mark.thorough
 def test_a_whole_run_is_resumed(tmp_path: Path) -> None:
     decoder = shared("llama3")
     calibrations = {"a/own": EXAMPLES, "b/own": Calibration(EXAMPLES.examples[::-1], EXAMPLES.subset)}

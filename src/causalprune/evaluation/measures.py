@@ -86,7 +86,7 @@ def evaluate(
     return [result for task in tasks for result in found[task]]
 
 
-def _shared(result: EvalResult, seconds: float, tasks: int, data: Mapping[str, Any]) -> EvalResult:
+def _shared(result: EvalResult, seconds: float, tasks: int, data: dict[str, Any]) -> EvalResult:
     """Return a result with its part of what a pass for several tasks took."""
     told = result.description | data
     if "tokens_forwarded" in told:
