@@ -36,6 +36,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "accelerate": {"models"},
     "transformers": {"models", "checkpoints", "evaluation"},
     "safetensors": {"models", "checkpoints"},
+    "tokenizers": {"models"},
     "datasets": {"calibration", "evaluation"},
     "reasoning_gym": {"calibration"},
     "jinja2": {"calibration", "reports"},

@@ -81,21 +81,6 @@ def test_the_next_command_can_be_pasted(run: Run, model: Path, data: Path, tmp_p
     assert (tmp_path / "a model.json").exists()
 
 
-def test_a_path_that_looks_like_a_name_says_how_to_write_it(
-    run: Run, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "problems.txt").write_text("{}")
-    for source in ("mine", "problems.txt"):
-        words = ("--data-dir", data, "-t", source, "-n", "3")
-        said = f"{source} is no data set of ours: a folder is written ./{source}, and a file ends in .jsonl"
-        assert said in run("prune", model, "-o", "out", "--method", "wanda", *words)[2]
-        assert (
-            said in run("evaluate", model, "--on", f"{source}_nll", "-o", "own.json", "--data-dir", data)[2]
-        )
-
-
 @pytest.mark.thorough
 def test_other_units_effects_and_estimators(run: Run, model: Path, data: Path, tmp_path: Path) -> None:
     common = ("-t", "gsm8k", "-n", "4", "--data-dir", data)

@@ -194,3 +194,18 @@ def test_damping_that_is_no_number() -> None:
     for damping in (-1.0, float("nan"), float("inf")):
         with pytest.raises(OptionError, match="damping"):
             Method("sparsegpt", 0.5, damping=damping)
+
+
+def test_a_path_that_looks_like_a_name_says_how_to_write_it(
+    run: Run, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "problems.txt").write_text("{}")
+    for source in ("mine", "problems.txt"):
+        words = ("--data-dir", data, "-t", source, "-n", "3")
+        said = f"{source} is no data set of ours: a folder is written ./{source}, and a file ends in .jsonl"
+        assert said in run("prune", model, "-o", "out", "--method", "wanda", *words)[2]
+        assert (
+            said in run("evaluate", model, "--on", f"{source}_nll", "-o", "own.json", "--data-dir", data)[2]
+        )

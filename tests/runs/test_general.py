@@ -12,7 +12,7 @@ from tinydata import tiny_decoder, write_model
 import causalprune as cp
 from causalprune.checkpoints import embedded
 from causalprune.checkpoints.saving import save
-from causalprune.core.errors import DataError, MismatchError, OptionError
+from causalprune.core.errors import DataError, MismatchError
 from causalprune.core.ledger import Ledger, read_rows
 from causalprune.core.types import EvalResult
 from causalprune.evaluation import pieces, written
@@ -84,15 +84,10 @@ def test_a_method_that_preserves_more_does_not_change_examples_unsaid(
     assert [row["label"] for row in record["rows"]] == ["dense", "magnitude-matrix-0.5", "causal-matrix-0.5"]
 
 
-def test_python_preserves_what_it_is_told_to(data: Path) -> None:
-    plain = cp.calibrate(tiny_decoder(), ["gsm8k"], n=6, data_dir=data, on_progress=cp.silent)
-    both = cp.calibrate(
-        tiny_decoder(), ["gsm8k"], n=6, data_dir=data, preserve=["own"], on_progress=cp.silent
-    )
-    assert both.description["preserve"] == ["own"]
-    assert both.description["own_text"]["pieces"] == len(both.examples) - len(plain.examples) > 0
-    with pytest.raises(OptionError, match="needs the model"):
-        cp.calibrate(tiny_decoder().tokenizer, ["gsm8k"], n=6, data_dir=data, preserve=["own"])
+def test_text_of_its_own_is_named_in_python(data: Path) -> None:
+    both = cp.calibrate(tiny_decoder(), ["gsm8k:6", "own:3"], n=None, data_dir=data, on_progress=cp.silent)
+    assert both.description["sources"] == {"gsm8k": 6, "own": 3}
+    assert both.description["own_text"]["pieces"] == 3
 
 
 def test_wikitext_is_measured_where_it_is_at_hand(data: Path, tmp_path: Path) -> None:

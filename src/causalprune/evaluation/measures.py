@@ -66,10 +66,8 @@ def evaluate(
     check_tasks(tasks, settings.scorers)
     found: dict[str, list[EvalResult]] = {}
     for group in together(tasks):
-        names, limit = (
-            [calibration.with_limit(task)[0] for task in group],
-            calibration.with_limit(group[0])[1],
-        )
+        names = [calibration.with_limit(task)[0] for task in group]
+        limit = calibration.with_limit(group[0])[1]
         own = settings if limit is None else replace(settings, limit=limit)
         start, held = time.perf_counter(), list(digests(names[:1], settings.scorers).values())
         with bar(on_progress, AND.join(names)) as tell:
@@ -89,9 +87,8 @@ def evaluate(
 def _shared(result: EvalResult, seconds: float, tasks: int, data: dict[str, Any]) -> EvalResult:
     """Return a result with its part of what a pass for several tasks took."""
     told = result.description | data
-    if "tokens_forwarded" in told:
-        told["tokens_forwarded"] /= tasks
-    return replace(result, seconds=seconds, description=told)
+    tokens = {key: told[key] / tasks for key in ("tokens_forwarded",) if key in told}
+    return replace(result, seconds=seconds, description=told | tokens)
 
 
 def _unit(name: str, scorers: Iterable[str]) -> str:

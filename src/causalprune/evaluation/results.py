@@ -4,7 +4,6 @@ Differences are paired: both models answered the same examples, which are resamp
 large variation between examples cancels. Nothing here loads a model.
 """
 
-import functools
 import json
 import math
 import os
@@ -14,15 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import scipy  # its parts are imported at their first use: half a second and 30 MB
-from numpy.typing import NDArray
 
 from causalprune.calibration import Skipped
 from causalprune.core import CheckpointError, EvalResult, MismatchError, changes_since
+from causalprune.evaluation.intervals import Floats, bootstrap, bounds, opened, room
 from causalprune.evaluation.tasks.repeating import TRAITS
 
 Verdict = Literal["better", "worse", "no difference shown", "undefined"]
-Floats = NDArray[np.float64]
 Row: TypeAlias = tuple[str, list[EvalResult]]
 """One model in a table: its label and its results."""
 
@@ -42,15 +39,8 @@ SETTINGS = (
 )
 """What two results that are compared must say alike."""
 AT_CHANCE = "the loss of the right answers, as in arc_challenge_nll, says more"
-CONFIDENCE = 0.95
 BINARY = ("accuracy", "acc_norm", "loops", "phrases")
 """Metrics whose values are 0 or 1."""
-FLIPS = 6
-"""Changes to one side from which there is evidence of it: half to the sixth is 0.016, twice that below 0.05."""
-FEW = 8
-"""Examples below which quantiles of resamples are too narrow: two of them would exclude 0 in half of all cases."""
-CHUNK = 4_000_000
-"""Resampled examples held in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +103,7 @@ def paired_difference(a: EvalResult, b: EvalResult, *, resamples: int = 10_000, 
 def resampled(result: EvalResult, *, resamples: int = 10_000, seed: int = 0) -> Floats:
     """Return the value of a result on resamples of its examples: the same ones for every result on as many examples."""
     values, weights = _arrays(result)
-    sums = _bootstrap(np.stack([values, weights]), resamples, seed)
+    sums = bootstrap(np.stack([values, weights]), resamples, seed)
     return np.asarray(_ratio(sums[0], sums[1], result.metric))
 
 
@@ -126,9 +116,9 @@ def interval_of(result: EvalResult, draws: Floats) -> Interval:
     else:
         low, high = bounds(draws, n)
     if result.metric in BINARY and math.isfinite(low):
-        room, value = _room(n), headline(result)  # of what was never seen, or always
-        low = min(low, value - room) if value >= 1 else low
-        high = max(high, value + room) if value <= 0 else high
+        value, reach = headline(result), room(n)  # of what was never seen, or always
+        low = min(low, value - reach) if value >= 1 else low
+        high = max(high, value + reach) if value <= 0 else high
         low, high = max(low, 0.0), min(high, 1.0)
     return Interval(headline(result), low, high, n)
 
@@ -140,29 +130,10 @@ def difference_of(a: EvalResult, b: EvalResult, draws_a: Floats, draws_b: Floats
         low, high = bounds(draws_a - draws_b, len(a.values))
     difference = headline(a) - headline(b)
     if a.metric in BINARY and math.isfinite(low):
-        low, high = _opened(a, b, difference, low, high)
+        change = [x - y for x, y in zip(a.values, b.values, strict=True)]
+        low, high = opened(change, difference, low, high)
     verdict = _verdict(difference, low, high, higher_is_better(a))
     return Comparison(difference, low, high, len(a.values), verdict)
-
-
-def _opened(a: EvalResult, b: EvalResult, difference: float, low: float, high: float) -> tuple[float, float]:
-    """Return the interval of a difference of shares, opened where all that changed did so to one side.
-
-    Resamples know nothing of a change that was not seen: its share may be as large as `_room`. And fewer than `FLIPS` changes
-    are no evidence of a side (sign test).
-    """
-    change = [x - y for x, y in zip(a.values, b.values, strict=True)]
-    changed, room = sum(map(bool, change)), _room(len(change))
-    if min(change) >= 0:
-        low = min(low, difference - room, 0.0 if changed < FLIPS else low)
-    if max(change) <= 0:
-        high = max(high, difference + room, 0.0 if changed < FLIPS else high)
-    return max(low, -1.0), min(high, 1.0)
-
-
-def _room(n: int) -> float:
-    """Return the largest share of which so many examples may show nothing, at 95 % (to two sides; Clopper and Pearson 1934)."""
-    return float(1 - ((1 - CONFIDENCE) / 2) ** (1 / n))
 
 
 def higher_is_better(result: EvalResult) -> bool | None:
@@ -359,46 +330,6 @@ def _ratio(values: Any, weights: Any, metric: str) -> Any:
     with np.errstate(over="ignore", invalid="ignore"):
         ratio = np.divide(values, weights)
         return np.exp(ratio) if metric == "perplexity" else ratio
-
-
-def _bootstrap(columns: Floats, resamples: int, seed: int) -> Floats:
-    """Return the sums `[column resample]` of examples drawn with replacement, the same for all columns."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        parts = [
-            columns @ counts.T.astype(np.float64) for counts in _draws(columns.shape[1], resamples, seed)
-        ]
-    return np.concatenate(parts, axis=1)
-
-
-@functools.lru_cache(maxsize=4)
-def _draws(n: int, resamples: int, seed: int) -> tuple[NDArray[np.uint8], ...]:
-    """Return how often each of `n` examples is drawn, `[resample example]` in parts: kept for the next result."""
-    random = np.random.default_rng(seed)
-    size = max(CHUNK // n, 1)
-    parts = []
-    for start in range(0, resamples, size):
-        rows = min(size, resamples - start)
-        places = random.integers(0, n, size=(rows, n)) + np.arange(rows)[:, None] * n
-        counts = np.bincount(places.ravel(), minlength=rows * n)
-        parts.append(counts.astype(np.uint8).reshape(rows, n))
-    return tuple(parts)
-
-
-def bounds(draws: Floats, n: int) -> tuple[float, float]:
-    """Return the 95 % percentile bounds, widened for small n.
-
-    The bootstrap variance is `(n − 1) / n` of the unbiased one and its quantiles are normal, not t;
-    Hesterberg's expanded percentile interval (The American Statistician 69, 2015, §4.3) mends both.
-    """
-    if n < 2 or not np.isfinite(draws).all():
-        return math.nan, math.nan
-    if n < FEW:  # resamples of a few cannot leave their range: Student's t from how far they scatter
-        quantile = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
-        reach = math.sqrt(n / (n - 1)) * float(draws.std()) * quantile
-        return float(draws.mean()) - reach, float(draws.mean()) + reach
-    tail = scipy.stats.norm.cdf(-math.sqrt(n / (n - 1)) * scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def _check_pair(a: EvalResult, b: EvalResult) -> None:

@@ -44,6 +44,9 @@ from .folders import (
     cached_dtype as cached_dtype,
 )
 from .folders import (
+    check_folder as check_folder,
+)
+from .folders import (
     open_checkpoint as open_checkpoint,
 )
 from .folders import (
@@ -51,9 +54,6 @@ from .folders import (
 )
 from .folders import (
     warn_left_over as warn_left_over,
-)
-from .loading import (
-    check_folder as check_folder,
 )
 from .loading import (
     check_options as check_options,

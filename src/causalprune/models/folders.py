@@ -6,7 +6,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import file_exists, try_to_load_from_cache
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -221,6 +221,30 @@ def auto_dtype(folder: Path, stored: Stored) -> torch.dtype:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {cause}") from cause
     floating = (entry.dtype for entry in stored.entries.values() if entry.dtype.is_floating_point)
     return configured if isinstance(configured, torch.dtype) else next(floating, torch.float32)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `ModelError` for a folder that holds an adapter: what belongs on a model, not a model."""
+    record = folder / "adapter_config.json"
+    if not record.is_file():
+        return
+    try:
+        base = json.loads(record.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    raise ModelError(
+        f"{str(folder)!r} is an adapter for {base or 'a model that it does not name'}: merge it first, with `model = "
+        f"peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})` and "
+        "`model.merge_and_unload().save_pretrained('merged')`, and pass 'merged'"
+    )
+
+
+def is_adapter(name: str) -> bool:
+    """Tell whether a name on the Hub is that of an adapter, as far as is known."""
+    with suppress(Exception):  # the hub client raises errors of four libraries
+        record = "adapter_config.json"
+        return isinstance(try_to_load_from_cache(name, record), str) or file_exists(name, record)
+    return False
 
 
 def cached_dtype(name: str, revision: str | None) -> torch.dtype | None:

@@ -6,13 +6,20 @@ a Llama, routers of Qwen2-MoE that do not sum to one, queries of Gemma scaled by
 """
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+from tokenizers import pre_tokenizers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from causalprune.core import ModelError
+
+try:  # what this transformers knows of rules
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+except ImportError:
+    GGUF_PRE_TOKENIZER_SPLITS: dict[str, str] = {}  # type: ignore[no-redef]
 
 Fields = tuple[str, ...]
 """Names that a setting has in configurations, of which each has one; none where it follows from others."""
@@ -70,6 +77,12 @@ _FACTORS = "rope_freqs.weight"
 _LONGROPE = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
 _BASE, _HIGH, _POSITIONS = 10_000.0, 4.0, 8192  # llama.cpp's base; Llama 3's usual factor and positions
 _SPECIAL = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+_ENDS = ("eot", "eom")
+"""Tokens that end a turn, where the file names others than the one that ends a text."""
+_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+"""Rules by which llama.cpp cuts every digit off before merges, and transformers does not (findings/)."""
+_PLAIN = ("", "gpt-2", "phi-2", "mpt", "olmo", "jais")
+"""Rules that are GPT-2's."""
 _LONG = (".tokens", ".scores", ".token_type", ".merges")
 _WIDE_GEMMA = {("gemma2", 46), ("gemma3", 62)}  # the 27B models, which llama.cpp tells by their layers
 
@@ -80,8 +93,10 @@ class Gguf(NamedTuple):
     name: str
     architecture: str
     settings: dict[str, Any]
-    special: dict[str, int | None]
+    special: dict[str, int | list[int] | None]
     tensors: dict[str, Any]
+    words: tuple[str, str] = ("", "")
+    """The kind of tokenizer, and the rule by which it cuts texts before merges."""
 
     def refuse(self, key: str) -> NoReturn:
         """Raise `ModelError` for a setting that the model would not have."""
@@ -126,7 +141,31 @@ def read_gguf(path: Path) -> Gguf:
         )
     settings = {key.removeprefix(f"{own}."): v for key, v in fields.items() if key.startswith(f"{own}.")}
     ids = {field: fields.get(f"tokenizer.ggml.{kind}_token_id") for field, kind in _SPECIAL.items()}
-    return Gguf(str(path), own, settings, ids, {tensor.name: tensor for tensor in reader.tensors})
+    ends = (ids["eos_token_id"], *(fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in _ENDS))
+    if len(some := [*dict.fromkeys(own for own in ends if own is not None)]) > 1:
+        ids["eos_token_id"] = some
+    words = str(fields.get("tokenizer.ggml.model", "")), str(fields.get("tokenizer.ggml.pre", ""))
+    return Gguf(str(path), own, settings, ids, {tensor.name: tensor for tensor in reader.tensors}, words)
+
+
+def cut_as(file: Gguf | None, tokenizer: Any) -> Any:
+    """Let a tokenizer that was read from a GGUF file, if from one, cut texts before merges as llama.cpp does; warn where that is not known."""
+    kind, rule = ("", "") if file is None else file.words
+    if file is None or kind != "gpt2":
+        return tokenizer
+    if rule in _DIGITS:
+        parts = [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    elif rule not in {*GGUF_PRE_TOKENIZER_SPLITS, *_PLAIN}:
+        warnings.warn(
+            f"{file.name}: texts are cut by llama.cpp's rule {rule!r}, which is not known here, and now by GPT-2's: some get other "
+            "tokens; pass the original model to be sure",
+            stacklevel=3,
+        )
+    return tokenizer
 
 
 def gguf_config(file: Gguf) -> PreTrainedConfig:
@@ -140,6 +179,10 @@ def gguf_config(file: Gguf) -> PreTrainedConfig:
     config.vocab_size = len(file.tensors["token_embd.weight"].data)
     for name, token in file.special.items():
         setattr(config, name, token)
+    if file.architecture == "llama" and "attention.head_count_kv" not in file.settings:
+        file.refuse(
+            "attention.head_count_kv"
+        )  # without it transformers leaves queries and keys as llama.cpp has them
     known = _SHAPE | ARCHITECTURES[file.architecture]
     for key, value in file.settings.items():
         if key in known:

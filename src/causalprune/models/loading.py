@@ -28,8 +28,16 @@ from causalprune.core import CheckpointError, Decoder, ModelError, OptionError, 
 from causalprune.models.anatomy import check_config, inspect_model, outline
 from causalprune.models.classes import class_for
 from causalprune.models.context import positions
-from causalprune.models.folders import PICKLE, TOKENIZER_FILES, stored_in, warn_left_over, weight_files
-from causalprune.models.gguf import Gguf, gguf_config, read_gguf
+from causalprune.models.folders import (
+    PICKLE,
+    TOKENIZER_FILES,
+    check_folder,
+    is_adapter,
+    stored_in,
+    warn_left_over,
+    weight_files,
+)
+from causalprune.models.gguf import Gguf, cut_as, gguf_config, read_gguf
 from causalprune.models.mixing import setting
 from causalprune.models.packing import packing
 from causalprune.models.placing import place
@@ -91,7 +99,7 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
             )
             model, loading = loaded
             known = not local or _speaks(Path(folder))
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options) if known else None
+            tokenizer = cut_as(file, AutoTokenizer.from_pretrained(folder, **options)) if known else None
             place(model, device if device_map is None else None)
             weakref.finalize(model, stack.pop_all().close)
     except _LOAD_ERRORS as error:
@@ -259,13 +267,13 @@ def skeleton(folder: Path, *, dtype: torch.dtype | None = None) -> Decoder:
     return outline(model, None, name=str(folder))
 
 
-def tokenizer_of(folder: Path) -> Any:
+def tokenizer_of(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer in a local model folder; None where it has no such files."""
     if not _speaks(folder):
         return None
     try:
         with _quiet(hide_bars=True):
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except _LOAD_ERRORS as error:
         raise _load_error(str(folder), error, local=True) from error
 
@@ -283,9 +291,10 @@ def reading(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     options |= {} if gguf is None else {"gguf_file": gguf}
     try:
-        room = positions(_config(name, folder, options)[0])
+        config, file = _config(name, folder, options)
         with _quiet(hide_bars=True):
-            return AutoTokenizer.from_pretrained(folder, **options), room
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        return cut_as(file, tokenizer), positions(config)
     except _LOAD_ERRORS as error:
         raise _load_error(name, error, local=Path(folder).is_dir()) from error
 
@@ -329,22 +338,6 @@ def _source(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def check_folder(folder: Path) -> None:
-    """Raise `ModelError` for a folder that holds an adapter: what belongs on a model, not a model."""
-    record = folder / "adapter_config.json"
-    if not record.is_file():
-        return
-    try:
-        base = json.loads(record.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        base = None
-    raise ModelError(
-        f"{str(folder)!r} is an adapter for {base or 'a model that it does not name'}: merge it first, with `model = "
-        f"peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})` and "
-        "`model.merge_and_unload().save_pretrained('merged')`, and pass 'merged'"
-    )
-
-
 @contextlib.contextmanager
 def _quiet(*, hide_bars: bool) -> Iterator[None]:
     """Silence transformers, which logs and draws bars even for good loads; downloads keep their bars."""
@@ -386,6 +379,10 @@ def _load_error(name: str, error: BaseException, *, local: bool) -> ModelError:
         return ModelError(f"{name!r} runs its own code: pass trust_remote_code if you trust it ({cause})")
     if local or not isinstance(error, OSError):
         return ModelError(f"{name!r} cannot be loaded ({cause})")
+    if is_adapter(name):
+        return ModelError(
+            f"{name!r} is an adapter: merge it into its model first, with `peft.AutoPeftModelForCausalLM`, and pass that"
+        )
     return ModelError(
         f"no model {name!r} in the local cache or on the Hugging Face Hub, or no network: "
         f"pass a Hub name (owner/model), a folder with config.json or a .gguf file ({cause})"

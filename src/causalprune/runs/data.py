@@ -6,7 +6,7 @@ from typing import Any
 
 from causalprune import calibration
 from causalprune.calibration import Chat, Exclude
-from causalprune.core import Calibration, Decoder, OptionError, Progress, bar
+from causalprune.core import Calibration, Decoder, Progress, bar
 from causalprune.runs.recipe import CalibrationSpec
 from causalprune.runs.traces import calibrated
 
@@ -21,7 +21,6 @@ def calibrate(  # noqa: PLR0913 (the command's options)
     max_tokens: int = 512,
     chat: Chat = "auto",
     data_dir: Path | str | None = None,
-    preserve: Sequence[str] = (),
     exclude: Exclude | None = None,
     on_progress: Progress | None = None,
 ) -> Calibration:
@@ -30,13 +29,11 @@ def calibrate(  # noqa: PLR0913 (the command's options)
     A source is a data set (`gsm8k`), a file of prompts and targets, or `own:` before either: its problems with the
     answers that the model writes, which takes a while the first time; a bar shows how far it has come, unless an
     `on_progress` is given (`silent`: nothing does). Where no source is `own:`, a tokenizer will do in place of the decoder.
-    What is to `preserve` comes on top, a quarter of the task's tokens where no count is given: `("own",)`, text that the model
-    itself writes, is what the commands take with methods that train or remove parts.
+    The commands add text that the model itself writes to what trains or removes parts, a quarter of the task's tokens; here it
+    is named: `["gsm8k:48", "own:12"]` has twelve pieces of it.
     The rest is as in `causalprune.calibration.calibrate`.
     """
     if not isinstance(decoder, Decoder):
-        if preserve:
-            raise OptionError("preserve needs the model, not its tokenizer alone: pass the decoder")
         return calibration.calibrate(
             decoder,
             sources,
@@ -48,7 +45,7 @@ def calibrate(  # noqa: PLR0913 (the command's options)
             data_dir=data_dir,
             exclude=exclude,
         )
-    wanted = CalibrationSpec(tuple(sources), n or 0, subsets, seed, max_tokens, chat, tuple(preserve))
+    wanted = CalibrationSpec(tuple(sources), n or 0, subsets, seed, max_tokens, chat)
     with bar(on_progress, "own answers") as tell:
         found = calibrated(decoder, wanted, data_dir, exclude, tell)
     calibration.check_subsets(len(found.examples), subsets)

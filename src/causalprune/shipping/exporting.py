@@ -119,7 +119,7 @@ def export(
         whole.unlink()
         if how.check:
             with stage("comparing tokens"), running(made, context=256) as run:
-                other = same_tokens(run, tokenizer_of(folder))
+                other = same_tokens(run, tokenizer_of(folder, trust_remote_code=how.trust_remote_code))
             if other is not None:
                 raise ModelError(
                     f"the tokenizer of {str(folder)!r} cuts {other!r} otherwise than the file does in llama.cpp: nothing is "

@@ -24,6 +24,7 @@ PROBES = (
     "The quick brown fox jumps over 13 lazy dogs.",
     "x = [3.14, 42]\n\n\tprint(x)",
     "naïve café, 你好 👋🏽",
+    ":\n\n1. Add\nx =  42",
 )
 """Texts whose tokens tell two tokenizers apart: numbers, blanks, other scripts."""
 

@@ -1,0 +1,71 @@
+"""Texts are cut before merges as the file says, or it is said that they are not; turns end where the file ends them."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from families import VOCAB, tiny
+from ggufs import write_gguf
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig
+
+from causalprune.checkpoints.embedded import _described, embedded_model
+from causalprune.core.errors import ModelError
+from causalprune.models.gguf import Gguf, cut_as, gguf_config, read_gguf
+
+
+def words() -> Any:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return SimpleNamespace(backend_tokenizer=tokenizer)
+
+
+def file(rule: str, kind: str = "gpt2") -> Gguf:
+    return Gguf("own.gguf", "llama", {}, {}, {}, (kind, rule))
+
+
+def cut(tokenizer: Any, text: str) -> list[str]:
+    return [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
+def test_digits_are_cut_off_before_blanks_are_joined() -> None:
+    """As llama.cpp's rule has it: each digit alone, then GPT-2's, which keeps a last blank for the word that follows."""
+    text = ":\n\n1. x =  42"
+    assert cut(cut_as(file("smollm"), words()), text) == [":", "ĊĊ", "1", ".", "Ġx", "Ġ=", "ĠĠ", "4", "2"]
+    assert cut(cut_as(file("gpt-2"), words()), text) != cut(cut_as(file("smollm"), words()), text)
+
+
+def test_a_rule_that_is_not_known_is_said() -> None:
+    with pytest.warns(UserWarning, match="llama.cpp's rule 'stablelm2', which is not known here"):
+        cut_as(file("stablelm2"), words())
+    own = words()
+    assert cut_as(file("anything", "llama"), own) is own
+    assert cut_as(None, own) is own
+
+
+def llama(path: Path, **settings: Any) -> Path:
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=None,
+    )
+    return write_gguf(path, tiny(config), **settings)
+
+
+def test_queries_that_would_stay_as_they_are_stored_are_refused(tmp_path: Path) -> None:
+    path = llama(tmp_path / "old.gguf", attention__head_count_kv=None)
+    with pytest.raises(ModelError, match=r"has llama\.attention\.head_count_kv, which cannot be read"):
+        gguf_config(read_gguf(path))
+
+
+def test_the_embedded_model_cuts_digits_off() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(_described(embedded_model()))
+    assert tokenizer.tokenize(":\n\n1. 42") == [":", "ĊĊ", "1", ".", "Ġ", "4", "2"]
