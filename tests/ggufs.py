@@ -24,6 +24,7 @@ def write_gguf(
     architecture: str = "llama",
     *,
     tensors: dict[str, Tensor] | None = None,
+    pre: str = "gpt-2",
     **settings: Any,
 ) -> Path:
     """Write a model, whose vocabulary is single characters and one merge; `settings` have `__` for a dot, and None leaves one out."""
@@ -34,6 +35,7 @@ def write_gguf(
             key = name if name.startswith("split.") else f"{architecture}.{name}"
             writer.add_key_value(key, value, gguf.GGUFValueType[kind])
     _write_tokenizer(writer, config.vocab_size)
+    writer.add_tokenizer_pre(pre)
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for name, value in model.state_dict().items():

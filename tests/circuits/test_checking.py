@@ -12,7 +12,7 @@ import causalprune as cp
 from causalprune.circuits import Circuit, checking
 from causalprune.circuits.behaviour import behaviour
 from causalprune.circuits.finding import halves
-from causalprune.core.errors import OptionError
+from causalprune.core.errors import DataError, OptionError
 from causalprune.core.types import Calibration, Example
 
 PROBLEMS = calibration(tuple((12 + i % 3, 5) for i in range(20)))
@@ -50,6 +50,15 @@ def test_one_prompt_does_not_score_and_decide() -> None:
     assert not {one.content for one in score.examples} & {one.content for one in decide.examples}
     assert len(score.examples) == len(decide.examples) == 10
     assert [one.examples for one in halves(PROBLEMS)] == [PROBLEMS.examples[0::2], PROBLEMS.examples[1::2]]
+
+
+def test_problems_of_one_prompt_want_others_to_decide_on() -> None:
+    same = of(*(replace(one, content="one") for one in PROBLEMS.examples))
+    with pytest.raises(DataError, match="all problems have one prompt"):
+        cp.circuit(shared("llama2"), same, cp.Question(), SLOPES, rescore=1, stage=cp.quiet)
+    assert cp.circuit(
+        shared("llama2"), same, cp.Question(), SLOPES, decide=PROBLEMS, keep=0.5, rescore=1, stage=cp.quiet
+    ).size
 
 
 def test_a_wrong_answer_is_no_donor() -> None:

@@ -10,9 +10,10 @@ from ggufs import write_gguf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig
 
-from causalprune.checkpoints.embedded import _described, embedded_model
+from causalprune.checkpoints.embedded import _described
 from causalprune.core.errors import ModelError
 from causalprune.models.gguf import Gguf, cut_as, gguf_config, read_gguf
+from causalprune.models.loading import load, reading
 
 
 def words() -> Any:
@@ -64,8 +65,20 @@ def test_queries_that_would_stay_as_they_are_stored_are_refused(tmp_path: Path) 
         gguf_config(read_gguf(path))
 
 
-def test_the_embedded_model_cuts_digits_off() -> None:
-    from transformers import AutoTokenizer
+def test_a_file_that_is_loaded_cuts_as_it_says(tmp_path: Path) -> None:
+    path = llama(tmp_path / "own.gguf", pre="smollm")
+    for tokenizer in (load(str(path)).tokenizer, reading(str(path))[0]):
+        assert cut(tokenizer, "x =  42") == ["x", "Ġ=", "ĠĠ", "4", "2"]
 
-    tokenizer = AutoTokenizer.from_pretrained(_described(embedded_model()))
-    assert tokenizer.tokenize(":\n\n1. 42") == [":", "ĊĊ", "1", ".", "Ġ", "4", "2"]
+
+def test_the_embedded_model_of_an_earlier_release_is_mended_once(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    file = tmp_path / "tokenizer.json"
+    tokenizer.save(str(file))
+    _described(tmp_path)
+    once = file.read_text()
+    mended = SimpleNamespace(backend_tokenizer=Tokenizer.from_file(str(file)))
+    assert cut(mended, "x =  42") == ["x", "Ġ=", "ĠĠ", "4", "2"]
+    _described(tmp_path)
+    assert file.read_text() == once

@@ -23,9 +23,10 @@ def test_layers_that_get_another_window_by_their_number_are_refused(tmp_path: Pa
     edit(folder, layer_types=kinds)
     check_convertible(folder)
     edit(folder, layer_types=kinds[1:])
-    with pytest.raises(
-        ModelError, match=r"gemma3_text their windows by their numbers, a whole text to every 6\."
-    ):
+    with pytest.raises(ModelError, match=r"gemma3_text a whole text to every 6\."):
+        check_convertible(folder)
+    edit(folder, layer_types=kinds, query_pre_attn_scalar=17)
+    with pytest.raises(ModelError, match="their scale by the width of a head"):
         check_convertible(folder)
     said = _tried({"model_type": "gemma3_text", "kept": ["layers"]})
     assert "`causalprune export` refuses that" in said

@@ -1,19 +1,29 @@
 """Units that go together, and architectures whose other parts compute by how many there are."""
 
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from configs import tiny_config
 from families import VOCAB, tiny
-from reference import calibration
+from reference import ONE_ROUTE, calibration, example, fresh
 from torch import Tensor
 
 import causalprune as cp
+from causalprune.checkpoints.kept import was_pruned
+from causalprune.checkpoints.saving import save
 from causalprune.core.errors import ModelError, OptionError
+from causalprune.core.memory import Masks
 from causalprune.core.types import Decoder
+from causalprune.interventions.statistics import InputNorms
 from causalprune.models.anatomy import inspect_model
-from causalprune.shrinking import Shares, Shrinking, shrink
+from causalprune.models.loading import load
+from causalprune.shrinking import Shares, Shrinking, shrink, structure, worth
 from causalprune.shrinking.structure import Kept, column_keep, silence, smaller
 from causalprune.shrinking.together import following, worthiest
+from causalprune.shrinking.worth import balance
 
 TOKENS = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
 EXAMPLES = calibration()
@@ -139,3 +149,72 @@ def test_inputs_that_are_weighted_already_tell_no_weights() -> None:
     decoder = made("llama4_text")
     with pytest.raises(OptionError, match="weighted already: choose them by effect"):
         shrink(decoder, Shares(experts=0.25), EXAMPLES, Shrinking("activation", "none"), stage=cp.quiet)
+
+
+def test_beam_computes_by_the_numbers_of_layers() -> None:
+    with pytest.raises(ModelError, match="none can go but the last"):
+        smaller(made("beam", num_hidden_layers=3), Kept(layers=(0, 2)))
+
+
+def test_layers_that_get_features_of_images_stay() -> None:
+    decoder = made("llama")
+    decoder.model.config.vision_config = SimpleNamespace(deepstack_visual_indexes=[3, 5])
+    with pytest.raises(ModelError, match="the first 2 layers of llama get features of images"):
+        structure._fewer_layers(decoder.model.config, decoder.model.config, (0, 2))
+
+
+def test_text_beside_a_task_counts_no_more_than_it() -> None:
+    task, text = example(10, 9, 1), replace(example(40, 1, 2), source="own")
+    assert balance([task] * 3, {}) == [1.0] * 3
+    assert balance([task, text], {}) == [1.0, 1 / 39]
+    assert balance([example(60, 1, 3), text], {}) == [1.0, 1.0], "where the task has more, nothing changes"
+    assert balance([text, text], {}) == [1.0, 1.0]
+    assert balance([task, replace(task, source="c4"), text], {"preserve": ["c4"]}) == [1.0, 1 / 40, 1 / 40]
+
+
+def test_experts_that_few_examples_miss_are_not_put_before_others() -> None:
+    decoder = fresh("qwen3_moe")
+    worths = {
+        layer.index: torch.arange(layer.n_experts).double() for layer in decoder.layers if layer.n_experts
+    }
+    for own in worths.values():
+        own[1:] = torch.nan
+    found = worth._filled(decoder, ONE_ROUTE, worths)
+    norms = InputNorms()
+    worth._look(decoder, list(decoder.layers), ONE_ROUTE, norms.see, cp.silent)
+    for layer, own in found.items():
+        downs = [p for p in decoder.layers[layer].projections if p.role == "down" and p.expert is not None]
+        for expert, p in enumerate(downs[1:], start=1):
+            assert bool(own[expert].isnan()) != bool(norms.tokens.get(p.name))
+    others = torch.cat([own[1:] for own in found.values()]).isnan()
+    assert bool(others.any())
+    assert not bool(others.all())
+
+
+def test_an_update_that_has_nothing_to_make_up_for_is_none() -> None:
+    found = shrink(
+        made("llama", num_hidden_layers=3),
+        Shares(layers=0.3),
+        EXAMPLES,
+        Shrinking("magnitude", "refit"),
+        stage=cp.quiet,
+    )
+    assert found.update == "none"
+
+
+def test_zeros_of_a_matrix_stay_where_a_checkpoint_says_so(tmp_path: Path) -> None:
+    """Fewer than a hundredth of them: only the masks beside the checkpoint tell that they are meant."""
+    decoder = fresh("llama3")
+    p = decoder.projections[0]
+    keep = {own.name: torch.ones(own.shape, dtype=torch.bool) for own in decoder.projections}
+    keep[p.name][0, 0] = False
+    p.erase(keep[p.name])
+    masks = Masks()
+    for name, mask in keep.items():
+        masks.add(name, mask)
+    save(decoder, tmp_path / "out", manifest={"method": {}}, keep=masks)
+    again = load(str(tmp_path / "out"))
+    zeros_stay = was_pruned(again)
+    assert [own.name for own in again.projections if zeros_stay(own)] == [p.name]
+    assert not bool(column_keep(again, Kept())[p.name][0, 0])
+    assert not any(map(was_pruned(fresh("llama3")), fresh("llama3").projections))

@@ -24,6 +24,9 @@ from .kept import (
 from .kept import (
     reapply as reapply,
 )
+from .kept import (
+    was_pruned as was_pruned,
+)
 from .placing import (
     check_destination as check_destination,
 )

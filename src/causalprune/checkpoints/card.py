@@ -112,7 +112,7 @@ def _warning(run: Mapping[str, Any]) -> str:
     return _words("card_smaller").format(tried=_tried(run["shrink"]))
 
 
-NUMBERED = ("gemma2", "gemma3_text", "cohere2", "gpt_oss", "smollm3")
+NUMBERED = ("gemma2", "gemma3_text", "cohere2", "gpt_oss", "smollm3", "exaone4")
 """Architectures whose layers differ in llama.cpp by their numbers."""
 
 
@@ -124,7 +124,7 @@ def _tried(shrunk: Mapping[str, Any]) -> str:
         return "Try it in the runtime that you want before you rely on it."
     if "layers" in named and own in NUMBERED:
         return (
-            f"llama.cpp gives layers of {own} their windows by their numbers: without some of them a file would mostly be another model, "
+            f"llama.cpp treats layers of {own} by their numbers: without some of them a file would mostly be another model, "
             "and `causalprune export` refuses that."
         )
     tried = alike()

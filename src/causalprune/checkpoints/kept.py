@@ -9,7 +9,7 @@ callback()
 ```
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from causalprune.checkpoints.card import is_damped
-from causalprune.checkpoints.saving import KEEP, load_keep, read_manifest, save
-from causalprune.core import CheckpointError, MismatchError, Projection
+from causalprune.checkpoints.saving import KEEP, iterate_keep, load_keep, read_manifest, save
+from causalprune.core import CheckpointError, Decoder, MismatchError, Projection, zeros_in
 from causalprune.models import load, outline, tokenizer_of
+
+PRUNED = 0.01
+"""Share of zeros from which a matrix was pruned before, and its zeros stay."""
 
 
 class KeepSparsity(TrainerCallback):
@@ -76,6 +79,14 @@ def keep_sparsity(model: PreTrainedModel, folder: Path | str) -> KeepSparsity:
                 f"{name} is {found} in the model, and its mask in {where} is {tuple(mask.shape)}"
             )
     return KeepSparsity(projections, keep)
+
+
+def was_pruned(decoder: Decoder) -> Callable[[Projection], bool]:
+    """Return what tells of a matrix whether its zeros are to stay: where the checkpoint's masks say so, or a hundredth of it is zero."""
+    file, masked = Path(decoder.name).expanduser() / KEEP, set[str]()
+    if file.is_file():
+        masked = {name for name, keep in iterate_keep(file) if not bool(keep.all())}
+    return lambda p: p.name in masked or zeros_in(p.read()) >= PRUNED * p.size
 
 
 def reapply(pruned: Path, model: Path, output: Path, *, overwrite: bool = False, **loading: Any) -> int:

@@ -128,8 +128,6 @@ def halves(calibration: Calibration) -> tuple[Calibration, Calibration]:
     for example in calibration.examples:
         number.setdefault(example.content, len(number))
     sides = [tuple(own for own in calibration.examples if number[own.content] % 2 == side) for side in (0, 1)]
-    if len(number) < 2:
-        raise DataError("all problems have one prompt: give others to decide on (--on; in Python `decide`)")
     score, decide = (Calibration(side, (0,) * len(side), calibration.description) for side in sides)
     return score, decide
 
@@ -140,6 +138,10 @@ def check_problems(**given: Calibration) -> None:
         if empty := [example for example in own.examples if not example.target_tokens]:
             raise DataError(
                 f"{empty[0].source}: an example has no target tokens, so there is nothing to lose: mark some"
+            )
+        if not own.examples:  # of halves, in each of which prompts stay together
+            raise DataError(
+                "all problems have one prompt: give others to decide on (--on; in Python `decide`)"
             )
         if (n := len(own.examples)) < FEWEST:
             raise DataError(f"{n} problems to {what} on are too few to resample: take at least {FEWEST}")

@@ -72,4 +72,5 @@ def minimality(members: Float[Tensor, "member"], added: Float[Tensor, "other"]) 
         return {"tested": len(members), "spare": [], "p": 1.0, "holds": False, "outside": len(added)}
     p = [float(scipy.stats.binom.sf(int((own > added).sum()) - 1, len(added), Q)) for own in members]
     spare = [at for at, value in enumerate(p) if value >= LEVEL / len(p)]
-    return {"tested": len(p), "spare": spare, "p": max(p), "holds": not spare}
+    worst = min(1.0, max(p) * len(p))  # for all of them (Bonferroni)
+    return {"tested": len(p), "spare": spare, "p": worst, "holds": not spare}

@@ -11,7 +11,7 @@ import torch
 
 from causalprune.attribution import Question, planned
 from causalprune.calibration import check_positions
-from causalprune.checkpoints import KEEP, iterate_keep
+from causalprune.checkpoints import was_pruned
 from causalprune.circuits import Behaviour, check_apart
 from causalprune.core import (
     Calibration,
@@ -185,11 +185,8 @@ def _take_out(
 
 
 def _united(decoder: Decoder, keep: Masks) -> Masks:
-    """Return what stays of a model that may have been pruned before: the masks of its checkpoint hold too."""
-    path = Path(decoder.name) / KEEP
-    if not path.is_file():
-        return keep
-    earlier, found = dict(iterate_keep(path)), Masks()
+    """Return what stays of a model that may have been pruned before, whose zeros stay."""
+    zeros_stay, found = was_pruned(decoder), Masks()
     for p in decoder.projections:
-        found.add(p.name, keep[p.name] & earlier[p.name].to(p.device) if p.name in earlier else keep[p.name])
+        found.add(p.name, keep[p.name] & (p.read() != 0) if zeros_stay(p) else keep[p.name])
     return found

@@ -22,6 +22,7 @@ from .continuing import (
 )
 from .intervals import Floats as Floats
 from .intervals import bounds as bounds
+from .intervals import room as room
 from .measures import (
     check_tasks as check_tasks,
 )
@@ -50,6 +51,9 @@ from .pieces import VERSION as VERSION
 from .pieces import Text as Text
 from .results import (
     AT_CHANCE as AT_CHANCE,
+)
+from .results import (
+    BINARY as BINARY,
 )
 from .results import (
     DRAWS as DRAWS,

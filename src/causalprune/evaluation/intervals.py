@@ -65,7 +65,7 @@ def opened(change: Sequence[float], difference: float, low: float, high: float) 
     Resamples know nothing of a change that was not seen: its share may be as large as `room`. And fewer than `FLIPS` changes
     are no evidence of a side (sign test).
     """
-    changed, room_ = sum(map(bool, change)), room(len(change))
+    changed, room_ = sum(map(bool, change)), room(len(change)) * (max(map(abs, change)) or 1.0)
     if min(change) >= 0:
         low = min(low, difference - room_, 0.0 if changed < FLIPS else low)
     if max(change) <= 0:

@@ -81,7 +81,7 @@ _ENDS = ("eot", "eom")
 """Tokens that end a turn, where the file names others than the one that ends a text."""
 _DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 """Rules by which llama.cpp cuts every digit off before merges, and transformers does not (findings/)."""
-_PLAIN = ("", "gpt-2", "phi-2", "mpt", "olmo", "jais")
+_PLAIN = ("gpt-2", "phi-2", "mpt", "olmo", "jais")
 """Rules that are GPT-2's."""
 _LONG = (".tokens", ".scores", ".token_type", ".merges")
 _WIDE_GEMMA = {("gemma2", 46), ("gemma3", 62)}  # the 27B models, which llama.cpp tells by their layers
@@ -142,8 +142,8 @@ def read_gguf(path: Path) -> Gguf:
     settings = {key.removeprefix(f"{own}."): v for key, v in fields.items() if key.startswith(f"{own}.")}
     ids = {field: fields.get(f"tokenizer.ggml.{kind}_token_id") for field, kind in _SPECIAL.items()}
     ends = (ids["eos_token_id"], *(fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in _ENDS))
-    if len(some := [*dict.fromkeys(own for own in ends if own is not None)]) > 1:
-        ids["eos_token_id"] = some
+    some = [*dict.fromkeys(own for own in ends if own is not None)]
+    ids["eos_token_id"] = some if len(some) > 1 else next(iter(some), None)
     words = str(fields.get("tokenizer.ggml.model", "")), str(fields.get("tokenizer.ggml.pre", ""))
     return Gguf(str(path), own, settings, ids, {tensor.name: tensor for tensor in reader.tensors}, words)
 

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from causalprune.core import EvalResult, OptionError, Stage
-from causalprune.evaluation import Tried, at_chance, headline, higher_is_better, paired_difference, rows_of
+from causalprune.evaluation import (
+    BINARY,
+    Tried,
+    at_chance,
+    headline,
+    higher_is_better,
+    paired_difference,
+    room,
+    rows_of,
+)
 from causalprune.pruning import N_OF_M, pattern_sparsity
 from causalprune.runs.cells import ADDED
 from causalprune.runs.jobs import Coming
@@ -90,7 +99,7 @@ TIE = 1e-9
 def _best(record: Mapping[str, Any], keep: float, certain: bool) -> str | None:
     """Return the label of the highest sparsity that holds, of the rows that are measured so far."""
     (_, dense), *pruned = rows_of(record)
-    check_decides(dense, keep)  # as soon as the dense model is measured
+    check_decides(dense, keep, certain=certain)  # as soon as the dense model is measured
     sparsities = [row["sparsity"] for row in record["rows"][1:]]
     found = [
         (sparsity, label)
@@ -103,7 +112,7 @@ def _best(record: Mapping[str, Any], keep: float, certain: bool) -> str | None:
 def _tried(
     sparsity: float, results: list[EvalResult], dense: list[EvalResult], keep: float, certain: bool
 ) -> Tried:
-    check_decides(dense, keep)
+    check_decides(dense, keep, certain=certain)
     found, holds = [], True
     for own, whole in zip(results, dense, strict=True):
         difference = paired_difference(own, whole)
@@ -118,15 +127,23 @@ def _tried(
     return Tried(sparsity, tuple(found), holds)
 
 
-def check_decides(dense: Sequence[EvalResult], keep: float) -> None:
-    """Raise `OptionError` for a dense model of which no share can be kept: it has nothing, or is at chance in all that decides."""
+def check_decides(dense: Sequence[EvalResult], keep: float, *, certain: bool = False) -> None:
+    """Raise `OptionError` for a dense model of which no share can be kept: it has nothing, or is at chance in all that decides.
+
+    Or none can be kept for `certain`, by so few problems.
+    """
     deciding = [own for own in dense if not (own.description.get(ADDED) or at_chance(own))]
     if not deciding:
         raise OptionError(
             "the dense model is at chance in all that decides, so that no share of it can be kept: measure a loss, as arc_challenge_nll"
         )
     for own in deciding:
-        worst_difference(own, keep)
+        limit, n = abs(worst_difference(own, keep)), len(own.values)
+        if certain and own.metric in BINARY and room(n) > limit:
+            raise OptionError(
+                f"{own.task}: {n} problems cannot show that {keep:g} is kept, even where nothing changes: measure about "
+                f"{math.ceil(math.log(40) / -math.log1p(-limit)):,}, or leave out --certain"
+            )
 
 
 def worst_difference(dense: EvalResult, keep: float) -> float:

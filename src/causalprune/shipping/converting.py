@@ -23,6 +23,8 @@ _OUT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _PERIODS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2}
 """Which layers see a whole text in llama.cpp, where the file does not say it."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_WIDE = {("gemma2", 46), ("gemma3_text", 62)}
+"""Kinds and numbers of layers by which llama.cpp tells the 27B models, whose attention has another scale."""
 _NORMED = "norm_topk_prob"
 _GRANTED = {"qwen2_moe": False, "qwen3_moe": True, "olmoe": False}
 """Whether the weights of chosen experts are made to sum to 1: what llama.cpp takes for granted, as the file does not say (findings/)."""
@@ -138,13 +140,7 @@ def check_convertible(folder: Path, *, trust_remote_code: bool = False) -> dict[
             f"{str(folder)!r} has {WEIGHTS} and {INDEX}: transformers takes the first and llama.cpp's converter what the second names; "
             "remove the one that is not this model"
         )
-    text = found.get("text_config") or found
-    period, kinds = _PERIODS.get(str(text.get("model_type"))), text.get("layer_types") or ()
-    if period and any((kind == "full_attention") != ((i + 1) % period == 0) for i, kind in enumerate(kinds)):
-        raise ModelError(
-            f"{str(folder)!r}: llama.cpp gives layers of {text['model_type']} their windows by their numbers, a whole text to every "
-            f"{period}., and here others have it, as where layers were removed: the file would be another model"
-        )
+    _check_numbered(folder, found.get("text_config") or found)
     if found.get("vision_config"):
         warnings.warn("the file holds the text part of the model alone", stacklevel=2)
     granted = _GRANTED.get(found.get("model_type", ""))
@@ -154,6 +150,32 @@ def check_convertible(folder: Path, *, trust_remote_code: bool = False) -> dict[
             f"were {str(granted).lower()}: the file would be another model"
         )
     return found
+
+
+def _check_numbered(folder: Path, text: Mapping[str, Any]) -> None:
+    """Raise `ModelError` where llama.cpp would make something else of layers by their numbers, as where some were removed."""
+    kind, n, why = str(text.get("model_type")), text.get("num_hidden_layers"), ""
+    period, kinds = _PERIODS.get(kind), text.get("layer_types") or ()
+    if period and any((own == "full_attention") != ((i + 1) % period == 0) for i, own in enumerate(kinds)):
+        why = f"a whole text to every {period}., and here others have it"
+    if any(bool(own) != bool((i + 1) % 4) for i, own in enumerate(text.get("no_rope_layers") or ())):
+        why = "no positions to every 4., and here others have none" if kind == "smollm3" else why
+    if kind == "exaone4" and text.get("sliding_window") and n != 64:
+        why = f"windows to 64 of them alone, and here are {n}"
+    scale = text.get("query_pre_attn_scalar")
+    if scale and (kind, n) in _WIDE:
+        why = (
+            ""
+            if scale == text["hidden_size"] // text["num_attention_heads"]
+            else f"a scale to {n} of them, and here it is {scale}"
+        )
+    elif scale and kind in dict(_WIDE) and scale != text.get("head_dim"):
+        why = f"their scale by the width of a head, {text.get('head_dim')}, and here it is {scale}"
+    if why:
+        raise ModelError(
+            f"{str(folder)!r}: llama.cpp gives layers of {kind} {why}, as where layers or heads were removed: the file would be "
+            "another model"
+        )
 
 
 def _reason(text: str) -> str:

@@ -7,6 +7,8 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from causalprune.calibration import batches, few
 from causalprune.core import Batch, Calibration, Decoder, ModelError, OptionError, Progress, size_of
@@ -14,7 +16,7 @@ from causalprune.interventions import LayerInputs, divergence, entered_at, last_
 from causalprune.shrinking.structure import Kept, parameters_of, smaller
 from causalprune.shrinking.timing import token_seconds
 from causalprune.shrinking.together import parts_of, staying, step_of, worthiest
-from causalprune.shrinking.worth import KINDS, Kind, Scores, sizes_of
+from causalprune.shrinking.worth import KINDS, Kind, Scores, balance, sizes_of
 
 Left: TypeAlias = Mapping[Kind, int]
 """Units that stay in every layer, or layers that stay; a kind that is not named stays whole."""
@@ -285,7 +287,9 @@ class _Trials:
 
     def __init__(self, offers: Offers, calibration: Calibration) -> None:
         self.offers, self.tried = offers, list[dict[str, Any]]()
-        self.groups = batches(few(calibration.examples), max_batch_tokens=1024)
+        some = few(calibration.examples)
+        self.groups = batches(some, max_batch_tokens=1024)
+        self.parts = torch.tensor(balance(some, calibration.description))
         self.intact = [last_hidden(offers.decoder, batch) for batch in self.groups]
 
     def measured(self, left: dict[Kind, int] | None) -> float:
@@ -293,7 +297,9 @@ class _Trials:
         if left is None:
             return math.inf
         try:
-            own = harm(smaller(self.offers.decoder, self.offers.kept(left)), self.groups, self.intact)
+            own = harm(
+                smaller(self.offers.decoder, self.offers.kept(left)), self.groups, self.intact, self.parts
+            )
         except (ModelError, OptionError) as error:
             self.offers.over.update(dict.fromkeys(left, str(error)))
             return math.inf
@@ -305,12 +311,14 @@ class _Trials:
         return self.offers.most - self.offers.cost(candidate) > OVER * self.offers.cost({})
 
 
-def harm(decoder: Decoder, groups: Sequence[Batch], intact: Sequence[LayerInputs]) -> float:
+def harm(
+    decoder: Decoder, groups: Sequence[Batch], intact: Sequence[LayerInputs], parts: Float[Tensor, "example"]
+) -> float:
     """Return the mean divergence from the intact model's predictions of target tokens, in nats.
 
-    `intact` is what its last layer sent on for every batch, whose norm and head both models share.
+    `parts` are what a token of each example counts; `intact` is what its last layer sent on for every batch, whose norm and head both models share.
     """
-    total, tokens, after = 0.0, 0, len(decoder.layers)
+    total, tokens, after = 0.0, 0.0, len(decoder.layers)
     for batch, sent in zip(groups, intact, strict=True):
         wanted = targets(batch)
         (hidden,) = sent.hidden.values()
@@ -318,5 +326,6 @@ def harm(decoder: Decoder, groups: Sequence[Batch], intact: Sequence[LayerInputs
             with entered_at(decoder, after, LayerInputs({after: hidden}, sent.as_tuple)):
                 whole = target_logits(decoder, batch, wanted)
             own = divergence(whole, torch.arange(len(whole)), target_logits(decoder, batch, wanted))
-        total, tokens = total + float(own.cpu().double().sum()), tokens + len(own)
+        each = parts[torch.tensor(batch.indices)][wanted.rows.cpu()]
+        total, tokens = total + float((own.cpu().double() * each).sum()), tokens + float(each.sum())
     return total / tokens

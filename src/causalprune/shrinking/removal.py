@@ -130,8 +130,7 @@ def shrink(
     if how.update in TRAINS:
         check_dtypes(decoder)
     given, before = decoder, sum(p.numel() for p in decoder.model.parameters())
-    update = next(own for own in UPDATES if own == how.update)
-    path = None if ledger is None else Path(ledger)
+    update, path = next(own for own in UPDATES if own == how.update), None if ledger is None else Path(ledger)
     if isinstance(wanted, Budget):
         chosen, unrouted, told = _competed(decoder, wanted, calibration, how, ledger=path, stage=stage)
     else:
@@ -141,7 +140,8 @@ def shrink(
     followed = _followed(decoder, calibration, how, state, stage)
     if "experts" in chosen:
         decoder = smaller(decoder, Kept(experts=chosen["experts"]))
-        update = update if update in TRAINS or len(chosen) > 1 else "none"
+    if update not in TRAINS and not {"neurons", "kv_groups"} & chosen.keys():  # no matrix lost anything
+        update = "none"
     kept = Kept(**{**chosen, "experts": {}})
     with stage("updating what stays") as progress:
         silence(decoder, kept)

@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from causalprune.checkpoints import was_pruned
 from causalprune.core import (
     CausalPruneError,
     Decoder,
@@ -23,7 +24,6 @@ from causalprune.core import (
     ModelError,
     OptionError,
     Projection,
-    zeros_in,
 )
 from causalprune.models import LEFT_OUT, reshaped, setting, unfilled
 
@@ -39,8 +39,6 @@ _FIRST = ("first_k_dense_replace", "num_dense_layers")
 """How many of the first layers are dense."""
 _UNFIT = (ValueError, RuntimeError, TypeError, LookupError, AttributeError)
 """What configurations and modules raise where sizes do not fit each other."""
-PRUNED = 0.01
-"""Share of zeros from which a matrix was pruned before, and its zeros stay."""
 _ROUTER = next(pattern for pattern, reason in LEFT_OUT if reason == "router")
 
 
@@ -118,7 +116,10 @@ def column_keep(decoder: Decoder, kept: Kept) -> Masks:
     What was pruned before stays zero. Experts are left as they are: without them, others are chosen in their place.
     """
     masks = Masks()
-    stays = set(range(len(decoder.layers)) if kept.layers is None else kept.layers)
+    stays, zeros_stay = (
+        set(range(len(decoder.layers)) if kept.layers is None else kept.layers),
+        was_pruned(decoder),
+    )
     for layer in decoder.layers:
         for p in layer.projections:
             keep = torch.ones(p.shape, dtype=torch.bool, device=p.device)
@@ -128,7 +129,7 @@ def column_keep(decoder: Decoder, kept: Kept) -> Masks:
                 keep[:, columns] = True
             if layer.index not in stays and p.role in ("o", "down"):
                 keep[:] = False
-            if zeros_in(p.read()) >= PRUNED * p.size:
+            if zeros_stay(p):
                 keep &= p.read() != 0
             masks.add(p.name, keep)
     return masks
@@ -172,7 +173,7 @@ def _stated(decoder: Decoder, kept: Kept) -> Any:
     if kept.layers is not None:
         if any(p.uses for p in decoder.projections):
             raise ModelError(f"layers of {config.model_type} share weights: none of them can go")
-        _fewer_layers(config, kept.layers)
+        _fewer_layers(whole, config, kept.layers)
     _validate(whole)
     _validate(config)
     again = type(whole).from_dict(whole.to_dict())  # as it will be loaded: not every field comes back
@@ -237,10 +238,17 @@ def _bias(p: Projection) -> str:
     return p.parameter_name.removesuffix("weight") + "bias"
 
 
-def _fewer_layers(config: Any, layers: tuple[int, ...]) -> None:
+def _fewer_layers(whole: Any, config: Any, layers: tuple[int, ...]) -> None:
     """State fewer layers, with what the configuration says of each of them in lists."""
     n = config.num_hidden_layers
-    by_number = config.model_type == "diffllama" or getattr(config, "scale_attn_by_inverse_layer_idx", False)
+    by_number = config.model_type in ("diffllama", "beam") or getattr(
+        config, "scale_attn_by_inverse_layer_idx", False
+    )
+    deep = len(getattr(getattr(whole, "vision_config", None), "deepstack_visual_indexes", None) or ())
+    if layers[:deep] != tuple(range(deep)):
+        raise ModelError(
+            f"the first {deep} layers of {whole.model_type} get features of images by their numbers: none of them can go"
+        )
     if by_number and layers != tuple(range(len(layers))):
         raise ModelError(f"layers of {config.model_type} compute by their numbers: none can go but the last")
     if getattr(config, "scale_depth", None):  # MiniCPM divides it by the root of the number of layers

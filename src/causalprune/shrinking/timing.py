@@ -1,7 +1,9 @@
 """How long a written token takes, in transformers on this machine: measured once for a model, and kept."""
 
+import hashlib
 import inspect
 import json
+import platform
 import statistics
 import time
 from collections.abc import Mapping
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 
-from causalprune.core import Decoder, ModelError, cache_folder
+from causalprune.core import Decoder, ModelError, cache_folder, versions
 from causalprune.evaluation import write_json
 from causalprune.models import go_on
 from causalprune.shrinking.structure import Kept, smaller
@@ -88,7 +90,7 @@ def _turns(whole: Decoder, part: Decoder) -> list[tuple[float, float]]:
 
 
 def _here(decoder: Decoder) -> str:
-    """Return what times depend on besides the weights: size, type of numbers, device, threads."""
+    """Return what times depend on besides the weights: size, type of numbers, device, threads; machine, attention, versions."""
     dtype, size = (
         str(decoder.model.dtype).removeprefix("torch."),
         sum(p.numel() for p in decoder.model.parameters()),
@@ -96,4 +98,7 @@ def _here(decoder: Decoder) -> str:
     cuda = (
         torch.cuda.get_device_name(decoder.device).replace(" ", "_") if decoder.device.type == "cuda" else ""
     )
-    return f"{size}-{dtype}-{decoder.device.type}{cuda}-{torch.get_num_threads()}"
+    own = f"{size}-{dtype}-{decoder.device.type}{cuda}-{torch.get_num_threads()}"
+    attention = decoder.model.config._attn_implementation  # noqa: SLF001
+    about = f"{platform.node()} {platform.processor()} {attention} {versions()}"
+    return f"{own}-{hashlib.sha256(about.encode()).hexdigest()[:12]}"

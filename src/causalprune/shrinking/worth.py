@@ -11,16 +11,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from causalprune.attribution import Estimator, Question, attribute
-from causalprune.calibration import batches, few
+from causalprune.calibration import OWN_TEXT, batches, few
 from causalprune.core import (
     Calibration,
     Decoder,
+    Example,
     Layer,
     OptionError,
     Progress,
     Projection,
     UnitKind,
     say,
+    silent,
     unknown,
 )
 from causalprune.interventions import InputNorms, See, Site, gated_module, observed, sees_all
@@ -89,18 +91,28 @@ def worth_of(
         return {i: _magnitude(decoder.layers[i], kind, n) for i, n in sizes.items()}
     if how.by == "activation":
         return _activation(decoder, kind, calibration, on_progress)
+    every = calibration
     if kind != "neurons":
         some = tuple(few(calibration.examples))
-        calibration = Calibration(some, (0,) * len(some))
+        calibration = Calibration(some, (0,) * len(some), calibration.description)
     estimator = Estimator("gradient" if kind == "neurons" else "exact", seed=how.seed)
-    return _effects(
-        decoder,
-        [kind],
-        calibration,
-        replace(estimator, max_batch_tokens=how.max_batch_tokens),
-        on_progress,
-        ledger,
-    )[kind]
+    estimator = replace(estimator, max_batch_tokens=how.max_batch_tokens)
+    found = _effects(decoder, [kind], calibration, estimator, on_progress, ledger)[kind]
+    return _filled(decoder, every, found) if kind == "experts" else found
+
+
+def _filled(decoder: Decoder, every: Calibration, worths: Scores) -> Scores:
+    """Return what experts are worth, those that the few examples do not reach, and all do, as much as the others of their layer."""
+    if not any(bool(own.isnan().any()) for own in worths.values()):
+        return worths
+    norms, found = InputNorms(), dict(worths)
+    layers = [decoder.layers[layer] for layer in worths]
+    _look(decoder, layers, every, norms.see, silent)
+    for layer, own in worths.items():
+        downs = [p for p in decoder.layers[layer].projections if p.role == "down" and p.expert is not None]
+        reached = torch.tensor([bool(norms.tokens.get(p.name)) for p in downs])
+        found[layer] = torch.where(own.isnan() & reached, own.nanmean(), own)
+    return found
 
 
 def worths_of(
@@ -127,7 +139,7 @@ def _effects(
     on_progress: Progress,
     ledger: Path | None,
 ) -> dict[Kind, Scores]:
-    """Return the divergence that every unit of some kinds stands for, by kind and layer, summed over the examples."""
+    """Return the divergence that every unit of some kinds stands for, by kind and layer, summed over the examples (`balance`)."""
     names: dict[Kind, str] = {kind: "neurons:1" if kind == "neurons" else kind for kind in kinds}
     question = Question(units=tuple(names.values()), effect="kl")
     effects = attribute(decoder, calibration, question, estimator, ledger=ledger, on_progress=on_progress)
@@ -136,9 +148,21 @@ def _effects(
     for kind in kinds:
         own = [(at, unit.layer) for at, unit in enumerate(effects.units) if unit.kind == UNITS[kind]]
         numbers, layers = (torch.tensor(column) for column in zip(*own, strict=True))
-        sums = values.sum(1)[numbers]
+        sums = (values * torch.tensor(balance(calibration.examples, calibration.description))).sum(1)[numbers]
         found[kind] = {layer: sums[layers == layer] for layer in sizes_of(decoder, kind)}
     return found
+
+
+def balance(examples: Sequence[Example], told: Mapping[str, Any]) -> list[float]:
+    """Return what a token of every example counts: what is preserved beside a task counts no more than that, all together."""
+    beside = {OWN_TEXT, *told.get("preserve", ())}
+    kept = [example.source in beside for example in examples]
+    task, rest = (
+        sum(e.target_tokens for e, own in zip(examples, kept, strict=True) if own == which)
+        for which in (False, True)
+    )
+    part = task / rest if rest > task > 0 else 1.0
+    return [part if own else 1.0 for own in kept]
 
 
 def _count(layer: Layer, kind: Kind) -> int:

@@ -20,13 +20,16 @@ NUMBER_COMMA = re.compile(r"(?:(?<![\w)])-\s?)?(?:\d{1,3}(?:[.'’\u00a0\u202f]\
 COMMAS = re.compile(r"\d,(?!\d{3}(?!\d))\d|\d\.\d{3}[.,]\d|\d[\u00a0\u202f’']\d{3}")
 """What numbers are written like that say."""
 YES_NO = re.compile(r"\b(?:yes|no)\b", re.IGNORECASE)
-SAID = re.compile(r"\b(?:yes|no(?!\s+(?!(?:because|since|as|if|but|and|or|for)\b)[a-z]))\b", re.IGNORECASE)
+SAID = re.compile(
+    r"\b(?:yes|no(?![^\S\n]+(?!(?:because|since|as|if|but|and|or|for|in|it)\b)(?-i:[a-z])))\b", re.IGNORECASE
+)
 """Yes, or a no that is an answer: not the one of `no rule`."""
+FINAL = re.compile(r"\banswer\b(?:\s+is\b|\s*:)?[\s:*\"(]*(yes|no)\b", re.IGNORECASE)
 MARK = "####"
 ENDINGS: dict[AnswerKind, re.Pattern[str]] = {
     "yes_no": re.compile(r"\b(?:yes|no)[\s.!)*]*\Z", re.IGNORECASE),
     "number": re.compile(
-        rf"(?<![\w/:^.])(?<!\d-)(?:{NUMBER.pattern})\s?(?:[%°€£$]|[^\W\d_]+(?:/[^\W\d_]+)?)?[\s.!)*\]}}$]*\Z"
+        rf"(?<![\w/^])(?<!\d[:.-])(?:{NUMBER_COMMA.pattern}|{NUMBER.pattern})\s?(?:[%°€£$]|[^\W\d_]+(?:/[^\W\d_]+)?)?[\s.!)*\]}}$]*\Z"
     ),  # and a unit; no part of a fraction, a date, a time or a name
     "letter": re.compile(r"(?:\A|[\s(*:])[A-Z][\s.!)*]*\Z"),
 }
@@ -99,24 +102,27 @@ def extract(text: str, kind: str, labels: Sequence[str] = (), *, marked: bool = 
     the mark, or all of it) without regard to case and white space. `labels` are the options of a `letter` answer. A pattern
     gives the first group of its last match, or all of it where there is no group.
     """
-    text = text.replace("\u2212", "-").replace("{,}", ",")
     if kind.startswith(REGEX):
         last = next(iter(reversed(list(re.finditer(kind.removeprefix(REGEX), text)))), None)
         return None if last is None else _normal(last[1 if last.re.groups else 0] or "") or None
+    text = text.replace("\u2212", "-").replace("{,}", ",")
     if kind == "text":
         return _normal(text.rpartition(MARK)[2] if marked else text) or None
-    line = _marked(text) if marked else ""
+    line, rest = _marked(text) if marked else ("", "")
     if kind == "letter":
         return _letter(text, labels, line)
-    pattern = {"number": NUMBER, "number_comma": NUMBER_COMMA}.get(kind, SAID)
-    first = pattern.search(line)
-    every = pattern.findall(text) or (YES_NO.findall(text) if kind == "yes_no" else [])
-    found = first.group() if first else next(iter(reversed(every)), None)
+    if kind == "yes_no":
+        first = YES_NO.search(line) or YES_NO.search(rest)
+        every = FINAL.findall(text) or SAID.findall(text) or YES_NO.findall(text)
+        return (first.group() if first else next(iter(reversed(every)), "")).lower() or None
+    pattern = NUMBER_COMMA if kind == "number_comma" else NUMBER
+    first = pattern.search(line) or pattern.search(rest)
+    found = first.group() if first else next(iter(reversed(pattern.findall(text))), None)
     if found is None:
         return None
     if kind == "number_comma":
         found = re.sub(r"[^\d,-]", "", found).replace(",", ".")
-    return _plain(found) if kind in ("number", "number_comma") else found.lower()
+    return _plain(found)
 
 
 def _normal(text: str) -> str:
@@ -128,10 +134,10 @@ def _plain(number: str) -> str:
     return format(value.normalize() + 0, "f")  # + 0 turns -0 into 0
 
 
-def _marked(text: str) -> str:
-    """Return the line of the last `####`, unless that is a heading of a step."""
-    line = text.rpartition(MARK)[2].lstrip().partition("\n")[0] if MARK in text else ""
-    return "" if re.match(r"\W*step\b", line, re.IGNORECASE) else line
+def _marked(text: str) -> tuple[str, str]:
+    """Return the line of the last `####` and what follows it, unless that is the heading of a step."""
+    line, _, rest = text.rpartition(MARK)[2].lstrip().partition("\n") if MARK in text else ("", "", "")
+    return ("", "") if re.match(r"\W*step\b", line, re.IGNORECASE) else (line, rest)
 
 
 def _letter(text: str, labels: Sequence[str], line: str) -> str | None:
@@ -140,15 +146,17 @@ def _letter(text: str, labels: Sequence[str], line: str) -> str | None:
         return first.group()
     if boxed := re.findall(rf"\\boxed\{{(?:\\text\{{)?\(?({label})\W", text):
         return str(boxed[-1])
-    for word in ("answer", "option|choice"):
-        said = re.findall(rf"(?:{word})\s*(?:is|:)?[\s:(*]*({label})(?!\w)", text, re.IGNORECASE)
+    for words in (r"(?:correct|right|best|final)\s+(?:answer|option|choice)", "answer", "option|choice"):
+        said = re.findall(
+            rf"(?:{words})\s*(?:is|:|would be)?[\s:(*]*(?:option\s+)?({label})(?!\w)", text, re.IGNORECASE
+        )
         if said and said[-1] in labels:
             return str(said[-1])
-        listed = re.findall(
-            rf"(?<!\w)({label})\s*[).:\]]", text
-        )  # `B. vitamin C`, and not one option after the other
-        if word == "answer" and len(listed) == 1 and re.match(rf"\W*{re.escape(listed[0])}\W", text):
-            return str(listed[0])
+    listed = re.findall(
+        rf"(?<!\w)({label})\s*[).:\]]", text
+    )  # `B. vitamin C`, and not one option after the other
+    if len(listed) == 1 and re.match(rf"\W*{re.escape(listed[0])}\W", text):
+        return str(listed[0])
     # Alone, and not the article of "A plant": a label is not followed by a word in lower case.
     alone = re.findall(rf"(?<![\w'])({label})(?![\w'])(?!\s+[a-z])", text)
     return str(alone[-1]) if alone else None

@@ -1,5 +1,6 @@
 """Functions of a user's that give every answer a number. Loading one runs its code: only where that was asked for."""
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -99,13 +100,20 @@ def _failing(scorer: Any, texts: Sequence[str], targets: Sequence[str] | None) -
 
 
 def reference(scorer: Scorer) -> str:
-    """Return where a scorer comes from, as `module:function`, and the beginning of its module's SHA-256 where that is a file."""
+    """Return where a scorer comes from, as `module:function`, and the beginning of the SHA-256 of its source where there is some."""
     name = f"{scorer.__module__}:{getattr(scorer, '__qualname__', type(scorer).__name__)}"
+    own = _source_of(scorer.__module__)
+    return f"{name} ({own})" if own and scorer.__module__ != "__main__" else name
+
+
+@functools.cache
+def _source_of(module: str) -> str | None:
+    """Return the beginning of the SHA-256 of a module's source as it was when it was asked for first: that is what runs."""
     try:
-        source = inspect.getsource(sys.modules[scorer.__module__])
+        source = inspect.getsource(sys.modules[module])
     except (OSError, TypeError, KeyError):
-        return name
-    return f"{name} ({hashlib.sha256(source.encode()).hexdigest()[:12]})"
+        return None
+    return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
 def _imported(module: str, word: str) -> Any:
