@@ -126,6 +126,28 @@ def compression() -> str:
     return _table(["half of the weights by", "perplexity"], rows) if rows else MISSING
 
 
+def tests() -> str:
+    """The tests of the default circuit of heads of GSM8K in SmolLM2."""
+    file = ROWS / "circuits" / "default-gsm8k.json"
+    if not file.exists():
+        return MISSING
+    rows = []
+    for name, own in json.loads(file.read_text())["tests"].items():
+        if isinstance(own, dict):
+            seen = [
+                f"{own[key]:.3g} {key}" if isinstance(own[key], float) else f"{own[key]} {key}" for key in own
+            ]
+            rows.append(
+                [
+                    name.replace("_", " "),
+                    ", ".join(seen[:2]),
+                    f"{own['p']:.2g}",
+                    "yes" if own["holds"] else "no",
+                ]
+            )
+    return _table(["test", "seen", "p", "holds"], rows)
+
+
 def _value(own: dict[str, float]) -> str:
     return f"{own['value']:+.2f} [{own['low']:+.2f}, {own['high']:+.2f}]"
 
@@ -138,6 +160,7 @@ CIRCUITS: dict[str, Callable[[], str]] = {
     "ioi": ioi,
     "removal": removal,
     "elsewhere": elsewhere,
+    "tests": tests,
     "compression": compression,
 }
 
