@@ -59,7 +59,18 @@ def planted() -> str:
     return "\n".join(lines) + "\n"
 
 
-METHODS = ("kl learned", "kl integrated x3", "kl gradient", "gradient", "relevance", "wanda", "random")
+METHODS = (
+    *(
+        "kl learned",
+        "kl integrated x3",
+        "kl gradient",
+        "integrated x3",
+        "integrated",
+        "gradient",
+        "relevance",
+    ),
+    *("wanda", "random"),
+)
 """Ways of ordering units, as `circuits.py` names their rows."""
 
 
@@ -81,18 +92,18 @@ def grid(units: str) -> str:
 
 def ioi() -> str:
     """Areas of circuits of pairs, by model and method."""
-    found = _step("circuits", "ioi")
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted((ROWS / "circuits").glob("ioi-*-*.json")):
+        _, model, method = file.stem.split("-", 2)
+        found.setdefault(model, {})[method.replace("_", " ")] = json.loads(file.read_text())
     if not found:
         return MISSING
-    good = {model: own for model, own in found.items() if own["right"] >= 0.75}
-    methods = dict.fromkeys(
-        key for own in good.values() for key, one in own.items() if isinstance(one, dict) and "cmd" in one
-    )
+    methods = [m for m in METHODS if any(m in own for own in found.values())]
     rows = [
-        [m, *(f"{own[m]['cmd']:.2f} · {own[m]['cpr']:.2f}" if m in own else "" for own in good.values())]
+        [m, *(f"{own[m]['cmd']:.2f} · {own[m]['cpr']:.2f}" if m in own else "" for own in found.values())]
         for m in methods
     ]
-    return _table(["CMD · CPR", *good], rows)
+    return _table(["CMD · CPR", *found], rows)
 
 
 def removal() -> str:
@@ -134,17 +145,10 @@ def tests() -> str:
     rows = []
     for name, own in json.loads(file.read_text())["tests"].items():
         if isinstance(own, dict):
-            seen = [
-                f"{own[key]:.3g} {key}" if isinstance(own[key], float) else f"{own[key]} {key}" for key in own
-            ]
-            rows.append(
-                [
-                    name.replace("_", " "),
-                    ", ".join(seen[:2]),
-                    f"{own['p']:.2g}",
-                    "yes" if own["holds"] else "no",
-                ]
-            )
+            what = next(key for key in ("beaten", "ahead", "hsic", "tested") if key in own)
+            seen = f"{what} {own[what]:.2g}" if what == "hsic" else f"{what} {own[what]}"
+            seen += f" of {own['of']}" if "of" in own else ""
+            rows.append([name.replace("_", " "), seen, f"{own['p']:.2g}", "yes" if own["holds"] else "no"])
     return _table(["test", "seen", "p", "holds"], rows)
 
 
