@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from families import VOCAB, tiny
+from families import SMALL, tiny
 from ggufs import write_gguf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig
@@ -46,17 +46,7 @@ def test_a_rule_that_is_not_known_is_said() -> None:
 
 
 def llama(path: Path, **settings: Any) -> Path:
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=None,
-    )
-    return write_gguf(path, tiny(config), **settings)
+    return write_gguf(path, tiny(LlamaConfig(**SMALL, intermediate_size=40, pad_token_id=None)), **settings)
 
 
 def test_queries_that_would_stay_as_they_are_stored_are_refused(tmp_path: Path) -> None:

