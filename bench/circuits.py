@@ -36,7 +36,7 @@ from causalprune.circuits.checking import Checks, examined
 from causalprune.circuits.curves import RESAMPLES, SHARES, areas, faithfulness, resampled
 from causalprune.circuits.finding import Search, ledger
 from causalprune.circuits.ranking import order_of, prefix, resampled_orders, stability
-from causalprune.circuits.records import Circuit, load_circuit, save_circuit
+from causalprune.circuits.records import CIRCUIT, Circuit, load_circuit, save_circuit
 from causalprune.core.errors import OptionError
 from causalprune.core.progress import shown
 from causalprune.core.provenance import peak_bytes
@@ -358,7 +358,7 @@ def planted() -> Found:
 def searched(
     model: str, task: str, units: tuple[str, ...], method: str, draw: int = 0, **asked: Any
 ) -> dict[str, Any]:
-    """Return the curve of a ranking: losses per problem at every size, and the size that keeps 90 %; kept once it is there."""
+    """Return the curve of a ranking: losses per problem at every size, and the `size` that keeps 90 %; kept once it is there."""
     rank, ablation = (asked.get(*own) for own in (("rank", "absolute"), ("ablation", "zero")))
     name = (
         "-".join((model, task, "+".join(units), method, rank, ablation, str(draw)))
@@ -387,7 +387,7 @@ def searched(
             with shown(f"{name}: curve") as tell:
                 nats = Trials(decided, book, tell).nats(keeps)
             try:
-                wanted = bool(rounds) and rank == "absolute"
+                wanted = bool(rounds) and rank == "absolute" and asked.get("size", True)
                 size = search.size(order, rounds, book) / len(order) if wanted else math.nan
             except OptionError:
                 size = 1.0
@@ -461,18 +461,18 @@ def grid() -> Found:
 
 
 def elsewhere() -> Found:
-    """The default and one-shot gradient on other tasks and ablations; other models were cut, but for pairs."""
+    """The default and one-shot gradient on other tasks and ablations, without sizes; other models were cut, but for pairs."""
     raw = {}
-    for model, task, ablation in (
-        *(("smollm2", "gsm8k", own) for own in ("mean", "resample")),
-        *(("smollm2", task, "zero") for task in TASKS[1:]),
-    ):
-        for method in (DEFAULT, "gradient"):
-            found = searched(model, task, ("heads",), method, ablation=ablation)
-            own = summed([found])
-            raw[f"{model}, {task}, {ablation}, {method}"] = {key: own[key] for key in ("cpr", "cmd", "f")} | {
-                "size": found["size"]
-            }
+    for task, ablation in (("gsm8k", "mean"), ("gsm8k", "resample"), *((task, "zero") for task in TASKS[1:])):
+        for method in ("gradient", DEFAULT):
+            if method == DEFAULT and ablation == "zero":
+                curve = default_circuit(task).curve
+                f = [point.faithfulness.value for point in curve.points]
+                own = {"cpr": curve.cpr.value, "cmd": curve.cmd.value, "f": f}
+            else:
+                found = searched("smollm2", task, ("heads",), method, ablation=ablation, size=False)
+                own = {key: summed([found])[key] for key in ("cpr", "cmd", "f")}
+            raw[f"smollm2, {task}, {ablation}, {method}"] = own
     return {"figures": {}, "raw": raw}
 
 
@@ -533,9 +533,10 @@ def _ioi(model: str, whole: Calibration, method: str) -> dict[str, Any]:
 
 def default_circuit(task: str) -> Circuit:
     """Return the default circuit of heads in SmolLM2 for a task, kept once it is there; that of GSM8K with all checks and tests."""
-    file, folder = ROWS / "circuits" / f"default-{task}.json", FOLDER / f"default-{task}"
-    if not file.exists():
+
+    def make() -> Any:
         model, (calibration, decide) = decoder("smollm2"), data("smollm2", task, 0)
+        folder = FOLDER / f"default-{task}"
 
         def stage(label: str) -> Any:
             return shown(f"{task}: {label}")
@@ -544,8 +545,12 @@ def default_circuit(task: str) -> Circuit:
         if task == "gsm8k":
             checks = Checks(100, TESTED, tests=True)
             found = examined(found, model, calibration, checks, folder=folder, stage=stage)
-        save_circuit(found, file)
-    return load_circuit(file)
+        save_circuit(found, folder / CIRCUIT)
+        return json.loads((folder / CIRCUIT).read_text())
+
+    name = f"circuits/default-{task}"
+    kept(name, make)
+    return load_circuit(ROWS / f"{name}.json")
 
 
 def _one_circuit(task: str) -> Found:

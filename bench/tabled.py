@@ -120,14 +120,12 @@ def removal() -> str:
 
 
 def elsewhere() -> str:
-    """Areas and sizes of circuits of heads on other tasks and with other ablations, by the default and by slopes of the intact model."""
+    """Areas of circuits of heads on other tasks and with other ablations, by the default and by slopes of the intact model."""
     found = _step("circuits", "elsewhere")
     if not found:
         return MISSING
-    rows = [
-        [key, f"{own['cmd']:.2f}", f"{own['cpr']:.2f}", f"{own['size']:.0%}"] for key, own in found.items()
-    ]
-    return _table(["model, task, ablation, order", "CMD", "CPR", "keeps 90 %"], rows)
+    rows = [[key, f"{own['cmd']:.2f}", f"{own['cpr']:.2f}"] for key, own in found.items()]
+    return _table(["model, task, ablation, order", "CMD", "CPR"], rows)
 
 
 def compression() -> str:
