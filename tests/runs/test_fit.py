@@ -14,7 +14,7 @@ from causalprune.core.types import EvalResult
 from causalprune.models.loading import load
 from causalprune.runs import ModelSpec, searching
 from causalprune.runs import shipped as fit_of
-from causalprune.shipping.frontier import Limit, Point
+from causalprune.shipping.frontier import Limit, Point, front
 from causalprune.shipping.recounting import looked_into
 
 TYPES = ("--types", "q8_0,q4_0,q2_k", "--shares", "0.2", "--pre-tokenizer", "gpt-2")
@@ -57,17 +57,30 @@ def test_a_file_within_the_limit_and_a_search_that_goes_on(
     assert str(file) in out
     assert (record["chosen"]["share"] > 0) == (output / "model" / "config.json").exists()
     assert looked_into(file)["name"].startswith("model")
-    timed, speed = list[Path](), fit_of._speed
-    monkeypatch.setattr(fit_of, "_speed", lambda *given: timed.append(given[1]) or speed(*given))
+    assert {p.name for p in front(points_of(record), rises_of(record))} == record["speeds"].keys()
+    assert "Speed against the task" in (output / "frontier.html").read_text(encoding="utf-8")
+    assert not (output / "work" / "model.gguf").exists()
+    timed, speed = [*record["speeds"]], fit_of._speed
+    monkeypatch.setattr(fit_of, "_speed", lambda *given: timed.append(given[1].name) or speed(*given))
     slow = words[:4] + words[6:]
     for wanted in ("0.01x", "0.02x"):
         code, out, err = run("fit", model, "-o", output, *slow, "--speed", wanted, "--json")
         assert code == 0, err
         assert json.loads(out)["speeds"]
-    assert len(timed) == 1, "the second limit is met by what was timed for the first"
+    assert len(timed) == len(set(timed)), "no file is timed twice, whatever the limit"
     code, _, err = run("fit", model, "-o", output, *slow, "--speed", "1000x")
     assert code == 2
     assert "× the speed" in err
+
+
+def points_of(record: dict[str, Any]) -> list[Point]:
+    """Return the points of a record."""
+    return [Point(p["share"], p["mix"], p["bytes"]) for p in record["points"]]
+
+
+def rises_of(record: dict[str, Any]) -> dict[str, float]:
+    """Return what was measured of the points of a record."""
+    return {p["name"]: p["measured_rise"] for p in record["points"] if p["measured_rise"] is not None}
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from causalprune.shipping.frontier import (
     Limit,
     Point,
     best,
+    front,
     half,
     kept,
     limit_of,
@@ -105,6 +106,16 @@ def test_where_removing_starts_to_pay() -> None:
     assert pays_below([*WHOLE, alone], {**RISES, alone.name: 0.01}) is None
 
 
+def test_what_nothing_is_both_as_small_and_better_than() -> None:
+    beaten, same, unknown = (
+        Point(0.1, "q8_0", 80, 0.3),
+        Point(0.1, "q2_k", 40, 2.0),
+        Point(0.2, "q2_k", 1, 0.0),
+    )
+    rises = {**RISES, beaten.name: RISES["q4_k_m"], same.name: RISES["q2_k"]}
+    assert [p.name for p in front([*WHOLE, beaten, same, unknown], rises)] == ["q8_0", "q4_k_m", "q2_k"]
+
+
 def test_the_page_says_what_was_found(tmp_path: Path) -> None:
     difference = {"difference": 0.1, "low": 0.0, "high": 0.2, "n": 5, "verdict": "worse"}
     row = {"name": "q4_k_m", "share": 0.0, "mix": "q4_k_m", "bytes": 60, "predicted_rise": None}
@@ -130,8 +141,16 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
         "pays_below_bytes": None,
         "file": {"bytes": 60_000_000},
     }
+    assert "Speed against" not in frontier_page(record, tmp_path / "slow.html").read_text(encoding="utf-8")
+    record["speeds"] = {"q4_k_m": {"over_dense": 1.25, "tokens_per_second": 80.0}}
     text = frontier_page(record, tmp_path / "frontier.html").read_text(encoding="utf-8")
     assert "&lt;model&gt;" in text
     assert "<model>" not in text
     assert found(record)[0] == "quantise to q4_k_m and do not prune: 60.0 MB, at most 70 MB"
+    assert found(record)[-1] == "speed: 1.25 × dense at Q8_0 in llama.cpp, 80.0 tokens/s"
+    assert text.count("<svg") == 2
+    assert text.count("<circle") == 2, (
+        "the file that was timed stands in both drawings, what was predicted in one"
+    )
+    assert "<td>1.25 ×</td>" in text
     assert "0.1-q2_k" in text

@@ -1,7 +1,7 @@
-"""The page of a search for the file to ship: size against what it costs, predicted and measured, and which was chosen."""
+"""The page of a search for the file to ship: size and speed against what they cost, predicted and measured, and which was chosen."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ PAGE = Markup(
     '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
     "<title>{title}</title><style>{style}</style></head><body><main><h1>{title}</h1>"
-    '<div class="card verdict holds">{said}</div><div class="card"><h2>Size against the task</h2>{drawing}{note}</div>'
+    '<div class="card verdict holds">{said}</div><div class="card"><h2>Size against the task</h2>{drawing}{note}</div>{speeds}'
     '<div class="card"><h2>Every file</h2><div class="scroll">{table}</div></div></main></body></html>'
 )
 
@@ -31,7 +31,15 @@ def frontier_page(record: Mapping[str, Any], file: Path) -> Path:
         f"({_rise(record)}); the larger the mark, the more parameters are gone. Upright lines are 95 % intervals on the other problems, which nothing "
         "was chosen by, as are the numbers in the table."
     )
-    parts = {"drawing": _drawing(record), "note": note, "table": _table(record), "said": said}
+    sizes = {p["name"]: p["bytes"] / 1e6 for p in record["points"]}
+    drawing = _drawing(record, sizes, lambda size: f"{size:.0f} MB", "rise to dense by size of the file")
+    parts = {
+        "drawing": drawing,
+        "note": note,
+        "table": _table(record),
+        "said": said,
+        "speeds": _speeds(record),
+    }
     text = PAGE.format(title=f"{record['model']}: the file to ship", style=Markup(STYLE), **parts)  # noqa: S704 (our own file)
     write_text(file, text)
     return file
@@ -67,9 +75,9 @@ def found(record: Mapping[str, Any]) -> list[str]:
         if below
         else nowhere
     )
-    for name, speed in record.get("speeds", {}).items():
+    if speed := record.get("speeds", {}).get(chosen["name"]):
         lines.append(
-            f"speed of {name}: {speed['over_dense']:.2f} × dense at Q8_0, {speed['tokens_per_second']:.1f} tokens/s"
+            f"speed: {speed['over_dense']:.2f} × dense at Q8_0 in llama.cpp, {speed['tokens_per_second']:.1f} tokens/s"
         )
     return lines
 
@@ -85,17 +93,35 @@ def _signed(own: Mapping[str, Any]) -> str:
     return f"{number(own['difference'], sign='+', digits=3)} {bounds(own)}"
 
 
-def _drawing(record: Mapping[str, Any]) -> Markup:
-    points = [p for p in record["points"] if _height(p) is not None]
+def _speeds(record: Mapping[str, Any]) -> Markup:
+    """Return the card of speeds: nothing where no file was timed."""
+    speeds = {name: own["over_dense"] for name, own in record.get("speeds", {}).items()}
+    if not speeds:
+        return Markup("")
+    drawing = _drawing(record, speeds, lambda speed: f"{speed:.2f} ×", "rise to dense by speed of the file")
+    note = (
+        "Tokens a second that a file writes in llama.cpp here, over the whole model at Q8_0, timed in turns on two threads. Only files "
+        "than which none that was measured is both smaller and better were timed, and those that a limit on speed asked for."
+    )
+    return Markup('<div class="card"><h2>Speed against the task</h2>{}<p class="note">{}</p></div>').format(
+        drawing, note
+    )
+
+
+def _drawing(
+    record: Mapping[str, Any], across: Mapping[str, float], said: Callable[[float], str], label: str
+) -> Markup:
+    """Return what files cost against a number that each has: what is not in `across` is not drawn."""
+    points = [p for p in record["points"] if p["name"] in across and _height(p) is not None]
     if not points:
         return Markup("")
-    most, ends = max(p["bytes"] for p in points) * 1.05, [_ends(record, p) for p in points]
+    most, ends = max(across[p["name"]] for p in points) * 1.05, [_ends(record, p) for p in points]
     heights = [*(_height(p) or 0.0 for p in points), *(end for own in ends for end in own)]
     low, top = min(0.0, *heights), max(0.01, *heights) * 1.1
 
     def at(point: Mapping[str, Any]) -> tuple[float, float]:
         share = ((_height(point) or 0.0) - low) / (top - low)
-        return LEFT + (WIDE - LEFT - 20) * point["bytes"] / most, 15 + (HIGH - 15 - LOW) * (1 - share)
+        return LEFT + (WIDE - LEFT - 20) * across[point["name"]] / most, 15 + (HIGH - 15 - LOW) * (1 - share)
 
     def bars() -> Iterator[Markup]:
         for p, own in zip(points, ends, strict=True):
@@ -106,11 +132,11 @@ def _drawing(record: Mapping[str, Any]) -> Markup:
     marks = Markup("").join(
         (*bars(), *(_mark(p, *at(p), chosen=p["name"] == record["chosen"]["name"]) for p in points))
     )
-    axes = Markup("").join(_axes(most, low, top))
+    axes = Markup("").join(_axes([said(most * step / 4) for step in range(5)], low, top))
     return Markup(
-        '<svg viewBox="0 0 {} {}" width="{}" style="max-width:100%" role="img" aria-label="rise to dense by size of the file">'
+        '<svg viewBox="0 0 {} {}" width="{}" style="max-width:100%" role="img" aria-label="{}">'
         '<g stroke="currentColor" fill="none" font-size="11">{}{}</g></svg>'
-    ).format(WIDE, HIGH, WIDE, axes, marks)
+    ).format(WIDE, HIGH, WIDE, label, axes, marks)
 
 
 def _ends(record: Mapping[str, Any], point: Mapping[str, Any]) -> tuple[float, ...]:
@@ -146,21 +172,22 @@ def _mark(point: Mapping[str, Any], x: float, y: float, *, chosen: bool) -> Mark
     return Markup("<g>{}{}{}</g>").format(title, shape, label)
 
 
-def _axes(most: float, low: float, top: float) -> Iterator[Markup]:
+def _axes(said: Sequence[str], low: float, top: float) -> Iterator[Markup]:
     text = Markup('<text x="{:.0f}" y="{:.0f}" text-anchor="{}" stroke="none" fill="currentColor">{}</text>')
-    for step in range(5):
+    for step, below in enumerate(said):
         x, share = LEFT + (WIDE - LEFT - 20) * step / 4, step / 4
-        yield text.format(x, HIGH - 18, "middle", f"{most * share / 1e6:.0f} MB")
+        yield text.format(x, HIGH - 18, "middle", below)
         y = 15 + (HIGH - 15 - LOW) * (1 - share)
         yield text.format(LEFT - 8, y + 4, "end", f"{low + (top - low) * share:+.2f}")
         yield Markup('<path d="M{} {:.1f}H{}" stroke-opacity=".15"/>').format(LEFT, y, WIDE - 20)
 
 
 def _table(record: Mapping[str, Any]) -> Markup:
-    rows = Markup("").join(_rows(record["points"], record["chosen"]["name"]))
+    rows = Markup("").join(_rows(record["points"], record["chosen"]["name"], record.get("speeds", {})))
     unit, rise = UNITS.get(record["metric"], record["metric"]), _rise(record)
     head = (
         "file", "MB", "gone", f"worse by, predicted ({rise})", f"worse by, measured ({rise})", f"less dense, other problems ({unit})", "kept",
+        "speed over dense at Q8_0",
     )  # fmt: skip
     names = Markup("").join(Markup("<th>{}</th>").format(name) for name in head)
     return Markup('<table class="models"><thead><tr>{}</tr></thead><tbody>{}</tbody></table>').format(
@@ -168,9 +195,9 @@ def _table(record: Mapping[str, Any]) -> Markup:
     )
 
 
-def _rows(points: Sequence[Mapping[str, Any]], chosen: str) -> Iterator[Markup]:
+def _rows(points: Sequence[Mapping[str, Any]], chosen: str, speeds: Mapping[str, Any]) -> Iterator[Markup]:
     for p in points:
-        own = p.get("minus_dense")
+        own, speed = p.get("minus_dense"), speeds.get(p["name"])
         cells = (
             f"{p['bytes'] / 1e6:.1f}",
             f"{p['share']:.0%}",
@@ -180,6 +207,7 @@ def _rows(points: Sequence[Mapping[str, Any]], chosen: str) -> Iterator[Markup]:
             ),
             _signed(own) if own else "–",
             f"{p['kept']:.1%}" if own else "–",
+            f"{speed['over_dense']:.2f} ×" if speed else "–",
         )
         mark = Markup(' class="chosen"') if p["name"] == chosen else ""
         yield Markup("<tr{}><th scope=row>{}</th>{}</tr>").format(

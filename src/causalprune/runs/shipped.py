@@ -54,6 +54,7 @@ from causalprune.shipping import (
     Written,
     best,
     export,
+    front,
     half,
     kept,
     pays_below,
@@ -189,10 +190,9 @@ def _written(search: Search, points: list[Point]) -> Fitted:
     for point in best(points, rises, limit, search.keeps(points)):
         file = None
         if limit.kind == "speed":
-            if (key := f"{TIMED}{point.name}") not in search.book.rows:
+            if f"{TIMED}{point.name}" not in search.book.rows:
                 file = _export(search, point, made)
-                search.book.append(key, _speed(search, made))
-            speeds[point.name] = search.book.rows[key]
+            speeds[point.name] = _timed(search, point, made)
             if speeds[point.name]["over_dense"] < limit.value:
                 continue
         file = file or _export(search, point, made)
@@ -203,11 +203,35 @@ def _written(search: Search, points: list[Point]) -> Fitted:
     made.replace(target)
     checkpoint = _kept(search, point.share)
     record = _record(search, points, point, file) | {"speeds": speeds}
-    write_json(search.output / FRONTIER, record)  # before the file is asked, which may fail
+    _tell(
+        search, record
+    )  # before the file is asked, which may fail, and the others are timed, which takes time
     record |= {"asked": _asked(search, target)}
+    _tell(search, record)
+    for other in front(points, rises):
+        if other.name == point.name:
+            speeds[other.name] = _timed(search, other, target)
+            continue
+        if f"{TIMED}{other.name}" not in search.book.rows:
+            _export(search, other, made)
+        speeds[other.name] = _timed(search, other, made)
+        made.unlink(missing_ok=True)
+    _tell(search, record)
+    return Fitted(target, checkpoint, record)
+
+
+def _tell(search: Search, record: dict[str, Any]) -> None:
+    """Write what is known as JSON and as a page."""
     write_json(search.output / FRONTIER, record)
     frontier_page(record, search.output / FRONTIER_PAGE)
-    return Fitted(target, checkpoint, record)
+
+
+def _timed(search: Search, point: Point, file: Path) -> dict[str, float]:
+    """Return the speed of a point, whose file is only looked at where it was not timed yet."""
+    if (key := f"{TIMED}{point.name}") not in search.book.rows:
+        search.book.append(key, _speed(search, point, file))
+    found: dict[str, float] = search.book.rows[key]
+    return found
 
 
 def _kept(search: Search, share: float) -> Path:
@@ -252,13 +276,13 @@ def _export(search: Search, point: Point, target: Path) -> Written:
     return export(search.folder(point.share), target, point.mix, weigh, how, search.options.stage)
 
 
-def _speed(search: Search, file: Path) -> dict[str, float]:
+def _speed(search: Search, point: Point, file: Path) -> dict[str, float]:
     """Return tokens a second of a file and of the whole model at Q8_0, timed in turns in llama.cpp."""
     whole = search.work / "whole-q8_0.gguf"
     if not whole.exists():
         _export(search, Point(0.0, "q8_0", 0), whole)
     rates: dict[Path, list[float]] = {file: [], whole: []}
-    with search.options.stage("timing"):
+    with search.options.stage(f"timing {point.name}"):
         for _ in range(ROUNDS):
             for timed, found in rates.items():
                 with running(timed, context=512, threads=2) as run:

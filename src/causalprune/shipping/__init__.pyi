@@ -35,6 +35,9 @@ from .frontier import (
     bytes_of as bytes_of,
 )
 from .frontier import (
+    front as front,
+)
+from .frontier import (
     half as half,
 )
 from .frontier import (

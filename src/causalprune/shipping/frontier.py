@@ -129,6 +129,15 @@ def best(
     return sorted(within, key=lambda p: (rises[p.name], p.bytes))
 
 
+def front(points: Iterable[Point], rises: Mapping[str, float]) -> list[Point]:
+    """Return the measured points than which no other is both as small and as good, the largest first."""
+    found: list[Point] = []
+    for point in sorted((p for p in points if p.name in rises), key=lambda p: (p.bytes, rises[p.name])):
+        if not found or rises[point.name] < rises[found[-1].name]:
+            found.append(point)
+    return found[::-1]
+
+
 def pays_below(points: Sequence[Point], rises: Mapping[str, float]) -> int | None:
     """Return the largest file without a share of its parameters that is better than all whole ones of its size, of which there is one.
 
