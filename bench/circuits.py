@@ -64,6 +64,7 @@ TESTED = 8
 """Problems of random circuits and of tests of hypotheses: some 500 passes over them."""
 ESTIMATORS: dict[str, tuple[str, int, str, int]] = {
     "kl learned": ("integrated", 1, "kl", 10),
+    "learned": ("integrated", 1, "ce", 10),
     "kl integrated x3": ("integrated", 3, "kl", 0),
     "kl integrated": ("integrated", 1, "kl", 0),
     "kl gradient x3": ("gradient", 3, "kl", 0),
@@ -85,8 +86,8 @@ GRID = {
 PLANTED = (3.0, 1.0, 0.3, 0.1, 0.05)
 PLANTINGS = {"smollm2": 1, "qwen": 0}
 """Of each strength; three more, and the second model, were cut."""
-PAIRED = {"smollm2": (DEFAULT, "integrated x3", "integrated", "gradient", "relevance", "random")}
-SHORT = (DEFAULT, "gradient", "random")
+PAIRED = {"smollm2": ("learned", DEFAULT, "integrated x3", "integrated", "gradient", "relevance", "random")}
+SHORT = ("learned", DEFAULT, "gradient", "random")
 """Methods for pairs, and those for larger models: the others were cut there."""
 LOOKED = (
     *(("counterfactual", method) for method in ("integrated x3", "integrated", "gradient", "relevance")),
@@ -484,7 +485,7 @@ def ioi() -> Found:
     figures = {
         "ioi_models_tried": len(raw),
         "ioi_cmd_best": min((cmd[m] for m in SHORT[:-1]), default=None) if good else None,
-        "ioi_cmd_default": cmd.get(DEFAULT),
+        "ioi_cmd_default": cmd.get("learned"),
         "ioi_cmd_random": cmd.get("random"),
     }
     return {"figures": figures, "raw": raw}

@@ -62,6 +62,7 @@ def planted() -> str:
 METHODS = (
     *(
         "kl learned",
+        "learned",
         "kl integrated x3",
         "kl gradient",
         "integrated x3",

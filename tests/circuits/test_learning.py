@@ -9,7 +9,8 @@ from constructed import constructed, problems
 
 import causalprune as cp
 from causalprune.attribution.questions import Estimator, Question
-from causalprune.circuits.behaviour import Behaviour, behaviour
+from causalprune.circuits import learning
+from causalprune.circuits.behaviour import Behaviour, Trials, behaviour
 from causalprune.circuits.finding import turns
 from causalprune.circuits.learning import learned
 from causalprune.circuits.ranking import Round, order_of, places, resampled_orders, values_of
@@ -44,6 +45,38 @@ def test_wrong_answers_move_nothing() -> None:
         learned(one, torch.arange(16), EVEN, Estimator(epochs=2), State(), cp.silent) for one in (own, alone)
     ]
     torch.testing.assert_close(moves[0], moves[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("longer", [False, True])
+def test_a_wrong_answer_counts_by_how_much_likelier_the_right_one_is(longer: bool) -> None:
+    plain = problems("and", 12).examples
+    pairs = [with_wrong(example, plain[(i + 1) % 12]) for i, example in enumerate(plain)]
+    if longer:  # another pass is needed for an answer of two tokens
+        pairs[0] = replace(pairs[0], instead=replace(pairs[0].instead, tokens=(*pairs[0].instead.tokens, 1)))
+    own = behaviour(constructed("and"), pairs, Question(), Estimator("gradient"))
+    away, keep = (
+        learning._departure(own),
+        torch.rand(12, 16, generator=torch.Generator().manual_seed(0)) < 0.5,
+    )
+    _, lost = away([*range(12)], keep)
+    trials = Trials(own).nats([torch.ones(16, dtype=torch.bool), *keep])
+    expected = torch.stack([trials[1 + i, i] - trials[0, i] for i in range(12)]).abs()
+    torch.testing.assert_close(lost, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_by_the_loss_what_a_circuit_lacks_comes_to_the_front_too(paired: bool) -> None:
+    every = problems("suppressor", 12).examples
+    given = (
+        [with_wrong(e, replace(e, tokens=(*e.tokens[:-1], 1 + e.tokens[-1]))) for e in every]
+        if paired
+        else every
+    )
+    own = behaviour(constructed("suppressor"), given, Question(), Estimator("gradient"))
+    helps, hinders = (own.units.index(Unit(*place)) for place in ((0, 6), (1, 2)))
+    order = torch.tensor([helps, *(i for i in range(16) if i not in (helps, hinders)), hinders])
+    moves = learned(own, order, EVEN, Estimator(epochs=10), State(), cp.silent)
+    assert int(moves.argmax()) == hinders
 
 
 def with_wrong(example: Example, other: Example) -> Example:
@@ -93,7 +126,11 @@ def test_gates_are_learned_where_that_is_asked_for_or_nothing_else_is() -> None:
     assert both(kl, 2, epochs=5) == (2, 5)
     assert both(ce) == (3, 0)
     assert both(kl, name="exact") == (1, 0)
-    with pytest.raises(OptionError, match="ask for the effect 'kl'"):
-        cp.circuit(constructed("and"), problems("and", 24), Question(), Estimator(epochs=3))
+    pairs = Question(ablation="counterfactual")
+    assert both(pairs) == (1, 10)
+    assert both(pairs, name="relevance") == (3, 0)
+    assert turns(pairs, Estimator("integrated"), None, "signed")[1] == 3
+    with pytest.raises(OptionError, match="no epochs with --rank signed"):
+        cp.circuit(constructed("and"), problems("and", 24), Question(), Estimator(epochs=3), rank="signed")
     with pytest.raises(OptionError, match="at least 0 epochs, not -1"):
         cp.circuit(constructed("and"), problems("and", 24), estimator=Estimator(epochs=-1))

@@ -108,10 +108,15 @@ def test_a_plan_loads_nothing(run: Run, place: Path) -> None:
     plan = {row["stage"]: row for row in json.loads(out)["plan"]}
     assert plan["scores"] == {"stage": "scores", "problems": 48, "passes": 25.0}
     assert plan["gates"] == {"stage": "gates", "problems": 48, "passes": 31.0}
-    for words in (("--effect", "ce"), ("--rank", "signed"), ("--ablation", "counterfactual")):
+    for words, scores, gates in (
+        (("--effect", "ce"), 45.0, None),
+        (("--ablation", "counterfactual", "--rank", "signed"), 45.0, None),
+        (("--ablation", "counterfactual"), 15.0, 31.0),
+    ):
         code, out, err = find(run, place, "none", "-t", "ioi:48", *words, "--dry-run", "--json")
         assert code == 0, err
-        assert {row["stage"]: row["passes"] for row in json.loads(out)["plan"]}["scores"] == 45.0, words
+        passes = {row["stage"]: row["passes"] for row in json.loads(out)["plan"]}
+        assert (passes["scores"], passes.get("gates")) == (scores, gates), words
     assert plan["sizes"]["problems"] == 100
     code, out, err = find(
         run, place, "none", "-t", "gsm8k:48", "--on", "gsm8k_nll", "--tests", "--dry-run", "--json"
@@ -201,7 +206,7 @@ def test_circuits_are_compared(run: Run, place: Path, monkeypatch: pytest.Monkey
         (("--ablation", "mean", "--save", "x"), "--save writes zeros"),
         (("--rank", "signed", "--effect", "kl"), "a divergence has no sign"),
         (("--estimator", "exact", "--rescore", "3"), "ask for 1 round (--rescore 1)"),
-        (("--effect", "ce", "--learn", "2"), "ask for the effect 'kl'"),
+        (("--rank", "signed", "--learn", "2"), "no epochs with --rank signed"),
         (("--estimator", "relevance", "--effect", "kl"), "needs the effect 'ce'"),
         (("--on", "gsm8k_nll:5"), "5 problems to decide on are too few to resample"),
     ],

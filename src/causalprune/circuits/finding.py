@@ -76,8 +76,8 @@ def circuit(  # noqa: PLR0913 (what a user says)
     """Find the smallest set of units that keeps a behaviour, and measure what sets of all sizes keep.
 
     Units are scored on the calibration, `rescore` times, each time with those closed that are out by then, and ordered by the
-    mean over rounds of the mean score (`signed`: what helps) or of its size (`absolute`: what the behaviour hangs on). By `kl`
-    the order is then `learned` in the estimator's `epochs`; `turns` says how many of both there are. Sizes are measured on the problems of
+    mean over rounds of the mean score (`signed`: what helps) or of its size (`absolute`: what the behaviour hangs on). The
+    order is then `learned` in the estimator's `epochs`; `turns` says how many of both there are. Sizes are measured on the problems of
     `decide`, or without on the second half of the calibration: the smallest that leaves the share `keep` of the likelihood per
     token is the circuit (for `absolute` to either side). What is finished is kept in `folder`, where the same call goes on, and
     the circuit in its `circuit.json`.
@@ -87,7 +87,7 @@ def circuit(  # noqa: PLR0913 (what a user says)
         DataError: there are fewer than 8 problems to score or to decide on.
         MismatchError: the folder holds what was measured of another model, or on other data.
     """
-    estimator, rescore = turns(question, estimator, rescore)
+    estimator, rescore = turns(question, estimator, rescore, rank)
     check_search(question, estimator, keep, rank, rescore)
     calibration, decide = (calibration, decide) if decide else halves(calibration)
     check_problems(score=calibration, decide=decide)
@@ -147,11 +147,18 @@ def check_problems(**given: Calibration) -> None:
             raise DataError(f"{n} problems to {what} on are too few to resample: take at least {FEWEST}")
 
 
-def turns(question: Question, estimator: Estimator, rescore: int | None = None) -> tuple[Estimator, int]:
-    """Return the estimator with its epochs, and rounds of scores: by `kl` 10 and 1, else none and 3, where neither is named."""
+def turns(
+    question: Question, estimator: Estimator, rescore: int | None = None, rank: Rank = "absolute"
+) -> tuple[Estimator, int]:
+    """Return the estimator with its epochs, and rounds of scores, where either is not named.
+
+    10 epochs and 1 round by `kl`, and with counterfactuals in a circuit of either sign, but for relevance; else none and 3.
+    """
     measured, learn = estimator.name in MEASURED, estimator.epochs
     if learn is None:
-        learn = EPOCHS if question.effect == "kl" and rescore is None and not measured else 0
+        paired = (question.ablation, rank) == ("counterfactual", "absolute") and estimator.name != "relevance"
+        follows = (question.effect == "kl" or paired) and not measured
+        learn = EPOCHS if follows and rescore is None else 0
     rounds = rescore if rescore is not None else 1 if learn or measured else 3
     return replace(estimator, epochs=learn), rounds
 
@@ -159,14 +166,6 @@ def turns(question: Question, estimator: Estimator, rescore: int | None = None) 
 def check_search(question: Question, estimator: Estimator, keep: float, rank: Rank, rescore: int) -> None:
     """Raise `OptionError` for what does not go together, before anything is loaded."""
     learn = estimator.epochs or 0
-    if learn and estimator.name == "relevance" and question.effect != "kl":
-        raise OptionError(
-            "relevance is of logits, and gates are learned by divergences: ask for no epochs (--learn 0)"
-        )
-    if learn and question.effect != "kl":
-        raise OptionError(
-            "learned gates follow the intact model's predictions: ask for the effect 'kl', or for no epochs (--learn 0)"
-        )
     if learn < 0:
         raise OptionError(f"gates are learned in at least 0 epochs, not {learn}")
     if grouped_by_effect(question.units):
@@ -175,6 +174,10 @@ def check_search(question: Question, estimator: Estimator, keep: float, rank: Ra
         )
     if rank == "signed" and question.effect == "kl":
         raise OptionError("a divergence has no sign: for --rank signed ask for the effect 'ce' (--effect ce)")
+    if learn and rank == "signed":
+        raise OptionError(
+            "a learned order keeps what the intact model does, helpful or harmful: ask for no epochs with --rank signed (--learn 0)"
+        )
     if not 0 < keep <= 1:
         raise OptionError(f"the share to keep must be above 0 and at most 1, not {keep:g}")
     if rank not in RANKS:

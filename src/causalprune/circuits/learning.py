@@ -1,22 +1,28 @@
-"""Gates that are learned: units move up and down their order, so that the model without the last of them predicts as before.
+"""Gates that are learned: units move up and down their order, so that the model without the last of them does as before.
 
 A score is about one unit and a model that is otherwise whole, or about all units together; what a circuit of a given size keeps
-depends on which units go together. So closed units are let in and open ones let out by the slopes of the divergence at their
+depends on which units go together. So closed units are let in and open ones let out by the slopes of what is lost at their
 gates, straight through the step from place to gate (Bengio et al. 2013, arXiv 1308.3432; edges of circuits in arXiv
 2406.16778), at sizes drawn anew for every problem: one order for all sizes.
+
+As before is what the question's effect says: by `kl` all that is predicted, by `ce` the loss of every problem, or by how much
+its right answer is likelier than its wrong one.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from causalprune.attribution import LEAST, Estimator
-from causalprune.circuits.behaviour import Behaviour
+from causalprune.circuits.behaviour import Behaviour, Trials
 from causalprune.circuits.ranking import places, prefix
-from causalprune.core import ModelError, Progress, State
-from causalprune.interventions import Following, LayerInputs, gate_slopes, last_hidden, selected
+from causalprune.core import Batch, Example, ModelError, Progress, State
+from causalprune.interventions import Following, Losing, gate_slopes, last_hidden, selected
 
 AT_ONCE = 6
 """Problems of a step, at most; the number of steps does not depend on what a forward pass holds."""
@@ -29,7 +35,7 @@ NEAR = 0.25
 SIZES = 0.05, 0.95
 """Between which shares circuits are drawn."""
 LITTLE = 0.02
-"""Divergence in nats a target token at which slopes count half: where next to nothing is lost, they say nothing of removal."""
+"""Nats a target token away from the intact model at which slopes count half: where next to nothing is lost, they say nothing of removal."""
 
 
 def learned(
@@ -43,13 +49,13 @@ def learned(
     """Return by how much every unit moves up from its place in an `order` of units of these `sizes`, as a share of the order.
 
     Goes through the problems in the estimator's epochs, with its seed. Goes on from the `state` of a stopped run, bit for bit.
-    Costs three forward passes an epoch, and one; by `resample`, whose donors are in the batch, one of the batch more a step.
+    Costs three forward passes over all sequences an epoch, and one; by `resample`, whose donors are in the batch, one of the batch more a step.
 
     Raises:
         ModelError: a slope is not finite.
     """
-    parts, generator = _parts(of), torch.Generator().manual_seed(how.seed)
-    start, total = places(order), (how.epochs or 0) * len(parts)
+    steps, generator = _steps(of), torch.Generator().manual_seed(how.seed)
+    start, total = places(order), (how.epochs or 0) * len(steps)
     known = state.values.pop("moves", None) or {
         "steps": 0,
         "moves": torch.zeros(len(order), dtype=torch.float64),
@@ -60,14 +66,15 @@ def learned(
     moves: Tensor
     moves, last, largest = known["moves"].clone(), known["last"].clone(), float(known["largest"])
     generator.set_state(known["generator"])
-    intact = [last_hidden(of.decoder, batch) for batch in of.plan.groups] if known["steps"] < total else []
+    away = _departure(of) if known["steps"] < total else None
     for number in range(int(known["steps"]), total):
-        part = parts[number % len(parts)]
+        problems = steps[number % len(steps)]
         now = (start + moves).argsort(descending=True, stable=True)
-        shares = torch.empty(sum(len(rows) for rows in part.values())).uniform_(*SIZES, generator=generator)
+        shares = torch.empty(len(problems)).uniform_(*SIZES, generator=generator)
         first = torch.tensor([prefix(now, sizes, share) for share in shares.tolist()])  # that does not stay
         after = now.argsort() - first[:, None]
-        slopes, lost = _slopes(of, part, intact, after < 0)
+        assert away is not None
+        slopes, lost = away(problems, after < 0)
         if not bool(slopes.isfinite().all()):
             raise ModelError(
                 f"step {number + 1} of learning gates: slopes at gates are not finite; ask for no epochs (--learn 0)"
@@ -87,36 +94,95 @@ def learned(
     return moves
 
 
-def _parts(of: Behaviour) -> list[dict[int, list[int]]]:
-    """Return the rows of batches that each step sees: as many problems in all, without wrong answers, long ones together."""
-    groups, n = of.plan.groups, len(of.problems)
-    places_ = [
-        (number, row) for number, own in enumerate(groups) for row, i in enumerate(own.indices) if i < n
+Departure: TypeAlias = Callable[
+    [list[int], Bool[Tensor, "problem unit"]], tuple[Float[Tensor, "unit problem"], Float[Tensor, "problem"]]
+]
+"""From problems and the units that stay, how far each problem is from the intact model, and the slopes of that at all gates."""
+
+
+def _steps(of: Behaviour) -> list[list[int]]:
+    """Return the problems that each step sees: as many in all, long ones together."""
+    n = len(of.problems)
+    order = [i for batch in of.plan.groups for i in batch.indices if i < n]
+    steps = math.ceil(n / AT_ONCE)
+    return [order[step * n // steps : (step + 1) * n // steps] for step in range(steps)]
+
+
+def _departure(of: Behaviour) -> Departure:
+    """Return what measures how far problems are from the intact model, in nats per target token; costs a pass over all.
+
+    By `kl` that is the divergence at their right answers. By `ce` it is the change of their loss, less that of wrong answers, to
+    either side.
+    """
+    groups = of.plan.groups
+    if of.plan.question.effect == "kl":
+        intact, after = [last_hidden(of.decoder, batch) for batch in groups], len(of.decoder.layers)
+
+        def follow(number: int, rows: list[int], batch: Batch) -> Following:
+            return Following(of.decoder, batch, intact[number].rows(after, rows, groups[number].tokens))
+
+        def diverged(problems: list[int], keeps: Tensor) -> tuple[Tensor, Tensor]:
+            slopes, nats = _slopes(of, problems, keeps, follow)
+            return slopes, nats / torch.tensor([of.problems[i].target_tokens for i in problems])
+
+        return diverged
+    n, before = len(of.problems), Trials(of).nats([torch.ones(len(of.units), dtype=torch.bool)])[0]
+    examples = of.plan.calibration.examples
+    tokens, last = torch.tensor([example.target_tokens for example in examples]), _last_tokens(examples, n)
+
+    def lose(_: int, __: list[int], batch: Batch) -> Losing:
+        return Losing(batch, None if last is None else _ending(batch, last))
+
+    def changed(problems: list[int], keeps: Tensor) -> tuple[Tensor, Tensor]:
+        slopes, nats = (own / tokens[problems] for own in _slopes(of, problems, keeps, lose))
+        if len(examples) > n and last is None:
+            wrong = [i + n for i in problems]
+            others = (own / tokens[wrong] for own in _slopes(of, wrong, keeps, lose))
+            slopes, nats = (own - other for own, other in zip((slopes, nats), others, strict=True))
+        change = nats - before[problems]
+        return slopes * change.sign(), change.abs()
+
+    return changed
+
+
+def _last_tokens(examples: Sequence[Example], n: int) -> list[int] | None:
+    """Return the last tokens of the wrong answers of the first `n` examples, where no other token is another: one pass does for both."""
+    pairs = list(zip(examples[:n], examples[n:], strict=False))
+    same = [
+        (own.tokens[:-1], own.target_start) == (other.tokens[:-1], other.target_start) for own, other in pairs
     ]
-    steps, found = math.ceil(n / AT_ONCE), list[dict[int, list[int]]]()
-    for step in range(steps):
-        found.append({})
-        for number, row in places_[step * n // steps : (step + 1) * n // steps]:
-            found[-1].setdefault(number, []).append(row)
-    return found
+    return [other.tokens[-1] for _, other in pairs] if pairs and all(same) else None
+
+
+def _ending(batch: Batch, last: Sequence[int]) -> Batch:
+    """Return a batch whose sequences end in other tokens."""
+    tokens = batch.tokens.clone()
+    tokens[torch.arange(len(tokens)), batch.lengths - 1] = torch.tensor([last[i] for i in batch.indices])
+    return replace(batch, tokens=tokens)
 
 
 def _slopes(
-    of: Behaviour, part: dict[int, list[int]], intact: list[LayerInputs], keeps: Bool[Tensor, "problem unit"]
-) -> tuple[Float[Tensor, "unit problem"], Float[Tensor, "problem"]]:
-    """Return the slopes of each problem's divergence from the intact model at the gates of all units, where some are closed, and itself.
-
-    The divergence is a mean over target tokens.
-    """
-    found, lost, done, after = [], [], 0, len(of.decoder.layers)
-    for number, rows in part.items():
-        whole = of.plan.groups[number]
-        batch, teacher = selected(whole, rows), intact[number].rows(after, rows, whole.tokens)
-        each = [of.gates(keep) for keep in keeps[done : done + len(rows)]]
-        gates = {site: torch.stack([own[site] for own in each]) for site in of.places}
-        asked = Following(of.decoder, batch, teacher)
-        units, instead = list(of.plan.units.values()), of.instead(whole, rows)
-        found.append(gate_slopes(of.decoder, batch, units, asked, gate=gates, instead=instead))
-        lost.append(asked.nats / batch.is_target[:, 1:].sum(1))
-        done += len(rows)
-    return torch.cat(found, 1), torch.cat(lost)
+    of: Behaviour,
+    sequences: list[int],
+    keeps: Bool[Tensor, "sequence unit"],
+    ask: Callable[[int, list[int], Batch], Following | Losing],
+) -> tuple[Float[Tensor, "unit sequence"], Float[Tensor, "sequence"]]:
+    """Return the slopes of what is asked of each sequence at the gates of all units, where some are closed, and its nats."""
+    by: dict[int, list[int]] = {}
+    rows = {
+        i: (number, row) for number, own in enumerate(of.plan.groups) for row, i in enumerate(own.indices)
+    }
+    for at, i in enumerate(sequences):
+        by.setdefault(rows[i][0], []).append(at)
+    found, nats = [], []
+    for number, own in by.items():
+        whole, chosen = of.plan.groups[number], [rows[sequences[at]][1] for at in own]
+        batch, each = selected(whole, chosen), [of.gates(keeps[at]) for at in own]
+        gates = {site: torch.stack([one[site] for one in each]) for site in of.places}
+        asked, units = ask(number, chosen, batch), list(of.plan.units.values())
+        found.append(
+            gate_slopes(of.decoder, batch, units, asked, gate=gates, instead=of.instead(whole, chosen))
+        )
+        nats.append(asked.nats)
+    back = torch.tensor([at for own in by.values() for at in own]).argsort()
+    return torch.cat(found, 1)[:, back], torch.cat(nats)[back]

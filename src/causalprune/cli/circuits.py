@@ -54,8 +54,8 @@ class SearchOptions(opt.EffectOptions):
     learn: Annotated[
         int | None,
         typer.Option(
-            help="Epochs over the problems in which units move by what circuits of all sizes lack, after scoring; kl alone.",
-            show_default="10 for kl, unless --rescore is named",
+            help="Epochs over the problems in which units move by what circuits of all sizes lack, after scoring.",
+            show_default="10 for kl and for counterfactual, unless --rescore is named",
         ),
     ] = None
     keep: Annotated[
@@ -83,7 +83,7 @@ class SearchOptions(opt.EffectOptions):
 
         signed = self.rank == "signed" or self.ablation == "counterfactual" or self.estimator == "relevance"
         question = Question(tuple(self.units), self.effect or ("ce" if signed else "kl"), self.ablation)
-        how, rounds = turns(question, Estimator(self.estimator, epochs=self.learn), self.rescore)
+        how, rounds = turns(question, Estimator(self.estimator, epochs=self.learn), self.rescore, self.rank)
         return CircuitSpec(
             question,
             how,

@@ -35,6 +35,9 @@ from .asked import (
     Following as Following,
 )
 from .asked import (
+    Losing as Losing,
+)
+from .asked import (
     drawn as drawn,
 )
 from .asked import (

@@ -76,6 +76,25 @@ def drawn(uniforms: Float[Tensor, "target"]) -> Asked:
     return asked
 
 
+class Losing:
+    """Asks for the loss (an `Asked`), or for how much larger it is than with other targets at the same places; `nats` adds it up.
+
+    `others` is the batch with these other targets, all else the same.
+    """
+
+    def __init__(self, batch: Batch, others: Batch | None = None) -> None:
+        self.nats = torch.zeros(len(batch.tokens), dtype=torch.float64)
+        self._others = None if others is None else targets(others).tokens
+
+    def __call__(self, logits: Tensor, wanted: Targets, at: slice) -> Tensor:
+        """Return the loss of these targets, less that of the others."""
+        lost = cross_entropy(logits, wanted)
+        if self._others is not None:
+            lost = lost - cross_entropy(logits, replace(wanted, tokens=self._others[at]))
+        self.nats += by_row(lost.detach(), wanted).cpu()
+        return lost
+
+
 class Following:
     """Asks what has the slopes of the divergence from the intact model (an `Asked`), given what its last layer sent on.
 
