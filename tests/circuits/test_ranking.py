@@ -12,6 +12,7 @@ from causalprune.circuits.curves import areas, curve, faithfulness
 from causalprune.circuits.hypotheses import better_than, equivalence, independence, minimality
 from causalprune.circuits.ranking import (
     Round,
+    cost_of,
     mean_jaccard,
     membership,
     order_of,
@@ -48,6 +49,17 @@ def test_all_rounds_order_what_goes_on() -> None:
     flipped = [Round(-own.scores, own.kept) for own in signs]
     assert order_of(flipped, "absolute").tolist() == order_of(signs, "absolute").tolist()
     assert order_of(flipped[:1], "signed").tolist() == list(range(12))[::-1]
+
+
+def test_units_of_several_sizes_are_ranked_by_what_they_are_worth_for_their_cost() -> None:
+    scores = torch.tensor([[9.0], [4.0], [3.0]], dtype=torch.float64).expand(3, 8)
+    sizes = torch.tensor([4.0, 1.0, 1.0], dtype=torch.float64)
+    assert cost_of(torch.full((3,), 7.0)).tolist() == [1.0, 1.0, 1.0]
+    assert (cost_of(sizes) / cost_of(sizes)[1]).tolist() == pytest.approx([4.0, 1.0, 1.0])
+    for cost, order in ((None, [0, 1, 2]), (cost_of(sizes), [1, 2, 0])):
+        own = [Round(scores, 0, cost=cost)]
+        assert order_of(own, "absolute").tolist() == order
+        assert all(one.tolist() == order for one in resampled_orders(own, "absolute"))
 
 
 def test_draws_give_the_same_order_where_nothing_is_uncertain() -> None:

@@ -23,6 +23,7 @@ from causalprune.circuits.ranking import (
     RANKS,
     Rank,
     Round,
+    cost_of,
     last_scores,
     membership,
     order_of,
@@ -75,8 +76,8 @@ def circuit(  # noqa: PLR0913 (what a user says)
 ) -> Circuit:
     """Find the smallest set of units that keeps a behaviour, and measure what sets of all sizes keep.
 
-    Units are scored on the calibration, `rescore` times, each time with those closed that are out by then, and ordered by the
-    mean over rounds of the mean score (`signed`: what helps) or of its size (`absolute`: what the behaviour hangs on). The
+    Units are scored on the calibration, `rescore` times, each time with those closed that are out by then, and ordered by the mean over
+    rounds of the mean score (`signed`: what helps) or of its size (`absolute`: what the behaviour hangs on), per weight where kinds are mixed. The
     order is then `learned` in the estimator's `epochs`; `turns` says how many of both there are. Sizes are measured on the problems of
     `decide`, or without on the second half of the calibration: the smallest that leaves the share `keep` of the likelihood per
     token is the circuit (for `absolute` to either side). What is finished is kept in `folder`, where the same call goes on, and
@@ -230,11 +231,11 @@ class Search:
     def rounds(self, count: int) -> list[Round]:
         """Score in rounds, each with the units closed that are out by then: equal parts of all go out; then learn gates."""
         ranked, found = self.ranked, list[Round]()
-        keep = torch.ones(len(ranked.units), dtype=torch.bool)
+        keep, cost = torch.ones(len(ranked.units), dtype=torch.bool), cost_of(self.sizes)
         own, folder = [identity(ranked), _lasting(self.how)], self.folder
         state = State(folder and folder / SCORES, own)
         learning = State(
-            folder and folder / GATES / f"{count}-{self.how.epochs}", own
+            folder and folder / GATES / f"{count}-{self.how.epochs}", [*own, "by size"]
         )  # refuses before scores are made
         for number in range(count):
             name = f"scores, round {number + 1} of {count}" if count > 1 else "scores"
@@ -246,10 +247,10 @@ class Search:
                     say(tell, unit="batches")
                     scores = scored(ranked, keep, self.how, state, tell)
             left = [*(own.kept for own in found), 0]
-            found.append(Round(scores, 0))
+            found.append(Round(scores, 0, cost=cost))
             order = order_of(found, self.rank)
             kept = prefix(order, self.sizes, 1 - (number + 1) / count) if number + 1 < count else left[-1]
-            found[-1] = Round(scores, kept)
+            found[-1] = Round(scores, kept, cost=cost)
             keep = torch.zeros_like(keep)
             keep[order[:kept]] = True
         if self.how.epochs:

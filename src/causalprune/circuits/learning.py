@@ -20,7 +20,7 @@ from torch import Tensor
 
 from causalprune.attribution import LEAST, Estimator
 from causalprune.circuits.behaviour import Behaviour, Trials
-from causalprune.circuits.ranking import places, prefix
+from causalprune.circuits.ranking import cost_of, places, prefix
 from causalprune.core import Batch, Example, ModelError, Progress, State
 from causalprune.interventions import Following, Losing, gate_slopes, last_hidden, selected
 
@@ -55,7 +55,7 @@ def learned(
         ModelError: a slope is not finite.
     """
     steps, generator = _steps(of), torch.Generator().manual_seed(how.seed)
-    start, total = places(order), (how.epochs or 0) * len(steps)
+    start, cost, total = places(order), cost_of(sizes), (how.epochs or 0) * len(steps)
     known = state.values.pop("moves", None) or {
         "steps": 0,
         "moves": torch.zeros(len(order), dtype=torch.float64),
@@ -79,6 +79,7 @@ def learned(
             raise ModelError(
                 f"step {number + 1} of learning gates: slopes at gates are not finite; ask for no epochs (--learn 0)"
             )
+        slopes /= cost[:, None]
         size = slopes.square().mean(0).sqrt()
         largest = max(largest, float(size.max()))
         slopes *= (

@@ -24,22 +24,37 @@ TIE = 1e-3
 class Round:
     """The scores of one round, NaN for units that are closed in it, and how many of them go on.
 
-    After the last one units may have moved by `moves`, up as shares of the order.
+    After the last one units may have moved by `moves`, up as shares of the order. Units of several kinds are ranked by what they
+    are worth for their `cost`.
     """
 
     scores: Float[Tensor, "unit problem"]
     kept: int
     moves: Float[Tensor, "unit"] | None = None
+    cost: Float[Tensor, "unit"] | None = None
+
+    def mean(self, counts: Float[Tensor, "problem"] | None = None) -> Float[Tensor, "unit"]:
+        """Return the mean score of every unit, or a mean by `counts` of problems, for its cost."""
+        own = self.scores.mean(1) if counts is None else self.scores @ counts
+        return own if self.cost is None else own / self.cost
+
+
+def cost_of(sizes: Float[Tensor, "unit"]) -> Float[Tensor, "unit"]:
+    """Return what units of these sizes count as: the size over the mean, 1 where all are of one size.
+
+    A circuit of a given size has room for many small units or a few large ones, and takes what is worth most for its size first.
+    """
+    return sizes / sizes.mean()
 
 
 def order_of(rounds: Sequence[Round], rank: Rank) -> Int[Tensor, "unit"]:
     """Return the units from the first member to the last: what stayed longest, then by `values_of` its rounds."""
-    return _ordered([own.scores.mean(1) for own in rounds], rank, rounds)
+    return _ordered([own.mean() for own in rounds], rank, rounds)
 
 
 def values_of(rounds: Sequence[Round], rank: Rank) -> Float[Tensor, "unit"]:
     """Return what units are ranked by: the mean over problems, or its size, as a mean over the rounds that each was in."""
-    first, *others = _worths([own.scores.mean(1) for own in rounds], rank)
+    first, *others = _worths([own.mean() for own in rounds], rank)
     for own in others:
         first = torch.where(own.isneginf(), first, own)
     return first
@@ -115,7 +130,7 @@ def resampled_orders(rounds: Sequence[Round], rank: Rank, seed: int = 0) -> list
     found = []
     for _ in range(DRAWS):
         counts = torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n).double() / n
-        found.append(_ordered([own.scores @ counts for own in rounds], rank, rounds).int())
+        found.append(_ordered([own.mean(counts) for own in rounds], rank, rounds).int())
     return found
 
 
