@@ -203,9 +203,7 @@ def _written(search: Search, points: list[Point]) -> Fitted:
     made.replace(target)
     checkpoint = _kept(search, point.share)
     record = _record(search, points, point, file) | {"speeds": speeds}
-    _tell(
-        search, record
-    )  # before the file is asked, which may fail, and the others are timed, which takes time
+    _tell(search, record)  # before the file is asked, which may fail, and others are timed
     record |= {"asked": _asked(search, target)}
     _tell(search, record)
     for other in front(points, rises):
