@@ -34,7 +34,7 @@ from causalprune.checkpoints.embedded import embedded_model
 from causalprune.circuits.behaviour import Behaviour, Trials, behaviour
 from causalprune.circuits.checking import Checks, examined
 from causalprune.circuits.curves import RESAMPLES, SHARES, areas, faithfulness, resampled
-from causalprune.circuits.finding import Search, ledger
+from causalprune.circuits.finding import Search, halves, ledger
 from causalprune.circuits.ranking import order_of, prefix, resampled_orders, stability
 from causalprune.circuits.records import CIRCUIT, Circuit, load_circuit, save_circuit
 from causalprune.core.errors import OptionError
@@ -478,15 +478,29 @@ def elsewhere() -> Found:
 
 
 def ioi() -> Found:
-    """Pairs of who gives to whom, counterfactual ablation, heads and MLPs, on every model that is mostly right."""
+    """Pairs of who gives to whom, counterfactual ablation, heads and MLPs, on every model that is mostly right.
+
+    Half of the pairs that decide choose the best method of each model, the others report it.
+    """
     raw = {model: pairs(model) for model in MODELS}
     good = {m: own for m, own in raw.items() if own["right"] >= 0.75}
-    cmd = {m: float(np.mean([own[m]["cmd"] for own in good.values()])) for m in SHORT} if good else {}
+    for own in good.values():
+        n = len(own["random"]["nats"][0])
+        choose, report = slice(0, n // 2), slice(n // 2, None)
+        of = {m: summed([own[m]], report) for m in own if m != "right"}
+        own["best"] = min(of.keys() - {"random"}, key=lambda m: summed([own[m]], choose)["cmd"])
+        for m, found in of.items():
+            interval = np.quantile(found["draws"], (0.025, 0.975)).tolist()
+            own[m] |= {key: found[key] for key in ("cpr", "cmd", "f")} | {"interval": interval}
+
+    def cmd(of: Callable[[dict[str, Any]], str]) -> float | None:
+        return float(np.mean([own[of(own)]["cmd"] for own in good.values()])) if good else None
+
     figures = {
         "ioi_models_tried": len(raw),
-        "ioi_cmd_best": min((cmd[m] for m in SHORT[:-1]), default=None) if good else None,
-        "ioi_cmd_default": cmd.get("learned"),
-        "ioi_cmd_random": cmd.get("random"),
+        "ioi_cmd_best": cmd(lambda own: own["best"]),
+        "ioi_cmd_default": cmd(lambda _: "learned"),
+        "ioi_cmd_random": cmd(lambda _: "random"),
     }
     return {"figures": figures, "raw": raw}
 
@@ -514,11 +528,11 @@ def _some_pairs(model: str) -> Found:
 
 
 def _ioi(model: str, whole: Calibration, method: str) -> dict[str, Any]:
-    half = [Calibration(whole.examples[at::2], (0,) * 200) for at in (0, 1)]
+    began = time.perf_counter()
     estimator, rescore, effect, learn = ESTIMATORS.get(method, ("gradient", 1, "ce", 0))
     question = Question(("heads", "mlp"), effect, "counterfactual")  # type: ignore[arg-type]
     how = Estimator(estimator, draws=int(effect == "kl"), epochs=learn)  # type: ignore[arg-type]
-    scored, decided = (behaviour(decoder(model), own.examples, question, how) for own in half)
+    scored, decided = (behaviour(decoder(model), own.examples, question, how) for own in halves(whole))
     search = Search(
         scored, decided, how, "absolute", 0.9, None, lambda label: shown(f"ioi {model} {method}: {label}")
     )
@@ -526,10 +540,11 @@ def _ioi(model: str, whole: Calibration, method: str) -> dict[str, Any]:
         order = torch.rand(len(scored.units), generator=torch.Generator().manual_seed(0)).argsort()
     else:
         order = order_of(search.rounds(rescore), "absolute")
-    keeps = [search.kept(order, prefix(order, search.sizes, share)) for share in SHARES]
-    nats = Trials(decided).nats([*keeps, search.kept(order, len(order)), search.kept(order, 0)])
+    counts = [prefix(order, search.sizes, share) for share in SHARES]
+    nats = Trials(decided).nats([search.kept(order, count) for count in (*counts, len(order), 0)])
     own = summed([{"nats": nats.tolist()}])
-    return {key: own[key] for key in ("cpr", "cmd", "f")}
+    print(model, method, own["cmd"], flush=True)
+    return {"nats": nats.tolist(), "units": counts, "seconds": time.perf_counter() - began, **made()}
 
 
 def default_circuit(task: str) -> Circuit:

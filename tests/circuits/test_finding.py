@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ import causalprune as cp
 from causalprune.attribution.estimators import balanced
 from causalprune.calibration.examples import batches
 from causalprune.circuits import Checks, Circuit, examined, save_circuit
-from causalprune.circuits.behaviour import Trials, behaviour
+from causalprune.circuits.behaviour import Trials, behaviour, scored
 from causalprune.circuits.checking import random_like
 from causalprune.core.errors import DataError, MismatchError, OptionError
+from causalprune.core.resuming import State
 from causalprune.core.types import Calibration, Decoder, Unit
 from causalprune.interventions.ablation import gated
 from causalprune.interventions.losses import target_nats
@@ -29,9 +31,9 @@ from causalprune.pruning.closing import close
 PROBLEMS = calibration(tuple((12 + i % 3, 5) for i in range(20)))
 
 
-def find(decoder: Decoder, scored: Calibration, decide: Calibration | None = None, **own: object) -> Circuit:
+def find(decoder: Decoder, score: Calibration, decide: Calibration | None = None, **own: object) -> Circuit:
     how = {"rescore": 1} if own.get("estimator") == cp.Estimator("exact") else {}
-    return cp.circuit(decoder, scored, decide=decide, stage=cp.quiet, **{**how, **own})  # type: ignore[arg-type]
+    return cp.circuit(decoder, score, decide=decide, stage=cp.quiet, **{**how, **own})  # type: ignore[arg-type]
 
 
 @pytest.mark.thorough
@@ -149,10 +151,30 @@ def test_a_wrong_answer_is_compared_with() -> None:
     assert found.curve.guessing == 0.0  # a guess is as good at both answers
 
 
+@pytest.mark.parametrize("name", ["gradient", "integrated", "relevance"])
+@pytest.mark.parametrize("ablation", ["zero", "counterfactual"])
+def test_one_pass_does_for_both_answers_where_the_last_token_alone_differs(
+    name: Any, ablation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, how = shared("llama3"), cp.Estimator(name, draws=0)
+    pairs = [replace(one, counterfactual=(3, *one.tokens[1:])) for one in PROBLEMS.examples[:6]]
+    pairs = [replace(one, instead=replace(one, tokens=(*one.tokens[:-1], 7))) for one in pairs]
+    question = cp.Question(("heads", "mlp"), ablation=ablation)
+    one = behaviour(decoder, pairs, question, how)
+    monkeypatch.setattr("causalprune.circuits.behaviour._in_one_pass", lambda *_: False)
+    two = behaviour(decoder, pairs, question, how)
+    assert one.tokens * 2 == two.tokens
+    keep = torch.tensor([number % 3 > 0 for number in range(len(one.units))])
+    for own, other in zip(Trials(one).both([keep, ~keep]), Trials(two).both([keep, ~keep]), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
+    found = [scored(of, keep, how, State()) for of in (one, two)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 def test_divergences_are_those_of_right_answers_alone() -> None:
     decoder = shared("llama2")
     pairs = [
-        replace(one, instead=replace(one, tokens=(*one.tokens[:-1], 7))) for one in PROBLEMS.examples[:9]
+        replace(one, instead=replace(one, tokens=(*one.tokens[:-1], 7, 8))) for one in PROBLEMS.examples[:9]
     ]
     question = cp.Question(effect="kl")
     alone, paired = (

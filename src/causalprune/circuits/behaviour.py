@@ -43,6 +43,8 @@ from causalprune.interventions import (
 )
 
 Keep = Bool[Tensor, "unit"]
+MEASURED = ("exact", "adaptive")
+"""Estimators that remove units from the intact model one by one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,8 @@ class Behaviour:
     """Problems, and the units of a model that may be closed while it works on them.
 
     A problem is an example, or two of one prompt: the right answer, and the wrong one that it is compared with (`instead`).
+    Where all wrong answers differ in the last token alone, `endings` has those, one pass does for both, and losses of sequences
+    are differences; elsewhere the sequences of wrong answers follow those of right ones.
     `mean` is what closed units send where the ablation is that, taken from the problems that rank.
     """
 
@@ -57,6 +61,7 @@ class Behaviour:
     problems: Sequence[Example]
     plan: Plan
     mean: Mapping[Site, Tensor] | None = None
+    endings: Sequence[int] | None = None
 
     @property
     def units(self) -> Sequence[Unit]:
@@ -130,6 +135,16 @@ class Behaviour:
         own = batch if rows is None else selected(batch, rows)
         return donated(self.decoder, own, places, ablation, self.mean)
 
+    def others(self, batch: Batch) -> Batch | None:
+        """Return a batch with wrong answers in place of the right ones, where one pass does for both."""
+        if self.endings is None:
+            return None
+        tokens = batch.tokens.clone()
+        tokens[torch.arange(len(tokens)), batch.lengths - 1] = torch.tensor(
+            [self.endings[i] for i in batch.indices]
+        )
+        return replace(batch, tokens=tokens)
+
     def by_problem(self, values: Float[Tensor, "*any sequence"]) -> Float[Tensor, "*any problem"]:
         """Return values of sequences per target token of each problem, those of wrong answers taken away."""
         tokens = torch.tensor([example.target_tokens for example in self.plan.calibration.examples])
@@ -178,14 +193,23 @@ def behaviour(
             "problems with a wrong answer are no donors: 'resample' could put a prompt in its own place; "
             "take counterfactual, mean or zero"
         )
-    every = Calibration((*problems, *paired), (0,) * (len(problems) + len(paired)))
-    how = estimator
+    alone = estimator.name not in MEASURED and _in_one_pass(problems, paired)
+    sequences = (*problems, *(() if alone else paired))
+    every, how = Calibration(sequences, (0,) * len(sequences)), estimator
     if how.name == "adaptive":
         how = replace(how, name="gradient", budget=None, until_certain=False)
     plan = planned(decoder, every, question, how)
     if question.ablation == "mean" and mean is None:
         mean = means(decoder, plan.groups, list(plan.own_sites))
-    return Behaviour(decoder, problems, plan, mean)
+    return Behaviour(decoder, problems, plan, mean, [own.tokens[-1] for own in paired] if alone else None)
+
+
+def _in_one_pass(problems: Sequence[Example], paired: Sequence[Example]) -> bool:
+    """Tell whether all problems have wrong answers that differ in the last token alone, which no prediction sees."""
+    return bool(paired) and all(
+        (own.tokens[:-1], own.is_target) == (other.tokens[:-1], other.is_target)
+        for own, other in zip(problems, paired, strict=True)
+    )
 
 
 class Trials:
@@ -238,12 +262,17 @@ class _Run:
 
     def __init__(self, of: Behaviour, batch: Batch) -> None:
         self._of, self._batch, self._wanted = of, batch, targets(batch)
+        others = of.others(batch)
+        self._others = None if others is None else targets(others)
 
     def losses(self, keep: Keep, *, divergent: bool) -> dict[str, list[float]]:
         """Return the losses of every sequence, and the divergences from the intact model where they are asked for."""
         logits, wanted = self._logits(keep), self._wanted
         with torch.inference_mode():
-            found = {"nats": by_row(cross_entropy(logits, wanted), wanted).tolist()}
+            lost = cross_entropy(logits, wanted)
+            if self._others is not None:
+                lost = lost - cross_entropy(logits, self._others)
+            found = {"nats": by_row(lost, wanted).tolist()}
             if divergent:
                 every = torch.arange(len(logits))
                 found["kl"] = by_row(divergence(self._intact, every, logits), wanted).tolist()
@@ -307,7 +336,7 @@ def _slopes(
     how: Estimator,
 ) -> Float[Tensor, "gate unit batch"]:
     """Return predictions for a batch at every gate; in float32, as which they are kept."""
-    own: dict[str, Any] = {"instead": of.instead(batch)}
+    own: dict[str, Any] = {"instead": of.instead(batch), "others": of.others(batch)}
     if how.name == "relevance":
         parts = [relevance(of.decoder, batch, units, **own, gate=values[0])[1]]
     else:

@@ -15,7 +15,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from causalprune.attribution import ELSEWHERE, Estimator, Question, attribute
-from causalprune.circuits.behaviour import Behaviour, Keep, Trials, behaviour, check_apart, identity, scored
+from causalprune.circuits.behaviour import (
+    MEASURED,
+    Behaviour,
+    Keep,
+    Trials,
+    behaviour,
+    check_apart,
+    identity,
+    scored,
+)
 from causalprune.circuits.curves import SHARES, Curve, Point, curve
 from causalprune.circuits.learning import learned
 from causalprune.circuits.ranking import (
@@ -53,8 +62,6 @@ from causalprune.core import (
 from causalprune.interventions import grouped_by_effect
 
 LEDGER, SCORES, GATES = "circuit.ledger", "scores", "gates"
-MEASURED = ("exact", "adaptive")
-"""Estimators that remove units from the intact model one by one."""
 EPOCHS = 10
 """How often gates are learned from all problems."""
 STEPS = 200

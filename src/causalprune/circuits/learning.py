@@ -10,8 +10,7 @@ its right answer is likelier than its wrong one.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from causalprune.attribution import LEAST, Estimator
 from causalprune.circuits.behaviour import Behaviour, Trials
 from causalprune.circuits.ranking import cost_of, places, prefix
-from causalprune.core import Batch, Example, ModelError, Progress, State
+from causalprune.core import Batch, ModelError, Progress, State
 from causalprune.interventions import Following, Losing, gate_slopes, last_hidden, selected
 
 AT_ONCE = 6
@@ -129,15 +128,14 @@ def _departure(of: Behaviour) -> Departure:
 
         return diverged
     n, before = len(of.problems), Trials(of).nats([torch.ones(len(of.units), dtype=torch.bool)])[0]
-    examples = of.plan.calibration.examples
-    tokens, last = torch.tensor([example.target_tokens for example in examples]), _last_tokens(examples, n)
+    tokens = torch.tensor([example.target_tokens for example in of.plan.calibration.examples])
 
     def lose(_: int, __: list[int], batch: Batch) -> Losing:
-        return Losing(batch, None if last is None else _ending(batch, last))
+        return Losing(batch, of.others(batch))
 
     def changed(problems: list[int], keeps: Tensor) -> tuple[Tensor, Tensor]:
         slopes, nats = (own / tokens[problems] for own in _slopes(of, problems, keeps, lose))
-        if len(examples) > n and last is None:
+        if len(tokens) > n:
             wrong = [i + n for i in problems]
             others = (own / tokens[wrong] for own in _slopes(of, wrong, keeps, lose))
             slopes, nats = (own - other for own, other in zip((slopes, nats), others, strict=True))
@@ -145,22 +143,6 @@ def _departure(of: Behaviour) -> Departure:
         return slopes * change.sign(), change.abs()
 
     return changed
-
-
-def _last_tokens(examples: Sequence[Example], n: int) -> list[int] | None:
-    """Return the last tokens of the wrong answers of the first `n` examples, where no other token is another: one pass does for both."""
-    pairs = list(zip(examples[:n], examples[n:], strict=False))
-    same = [
-        (own.tokens[:-1], own.target_start) == (other.tokens[:-1], other.target_start) for own, other in pairs
-    ]
-    return [other.tokens[-1] for _, other in pairs] if pairs and all(same) else None
-
-
-def _ending(batch: Batch, last: Sequence[int]) -> Batch:
-    """Return a batch whose sequences end in other tokens."""
-    tokens = batch.tokens.clone()
-    tokens[torch.arange(len(tokens)), batch.lengths - 1] = torch.tensor([last[i] for i in batch.indices])
-    return replace(batch, tokens=tokens)
 
 
 def _slopes(

@@ -43,17 +43,22 @@ def relevance(
     *,
     instead: Mapping[Site, Tensor] | None = None,
     gate: float | Mapping[Site, Tensor] = 1.0,
+    others: Batch | None = None,
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "unit batch"]]:
     """Return the loss in nats, and the relevance of every unit for the target tokens' logits less the mean logit.
 
-    Relevance is in logits, summed over the targets of a sequence. One forward and one backward pass; `gate` and `instead`
-    as in `gradients.expansion`: what a unit is relevant for is its difference to what takes its place.
+    Relevance is in logits, summed over the targets of a sequence. One forward and one backward pass; `gate`, `instead` and
+    `others` as in `gradients.expansion`: what a unit is relevant for is its difference to what takes its place.
     """
     gates, wanted = gates_at(decoder, batch, units, gate), targets(batch)
     with torch.enable_grad(), ruled(decoder), gated(decoder, gates, instead), recomputed(decoder):
         logits = target_logits(decoder, batch, wanted)
-        loss = by_row(cross_entropy(logits.detach(), wanted), wanted)
-        found = by_unit(by_row(prominence(logits, wanted), wanted), gates, units, keep=False)
+        lost, seen = cross_entropy(logits.detach(), wanted), prominence(logits, wanted)
+        if others is not None:
+            wrong = targets(others)
+            lost, seen = lost - cross_entropy(logits.detach(), wrong), seen - prominence(logits, wrong)
+        loss = by_row(lost, wanted)
+        found = by_unit(by_row(seen, wanted), gates, units, keep=False)
     return loss.cpu(), found
 
 
