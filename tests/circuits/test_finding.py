@@ -17,7 +17,7 @@ from reference import calibration, shared
 import causalprune as cp
 from causalprune.attribution.estimators import balanced
 from causalprune.calibration.examples import batches
-from causalprune.circuits import Checks, Circuit, examined, save_circuit
+from causalprune.circuits import Checks, Circuit, examined, finding, save_circuit
 from causalprune.circuits.behaviour import Trials, behaviour, scored
 from causalprune.circuits.checking import random_like
 from causalprune.core.errors import DataError, MismatchError, OptionError
@@ -169,6 +169,25 @@ def test_one_pass_does_for_both_answers_where_the_last_token_alone_differs(
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
     found = [scored(of, keep, how, State()) for of in (one, two)]
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_units_of_several_kinds_are_ordered_by_score_a_weight_and_those_of_one_by_score() -> None:
+    decoder = shared("llama3")
+    for units, by in ((("heads", "mlp"), finding.PER_WEIGHT), (("heads",), "score")):
+        found = find(decoder, PROBLEMS, PROBLEMS, question=cp.Question(units), rescore=1, keep=0.01)
+        values = found.score / found.weights if len(units) > 1 else found.score
+        assert found.order.tolist() == values.abs().argsort(descending=True, stable=True).tolist()
+        assert found.description["ordered_by"] == by
+
+
+def test_with_counterfactuals_orders_are_learned_by_the_loss_unless_something_else_is_named() -> None:
+    pairs = tuple(
+        replace(one, counterfactual=(3, *one.tokens[1:]), instead=replace(one, tokens=(*one.tokens[:-1], 7)))
+        for one in PROBLEMS.examples
+    )
+    question = cp.Question(("heads", "mlp"), ablation="counterfactual")
+    found = find(shared("llama3"), Calibration(pairs, (0,) * 20), question=question, keep=0.01)
+    assert (found.description["learn"], found.description["rescore"]) == (10, 1)
 
 
 def test_divergences_are_those_of_right_answers_alone() -> None:

@@ -21,8 +21,8 @@ from causalprune.core.types import Example, Unit
 EVEN = torch.ones(16, dtype=torch.float64)
 
 
-def of(name: str, ablation: str = "zero") -> Behaviour:
-    question = Question(effect="kl", ablation=ablation)  # type: ignore[arg-type]
+def of(name: str, ablation: str = "zero", effect: str = "kl") -> Behaviour:
+    question = Question(effect=effect, ablation=ablation)  # type: ignore[arg-type]
     return behaviour(constructed(name), problems(name, 12).examples, question, Estimator("gradient"))
 
 
@@ -85,8 +85,22 @@ def with_wrong(example: Example, other: Example) -> Example:
     return replace(example, instead=replace(example, tokens=tokens))
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, how = of("and"), Estimator(epochs=6)
+def test_units_move_by_what_is_lost_for_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    def alike(problems: list[int], keeps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((16, len(problems)), -1.0, dtype=torch.float64), torch.ones(len(problems))
+
+    monkeypatch.setattr(learning, "_departure", lambda _: alike)
+    monkeypatch.setattr(learning, "NEAR", 1.0)  # all move in every step
+    sizes = torch.tensor([3.0, 1.0] * 8, dtype=torch.float64)
+    moves = learned(of("and"), torch.arange(16), sizes, Estimator(epochs=2), State(), cp.silent)
+    assert (moves[1::2] / moves[::2]).tolist() == pytest.approx([3.0] * 8)
+
+
+@pytest.mark.parametrize("effect", ["kl", "ce"])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    effect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, how = of("and", effect=effect), Estimator(epochs=6)
     whole = learned(own, torch.arange(16), EVEN, how, State(), cp.silent)
     monkeypatch.setattr(State, "due", lambda self: self.path is not None)
 

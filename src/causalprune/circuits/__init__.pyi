@@ -1,3 +1,4 @@
+from .behaviour import MEASURED as MEASURED
 from .behaviour import Behaviour as Behaviour
 from .behaviour import check_apart as check_apart
 from .checking import (
@@ -20,9 +21,6 @@ from .curves import (
 )
 from .finding import (
     GATES as GATES,
-)
-from .finding import (
-    MEASURED as MEASURED,
 )
 from .finding import (
     check_search as check_search,

@@ -35,6 +35,7 @@ from causalprune.interventions import (
     expansion,
     gated,
     means,
+    other_targets,
     relevance,
     selected,
     target_logits,
@@ -135,15 +136,15 @@ class Behaviour:
         own = batch if rows is None else selected(batch, rows)
         return donated(self.decoder, own, places, ablation, self.mean)
 
-    def others(self, batch: Batch) -> Batch | None:
-        """Return a batch with wrong answers in place of the right ones, where one pass does for both."""
+    def compared(self, batch: Batch) -> Batch:
+        """Return a batch with wrong answers beside the right ones, where one pass does for both."""
         if self.endings is None:
-            return None
+            return batch
         tokens = batch.tokens.clone()
         tokens[torch.arange(len(tokens)), batch.lengths - 1] = torch.tensor(
             [self.endings[i] for i in batch.indices]
         )
-        return replace(batch, tokens=tokens)
+        return replace(batch, others=tokens)
 
     def by_problem(self, values: Float[Tensor, "*any sequence"]) -> Float[Tensor, "*any problem"]:
         """Return values of sequences per target token of each problem, those of wrong answers taken away."""
@@ -262,8 +263,7 @@ class _Run:
 
     def __init__(self, of: Behaviour, batch: Batch) -> None:
         self._of, self._batch, self._wanted = of, batch, targets(batch)
-        others = of.others(batch)
-        self._others = None if others is None else targets(others)
+        self._others = other_targets(of.compared(batch))
 
     def losses(self, keep: Keep, *, divergent: bool) -> dict[str, list[float]]:
         """Return the losses of every sequence, and the divergences from the intact model where they are asked for."""
@@ -336,7 +336,8 @@ def _slopes(
     how: Estimator,
 ) -> Float[Tensor, "gate unit batch"]:
     """Return predictions for a batch at every gate; in float32, as which they are kept."""
-    own: dict[str, Any] = {"instead": of.instead(batch), "others": of.others(batch)}
+    own: dict[str, Any] = {"instead": of.instead(batch)}
+    batch = of.compared(batch)
     if how.name == "relevance":
         parts = [relevance(of.decoder, batch, units, **own, gate=values[0])[1]]
     else:

@@ -64,6 +64,7 @@ from causalprune.interventions import grouped_by_effect
 LEDGER, SCORES, GATES = "circuit.ledger", "scores", "gates"
 EPOCHS = 10
 """How often gates are learned from all problems."""
+PER_WEIGHT = "score a weight"
 STEPS = 200
 """Parts of all units between which sizes are told apart."""
 
@@ -241,8 +242,9 @@ class Search:
         keep, cost = torch.ones(len(ranked.units), dtype=torch.bool), cost_of(self.sizes)
         own, folder = [identity(ranked), _lasting(self.how)], self.folder
         state = State(folder and folder / SCORES, own)
+        by = [PER_WEIGHT] if self.mixed else []
         learning = State(
-            folder and folder / GATES / f"{count}-{self.how.epochs}", [*own, "by size"]
+            folder and folder / GATES / f"{count}-{self.how.epochs}", [*own, *by]
         )  # refuses before scores are made
         for number in range(count):
             name = f"scores, round {number + 1} of {count}" if count > 1 else "scores"
@@ -279,10 +281,14 @@ class Search:
         return self.ranked.effects(change)
 
     @cached_property
+    def mixed(self) -> bool:
+        """Whether there are several kinds of units."""
+        return len({unit.kind for unit in self.ranked.units}) > 1
+
+    @cached_property
     def sizes(self) -> Float[Tensor, "unit"]:
         """What a share is one of: units, or weights where kinds are mixed."""
-        mixed = len({unit.kind for unit in self.ranked.units}) > 1
-        return self.ranked.weights if mixed else torch.ones(len(self.ranked.units), dtype=torch.float64)
+        return self.ranked.weights if self.mixed else torch.ones(len(self.ranked.units), dtype=torch.float64)
 
     def kept(self, order: Int[Tensor, "unit"], count: int) -> Keep:
         """Return which units are among the first."""
@@ -365,7 +371,8 @@ class Search:
             "rescore": rescore,
             "learn": self.how.epochs or 0,
             "keep": self.share,
-            "sizes_of": "weights" if len({unit.kind for unit in self.ranked.units}) > 1 else "units",
+            "sizes_of": "weights" if self.mixed else "units",
+            "ordered_by": PER_WEIGHT if self.mixed else "score",
             "problems": {"scored": len(self.ranked.problems), "decided": len(self.decided.problems)},
             "calibration_fingerprint": self.ranked.fingerprint(),
             "decide_fingerprint": self.decided.fingerprint(),

@@ -131,7 +131,7 @@ def _departure(of: Behaviour) -> Departure:
     tokens = torch.tensor([example.target_tokens for example in of.plan.calibration.examples])
 
     def lose(_: int, __: list[int], batch: Batch) -> Losing:
-        return Losing(batch, of.others(batch))
+        return Losing(of.compared(batch))
 
     def changed(problems: list[int], keeps: Tensor) -> tuple[Tensor, Tensor]:
         slopes, nats = (own / tokens[problems] for own in _slopes(of, problems, keeps, lose))

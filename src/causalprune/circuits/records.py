@@ -28,7 +28,8 @@ class Circuit(Shown):
 
     `score` is what removing a unit costs in nats per target token (in logits for `relevance`) in the last round that scored
     it, with its interval over problems (`low`, `high`); `probability` is the share of resamples in which it is a member.
-    `order` are the numbers of the `units` from the first member on, `size` how many of them are members. `problems` are those
+    `order` are the numbers of the `units` from the first member on, by score, or by score a weight where kinds are mixed, and
+    by what was learned after that; `size` is how many of them are members. `problems` are those
     that sizes were measured on. `stability` is by share of the units, `checks` and `tests` are empty until they are asked for.
     """
 

@@ -48,14 +48,14 @@ class SearchOptions(opt.EffectOptions):
         int | None,
         typer.Option(
             help="Rounds of scoring, each with the units closed that are out by then.",
-            show_default="1 with --learn, else 3",
+            show_default="1 with --learn, exact or adaptive, else 3",
         ),
     ] = None
     learn: Annotated[
         int | None,
         typer.Option(
             help="Epochs over the problems in which units move by what circuits of all sizes lack, after scoring.",
-            show_default="10 for kl and for counterfactual, unless --rescore is named",
+            show_default="10 for kl and for counterfactual; none with --rescore, signed, exact, adaptive or relevance",
         ),
     ] = None
     keep: Annotated[

@@ -180,7 +180,8 @@ class Batch(Shown):
     """Sequences padded on the right; causal attention keeps the padding out of every target.
 
     `is_target` is True on tokens that are predicted, never on the first of a sequence or on padding. `indices` are the
-    positions of the sequences in their calibration or evaluation set. `counterfactual` is there where all of them have one.
+    positions of the sequences in their calibration or evaluation set. `counterfactual` is there where all of them have one;
+    `others` are the same sequences with other targets, where these are compared with (`Behaviour.compared`).
     """
 
     tokens: Int[Tensor, "batch time"]
@@ -188,6 +189,7 @@ class Batch(Shown):
     is_target: Bool[Tensor, "batch time"]
     indices: tuple[int, ...]
     counterfactual: Int[Tensor, "batch time"] | None = None
+    others: Int[Tensor, "batch time"] | None = None
 
     @property
     def real(self) -> Bool[Tensor, "batch time"]:

@@ -29,6 +29,7 @@ from causalprune.interventions.losses import (
     cross_entropy,
     divergence,
     divergence_slope,
+    other_targets,
     parts_of,
     target_logits,
     targets,
@@ -77,20 +78,17 @@ def drawn(uniforms: Float[Tensor, "target"]) -> Asked:
 
 
 class Losing:
-    """Asks for the loss (an `Asked`), or for how much larger it is than with other targets at the same places; `nats` adds it up.
+    """Asks for the loss (an `Asked`), less that of the batch's `others` where it has them; `nats` adds it up."""
 
-    `others` is the batch with these other targets, all else the same.
-    """
-
-    def __init__(self, batch: Batch, others: Batch | None = None) -> None:
+    def __init__(self, batch: Batch) -> None:
         self.nats = torch.zeros(len(batch.tokens), dtype=torch.float64)
-        self._others = None if others is None else targets(others).tokens
+        self._others = other_targets(batch)
 
     def __call__(self, logits: Tensor, wanted: Targets, at: slice) -> Tensor:
         """Return the loss of these targets, less that of the others."""
         lost = cross_entropy(logits, wanted)
         if self._others is not None:
-            lost = lost - cross_entropy(logits, replace(wanted, tokens=self._others[at]))
+            lost = lost - cross_entropy(logits, replace(wanted, tokens=self._others.tokens[at]))
         self.nats += by_row(lost.detach(), wanted).cpu()
         return lost
 

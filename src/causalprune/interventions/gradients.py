@@ -18,7 +18,15 @@ from torch import Tensor
 
 from causalprune.core import Batch, Decoder, Example, Layer, Progress, Projection, State, silent
 from causalprune.interventions.ablation import LayerInputs, entered_at, gated, on_cpu, recomputed
-from causalprune.interventions.losses import Targets, by_row, chunk, cross_entropy, target_logits, targets
+from causalprune.interventions.losses import (
+    Targets,
+    by_row,
+    chunk,
+    cross_entropy,
+    other_targets,
+    target_logits,
+    targets,
+)
 from causalprune.interventions.pieces import Hold, Pieces, Slopes, as_they_are
 from causalprune.interventions.statistics import observed
 from causalprune.interventions.units import Parts, Site, sites
@@ -35,20 +43,19 @@ def expansion(
     *,
     instead: Mapping[Site, Tensor] | None = None,
     gate: float | Mapping[Site, Tensor] = 1.0,
-    others: Batch | None = None,
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "unit batch"], Float[Tensor, "unit batch"]]:
     """Return the loss, and `−∂L/∂g` and `½ (∂ ln p(ŷ)/∂g)²` (mean over draws) for every unit, in nats.
 
     One forward and `1 + draws` backward passes. `uniforms` decide the labels drawn; `gate` is where the
     derivatives are taken: for all units together, or for each site `[part]`, or `[batch part]`. The loss is less that of
-    other targets at the same places, where a batch of `others` has them.
+    `others` of the batch, where it has them.
     """
-    gates, wanted = gates_at(decoder, batch, units, gate), targets(batch)
+    gates, wanted, others = gates_at(decoder, batch, units, gate), targets(batch), other_targets(batch)
     with torch.enable_grad(), gated(decoder, gates, instead), recomputed(decoder):
         logits = target_logits(decoder, batch, wanted)
         loss = by_row(cross_entropy(logits, wanted), wanted)
         if others is not None:
-            loss = loss - by_row(cross_entropy(logits, targets(others)), wanted)
+            loss = loss - by_row(cross_entropy(logits, others), wanted)
         first = by_unit(loss, gates, units, keep=len(uniforms) > 0)
         second = torch.zeros_like(first)
         for draw, values in enumerate(uniforms):

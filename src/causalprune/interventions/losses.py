@@ -43,6 +43,11 @@ def targets(batch: Batch) -> Targets:
     return Targets(rows, positions, batch.tokens[rows, positions + 1], *batch.tokens.shape)
 
 
+def other_targets(batch: Batch) -> Targets | None:
+    """Return the targets that those of a batch are compared with, where there are such."""
+    return None if batch.others is None else targets(replace(batch, tokens=batch.others))
+
+
 def chunk(logits: Float[Tensor, "target vocab"]) -> int:
     """Return how many positions are normalised at once; what is computed for each does not depend on it."""
     if logits.device.type != "cpu":
@@ -153,4 +158,5 @@ def selected(batch: Batch, rows: list[int]) -> Batch:
         is_target=batch.is_target[rows],
         indices=tuple(batch.indices[row] for row in rows),
         counterfactual=None if batch.counterfactual is None else batch.counterfactual[rows],
+        others=None if batch.others is None else batch.others[rows],
     )

@@ -22,7 +22,14 @@ from torch.overrides import TorchFunctionMode
 from causalprune.core import Batch, Decoder, Layer, Mixer, ModelError, Projection
 from causalprune.interventions.ablation import gated, recomputed
 from causalprune.interventions.gradients import by_unit, gates_at
-from causalprune.interventions.losses import Targets, by_row, cross_entropy, target_logits, targets
+from causalprune.interventions.losses import (
+    Targets,
+    by_row,
+    cross_entropy,
+    other_targets,
+    target_logits,
+    targets,
+)
 from causalprune.interventions.units import Parts, Site
 
 SQUASHING = (torch.tanh, torch.sigmoid, Tensor.tanh, Tensor.sigmoid, functional.tanh, functional.sigmoid)
@@ -43,20 +50,18 @@ def relevance(
     *,
     instead: Mapping[Site, Tensor] | None = None,
     gate: float | Mapping[Site, Tensor] = 1.0,
-    others: Batch | None = None,
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "unit batch"]]:
     """Return the loss in nats, and the relevance of every unit for the target tokens' logits less the mean logit.
 
     Relevance is in logits, summed over the targets of a sequence. One forward and one backward pass; `gate`, `instead` and
-    `others` as in `gradients.expansion`: what a unit is relevant for is its difference to what takes its place.
+    the batch's `others` as in `gradients.expansion`: what a unit is relevant for is its difference to what takes its place.
     """
-    gates, wanted = gates_at(decoder, batch, units, gate), targets(batch)
+    gates, wanted, others = gates_at(decoder, batch, units, gate), targets(batch), other_targets(batch)
     with torch.enable_grad(), ruled(decoder), gated(decoder, gates, instead), recomputed(decoder):
         logits = target_logits(decoder, batch, wanted)
         lost, seen = cross_entropy(logits.detach(), wanted), prominence(logits, wanted)
         if others is not None:
-            wrong = targets(others)
-            lost, seen = lost - cross_entropy(logits.detach(), wrong), seen - prominence(logits, wrong)
+            lost, seen = lost - cross_entropy(logits.detach(), others), seen - prominence(logits, others)
         loss = by_row(lost, wanted)
         found = by_unit(by_row(seen, wanted), gates, units, keep=False)
     return loss.cpu(), found
