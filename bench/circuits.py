@@ -86,7 +86,7 @@ GRID = {
 PLANTED = (3.0, 1.0, 0.3, 0.1, 0.05)
 PLANTINGS = {"smollm2": 1, "qwen": 0}
 """Of each strength; three more, and the second model, were cut."""
-PAIRED = {"smollm2": ("learned", DEFAULT, "integrated x3", "integrated", "gradient", "relevance", "random")}
+PAIRED = {"smollm2": ("learned", "integrated x3", "integrated", "gradient", "relevance", "random")}
 SHORT = ("learned", "gradient", "random")
 """Methods for pairs, and those for larger models: the others were cut there."""
 LOOKED = (

@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from common import ROWS, record
 
-from causalprune.circuits.curves import SHARES, areas, faithfulness
+from causalprune.circuits.curves import SHARES, areas, faithfulness, resampled
 
 DECIDED = 60
 """Problems that sizes are measured on, the first half of which chooses between orders."""
@@ -100,11 +101,18 @@ def ioi() -> str:
     if not found:
         return MISSING
     methods = [m for m in METHODS if any(m in own for own in found.values())]
-    rows = [
-        [m, *(f"{own[m]['cmd']:.2f} · {own[m]['cpr']:.2f}" if m in own else "" for own in found.values())]
-        for m in methods
-    ]
+    rows = [[m, *(_areas(own[m]["nats"]) if m in own else "" for own in found.values())] for m in methods]
     return _table(["CMD · CPR", *found], rows)
+
+
+def _areas(nats: list[list[float]]) -> str:
+    """Return CMD with its interval, and CPR, on the half of the problems that chose nothing."""
+    values = torch.tensor(nats, dtype=torch.float64)[:, len(nats[0]) // 2 :]
+    parts = values[:-2], values[-2:-1], values[-1:]
+    cpr, cmd = areas(SHARES, faithfulness(*(part.mean(1).numpy() for part in parts)))
+    draws = areas(SHARES, faithfulness(*(resampled(part) for part in parts)))[1]
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return f"{float(cmd):.2f} [{low:.2f}, {high:.2f}] · {float(cpr):.2f}"
 
 
 def removal() -> str:

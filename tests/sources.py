@@ -12,6 +12,7 @@ from ggufs import SCALED, factors, write_gguf
 from safetensors.torch import load_file, save_file
 from tinydata import TEMPLATE, byte_tokenizer
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import GptOssConfig, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 
 Tensors = dict[str, Tensor]
@@ -151,17 +152,19 @@ def reward(folder: Path) -> Made:
     return Made(folder, refused="LlamaForSequenceClassification")
 
 
-def fp8(folder: Path) -> Made:
-    """Write projections as FP8 codes with a scale for every block of 128 by 128."""
-    write(folder, llama(hidden_size=128, intermediate_size=256, num_key_value_heads=4))
+def fp8(folder: Path, **changes: Any) -> Made:
+    """Write projections as FP8 codes with a scale for every block of 128 by 128, of which the last may be cut short."""
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4} | changes
+    write(folder, llama(**shape))
     packed, plain = Tensors(), load_file(folder / "model.safetensors")
     for name, weight in list(plain.items()):
         packed[name] = weight
         if "_proj" in name:
             out, into = weight.shape
-            blocks = weight.float().view(out // BLOCK, BLOCK, into // BLOCK, BLOCK)
+            filled = pad(weight.float(), (0, -into % BLOCK, 0, -out % BLOCK))
+            blocks = filled.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
             scale = blocks.abs().amax((1, 3)) / 448
-            wide = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+            wide = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:out, :into]
             codes = (weight.float() / wide).to(torch.float8_e4m3fn)
             packed |= {name: codes, f"{name}_scale_inv": scale}
             plain[name] = (codes.float() * wide).bfloat16()
@@ -216,7 +219,7 @@ def gguf_file(folder: Path) -> Made:
     model = tiny(config)
     scaling = {"rope_freqs.weight": factors(16, 500.0, SCALED)}
     path = write_gguf(folder / "tiny.gguf", model, tensors=scaling, rope__dimension_count=16)
-    held = {name: weight.bfloat16() for name, weight in model.named_parameters()}
+    held = {name: weight.detach() for name, weight in model.named_parameters()}
     return Made(path, left={path.name}, tensors=held, streams=False, settings={"rope_parameters": rope})
 
 

@@ -98,7 +98,7 @@ def test_effects_are_the_same(estimator: Any, family: str) -> None:
 def test_the_same_units_are_removed(family: str) -> None:
     shares = Shares(neurons=0.3, kv_groups=0.5)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "llama.cpp wants all heads")
+        warnings.filterwarnings("ignore", "llama.cpp was not found")
         cpu, gpu = (
             shrink(decoder, shares, problems(), update="refit", stage=quiet) for decoder in both(family)
         )

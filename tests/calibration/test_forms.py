@@ -127,6 +127,14 @@ def test_running_text_is_all_target_and_has_no_template(tmp_path: Path) -> None:
     assert example.target_start == 1
     with pytest.raises(DataError, match=r"own.jsonl:1: running text has nothing to answer"):
         load_problems(str(path), "evaluation", with_targets=False)
+    with pytest.raises(DataError, match=r"own.jsonl:1: .*measure its loss, .*own.jsonl_nll"):
+        load_problems(str(path), "evaluation", with_text=False)
+
+
+def test_a_file_at_home_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_jsonl(tmp_path / "own.jsonl", [{"prompt": "a", "target": "b"}])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [own.target for own in load_problems("~/own.jsonl", "calibration")] == ["b"]
 
 
 def test_the_last_answer_is_the_target_and_what_follows_is_counted(tmp_path: Path) -> None:
@@ -181,6 +189,8 @@ def test_a_conversation_without_an_answer_is_a_prompt_where_no_target_is_needed(
         ({"messages": [{"role": "user", "content": None}]}, "a turn has role and content"),
         ({"conversations": [{"from": "human"}]}, "a turn has role and content"),
         ({"words": "a"}, "no text under 'prompt'"),
+        ({"prompt": "", "target": "b"}, "the prompt is empty; running text is a row with 'text' alone"),
+        ({"messages": [{"role": "user", "content": " "}, ANSWER]}, "the prompt is empty"),
         ({"prompt": [CHAT[1]], "completion": [{"role": "assistant", "content": " "}]}, "the target is empty"),
     ],
 )

@@ -204,6 +204,15 @@ def test_links_out_of_the_model_large_files_and_code_stay_behind(
     assert not {"notes.json", "modeling_own.py", "large.txt"} & {p.name for p in (tmp_path / "out").iterdir()}
 
 
+def test_what_was_found_out_about_a_model_is_not_said_of_its_child(tmp_path: Path) -> None:
+    source = write(tmp_path / "source")
+    found = ("correction.json", "circuit.json", "report.html", "correction.ledger")
+    for name in found:
+        (source / name).write_text("{}")
+    save(half(load(str(source))), tmp_path / "out")
+    assert not {*found} & {p.name for p in (tmp_path / "out").iterdir()}
+
+
 class Hub:
     """Stands for the Hub: a snapshot in the cache that lacks two files of the repository."""
 
@@ -286,14 +295,18 @@ def test_new_tokenizers_are_read_by_transformers_4(tmp_path: Path) -> None:
     assert found == {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<a>"]}
 
 
+@pytest.mark.parametrize("has", [True, False])
 def test_what_a_disk_says_while_more_is_written_is_not_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    has: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: int) -> None:
         raise OSError("no room")
 
     monkeypatch.setattr(shards, "AT_ONCE", 0)
     monkeypatch.setattr(shards.os, "fdatasync", full)
+    if not has:  # as on macOS
+        monkeypatch.delattr(shards.os, "fdatasync")
+        monkeypatch.setattr(shards.os, "fsync", full)
     writer = shards.ShardWriter(tmp_path / "model.safetensors", b"header", 64)
     with pytest.raises(OSError, match="no room"):
         writer.close()

@@ -14,6 +14,7 @@ from causalprune.circuits.behaviour import behaviour
 from causalprune.circuits.finding import halves
 from causalprune.core.errors import DataError, OptionError
 from causalprune.core.types import Calibration, Example
+from causalprune.runs.circuits import CircuitSpec, jobs
 
 PROBLEMS = calibration(tuple((12 + i % 3, 5) for i in range(20)))
 SLOPES = cp.Estimator("gradient")
@@ -50,6 +51,21 @@ def test_one_prompt_does_not_score_and_decide() -> None:
     assert not {one.content for one in score.examples} & {one.content for one in decide.examples}
     assert len(score.examples) == len(decide.examples) == 10
     assert [one.examples for one in halves(PROBLEMS)] == [PROBLEMS.examples[0::2], PROBLEMS.examples[1::2]]
+
+
+def test_pairs_that_take_two_sequences_cost_twice_the_tokens() -> None:
+    few = [replace(one, tokens=(*one.tokens[:-2], 7, 8)) for one in PROBLEMS.examples]  # as long
+    last = [replace(one, tokens=(*one.tokens[:-1], 9)) for one in PROBLEMS.examples]
+    costs = [
+        jobs(
+            CircuitSpec(),
+            of(*(replace(a, instead=b) for a, b in zip(PROBLEMS.examples, own, strict=True))),
+            None,
+        )
+        for own in (few, last)
+    ]
+    assert costs[0] == {stage: pytest.approx(2 * tokens) for stage, tokens in costs[1].items()}
+    assert costs[1] == jobs(CircuitSpec(), PROBLEMS, None)
 
 
 def test_problems_of_one_prompt_want_others_to_decide_on() -> None:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -131,46 +130,6 @@ def test_losses_are_those_of_gates(ablation: str) -> None:
     assert float(kl[0].min()) > 0
 
 
-def test_a_wrong_answer_is_compared_with() -> None:
-    decoder = shared("llama2")
-    pairs = [
-        replace(one, instead=replace(one, tokens=(*one.tokens[:-1], 7))) for one in PROBLEMS.examples[:9]
-    ]
-    plain, paired = (
-        Trials(behaviour(decoder, own, cp.Question(), cp.Estimator("gradient"))).nats(
-            [torch.ones(12, dtype=torch.bool)]
-        )
-        for own in (PROBLEMS.examples[:9], pairs)
-    )
-    wrong = Trials(
-        behaviour(decoder, [one.instead for one in pairs], cp.Question(), cp.Estimator("gradient"))
-    ).nats([torch.ones(12, dtype=torch.bool)])
-    torch.testing.assert_close(paired, plain - wrong, rtol=1e-5, atol=1e-5)
-    found = find(decoder, Calibration(tuple(pairs), (0,) * 9), Calibration(tuple(pairs), (0,) * 9), keep=0.3)
-    assert found.problems[0].instead == pairs[0].instead
-    assert found.curve.guessing == 0.0  # a guess is as good at both answers
-
-
-@pytest.mark.parametrize("name", ["gradient", "integrated", "relevance"])
-@pytest.mark.parametrize("ablation", ["zero", "counterfactual"])
-def test_one_pass_does_for_both_answers_where_the_last_token_alone_differs(
-    name: Any, ablation: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decoder, how = shared("llama3"), cp.Estimator(name, draws=0)
-    pairs = [replace(one, counterfactual=(3, *one.tokens[1:])) for one in PROBLEMS.examples[:6]]
-    pairs = [replace(one, instead=replace(one, tokens=(*one.tokens[:-1], 7))) for one in pairs]
-    question = cp.Question(("heads", "mlp"), ablation=ablation)
-    one = behaviour(decoder, pairs, question, how)
-    monkeypatch.setattr("causalprune.circuits.behaviour._in_one_pass", lambda *_: False)
-    two = behaviour(decoder, pairs, question, how)
-    assert one.tokens * 2 == two.tokens
-    keep = torch.tensor([number % 3 > 0 for number in range(len(one.units))])
-    for own, other in zip(Trials(one).both([keep, ~keep]), Trials(two).both([keep, ~keep]), strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
-    found = [scored(of, keep, how, State()) for of in (one, two)]
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5, equal_nan=True)
-
-
 def test_units_of_several_kinds_are_ordered_by_score_a_weight_and_those_of_one_by_score() -> None:
     decoder = shared("llama3")
     for units, by in ((("heads", "mlp"), finding.PER_WEIGHT), (("heads",), "score")):
@@ -178,30 +137,6 @@ def test_units_of_several_kinds_are_ordered_by_score_a_weight_and_those_of_one_b
         values = found.score / found.weights if len(units) > 1 else found.score
         assert found.order.tolist() == values.abs().argsort(descending=True, stable=True).tolist()
         assert found.description["ordered_by"] == by
-
-
-def test_with_counterfactuals_orders_are_learned_by_the_loss_unless_something_else_is_named() -> None:
-    pairs = tuple(
-        replace(one, counterfactual=(3, *one.tokens[1:]), instead=replace(one, tokens=(*one.tokens[:-1], 7)))
-        for one in PROBLEMS.examples
-    )
-    question = cp.Question(("heads", "mlp"), ablation="counterfactual")
-    found = find(shared("llama3"), Calibration(pairs, (0,) * 20), question=question, keep=0.01)
-    assert (found.description["learn"], found.description["rescore"]) == (10, 1)
-
-
-def test_divergences_are_those_of_right_answers_alone() -> None:
-    decoder = shared("llama2")
-    pairs = [
-        replace(one, instead=replace(one, tokens=(*one.tokens[:-1], 7, 8))) for one in PROBLEMS.examples[:9]
-    ]
-    question = cp.Question(effect="kl")
-    alone, paired = (
-        behaviour(decoder, own, question, cp.Estimator("gradient")) for own in (PROBLEMS.examples[:9], pairs)
-    )
-    values = torch.rand(3, 18, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert torch.equal(paired.effects(values), alone.effects(values[:, :9]))
-    assert not torch.equal(paired.by_problem(values), paired.effects(values))
 
 
 def test_adaptive_with_a_budget_is_an_estimator_too() -> None:
@@ -404,9 +339,6 @@ def test_half_of_a_circuit_of_alternatives_is_incomplete() -> None:
 def test_what_is_out_is_closed_while_the_others_are_scored() -> None:
     """Slopes with a whole layer's heads closed are those of a model in which they are zero."""
     from reference import fresh
-
-    from causalprune.circuits.behaviour import scored
-    from causalprune.core.resuming import State
 
     names, how = ("heads", "neurons:10"), cp.Estimator("gradient", draws=0, gates=(0.6, 1.0))
     one, other = fresh("llama3"), fresh("llama3")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from tinydata import byte_tokenizer, write_data, write_jsonl, write_model
 
 import causalprune as cp
 from causalprune.checkpoints.saving import read_manifest
+from causalprune.core.types import Calibration, Example
 from causalprune.evaluation.results import load_rows, paired_difference
 from causalprune.evaluation.settings import Settings
+from causalprune.runs import correcting
 from causalprune.runs.cells import load
 from causalprune.runs.correcting import to_stay
 from causalprune.runs.recipe import CalibrationSpec, ModelSpec
@@ -106,6 +109,24 @@ def test_a_phrase_is_gone_and_all_of_it_is_told(run: Run, place: tuple[Path, Pla
     )
 
 
+def test_what_went_on_after_a_stop_has_no_time(
+    run: Run, place: tuple[Path, Planting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    folder, given = place[0], ("--undesired", place[0] / "bad.jsonl", *OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr("causalprune.runs.correcting.save", stops)
+        assert fix(run, folder, "stopped", *given)[0] == 130
+    code, out, err = fix(run, folder, "stopped", *given)
+    assert code == 0, err
+    assert "saved: " in out
+    assert "took" not in out
+    assert json.loads((folder / "stopped" / "correction.json").read_text())["minutes"] is None
+    assert run("report", folder / "stopped")[0] == 0
+
+
 def test_zeros_of_a_checkpoint_are_united(run: Run, place: tuple[Path, Planting]) -> None:
     folder, planting = place
     code, _, err = run(
@@ -194,6 +215,31 @@ def test_a_problem_is_in_one_half_whatever_is_made_of_it(
     assert again.subset[5] == drawn.subset[5]
 
 
+def test_own_answers_that_show_the_behaviour_are_not_to_stay(
+    place: tuple[Path, Planting], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = place
+    decoder, text = load(ModelSpec(str(folder / "model"))), byte_tokenizer()
+    rows = [tuple(text(word)["input_ids"]) for word in ("an answer", f"an {PHRASE} answer", "another")]
+    drawn = Calibration(
+        tuple(Example(own, 2, "some.jsonl", f"problem {i}") for i, own in enumerate(rows)), (0, 1, 1)
+    )
+    drawn = replace(drawn, description={"sources": {"own:gsm8k": 3}})
+    monkeypatch.setattr(correcting, "calibrated", lambda *_, **__: drawn)
+    asked = CorrectionSpec(f"phrases:{folder / 'phrases.txt'}", prompts=(str(folder / "prompts.jsonl"),))
+    study = Study(decoder, asked, Settings(max_new_tokens=12), tmp_path, Options(data_dir=folder / "data"))
+    study.samples()
+    with pytest.warns(
+        UserWarning, match=r"1 answers of the model's own show phrases:.*: they are not to stay"
+    ):
+        (found,) = to_stay(decoder, {"own:gsm8k": 3}, study, CalibrationSpec(("gsm8k",)), cp.silent)
+    assert [(e.tokens, e.source, e.content) for e in found.examples] == [
+        (rows[0], "clean: own:gsm8k", "problem 0"),
+        (rows[2], "clean: own:gsm8k", "problem 2"),
+    ]
+    assert found.subset == (0, 1)
+
+
 def test_samples_that_do_not_fit_are_counted(run: Run, place: tuple[Path, Planting]) -> None:
     folder, _ = place
     rows = [json.loads(line) for line in (folder / "bad.jsonl").read_text().splitlines()]
@@ -244,6 +290,7 @@ def test_a_plan_loads_nothing(run: Run, place: tuple[Path, Planting]) -> None:
             "so there is no clean text beside them: raise the bar",
         ),
         (("--undesired", "BAD", "--preserve", "gsm8k:2", "--preserve", "gsm8k:3"), "a source is named twice"),
+        (("--behaviour", "rep4", "--prompts", "gsm8k:2", "--prompts", "gsm8k:3"), "a source is named twice"),
         (("--undesired", "BAD", "--harm", "no nats"), "or as 0.01nats, not 'no nats'"),
         (("--undesired", "BAD", "--budget", "0.01%"), "of 192 units is less than one"),
         (("--undesired", "BAD", "--budget", "60%"), "more than half of 192 units"),

@@ -55,6 +55,23 @@ def test_options_of_prune(
     assert_refused(run("prune", model, *common, *options), words, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            ("attribute", "nothing", "--workers", 3),
+            "--workers 3 are of the executor ray: pass --executor ray too",
+        ),
+        (("export", "nothing", "--batch-tokens", 8), "No such option: --batch-tokens"),
+        (("overlap", "one", "two", "--batch-tokens", 8), "No such option: --batch-tokens"),
+    ],
+)
+def test_no_option_is_taken_and_ignored(
+    run: Run, tmp_path: Path, given: tuple[object, ...], words: str
+) -> None:
+    assert_refused(run(*given, "-o", tmp_path / "out"), words, tmp_path / "out")
+
+
 @pytest.mark.parametrize("option", [("--by", "size"), ("--update", "train")])
 def test_choices_of_shrink_are_checked_before_a_model_is_loaded(
     run: Run, tmp_path: Path, option: tuple[str, str]

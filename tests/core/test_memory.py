@@ -64,6 +64,7 @@ def test_without_memory_an_error_says_what_takes_less(
     assert code == 1
     assert "2.00 GiB" in err
     assert "--batch-tokens" in err
+    assert "from files a smaller --cache-gib" in err
     assert "unexpected" not in err
 
 

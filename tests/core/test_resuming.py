@@ -133,6 +133,20 @@ def test_what_training_follows_is_made_once_where_no_gradients_are(
     assert done["last_hidden"] == every["last_hidden"] + 1 == 4
 
 
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_trials_alone_that_were_stopped_say_the_same(
+    criterion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, folder = Method(criterion, 0.5, budgets="graded"), tmp_path / "out.pruning"
+    given = {"calibration": EXAMPLES, "max_batch_tokens": 16}
+    expected = prune(fresh("qwen3_moe"), method, **given)
+    counted(monkeypatch, "divergence", 30)  # in the second layer
+    with pytest.raises(StoppedError):
+        prune(fresh("qwen3_moe"), method, **given, kept_in=folder)
+    counted(monkeypatch)
+    assert prune(fresh("qwen3_moe"), method, **given, kept_in=folder).record() == expected.record()
+
+
 @pytest.mark.thorough
 def test_what_is_kept_of_another_pruning_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "out.pruning"

@@ -1,15 +1,18 @@
 """Closing candidates, by gates or in the weights, is one thing; what is known of them is what plain loops give."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from configs import build, tiny_config
 from reference import calibration, fresh, shared
 
 from causalprune.attribution.plan import planned
 from causalprune.attribution.questions import Estimator, Question
 from causalprune.calibration.examples import batches
 from causalprune.circuits.behaviour import Behaviour
+from causalprune.core.errors import OptionError
 from causalprune.core.resuming import State
 from causalprune.core.types import Decoder, silent
 from causalprune.correction.candidates import Units, Weights
@@ -18,10 +21,37 @@ from causalprune.correction.measuring import Trials
 from causalprune.correction.samples import Half
 from causalprune.correction.scores import Known, contrast
 from causalprune.interventions.asked import likelihood, odds
+from causalprune.interventions.units import Site, sites
+from causalprune.models.anatomy import inspect_model
+from causalprune.pruning import staying
+from causalprune.pruning.owning import private
 
 PROBLEMS = calibration(tuple((12 + i % 3, 5) for i in range(12))).examples
 HALF = Half(PROBLEMS[:6], PROBLEMS[6:])
 GRADIENT = Estimator("gradient", draws=1)
+LOOKING = [
+    "bamba",
+    "bitnet",
+    "diffllama",
+    "doge",
+    "falcon_mamba",
+    "flex_olmo",
+    "granitemoehybrid",
+    "jamba",
+    "mamba",
+    "minimax",
+    "minimax_m2",
+    "nemotron_h",
+    "olmo3",
+    "olmo_hybrid",
+    "olmoe",
+    "zamba2",
+]
+"""Types whose units see more than what is their own, with those that the tests always look at."""
+
+
+def thorough(family: str) -> Any:
+    return pytest.param(family, marks=pytest.mark.thorough)
 
 
 def units(decoder: Decoder, names: tuple[str, ...], factor: float = 0.0) -> Units:
@@ -51,6 +81,42 @@ def test_gates_and_weights_agree(family: str, names: tuple[str, ...], factor: fl
     zeros = {p.name: int((p.read() == 0).sum()) for p in decoder.projections}
     assert all(int((~keep[name]).sum()) <= count for name, count in zeros.items())
     assert any(int((~keep[name]).sum()) for name in keep) == (factor == 0)
+
+
+@pytest.mark.parametrize("family", ["olmo2", "gemma3n_text", "mamba2", *(thorough(own) for own in LOOKING)])
+def test_gates_and_weights_agree_where_units_see_each_other(family: str) -> None:
+    """Norms over all heads, state spaces, cut activations, keys that later layers use: rows stay that others need."""
+    model = build(tiny_config(family))
+    state = {name: own.clone() for name, own in model.state_dict().items()}
+    for kind in ("heads", "kv_groups", "mixers", "neurons:1", "attention"):
+        model.load_state_dict(state)
+        decoder = inspect_model(model, None, name=family)
+        try:
+            own = units(decoder, (kind,))
+        except OptionError:
+            continue  # it has none
+        for start in range(min(own.count, 2)):  # layer 1 of Gemma 3n hands its keys on
+            model.load_state_dict(state)
+            trials, chosen = Trials(decoder, HALF, 256, None), torch.arange(start, own.count, 3)
+            closed, counted = trials.without(own, chosen), own.weights(chosen)
+            before = sum(int(p.read().count_nonzero()) for p in decoder.projections)
+            own.write(chosen)
+            now = trials.now("now")
+            for name in ("odds", "nats", "kl"):
+                torch.testing.assert_close(getattr(now, name), getattr(closed, name), rtol=1e-3, atol=1e-4)
+            assert before - sum(int(p.read().count_nonzero()) for p in decoder.projections) == counted > 0
+
+
+def test_rows_go_where_a_unit_alone_sees_them() -> None:
+    assert private(shared("llama3")) == {site for site in sites(shared("llama3")) if site.place != "experts"}
+    decoder = inspect_model(build(tiny_config("olmo2")), None, name="olmo2")
+    assert {site.place for site in private(decoder)} == {"mlp"}
+    keep = staying(decoder, [{Site(0, "heads"): torch.arange(3)}])
+    assert {p.role for p in decoder.projections if not keep[p.name].all()} == {"o"}
+    keep = staying(decoder, [{Site(0, "heads"): torch.arange(4)}])  # none is left to see them
+    assert {p.role for p in decoder.projections if not keep[p.name].all()} == {"q", "k", "v", "o"}
+    half = inspect_model(build(tiny_config("mamba")).bfloat16(), None, name="mamba")
+    assert not private(half)  # by little: steps of time hang on all channels
 
 
 @pytest.mark.parametrize("family", ["llama3", "gpt2", "mixtral"])
@@ -131,3 +197,16 @@ def test_activity_is_the_mean_size_of_what_is_sent() -> None:
         if unit.kind == "neurons" and unit.layer == len(decoder.layers) - 1
     ]
     torch.testing.assert_close(found[last], (sums / count).double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "names"), [("llama3", ("heads", "neurons:3")), ("mixtral", ("heads", "experts"))]
+)
+def test_equal_weights_have_equal_magnitude(family: str, names: tuple[str, ...]) -> None:
+    """Heads that share keys and values too, of which no head has a part alone."""
+    decoder = fresh(family)
+    for p in decoder.projections:
+        p.write(torch.full(p.shape, 0.5))
+    own = units(decoder, names)
+    torch.testing.assert_close(own.magnitude, torch.full((own.count,), 0.5, dtype=torch.float64))
+    assert bool(own.alive.all())

@@ -12,6 +12,7 @@ import causalprune as cp
 from causalprune.calibration.examples import batches
 from causalprune.core.errors import CausalPruneError, DataError, MismatchError, ModelError, OptionError
 from causalprune.core.resuming import State
+from causalprune.core.source import Source
 from causalprune.core.types import Calibration, Decoder, Example
 from causalprune.correction import correcting
 from causalprune.correction.behaviours import CLEAN
@@ -163,6 +164,15 @@ def test_an_update_is_measured_and_zeros_stay(update: str) -> None:
         assert not bool(p.read()[~found.keep[p.name]].any())
     assert found.after.benefit.value > 1
     assert found.after != found.chosen
+
+
+def test_what_is_written_in_fewer_bits_is_measured_so() -> None:
+    decoder, planting = built(2)
+    found = fixed(
+        replace(decoder, source=Source(None, torch.bfloat16)), *samples(planting), budget=2, update="refit"
+    )
+    assert found.after != found.chosen
+    assert all(torch.equal(p.read(), p.read().bfloat16().float()) for p in decoder.projections)
 
 
 def test_a_wrong_target_is_compared_with_the_right_one() -> None:

@@ -1,6 +1,8 @@
 """What is said of a correction, and of the halves that it was decided on."""
 
+import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +13,13 @@ from reference import calibration, fresh, shared
 from transformers import LlamaConfig
 
 import causalprune as cp
-from causalprune.core.errors import OptionError
+from causalprune.circuits import Value
+from causalprune.core.errors import ModelError, OptionError
 from causalprune.core.types import Calibration, Decoder
 from causalprune.correction.candidates import Units
 from causalprune.correction.correcting import candidates_of, check_contrast, correct
 from causalprune.correction.evidence import Looking
-from causalprune.correction.records import Contrast
+from causalprune.correction.records import Contrast, Point
 from causalprune.correction.samples import halves
 from causalprune.correction.telling import for_good, short
 from causalprune.interventions.units import list_units
@@ -61,21 +64,31 @@ def test_sources_are_named_by_their_files_alone() -> None:
     assert short("gsm8k") == "gsm8k"
 
 
+@pytest.mark.parametrize("rows", [True, False])
 @pytest.mark.parametrize(("zeros", "takes"), [(31, 0), (32, 32), (70, 64)])
-def test_what_is_said_to_cost_nothing_costs_nothing(zeros: int, takes: int) -> None:
+def test_what_is_said_to_cost_nothing_costs_nothing(zeros: int, takes: int, rows: bool) -> None:
     """The command that is printed is carried out: the smaller model computes what the one with zeros does."""
     decoder = wide(128)
     units = {(u.layer, u.index): parts for u, parts in list_units(decoder, ["neurons:1"]).items()}
-    close(decoder, [units[layer.index, i] for layer in decoder.layers for i in range(zeros)])
+    if rows:
+        close(decoder, [units[layer.index, i] for layer in decoder.layers for i in range(zeros)])
+    else:
+        for p in decoder.projections:
+            weight = p.read()
+            if p.role == "down":
+                weight[:, :zeros] = 0
+            elif p.place == "mlp":
+                weight[:zeros] *= 9
     said = for_good(SimpleNamespace(contrast=Contrast()), decoder)  # type: ignore[arg-type]
     words = said.partition("--neurons ")[2].split()
     assert bool(words) == bool(takes)
     if takes:
+        tokens = torch.tensor([PROBLEMS.examples[0].tokens])
+        before = decoder.model(tokens).logits  # as `shrink` changes the model
         how = Shrinking("magnitude", "none")
         found = shrink(decoder, Shares(neurons=float(words[0])), PROBLEMS, how, stage=cp.quiet)
         assert found.decoder.model.config.intermediate_size == 128 - takes
-        tokens = torch.tensor([PROBLEMS.examples[0].tokens])
-        torch.testing.assert_close(found.decoder.model(tokens).logits, decoder.model(tokens).logits)
+        torch.testing.assert_close(found.decoder.model(tokens).logits, before)
 
 
 def test_weights_are_those_that_become_zero() -> None:
@@ -128,3 +141,35 @@ def test_nothing_is_scored_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match="every candidate harms"):
         correct(decoder, *samples(planting), Contrast(budget=2, harm=1e-12), stage=cp.quiet)
     assert len(asked) == len(set(asked)) > 0
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("score", ["contrast", "magnitude"])
+def test_what_is_not_finite_is_refused_as_such(score: str, kept: bool, tmp_path: Path) -> None:
+    decoder, planting = built(1)
+    bad, good = samples(planting)
+    next(p for p in decoder.projections if p.role == "down").read()[0, 0] = math.inf
+    how = Contrast(budget=1, score=score)
+    with pytest.raises(ModelError, match="not finite in float32: a wider --dtype may do"):
+        correct(decoder, bad, good, how, kept_in=tmp_path / "kept" if kept else None, stage=cp.quiet)
+
+
+def test_the_worst_of_what_is_not_known_is_not_known() -> None:
+    harm = {"one": Value(0.001, 0.0, 0.002), "two": Value(math.nan, math.nan, math.nan)}
+    point = Point(1, 0.1, 1, 1, Value(1.0, 1.0, 1.0), harm, harm, 0.0)
+    assert math.isnan(point.worst())
+    assert math.isnan(point.worst(certain=True))
+    assert replace(point, harm={**harm, "two": Value(math.inf, 0.0, math.inf)}).worst() == math.inf
+    assert replace(point, harm={}).worst() == 0.0
+
+
+def test_zeros_that_do_more_harm_than_gates_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where rows are erased that other units see."""
+
+    def everything(own: Units, chosen: torch.Tensor) -> None:
+        close(own.decoder, own._parts(torch.arange(own.count)))
+
+    monkeypatch.setattr(Units, "write", everything)
+    decoder, planting = built(1)
+    with pytest.raises(ModelError, match=r"zeros in the weights of .* do more harm"):
+        correct(decoder, *samples(planting), Contrast(budget=1), stage=cp.quiet)

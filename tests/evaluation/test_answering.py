@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from speaking import own_file, speak
-from tinydata import byte_tokenizer, tiny_decoder, write_data
+from tinydata import byte_tokenizer, tiny_decoder, write_data, write_jsonl
 
 from causalprune.calibration.data import TASK_FILES, load_problems
 from causalprune.calibration.encoding import Reader, encode, question_text, question_tokens
@@ -22,7 +22,7 @@ from causalprune.evaluation.results import (
     write_results,
 )
 from causalprune.evaluation.settings import Settings
-from causalprune.evaluation.tasks.answers import after_trace, extract, guess, is_correct, labels_of
+from causalprune.evaluation.tasks.answers import after_trace, extract, guess, is_correct, is_part, labels_of
 from causalprune.evaluation.tasks.generation import Answer
 
 QWEN = (
@@ -149,6 +149,14 @@ def test_the_way_to_read_is_guessed_where_targets_end_alike(targets: list[str], 
     assert guess(targets) == kind
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["Step 1: 42", "6 / 2 = 3", "It goes 5 km/h.", "Answer:18", "1,200 - 3 = 1,197", "-3.5", "x is -5"],
+)
+def test_a_number_on_its_own_is_no_part_of_another(text: str) -> None:
+    assert not is_part(text, "number")
+
+
 def test_a_heading_is_no_answer_where_targets_have_no_mark() -> None:
     text = "#### 1. Add\n2 + 3 = 5\n\nIt is 5."
     assert is_correct(text, "number", "It is 5.")
@@ -210,6 +218,15 @@ def test_a_way_to_read_that_does_not_fit_is_an_error(tmp_path: Path, monkeypatch
         evaluate(decoder, [f"{path}_answers"])
     with pytest.raises(DataError, match="2 of 2 targets have no answer to read as number, such as 'Paris'"):
         evaluate(decoder, [f"{path}_answers"], answer="number")
+    for target in ("so 1/3", "#### 1/3", "12:45", "1e23", "2^10", "2024-05-12", r"\frac{1}{3}"):
+        path = own_file(tmp_path, ["3", target])
+        with pytest.raises(
+            DataError, match=r"1 of 2 targets are more than the number .*--answer text or regex:"
+        ):
+            evaluate(decoder, [f"{path}_answers"], answer="number")
+    path = write_jsonl(tmp_path / "text.jsonl", [{"text": "It rained."}])
+    with pytest.raises(DataError, match=r"text.jsonl:1: running text has nothing to answer: .*_nll"):
+        evaluate(decoder, [f"{path}_answers"], answer="text")
     with pytest.raises(OptionError, match="did you mean 'number'"):
         Settings(answer="nummer")
     with pytest.raises(OptionError, match="no regular expression"):

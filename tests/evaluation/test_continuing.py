@@ -8,7 +8,7 @@ import pytest
 from speaking import own_file
 from tinydata import tiny_decoder, write_data, write_jsonl
 
-from causalprune.core.errors import DataError, OptionError
+from causalprune.core.errors import DataError, MismatchError, OptionError
 from causalprune.evaluation import continuing
 from causalprune.evaluation.continuing import judge_of
 from causalprune.evaluation.measures import evaluate, evaluation_contents, output_type, source_of
@@ -43,6 +43,8 @@ def test_traits_of_tokens_worked_out_by_hand() -> None:
     assert uniqueness("") == 1.0
     assert diversity([1, 2, 1, 2, 1]) == pytest.approx((2 / 4) * (2 / 3) * 1.0)
     assert spans("Of course, of Course", ["of course"]) == [(0, 9), (11, 20)]
+    assert spans("İİ İ. Of course", ["of course"]) == [(6, 15)]  # "İ".lower() has two characters
+    assert spans("lalala (a.b)", ["LALA", "A.B"]) == [(0, 4), (2, 6), (8, 11)]
 
 
 def test_all_traits_of_the_same_continuations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +111,14 @@ def test_other_phrases_are_not_compared_and_none_are_refused(tmp_path: Path) -> 
         read_phrases(tmp_path / "empty.txt")
     (tmp_path / "list.txt").write_text("Of course!\n\nSure\n")
     assert read_phrases(tmp_path / "list.txt") == ("Of course!", "Sure")
+
+
+def test_continuations_with_and_without_thoughts_are_not_compared(tmp_path: Path) -> None:
+    path, decoder = own_file(tmp_path, ["Paris", "Rome", "Bern"]), tiny_decoder(chat=True)
+    decoder.tokenizer.chat_template += "{% if enable_thinking %}<think>{% endif %}"
+    off, on = (evaluate(decoder, [f"{path}_loops"], SETTINGS, thinking=word)[0] for word in ("off", "on"))
+    with pytest.raises(MismatchError, match="different settings"):
+        paired_difference(on, off)
 
 
 def test_prompts_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 from speaking import own_file, speak
-from tinydata import tiny_decoder, write_jsonl
+from tinydata import tiny_decoder, write_data, write_jsonl
 
 from causalprune.core.errors import DataError, OptionError
 from causalprune.evaluation.measures import check_tasks, evaluate, evaluation_contents, source_of
 from causalprune.evaluation.results import headline, interval, paired_difference, read_results, write_results
 from causalprune.evaluation.settings import Settings
 from causalprune.evaluation.tasks.scorers import load_scorers
+from causalprune.evaluation.written import together
 
 
 @pytest.fixture
@@ -58,11 +59,29 @@ def test_a_scorer_makes_a_measure(
         evaluate(tiny_decoder(), [f"{bare}_answers"])
 
 
+def test_a_scorer_may_end_in_a_word_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speak(monkeypatch, lambda _: "four")
+    own = {"short_answers": lambda texts, targets: [len(text) for text in texts]}
+    data = write_data(tmp_path / "data")
+    (found,) = evaluate(tiny_decoder(), ["gsm8k_short_answers:3"], scorers=own, data_dir=data)
+    assert (found.metric, set(found.values)) == ("short_answers", {4.0})
+
+
 def test_scorers_are_named_by_tasks() -> None:
     check_tasks(["a.jsonl_polite:5", "gsm8k_polite", "arc_challenge"], ["polite", "challenge"])
     assert source_of("a.jsonl_very_polite", ["polite", "very_polite"]) == "a.jsonl"
     assert source_of("gsm8k_polite", ["polite"]) == "gsm8k"
     assert source_of("arc_challenge", ["challenge"]) == "arc_challenge"
+    for name in ("short_answers", "long_loops"):
+        assert source_of(f"gsm8k_{name}", [name]) == "gsm8k"
+    assert together(["gsm8k_long_loops", "gsm8k_loops"], ["long_loops"]) == [
+        ("gsm8k_long_loops",),
+        ("gsm8k_loops",),
+    ]
+    with pytest.raises(OptionError, match="gsm8k_nll:3 and gsm8k_nll:5 would both be called gsm8k_nll"):
+        check_tasks(["gsm8k_nll:3", "gsm8k_loops", "gsm8k_nll:5"])
+    with pytest.raises(OptionError, match="--scorer rude scores nothing"):
+        check_tasks(["gsm8k_polite"], ["polite", "rude"])
     with pytest.raises(OptionError, match="FILE_NAME with --scorer NAME=module:function"):
         check_tasks(["a.jsonl_polite"])
     with pytest.raises(OptionError, match="did you mean 'gsm8k_polite'"):
@@ -75,6 +94,7 @@ def test_scorers_are_named_by_tasks() -> None:
         ("length", "is written NAME=module:function"),
         ("a=mymetrics", "is written NAME=module:function"),
         ("nll=mymetrics:length", "another measure's name"),
+        ("own_kl=mymetrics:length", "ends in another measure's name"),
         ("a=nowhere_at_all:length", "No module named 'nowhere_at_all', neither installed nor in the current"),
         ("a=mymetrics:absent", "a function absent is wanted, and mymetrics has none"),
         ("a=mymetrics:constant", "is int, which cannot be called"),

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
+from configs import tiny_config
+from families import FAMILIES, tiny
 from tinydata import byte_tokenizer, tiny_decoder, write_model
 
 from causalprune.checkpoints import embedded
@@ -19,7 +20,7 @@ from causalprune.evaluation import pieces as piecewise
 from causalprune.evaluation import written
 from causalprune.evaluation.measures import evaluate
 from causalprune.evaluation.results import headline, paired_difference
-from causalprune.evaluation.sampling import OPENERS, nucleus, starts_of, write
+from causalprune.evaluation.sampling import OPENERS, _Step, nucleus, starts_of, write
 from causalprune.evaluation.settings import Settings
 from causalprune.evaluation.written import own_pieces, own_text, own_texts
 from causalprune.interventions.ablation import last_hidden
@@ -85,6 +86,43 @@ def test_documents_are_written_as_if_each_was_alone(family: str) -> None:
             assert nucleus(logits, numbers[begin + 1 : end]).tolist() == tokens[begin + 1 : end]
             count += 1
     assert count > 8
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mamba", "bamba", "qwen3_next", "falcon_h1", "minimax"])
+def test_states_do_not_go_on_from_one_document_to_the_next(model_type: str) -> None:
+    decoder = inspect_model(tiny(tiny_config(model_type)), byte_tokenizer(), name=model_type)
+    tokens = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(0))
+    begins, step = torch.tensor([0, 5, 9]), _Step(decoder)
+    with torch.inference_mode():
+        every = [step(tokens[:, at], begins.where(begins <= at, 0)) for at in range(16)]
+        for row, begin in enumerate(begins.tolist()):
+            anew, zero = _Step(decoder), torch.zeros(1, dtype=torch.long)
+            alone = torch.cat([anew(tokens[row : row + 1, at], zero) for at in range(begin, 16)])
+            together = torch.stack([logits[row] for logits in every[begin:]])
+            torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3)
+    assert piecewise.version_of(decoder) == (1 if model_type == "llama" else 2)
+
+
+def test_documents_that_are_compressed_into_one_another_are_refused() -> None:
+    decoder = dataclasses.replace(tiny_decoder(), model=tiny(tiny_config("deepseek_v4")))
+    step, tokens = _Step(decoder), torch.tensor([5, 6])
+    with torch.inference_mode():
+        step(tokens, torch.tensor([0, 0]))
+        with pytest.raises(
+            DataError, match=r"a second document of a piece would see the first.*--preserve c4"
+        ):
+            step(tokens, torch.tensor([0, 1]))
+
+
+def test_tokens_are_those_that_tokenizer_and_model_both_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = tiny_decoder()
+    size, words = decoder.model.config.vocab_size, decoder.tokenizer
+    words.add_special_tokens({"additional_special_tokens": [f"<image{i}>" for i in range(size)]})
+    assert max(words.get_vocab().values()) >= size
+    (piece,) = write(decoder, torch.rand(1, 12, generator=torch.Generator().manual_seed(0)))
+    assert max(piece[0]) < size
+    monkeypatch.setattr(type(words), "__len__", lambda _: 1)  # as where ids have gaps
+    assert write(decoder, torch.rand(1, 12, generator=torch.Generator().manual_seed(0))) == [piece]
 
 
 def test_a_document_begins_with_bos_where_that_begins_no_chat() -> None:

@@ -1,6 +1,7 @@
 """Slopes at outputs of matrices, and the criterion that multiplies them with weights and inputs."""
 
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from reference import ONE_ROUTE, calibration, fresh, restored, shared, with_expe
 from torch import Tensor, nn
 
 from causalprune.calibration.examples import batches
-from causalprune.core.errors import OptionError
+from causalprune.core import resuming
+from causalprune.core.errors import ModelError, OptionError
 from causalprune.core.types import Calibration, Decoder, Layer
 from causalprune.interventions import pieces
 from causalprune.interventions.gradients import output_slopes
@@ -188,6 +190,27 @@ def test_outputs_that_the_loss_does_not_depend_on_are_unknown() -> None:
     found = output_slopes(decoder, batches(EXAMPLES.examples, max_batch_tokens=64))
     own = {p.role for p in layer.projections if p.name in found}
     assert own == {"q", "k", "v", "o", "down"}
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "snip"])
+def test_what_the_loss_does_not_depend_on_goes_first_where_all_are_compared(criterion: str) -> None:
+    decoder = fresh("llama3")
+    own = {p.role: p for p in decoder.layers[-1].projections}
+    own["down"].write(torch.zeros(own["down"].shape))
+    keep = prune(decoder, Method(criterion, 0.5, "global"), calibration=EXAMPLES).keep
+    assert not any(bool(keep[own[role].name].any()) for role in ("gate", "up"))
+
+
+def test_slopes_that_are_not_finite_are_said_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resuming, "EVERY", 0.0)
+    for method in (Method("causal", 0.5), Method("fisher", 0.5)):
+        decoder = fresh("llama3")
+        decoder.model.model.norm.weight.data[0] = torch.nan
+        with pytest.raises(ModelError, match=r"slopes at the output of layers\..* are not finite: look for"):
+            prune(decoder, method, calibration=EXAMPLES, max_batch_tokens=16, kept_in=tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
 
 
 def same_masks(one: Method, other: Method, monkeypatch: pytest.MonkeyPatch, slope: float) -> bool:

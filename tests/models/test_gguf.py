@@ -149,6 +149,17 @@ def test_logits_are_those_of_the_model_in_the_file(case: str, tmp_path: Path) ->
     assert [found.config.bos_token_id, found.config.eos_token_id] == [*SPECIAL.values()]
 
 
+@pytest.mark.parametrize(("asked", "held"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_what_is_saved_has_the_dtype_that_it_has_in_memory(
+    asked: str, held: torch.dtype, tmp_path: Path
+) -> None:
+    decoder = load(str(write_gguf(tmp_path / "tiny.gguf", llama())), dtype=asked)
+    again = load(str(save(decoder, tmp_path / "plain")))
+    assert decoder.source is not None
+    assert (decoder.model.dtype, decoder.source.dtype, again.model.dtype) == (held, held, held)
+    assert again.fingerprint == decoder.fingerprint
+
+
 def test_what_was_read_back_is_saved(tmp_path: Path) -> None:
     make, architecture, settings = CASES["llama 3"]
     file = str(write_gguf(tmp_path / "tiny.gguf", make(), architecture, **settings))

@@ -5,7 +5,7 @@ import torch
 from configs import tiny_config
 from families import tiny
 
-from causalprune.models.context import go_on
+from causalprune.models.context import go_on, positions
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mamba", "mamba2", "falcon_mamba", "qwen3_next"])
@@ -22,3 +22,16 @@ def test_what_is_read_in_steps_is_what_is_read_at_once(model_type: str) -> None:
             seen = torch.ones(2, at + 1, dtype=torch.long)
             output, cache = go_on(model, tokens[:, at : at + 1], cache, seen)
             torch.testing.assert_close(output.logits[:, 0], whole[:, at], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "longest"), [("llama", 128), ("gpt2", 128), ("mpt", 128), ("bloom", None)]
+)
+def test_positions_are_counted_whatever_a_configuration_calls_them(
+    model_type: str, longest: int | None
+) -> None:
+    config = tiny_config(model_type)
+    assert positions(config) == longest
+    if model_type == "mpt":  # no position beyond has a bias
+        with torch.inference_mode(), pytest.raises(RuntimeError):
+            tiny(config)(torch.zeros(1, 129, dtype=torch.long))

@@ -9,12 +9,14 @@ import pytest
 import torch
 from families import FAMILIES, N_LAYERS, SMALL, VOCAB, tiny
 from ggufs import write_gguf
+from sources import edit
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BloomConfig, GptOssConfig, PreTrainedModel
 
 from causalprune.core.types import Decoder
 from causalprune.models.anatomy import inspect_model
+from causalprune.models.folders import auto_dtype, open_checkpoint
 from causalprune.models.loading import load
 from causalprune.models.summaries import summary
 
@@ -198,6 +200,22 @@ def test_a_saved_model_loads_with_the_same_logits_and_fingerprint(decoder: Decod
     assert again.tokenizer is None
     assert not again.model.training
     assert not any(p.requires_grad for p in again.model.parameters())
+
+
+@pytest.mark.parametrize("how", ["one file", "shards", "index"])
+def test_without_a_dtype_in_the_configuration_it_is_foreseen_as_it_is_loaded(
+    how: str, tmp_path: Path
+) -> None:
+    model = FAMILIES["llama3"]().bfloat16()
+    model.model.layers[0].input_layernorm.float()  # the first bytes of its file
+    model.save_pretrained(tmp_path, max_shard_size="5GB" if how == "one file" else "20KB")
+    edit(tmp_path / "config.json", lambda own: {k: v for k, v in own.items() if k != "dtype"})
+    if how == "index":
+        said = {"metadata": {"dtype": "float16"}}
+        edit(tmp_path / "model.safetensors.index.json", lambda own: own | said)
+    stored, loaded = open_checkpoint(tmp_path), load(str(tmp_path)).model.dtype
+    assert loaded == (torch.float16 if how == "index" else torch.bfloat16)
+    assert auto_dtype(tmp_path, stored) == loaded
 
 
 def test_the_fingerprint_sees_every_weight_and_the_shape() -> None:

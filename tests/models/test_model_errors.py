@@ -26,13 +26,26 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from causalprune.checkpoints import embedded
 from causalprune.cli.options import ModelOptions
 from causalprune.core.errors import CausalPruneError, CheckpointError, ModelError, OptionError
 from causalprune.models.anatomy import inspect_model
-from causalprune.models.loading import device_of, load, read_shape, skeleton
+from causalprune.models.loading import device_of, load, outlined, read_shape, reading, skeleton
 from causalprune.pruning.methods import Method
 from causalprune.runs.recipe import ModelSpec
 from causalprune.streaming.files import prune_stream
+
+
+@pytest.mark.parametrize("place", ["folder", "file", "embedded"])
+@pytest.mark.parametrize("read", [load, read_shape, reading, outlined])
+def test_a_revision_of_what_is_on_this_machine_is_refused(
+    read: Callable[..., Any], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(b"")
+    monkeypatch.setattr(embedded, "embedded_model", lambda: tmp_path)
+    name = {"folder": tmp_path, "file": tmp_path / "tiny.gguf", "embedded": embedded.resolve("embedded")}
+    with pytest.raises(OptionError, match="has no revisions: leave out revision 'v2'"):
+        read(str(name[place]), revision="v2")
 
 
 def of_another_type() -> Any:

@@ -1,6 +1,7 @@
 """Graded interventions: measured as they are meant, and nothing left behind."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from families import FAMILIES, VOCAB
 
 from causalprune.calibration.examples import batches
 from causalprune.checkpoints.saving import count_zeros
-from causalprune.core.errors import OptionError
+from causalprune.core.errors import ModelError, OptionError
+from causalprune.core.resuming import State
 from causalprune.core.types import Calibration, Decoder, Example
 from causalprune.models.anatomy import fingerprint, inspect_model
 from causalprune.pruning.budgets import trial
@@ -59,6 +61,15 @@ def test_a_dose_is_measured_as_a_pruned_model_is(name: str) -> None:
         for key, weight in saved.items():
             own[key].write(weight)
         assert float(found.nats[number, 1]) == pytest.approx(total / n, rel=1e-4, abs=1e-6)
+
+
+def test_divergences_that_are_not_finite_are_said_and_not_kept(tmp_path: Path) -> None:
+    decoder, state = decoder_of("llama3"), State(tmp_path / "kept")
+    decoder.model.model.norm.weight.data[0] = torch.nan
+    experiment = Experiment(batches(problems(3).examples, max_batch_tokens=40), (0.5,))
+    with pytest.raises(ModelError, match=r"divergences where layers\.0\..* is pruned are not finite"):
+        dose_response(decoder, decoder.layers, experiment, lambda p, tried: [p.read()], state)
+    assert not (tmp_path / "kept").exists()
 
 
 def test_trials_side_by_side_are_those_one_by_one() -> None:

@@ -125,6 +125,17 @@ def test_the_smallest_that_holds_comes_before_the_sparsest() -> None:
     found = judged({"wanda-0.2": {LOSS: 0.0, TEXT: 0.0}, "causal-0.5": {LOSS: 0.3, TEXT: 0.0}})
     assert (found.label, found.holds) == ("wanda-0.2", True)
     assert any("causal-0.5 loses more" in reason for reason in found.reasons)
+    assert "no measure: 2 of 2, of which 1 holds. This is" in found.reasons[0]
+
+
+@pytest.mark.parametrize(("prompts", "asks"), [(("",), False), (("The",), False), (("2+2=\n\n",), True)])
+def test_answers_are_asked_for_where_there_is_a_question(prompts: tuple[str, ...], asks: bool) -> None:
+    own = {"results": [asdict(result(LOSS, 0.0)) | {"prompts": prompts * N}]}
+    about: dict[str, Any] = {"scope": "row", "sparsity": 0.0}
+    rows = [{"label": name, "criterion": name, **about, **own} for name in ("dense", "wanda")]
+    assert verdict({"rows": rows}).measure == (f"{ANSWERS}:{N}" if asks else None)
+    for task in ("c4_nll", "wikitext2_nll"):
+        assert judged({"causal-0.5": {task: 0.0}}).measure is None
 
 
 @pytest.mark.parametrize(

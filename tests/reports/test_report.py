@@ -17,6 +17,7 @@ from causalprune.core.errors import CheckpointError, OptionError
 from causalprune.core.ledger import Ledger
 from causalprune.evaluation.results import interval, load_rows, paired_difference, read_json
 from causalprune.reports.evidence import by_head, by_matrix, read_run
+from causalprune.reports.figures import _figures
 from causalprune.reports.page import embedded, finite, number
 from causalprune.reports.summary import summary
 from causalprune.reports.writing import report
@@ -281,6 +282,15 @@ def test_machines_get_json_csv_and_figures(run: Run, folder: Path, tmp_path: Pat
     assert run("report", folder, *files)[0] == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()} == first
     assert (folder / "report.html").exists()
+
+
+def test_heads_are_drawn_in_the_unit_of_their_effects() -> None:
+    from matplotlib.figure import Figure
+
+    own = {"unit": "logits per token", "units": [{"kind": "head", "layer": 0, "index": 0, "delta": 0.5}]}
+    (_, _, paint), *_ = _figures({"models": [], "tasks": [], "effects": [own], "zeros": {}, "doses": {}})
+    paint(figure := Figure())
+    assert [ax.get_ylabel() for ax in figure.axes] == ["layer", "Δ, logits per token"]
 
 
 def test_a_csv_cell_is_no_formula(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, assert_refused
 from speaking import own_file
 from tinydata import tiny_decoder
 
@@ -130,6 +130,10 @@ def test_options_reach_what_is_measured(model: Path, tmp_path: Path, run: Run) -
     assert answers["description"]["read_as"] == "regex:([0-9])"
     assert answers["description"]["answers"]["tokens"] == [3, 3]
     assert re.search(r"\.size \([0-9a-f]{12}\)$", sizes["description"]["scorer"]), "an edited one is noticed"
+    (tmp_path / "list.txt").write_text("Of course!\n")
+    none = tmp_path / "no.json"
+    unused = run("evaluate", model, *tasks, "--phrases", tmp_path / "list.txt", "-o", none)
+    assert_refused(unused, "--phrases: no measure looks for them", none)
     code, _, err = run(
         "evaluate", model, *tasks, "--answer", "text", "--thinking", "on", "-o", tmp_path / "no.json"
     )

@@ -68,6 +68,18 @@ def test_draws_go_on_where_they_were(
     assert done == ["gsm8k_nll:4", "strategyqa"] * 2, "those of the second draw alone"
 
 
+def test_one_draw_and_several_do_not_share_a_folder(recipe: Recipe, data: Path, tmp_path: Path) -> None:
+    small = dataclasses.replace(recipe, on=("gsm8k_nll:4",))
+    draws.run(small, tmp_path / "one", data_dir=data)
+    with pytest.raises(MismatchError, match=r"holds a run on one draw: .* leave out --seeds"):
+        draws.run_draws(small, 2, tmp_path / "one", data_dir=data)
+    draws.run_draws(small, 2, tmp_path / "two", data_dir=data)
+    with pytest.raises(
+        MismatchError, match=r"holds runs on several draws \(--seeds\): choose another folder"
+    ):
+        draws.run(small, tmp_path / "two", data_dir=data)
+
+
 def counted(calls: list[str]) -> Any:
     """Return what takes the place of `evaluate` and notes what it measures."""
     from causalprune.evaluation.measures import evaluate

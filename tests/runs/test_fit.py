@@ -1,5 +1,6 @@
 """The search for the file to ship, from end to end on a tiny model; a stopped one goes on."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,8 +9,9 @@ from typing import Any
 import pytest
 import shipped
 from conftest import Run, assert_refused
-from tinydata import write_data
+from tinydata import tiny_decoder, write_data
 
+from causalprune.core.errors import ModelError, OptionError
 from causalprune.core.types import EvalResult
 from causalprune.models.loading import load
 from causalprune.runs import ModelSpec, searching
@@ -133,6 +135,10 @@ def test_a_file_that_is_not_its_own_is_not_replaced(run: Run, tmp_path: Path) ->
     assert code == 2
     assert "was not written by `fit`" in err
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+    (tmp_path / "frontier.json").write_text("{}")  # of a search whose ledger was deleted to start again
+    code, _, err = run("fit", tmp_path / "none", "-o", tmp_path, "--on", "gsm8k_nll:6", "--size", "1MB")
+    assert code
+    assert "was not written by `fit`" not in err
 
 
 @pytest.mark.thorough
@@ -194,3 +200,101 @@ def test_shares_that_a_model_cannot_lose_are_left_out_and_said(tmp_path: Path) -
     spec = ModelSpec(str(shipped.write(tmp_path / "model")))  # a third of it are embeddings
     with pytest.warns(UserWarning, match=r"no file without 90% of the parameters is tried: .* so small"):
         assert searching.possible(spec, (0.1, 0.2, 0.9)) == (0.1, 0.2)
+
+
+def test_a_single_problem_with_several_answers_has_no_halves() -> None:
+    result = EvalResult("x_nll", "nats_per_token", (1.0, 2.0), (1.0, 1.0), ("a", "a"))
+    with pytest.raises(OptionError, match="x_nll has one problem"):
+        searching.check_halves(result, Limit("size", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kinds"),
+    [
+        ("llama", {"neurons", "kv_groups", "experts", "layers"}),
+        ("gemma3_text", {"neurons", "kv_groups", "experts"}),
+        ("cohere2", {"neurons", "experts"}),
+    ],
+)
+def test_only_units_go_without_which_llama_cpp_may_run(architecture: str, kinds: set[str]) -> None:
+    config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(model_type=architecture))
+    decoder: Any = SimpleNamespace(model=SimpleNamespace(config=config))
+    assert {*searching.budget_of(decoder, 0.2).kinds} == kinds
+
+
+def pretended(**own: Any) -> Any:
+    """Return a search that has measured a whole file and a smaller one."""
+    asked = SimpleNamespace(limit=Limit("size", 100), on="gsm8k_nll")
+    rises = {"q8_0": 0.1, "0.1-q8_0": 0.05}
+    given = {"asked": asked, "output": Path("out"), "work": Path("work"), "rises": lambda _: rises}
+    return SimpleNamespace(**given, book=SimpleNamespace(rows={}), keeps=lambda _: {}, **own)
+
+
+def test_a_smaller_model_that_cannot_be_a_file_is_said_and_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def shrunk(share: float) -> None:
+        if share == 0.1:
+            raise ModelError("no such file")
+
+    points = {0.0: [Point(0.0, "q8_0", 90)], 0.2: [Point(0.2, "q8_0", 70)]}
+    for name in ("check_reach", "settle", "check_halves"):
+        monkeypatch.setattr(fit_of, name, lambda *_: None)
+    monkeypatch.setattr(fit_of, "enough", lambda *_: False)
+    search = pretended(shares=(0.1, 0.2), shrunk=shrunk, measure=lambda *_: None, known=lambda _: True)
+    search.points, search.result = points.__getitem__, lambda *_: None
+    with pytest.warns(UserWarning, match="no file without 10% of the parameters is tried: no such file"):
+        assert [p.name for p in fit_of._searched(search)] == ["q8_0", "0.2-q8_0"]
+
+
+def test_a_file_that_llama_cpp_refuses_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exported(_: Any, point: Point, target: Path) -> Path:
+        if point.share:
+            raise ModelError("llama.cpp cannot load it")
+        return target
+
+    monkeypatch.setattr(fit_of, "_export", exported)
+    points = [Point(0.0, "q8_0", 90), Point(0.1, "q8_0", 80)]
+    with pytest.warns(UserWarning, match="0.1-q8_0 is no file: llama.cpp cannot load it"):
+        point, _ = fit_of._best(pretended(), points, Path("made.gguf"), {})
+    assert point.name == "q8_0"
+    assert points == [point]
+
+
+def test_the_whole_model_is_the_intact_one_whatever_it_was_made_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its own text would be another model's."""
+    made = dataclasses.replace(tiny_decoder(), base={"name": "other", "fingerprint": "other"})
+    monkeypatch.setattr(searching, "load", lambda _: made)
+    spec, own = ModelSpec("model"), SimpleNamespace(start=None)
+    missing: Any = None
+    search = searching.Search(
+        spec,
+        missing,
+        Path("out"),
+        own,
+        missing,
+        missing,
+        searching.Start(spec),
+        "whole",  # type: ignore[arg-type]
+    )
+    assert search.load(0.0).base is None
+    assert search.load(0.1).base == {"name": "model", "fingerprint": "whole"}
+
+
+def test_a_share_is_kept_of_a_likelihood_or_of_scores_from_zero_up() -> None:
+    def result(metric: str, *values: float, **description: Any) -> EvalResult:
+        names = tuple(map(str, range(len(values))))
+        return EvalResult("x", metric, values, (1.0,) * len(values), names, description=description)
+
+    limit = Limit("keep", 0.9)
+    searching.check_halves(result("nats_per_token", 1.0, 2.0), limit)
+    searching.check_halves(result("length", 1.0, 2.0, higher_is_better=True), limit)
+    for own in (
+        result("length", -1.0, 2.0, higher_is_better=True),
+        result("length", 1.0, 2.0, higher_is_better=False),
+    ):
+        searching.check_halves(own, Limit("size", 1.0))
+        with pytest.raises(OptionError, match=r"from 0 up, and x \(length\) is neither"):
+            searching.check_halves(own, limit)
+    with pytest.raises(OptionError, match="solves none"):
+        searching.check_halves(result("accuracy", 0.0, 1.0), limit)

@@ -9,7 +9,7 @@ import torch
 from conftest import Run, assert_refused
 from tinydata import tiny_decoder, write_data
 
-from causalprune.core.errors import ModelError, OptionError
+from causalprune.core.errors import MismatchError, ModelError, OptionError
 from causalprune.core.resuming import State, forget
 from causalprune.models import folders
 from causalprune.pruning.methods import Method
@@ -63,6 +63,21 @@ def test_a_stopped_run_goes_on_as_it_began(
         assert fitting.place(spec, method, 2048).stream is not stream
         assert fitting.place(spec, method, 2048, kept_in=kept_in).stream is stream
         forget(kept_in)
+
+
+def test_what_is_left_of_a_run_from_files_is_named_where_another_cannot_go_so(
+    model: Path, tmp_path: Path
+) -> None:
+    kept_in, spec, method = tmp_path / "out.pruning", ModelSpec(str(model)), Method("causal", 0.5)
+    State(kept_in, ["streamed", "model"]).keep(one=1)
+    others = [(replace(spec, dtype="bfloat16"), method), (spec, replace(method, budgets="graded"))]
+    for own, other in others:
+        with pytest.raises(
+            MismatchError, match=r"out\.pruning is of a stopped run from files: delete it, or choose another"
+        ):
+            fitting.place(own, other, 2048, kept_in=kept_in)
+        with pytest.raises(OptionError):
+            fitting.place(own, other, 2048, stream=True, kept_in=kept_in)
 
 
 @pytest.mark.usefixtures("little")
@@ -137,6 +152,15 @@ def test_a_full_disk_is_named_before_the_start(
     )
     refused = run(command, model, *words)
     assert_refused(refused, r"GB are needed for", tmp_path / "out")
+
+
+def test_room_is_spared_by_weights_alone_that_are_there(tmp_path: Path) -> None:
+    decoder = tiny_decoder()
+    whole = fitting.room_of(decoder, tmp_path)
+    (tmp_path / "lessons").write_bytes(bytes(100))
+    assert fitting.room_of(decoder, tmp_path) == whole
+    (tmp_path / "layer-0").write_bytes(bytes(100))
+    assert fitting.room_of(decoder, tmp_path) == whole - 100
 
 
 def test_a_model_that_is_no_folder_is_not_streamed() -> None:

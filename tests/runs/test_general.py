@@ -164,6 +164,12 @@ def test_a_plan_counts_it(model: Path, data: Path, tmp_path: Path) -> None:
     found = {job.name: job.tokens for job in jobs}
     assert found["pruning on calibration data"] > 200
     assert found["text of its own, written once"] == 8 * (96 + 200)
+    written = set()
+    for preserve in (("own",), ("c4:9", "own")):  # a share of the task's tokens, whatever else is preserved
+        own = CalibrationSpec(("gsm8k:4",), max_tokens=100, preserve=preserve)
+        jobs = plan(recipe(model, calibration=own), tmp_path / "run", data_dir=data).jobs
+        written |= {job.tokens for job in jobs if job.name == "text of its own, written once"}
+    assert written == {8 * (96 + 100)}
 
 
 @pytest.mark.parametrize(("added", "best"), [(True, 0.5), (False, None)])
@@ -175,9 +181,10 @@ def test_a_sweep_decides_by_what_was_named(
         return dataclasses.asdict(EvalResult(task, "nats_per_token", *values, description=own))
 
     def run(wanted: Recipe, *_: Any, **__: Any) -> dict[str, Any]:
-        losses = {"dense": 1.0, **{f"magnitude-{s:g}": 1 + s for s in wanted.sparsities}}
+        losses = {"dense": 1.0, **{f"magnitude-matrix-{s:g}": 1 + s for s in wanted.sparsities}}
         rows = {k: [result("gsm8k_nll", 1.0), result("own_kl", v, added=added)] for k, v in losses.items()}
-        return {"rows": [{"label": label, "results": results} for label, results in rows.items()]}
+        sparsity = {label: losses[label] - 1 for label in rows}
+        return {"rows": [{"label": k, "sparsity": sparsity[k], "results": v} for k, v in rows.items()]}
 
     monkeypatch.setattr(sweeping, "run", run)
     tried = sweeping.sweep(recipe(tmp_path, sparsities=(0.3, 0.5)), 0.9, tmp_path)

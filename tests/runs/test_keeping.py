@@ -1,5 +1,6 @@
 """A run keeps the checkpoint that nothing beats, and deletes nothing that is not its own."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,21 @@ def test_the_methods_that_a_recipe_saves_are_kept_beside_the_best(
     record = running.run(wanted, tmp_path / "run", data_dir=data)
     random, small = (row["label"] for row in record["rows"] if row["criterion"] in ("random", "shrink"))
     assert kept(tmp_path / "run") == sorted({random, small, verdict(record).label or random})
+
+
+def test_what_is_to_be_saved_of_a_finished_run_is_made_again_and_stays(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    folder, methods = tmp_path / "run", ("random", "magnitude")
+    before = running.run(recipe(model, *methods, save=()), folder, data_dir=data)
+    (best,) = kept(folder)
+    after = running.run(recipe(model, "wanda", *methods, save=methods), folder, data_dir=data)
+    labels = {row["label"] for row in before["rows"][1:]}
+    assert labels <= set(kept(folder))
+    assert [after["rows"][0], *after["rows"][2:]] == before["rows"]
+    let_go(folder / "checkpoints" / best)
+    assert labels <= set(kept(folder))
+    assert all(verify(folder / "checkpoints" / name).ok for name in kept(folder))
 
 
 @pytest.mark.parametrize("touch", ["added", "changed", "asked for", "link"])
@@ -229,6 +245,30 @@ def test_the_next_command_names_what_lacks(model: Path, data: Path, tmp_path: Pa
     assert then(holds=False) == f"sweep {model} -o {tmp_path / 'run' / 'sweep'} {on} -t gsm8k:6 {there}"
 
 
+def test_the_next_command_says_all_that_the_run_was_told(tmp_path: Path) -> None:
+    spec, own = (
+        ModelSpec("m", device="cpu", device_map="auto"),
+        CalibrationSpec(("./train",), preserve=("none",)),
+    )
+    answers: dict[str, Any] = {"answer": "letter", "max_new_tokens": 9, "scorers": ("short=mine:short",)}
+    wanted = Recipe(spec, own, ("causal",), (0.5,), ("./test_short",), **answers)
+    rows = [{"label": "dense", "results": [{"task": "./test_short", "description": {"limit": 4}}]}]
+    record = {"recipe": asdict(wanted), "calibration": {"sources": {"./train": 6}}, "rows": rows}
+
+    def then(*, holds: bool) -> str:
+        return endings.next_command(record, tmp_path, Verdict("causal-row-0.5", holds, ""))
+
+    of_model = "-t ./train:6 --preserve none --device cpu --device-map auto"
+    on = "--on ./test_short:4 --scorer short=mine:short --answer letter --max-new-tokens 9"
+    assert then(holds=False) == f"causalprune sweep m -o {tmp_path}/sweep {on} {of_model}"
+    assert then(holds=True) == f"causalprune shrink m -o {tmp_path}/smaller --parameters 0.2 {of_model}"
+    kept = tmp_path / "checkpoints" / "causal-row-0.5"
+    save(tiny_decoder(), kept, manifest={})
+    judged = Verdict(kept.name, holds=False, headline="", measure="./test_answers:4")
+    words = endings.next_command(record, tmp_path, judged)
+    assert words.endswith(f"--on ./test_answers:4 -o {kept}.json --answer letter --max-new-tokens 9")
+
+
 def test_what_reads_the_same_data_is_said() -> None:
     wanted, model = (
         CalibrationSpec(("gsm8k",), seed=3, chat="off", fold_system=True),
@@ -247,3 +287,13 @@ def test_the_other_part_of_a_users_data_is_measured_where_it_is_found(tmp_path: 
     assert " TEST.jsonl_nll " in endings.outcome(tmp_path / "out").then
     (tmp_path / "test.jsonl").write_text("")
     assert f" {tmp_path}/test.jsonl_nll " in endings.outcome(tmp_path / "out").then
+
+
+def test_the_other_folder_of_a_users_data_stays_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("test").mkdir()
+    for name in ("./train", "./train/"):
+        save(tiny_decoder(), Path("out"), manifest={"calibration": {"sources": {name: 4}}}, overwrite=True)
+        assert " --on ./test_nll " in endings.outcome(Path("out")).then

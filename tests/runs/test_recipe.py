@@ -183,9 +183,19 @@ def test_a_plan_counts_what_the_estimator_costs(tmp_path: Path) -> None:
 @pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "dtype", "each"),
-    [("embedded", "auto", 4), ("x.gguf", "auto", 4), ("embedded", "bfloat16", 2), ("org/x", "auto", 2)],
+    [
+        ("embedded", "auto", 4),
+        ("x.gguf", "auto", 4),
+        ("folder", "auto", 4),
+        ("embedded", "bfloat16", 2),
+        ("org/x", "auto", 2),
+    ],
 )
 def test_a_plan_knows_what_is_unpacked_to_float32(tmp_path: Path, name: str, dtype: str, each: int) -> None:
+    if name == "folder":
+        name = str(tmp_path / "held")
+        Path(name).mkdir()
+        (Path(name) / "x.gguf").write_bytes(b"")
     path, data = tmp_path / "recipe.yaml", write_data(tmp_path / "data")
     own = {"model": {"name": name, "dtype": dtype}, "methods": ["wanda"], "sparsities": [0.2], "save": True}
     shape = {"layers": 30, "heads": 9, "parameters": 1e8}

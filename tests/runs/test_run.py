@@ -2,6 +2,7 @@ import gc
 import json
 import math
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,24 @@ def test_run_measures_dense_and_every_method(model: Path, data: Path, tmp_path: 
     again = evaluate(reloaded, ["gsm8k_nll:4"], data_dir=data, batch_tokens=2048)
     assert again[0].values == rows["cap-global-0.5"][0].values
     assert read_manifest(checkpoint)["run"]["calibration"]["sources"] == {"gsm8k": 6}
+
+
+def test_in_a_wider_dtype_than_the_files_what_is_saved_is_measured(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    narrow = cells.load(ModelSpec(str(model), dtype="bfloat16"))
+    narrow.model.save_pretrained(tmp_path / "narrow")
+    narrow.tokenizer.save_pretrained(tmp_path / "narrow")
+    spec = ModelSpec(str(tmp_path / "narrow"), dtype="float32")
+    wanted = recipe(model, methods=("sparsegpt", "shrink:0.1+refit"), save=True, on=("gsm8k_nll:4",))
+    own = replace(wanted.calibration, preserve=())
+    wanted = replace(wanted, model=spec, calibration=own)
+    for row in running.run(wanted, tmp_path / "run", data_dir=data)["rows"][1:]:
+        saved = tmp_path / "run" / "checkpoints" / row["label"]
+        decoder = cells.load(ModelSpec(str(saved), dtype="float32"))
+        (again,) = evaluate(decoder, ["gsm8k_nll:4"], data_dir=data)
+        assert tuple(row["results"][0]["values"]) == again.values
+        assert row["results"][0]["description"]["fingerprint"] == decoder.fingerprint
 
 
 @pytest.mark.thorough
@@ -158,6 +177,20 @@ def test_a_stopped_prune_goes_on(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calm", "out"]
     calm, own = (load_file(tmp_path / name / "model.safetensors") for name in ("calm", "out"))
     assert all(torch.equal(weight, own[name]) for name, weight in calm.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "last"), [("causal", "pruning.layers.distill"), ("shrink:0.1", "shrinking.removal.distill")]
+)
+def test_what_went_on_after_a_stop_has_no_time(
+    method: str, last: str, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = recipe(model, methods=(method,), on=("gsm8k_nll:4",))
+    with monkeypatch.context() as patch:
+        patch.setattr(f"causalprune.{last}", lambda *_, **__: raised(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            running.run(wanted, tmp_path / "run", data_dir=data)
+    assert running.run(wanted, tmp_path / "run", data_dir=data)["rows"][1]["pruned"]["seconds"] is None
 
 
 @pytest.mark.thorough

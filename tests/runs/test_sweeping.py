@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from configs import tiny_config
+from families import tiny
+from tinydata import byte_tokenizer, write_model
 
+from causalprune.checkpoints.saving import load_effects
 from causalprune.core.errors import OptionError
 from causalprune.core.types import EvalResult
-from causalprune.evaluation.results import headline, paired_difference
+from causalprune.evaluation.results import Tried, headline, load_rows, paired_difference
+from causalprune.models.anatomy import inspect_model
 from causalprune.runs import sweeping
-from causalprune.runs.recipe import CalibrationSpec, ModelSpec, Recipe
+from causalprune.runs.recipe import AttributionSpec, CalibrationSpec, ModelSpec, Recipe
 from causalprune.runs.sweeping import candidates, sweep, worst_difference
 
 RECIPE = Recipe(
@@ -33,10 +38,11 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, ...]]:
     found: list[tuple[float, ...]] = []
 
     def run(recipe: Recipe, folder: Path, **options: Any) -> dict[str, Any]:
-        found.append(recipe.sparsities)
-        losses = {"dense": 1.0, **{f"wanda-{s:g}": 1.0 + s for s in recipe.sparsities}}
+        if not options["coming"].again:
+            found.append(recipe.sparsities)
+        losses = {"dense": 1.0, **{f"wanda-row-{s:g}": 1.0 + s for s in recipe.sparsities}}
         rows = [
-            {"label": k, "results": [dataclasses.asdict(result(v)) for _ in recipe.on]}
+            {"label": k, "sparsity": v - 1, "results": [dataclasses.asdict(result(v)) for _ in recipe.on]}
             for k, v in losses.items()
         ]
         return {"rows": rows}
@@ -130,3 +136,47 @@ def test_the_checkpoint_of_the_highest_sparsity_that_holds_is_kept(
     kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert kept == ([] if best is None else [f"wanda-row-{best:g}"])
     assert any(not one.holds for one in tried)
+
+
+def test_another_share_to_keep_leaves_the_checkpoint_of_its_own_answer(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def holds(sparsity: float, results: Any, dense: Any, keep: float, certain: bool) -> Tried:
+        return Tried(sparsity, (), sparsity <= 1 - keep)
+
+    monkeypatch.setattr(sweeping, "_tried", holds)
+    wanted = dataclasses.replace(
+        RECIPE,
+        model=ModelSpec(str(model)),
+        calibration=CalibrationSpec(("gsm8k",), n=6),
+        sparsities=(0.3, 0.5, 0.7),
+        on=("gsm8k_nll:4",),
+        general_text="none",
+    )
+    for keep, best in ((0.4, 0.5), (0.6, 0.3), (0.4, 0.5)):
+        sweep(wanted, keep, tmp_path, data_dir=data)
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"wanda-row-{best:g}"]
+    assert [label for label, _ in load_rows(tmp_path)] == ["dense", "wanda-row-0.5", "wanda-row-0.7"]
+    assert "## Results" in (tmp_path / "checkpoints" / "wanda-row-0.5" / "README.md").read_text()
+
+
+def test_cap_takes_the_heads_of_all_mixers_where_none_are_named(data: Path, tmp_path: Path) -> None:
+    config = tiny_config("bamba")
+    config.vocab_size, config.max_position_embeddings = 258, 1024
+    decoder = inspect_model(tiny(config), byte_tokenizer(), name="hybrid")
+    wanted = dataclasses.replace(
+        RECIPE,
+        model=ModelSpec(str(write_model(tmp_path / "hybrid", decoder))),
+        calibration=CalibrationSpec(("gsm8k",), n=3),
+        methods=("cap",),
+        sparsities=(0.5,),
+        on=("gsm8k_nll:2",),
+        general_text="none",
+        attribution=AttributionSpec(estimator="gradient"),
+    )
+    sweep(wanted, 0.1, tmp_path / "run", data_dir=data)
+    kinds = {unit.kind for unit in load_effects(tmp_path / "run" / "effects.json").units}
+    assert kinds == {"head", "mixer"}
+    named = dataclasses.replace(wanted, attribution=AttributionSpec(("mlp",)))
+    with pytest.raises(OptionError, match="add heads, mixers to `units`"):
+        sweep(named, 0.1, tmp_path / "other", data_dir=data)

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from tinydata import tiny_decoder, write_jsonl
+from families import FAMILIES
+from tinydata import byte_tokenizer, tiny_decoder, write_jsonl
 
+from causalprune.calibration.data import load_problems
 from causalprune.calibration.encoding import Reader
 from causalprune.calibration.examples import draw
 from causalprune.core.errors import DataError
+from causalprune.models.anatomy import inspect_model
 from causalprune.runs.recipe import CalibrationSpec
-from causalprune.runs.traces import calibrated, own_answers
+from causalprune.runs.traces import _answers, calibrated, own_answers
 
 SPEC = CalibrationSpec(("own:gsm8k",), n=4, subsets=2, max_tokens=400)
 ANSWER = "It is 7."
@@ -55,6 +58,8 @@ def test_own_answers_take_the_place_of_worked_solutions(monkeypatch: pytest.Monk
     for example in found.examples:
         assert example.tokens[: example.target_start] in problems
         assert decoder.tokenizer.decode(example.tokens[example.target_start :]) == ANSWER
+    known = {p.content for p in load_problems("gsm8k", "calibration", data_dir=data)}
+    assert {example.content for example in found.examples} < known, "an answer is in the half of its problem"
     assert found.description["sources"] == {"own:gsm8k": 4}
     assert len(found.description["own_answers_sha256"]["own:gsm8k"]) == 64
     assert calibrated(decoder, SPEC, data).fingerprint == found.fingerprint
@@ -164,3 +169,29 @@ def test_own_answers_to_problems_of_a_file(monkeypatch: pytest.MonkeyPatch, data
     own = write_jsonl(data / "own.jsonl", rows)
     found = calibrated(decoder, CalibrationSpec((f"own:{own}",), n=4, subsets=2, max_tokens=400))
     assert all(decoder.tokenizer.decode(e.tokens[e.target_start :]) == ANSWER for e in found.examples)
+
+
+def test_running_text_has_no_answers_of_its_own(tmp_path: Path) -> None:
+    decoder, own = tiny_decoder(), write_jsonl(tmp_path / "own.jsonl", [{"text": "Some words."}])
+    reader = Reader(decoder.tokenizer, chat=False, max_tokens=40)
+    with pytest.raises(DataError, match=r"own.jsonl:1: running text has nothing to answer: .* as it is"):
+        own_answers(decoder, reader, str(own), 1)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_answers_stay_within_the_positions_of_the_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = inspect_model(FAMILIES[family](), byte_tokenizer(), name=family)
+    reader = Reader(decoder.tokenizer, chat=False, max_tokens=64, positions=64)
+    generate, asked = decoder.model.generate, list[tuple[int, int]]()
+
+    def counted(tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        asked.append((len(tokens), tokens.shape[1] + options["max_new_tokens"]))
+        return generate(tokens, **options, eos_token_id=63)
+
+    monkeypatch.setattr(decoder.model, "generate", counted)
+    monkeypatch.setattr("causalprune.runs.traces.ends_of", lambda _model, _tokenizer: {63})
+    monkeypatch.setattr(
+        decoder.model.get_output_embeddings(), "bias", torch.nn.Parameter(-9.0 * (torch.arange(64) == 63))
+    )
+    _answers(decoder, [[*range(3, 53)], [5, 6, 7]], reader, [0, 1])
+    assert asked == [(2, 64), (1, 64)], "the shorter one goes on alone"

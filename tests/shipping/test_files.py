@@ -10,14 +10,16 @@ import pytest
 import shipped
 import torch
 from conftest import Run, assert_refused
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from causalprune import models
 from causalprune.core.errors import CheckpointError, ModelError, OptionError
 from causalprune.core.types import Calibration, Example
+from causalprune.shipping import files
 from causalprune.shipping.converting import convert
-from causalprune.shipping.files import decoded, encoded, field, opened, planned, quantise
+from causalprune.shipping.exporting import Exporting, export
+from causalprune.shipping.files import ZEROS, Held, decoded, encoded, field, opened, planned, quantise
 from causalprune.shipping.recounting import looked_into, verify_file
 from causalprune.shipping.runtime import running, same_tokens
 from causalprune.shipping.uneven import compacted, cut_importance
@@ -199,6 +201,32 @@ def test_mistakes_are_said_in_one_line(folder: Path, tmp_path: Path, run: Run) -
             assert_refused(run("export", *words), said, output)
 
 
+def test_a_part_of_a_split_file_is_refused(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "a-00002-of-00003.gguf", "llama")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match="one of 3 parts of a split GGUF file: join them first"):
+        opened(tmp_path / "a-00002-of-00003.gguf")
+
+
+def test_zeros_beyond_32_bits_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "small.gguf"
+    writer = GGUFWriter(source, "llama")
+    writer.add_tensor("blk.0.attn_q.weight", np.zeros((8, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    many = [Held("blk.0.attn_q.weight", "F32", (8, 32), 1024, 2**31)]
+    monkeypatch.setattr(files, "counted", lambda *_: many)
+    monkeypatch.setattr(files, "_check_agreement", lambda *_: None)
+    monkeypatch.setattr(files, "planned", lambda *_, **__: {"blk.0.attn_q.weight": "Q8_0"})
+    written = quantise(source, tmp_path / "q8_0.gguf", "q8_0")
+    assert field(opened(written.file), ZEROS) == [2**31]
+
+
 def test_types_that_need_an_importance_matrix_say_so() -> None:
     names = {"general.architecture": "llama", "llama.block_count": 1}
     fields = {key: SimpleNamespace(contents=lambda value=value: value) for key, value in names.items()}
@@ -210,20 +238,23 @@ def test_types_that_need_an_importance_matrix_say_so() -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("heads", [(2, 1), (0, 0)])
-def test_an_uneven_llama_computes_the_same(heads: tuple[int, int], folder: Path, tmp_path: Path) -> None:
-    """A layer may have fewer heads, or no attention at all."""
+@pytest.mark.parametrize(("at", "heads"), [(1, (2, 1)), (1, (0, 0)), (0, (0, 0))])
+def test_an_uneven_llama_computes_the_same(
+    at: int, heads: tuple[int, int], folder: Path, tmp_path: Path
+) -> None:
+    """A layer may have fewer heads, or no attention at all, but for the first, of which one group stays."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[:, 10:40] = 0
         model.model.layers[1].mlp.gate_proj.weight[:70] = 0
-        model.model.layers[1].self_attn.o_proj.weight[:, : 64 - 16 * heads[0]] = 0
+        model.model.layers[at].self_attn.o_proj.weight[:, : 64 - 16 * heads[0]] = 0
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "model")
     whole, file = tmp_path / "whole.gguf", tmp_path / "uneven.gguf"
     convert(tmp_path / "model", whole, pre_tokenizer="gpt-2")
     kept = compacted(opened(whole), file)
-    assert [(len(layer.neurons), layer.heads) for layer in kept.values()] == [(96, (4, 2)), (32, heads)]
+    left = [(2, 1), (4, 2)] if at == 0 else [(4, 2), heads]
+    assert [(len(layer.neurons), layer.heads) for layer in kept.values()] == [(96, left[0]), (32, left[1])]
     assert file.stat().st_size < whole.stat().st_size
     tokens = [*range(5, 25)]
     with torch.inference_mode():
@@ -236,6 +267,16 @@ def test_an_uneven_llama_computes_the_same(heads: tuple[int, int], folder: Path,
     with pytest.raises(ModelError, match="--uneven"):
         compacted(opened(file), tmp_path / "again.gguf")
     assert verify_file(quantise(file, tmp_path / "f32.gguf", "f32").file, tmp_path / "model").sparsity_holds
+
+
+def test_what_has_nothing_to_leave_out_is_refused_before_it_is_weighed(tmp_path: Path) -> None:
+    asked: list[None] = []
+    how = Exporting("gpt-2", uneven=True)
+    with pytest.raises(ModelError, match="nothing can be left out"):
+        export(
+            shipped.write(tmp_path / "whole"), tmp_path / "a.gguf", "q8_0", lambda: asked.append(None), how
+        )
+    assert not asked
 
 
 def test_an_uneven_llama_with_biases_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is tried and chosen: limits as they are typed, the frontier of points, halves of problems."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from causalprune.shipping.frontier import (
     Limit,
     Point,
     best,
+    can_keep,
     front,
     half,
     kept,
@@ -72,11 +74,17 @@ def test_halves_share_no_problem_and_lose_none() -> None:
     parts = half(result, 0), half(result, 1)
     assert [part.values for part in parts] == [(1, 3, 5), (2, 4)]
     assert sorted(parts[0].examples + parts[1].examples) == sorted(result.examples)
+    alike = replace(result, examples=("a", "a", "b", "c", "b"))
+    assert [half(alike, which).values for which in (0, 1)] == [(1, 2, 4), (3, 5)]
 
 
 def test_worse_and_kept_whatever_is_measured() -> None:
     assert worse(nats(2, 2), nats(1, 1)) == pytest.approx(1)
     assert kept(nats(2, 2), nats(1, 1)) == pytest.approx(math.exp(-1))
+    assert [can_keep(own) for own in (nats(1, 2), solved(0, 1), solved(0, 0), solved(-1, 3))] == [
+        True, True, False, False,
+    ]  # fmt: skip
+    assert not can_keep(replace(nats(1, 2), metric="answer_length"))
     assert worse(solved(1, 0), solved(1, 1)) == pytest.approx(0.5)
     assert kept(solved(1, 0), solved(1, 1)) == pytest.approx(0.5)
 
@@ -154,3 +162,10 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
     )
     assert "<td>1.25 ×</td>" in text
     assert "0.1-q2_k" in text
+    assert "<th>kept</th>" in text
+    row["kept"], record["pays_below_bytes"] = None, 90_000_000
+    assert not [line for line in found(record) if line.startswith("kept")]
+    assert "at 90.0 MB, and at no larger size" in "".join(found(record))
+    assert "<th>kept</th>" not in frontier_page(record, tmp_path / "frontier.html").read_text(
+        encoding="utf-8"
+    )

@@ -23,7 +23,7 @@ from causalprune.shrinking import competing, removal
 from causalprune.shrinking.competing import Budget, Offers, competed, harm
 from causalprune.shrinking.removal import shrink
 from causalprune.shrinking.structure import Kept, parameters_of, smaller
-from causalprune.shrinking.worth import Shrinking, worths_of
+from causalprune.shrinking.worth import Kind, Shrinking, worths_of
 
 
 def decoder_of(name: str) -> Decoder:
@@ -175,6 +175,23 @@ def test_groups_of_heads_stay_where_runtimes_work_out_their_width() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("gemma3", "layers", "treats layers of a gemma3_text by their numbers"),
+        ("gemma2", "kv_groups", "fewer KV groups"),
+    ],
+)
+def test_only_kinds_that_are_named_go_and_a_file_that_llama_cpp_refuses_is_said(
+    name: str, kind: Kind, said: str
+) -> None:
+    budget = Budget(parameters=0.1, kinds=("neurons", kind))
+    assert Offers(decoder_of(name), budget).sizes.keys() == {"neurons", kind}
+    with pytest.warns(UserWarning, match=rf"llama\.cpp .*{said}.*--neurons"):
+        removal._warn_of_files(decoder_of(name), budget.kinds)
+
+
+@pytest.mark.filterwarnings("ignore:llama.cpp")
 @pytest.mark.parametrize("name", ["gemma4_text", "deepseek_v3", "bitnet", "gpt2", "qwen2_moe", "qwen3_next"])
 def test_kinds_that_an_architecture_cannot_lose_are_left_out(name: str) -> None:
     """By their shapes alone, or when the first candidate is made: what is left competes on."""

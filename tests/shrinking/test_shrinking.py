@@ -24,7 +24,7 @@ from causalprune.evaluation.measures import evaluate
 from causalprune.evaluation.results import paired_difference
 from causalprune.models.anatomy import inspect_model
 from causalprune.pruning import begun, training
-from causalprune.shrinking.removal import Shares, Shrunk, leftovers, shrink
+from causalprune.shrinking.removal import Shares, Shrunk, _left, leftovers, shrink
 from causalprune.shrinking.worth import BY, Shrinking, worth_of
 
 
@@ -48,7 +48,7 @@ def loss(decoder: Decoder, calibration: Calibration) -> float:
 
 @pytest.mark.parametrize("by", BY)
 def test_every_choice_removes_what_was_asked(by: str) -> None:
-    with pytest.warns(UserWarning, match="llama.cpp wants all heads of a qwen2 together"):
+    with pytest.warns(UserWarning, match="llama.cpp was not found to run a qwen2 with fewer KV groups"):
         found = shrunk("qwen2", Shares(neurons=0.3, kv_groups=0.5), by=by)
     mlp, attention = (
         12 * 32 * 3,
@@ -241,6 +241,11 @@ def test_experts_by_activation_are_ranked_as_reap_does(name: str) -> None:
 def test_what_cannot_go_is_refused(name: str, shares: dict[str, float], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         shrunk(name, Shares(**shares))
+
+
+def test_of_one_unit_none_can_go() -> None:
+    with pytest.raises(OptionError, match="of 1 none can go"):
+        _left(1, "kv_groups", 0.5, 1)
 
 
 def test_what_cannot_be_is_refused_before_anything_is_measured() -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from configs import tiny_config
 from families import tiny
@@ -12,6 +13,7 @@ from causalprune.checkpoints.saving import save
 from causalprune.models.loading import load
 from causalprune.pruning import Method, prune
 from causalprune.streaming import Seen, prune_stream
+from causalprune.streaming.files import stored_fingerprint
 
 
 def test_experts_of_another_block_are_not_those_of_a_layer(tmp_path: Path) -> None:
@@ -41,3 +43,13 @@ def test_experts_of_another_block_are_not_those_of_a_layer(tmp_path: Path) -> No
     assert all(
         int((found["stream"][name] == 0).sum()) == weight.numel() // 2 for name, weight in experts.items()
     )
+
+
+@pytest.mark.parametrize("name", ["hunyuan_v1_moe", "olmo_hybrid"])
+def test_weights_whose_class_gives_them_a_dtype_have_it_streamed_too(name: str, tmp_path: Path) -> None:
+    model = tiny(tiny_config(name)).bfloat16()
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(tmp_path)
+    decoder = load(str(tmp_path))
+    assert {p.dtype for p in decoder.model.parameters()} == {torch.bfloat16, torch.float32}
+    assert stored_fingerprint(tmp_path) == decoder.fingerprint

@@ -20,7 +20,7 @@ from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 
 from causalprune.checkpoints import saving as checkpoint
 from causalprune.checkpoints.verification import verify
-from causalprune.core.errors import CheckpointError, OptionError
+from causalprune.core.errors import CheckpointError, MismatchError, OptionError
 from causalprune.core.resuming import State
 from causalprune.interventions.ablation import LayerInputs
 from causalprune.models.loading import load, skeleton
@@ -28,6 +28,7 @@ from causalprune.pruning import training
 from causalprune.pruning.layers import prune
 from causalprune.pruning.methods import Method
 from causalprune.pruning.pruned import manifest
+from causalprune.streaming import files
 from causalprune.streaming.copies import Copies, check_unshared
 from causalprune.streaming.files import Seen, prune_stream
 from causalprune.streaming.residence import HiddenStates, Residence
@@ -43,6 +44,7 @@ METHODS = {
     "sparsegpt": Method("sparsegpt", 0.5),
     "wanda:2:4+refit": Method("wanda", 0.5, "2:4", update="refit"),
     "magnitude+obs": Method("magnitude", 0.4, "row", update="obs"),
+    "cap:row+obs": Method("cap", 0.5, "row", update="obs"),
 }
 
 
@@ -115,22 +117,29 @@ def test_patterns_and_updates(method: str, tmp_path: Path) -> None:
 @pytest.mark.thorough
 def test_effects_and_an_update(tmp_path: Path) -> None:
     source = saved("llama3", tmp_path / "source")
-    check_same(source, Method("cap", 0.5, "row", update="obs"), tmp_path, effects=effects_of(source))
+    check_same(source, METHODS["cap:row+obs"], tmp_path, effects=effects_of(source))
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("limit_gib", [0.0, 1.0])
 @pytest.mark.parametrize(
     ("family", "method"),
-    [("llama3", "causal"), ("olmoe", "wanda"), ("gpt2", "sparsegpt"), ("phi3", "wanda:2:4+refit")],
+    [
+        ("llama3", "causal"),
+        ("olmoe", "wanda"),
+        ("gpt2", "sparsegpt"),
+        ("phi3", "wanda:2:4+refit"),
+        ("llama3", "cap:row+obs"),
+    ],
 )
 def test_the_layer_at_work_is_on_the_device(
     family: str, method: str, limit_gib: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, seen = saved(family, tmp_path / "source"), Seen(calibration(), ROOM, limit_gib)
+    options = {"effects": effects_of(source)} if "effects" in METHODS[method].needs else {}
     with pretended(monkeypatch), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*kept on disk")
-        check_same(source, METHODS[method], tmp_path, replace(seen, device=torch.device("cuda")))
+        check_same(source, METHODS[method], tmp_path, replace(seen, device=torch.device("cuda")), **options)
 
 
 def test_what_stays_in_float32_does_from_files_too(tmp_path: Path) -> None:
@@ -335,6 +344,25 @@ def test_a_disk_without_room_for_copies_is_named_before_the_start(
     monkeypatch.setattr(Residence, "bring", None)  # a layer may not be read
     with pytest.raises(CheckpointError, match=r"GB are needed for .*stream.* GB are free there"):
         prune_stream(source, tmp_path / "stream", METHODS["causal"], seen=SEEN)
+
+
+@pytest.mark.parametrize("method", [METHODS["wanda"], Method("magnitude", 0.5)])
+def test_what_another_run_has_kept_is_not_deleted(
+    method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, kept = saved("llama3", tmp_path / "source"), tmp_path / "out.pruning"
+    State(kept, ["some"]).keep(one=1)
+    with pytest.raises(MismatchError, match=r"out\.pruning is of a stopped run with other options"):
+        prune_stream(source, tmp_path / "out", method, seen=SEEN)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.pruning", "source"]
+    assert State(kept, ["some"]).values == {"one": 1}
+    (kept / "one").unlink()
+    prune_stream(source, tmp_path / "out", method, seen=SEEN)
+    assert not kept.exists()
+    with monkeypatch.context() as patch:  # another run begins meanwhile
+        patch.setattr(files, "_check_room", lambda *_: State(kept, ["some"]).keep(one=1))
+        prune_stream(source, tmp_path / "out", method, seen=SEEN, overwrite=True)
+    assert State(kept, ["some"]).values == {"one": 1}
 
 
 def test_a_matrix_that_layers_share_is_not_trained_from_files(tmp_path: Path) -> None:

@@ -184,16 +184,21 @@ OWN = "own:"
 
 
 def load_problems(
-    name: str, split: Split, *, data_dir: Path | str | None = None, with_targets: bool = True
+    name: str,
+    split: Split,
+    *,
+    data_dir: Path | str | None = None,
+    with_targets: bool = True,
+    with_text: bool = True,
 ) -> list[Problem]:
     """Return the problems of a source or of a file of the user's (see `forms`), in file order.
 
     `data_dir` is a folder with a sub-folder per data set; without it rows come from the hub. Running
-    text gives one problem per non-blank row. A file may leave out targets (which are empty then) unless `with_targets`.
-    DataError where a row is malformed or missing.
+    text gives one problem per non-blank row. A file may leave out targets (which are empty then) unless `with_targets`, and hold
+    running text where targets are asked for and it is `with_text`. DataError where a row is malformed or missing.
     """
     if is_file(name):
-        return _own_problems(name, split, with_targets=with_targets)
+        return _own_problems(name, split, with_targets=with_targets, with_text=with_targets and with_text)
     if name not in SOURCES:
         check_path(name)
         raise unknown("task", name, SOURCES)
@@ -268,14 +273,18 @@ def _parsed(source: Source, where: str, row: Row) -> dict[str, Any]:
         raise DataError(f"{where}: malformed row ({type(cause).__name__}: {cause})") from cause
 
 
-def _own_problems(name: str, split: Split, *, with_targets: bool) -> list[Problem]:
+def _own_problems(name: str, split: Split, *, with_targets: bool, with_text: bool) -> list[Problem]:
     problems = []
-    for where, row in own_rows(Path(name), measured=split == "evaluation"):
+    for where, row in own_rows(Path(name).expanduser(), measured=split == "evaluation"):
         before, target, open_turns = parts_of(where, row, with_targets=with_targets)
         if with_targets and not target.strip():
             raise DataError(f"{where}: the target is empty; nothing could be predicted")
-        if not with_targets and not before:
-            raise DataError(f"{where}: running text has nothing to answer")
+        if not with_text and not before:
+            raise DataError(
+                f"{where}: running text has nothing to answer: measure its loss, {name}_nll, or calibrate on {name} as it is"
+            )
+        if before and not joined(before).strip():
+            raise DataError(f"{where}: the prompt is empty; running text is a row with 'text' alone")
         turns = () if [role for role, _ in before] == ["user"] else tuple(before)
         paired = {key: row[key] for key in PAIRED if row.get(key)}
         if wrong := [key for key, text in paired.items() if turns or not isinstance(text, str)]:

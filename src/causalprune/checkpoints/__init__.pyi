@@ -1,4 +1,5 @@
 from .card import CARD as CARD
+from .card import portable as portable
 from .card import write_card as write_card
 from .carrying import (
     EFFECTS as EFFECTS,
@@ -92,6 +93,9 @@ from .verification import (
 )
 from .writing import (
     check_written as check_written,
+)
+from .writing import (
+    round_as_written as round_as_written,
 )
 from .writing import (
     unknown_tensors as unknown_tensors,

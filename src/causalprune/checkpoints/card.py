@@ -116,6 +116,13 @@ NUMBERED = ("gemma2", "gemma3_text", "cohere2", "gpt_oss", "smollm3", "exaone4")
 """Architectures whose layers differ in llama.cpp by their numbers."""
 
 
+def portable(model_type: str, kind: str) -> bool:
+    """Tell whether an architecture may run in llama.cpp without some units of a kind: without KV groups where that was tried."""
+    if kind == "kv_groups":
+        return model_type in alike()[kind]
+    return kind != "layers" or model_type not in NUMBERED
+
+
 def _tried(shrunk: Mapping[str, Any]) -> str:
     """Return in which runtimes models without such units were run; an older release did not say of which architecture this is."""
     own = shrunk.get("model_type")

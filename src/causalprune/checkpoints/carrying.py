@@ -5,7 +5,7 @@
 | files of the top folder and of `additional_chat_templates/` up to 50 MB | as they are: configuration, tokenizer, templates, processors, licence |
 | `README.md` | as `README.base.md`: `README.md` is the card of the new model |
 | Python files | where the user trusts the model's code |
-| weights in any format, what a trainer knows, hidden files, other folders | no |
+| weights in any format, what a trainer knows, what causalprune found out about a model, hidden files, other folders | no |
 """
 
 import json
@@ -33,6 +33,10 @@ LEFT += [
     MANIFEST,
     EFFECTS,
     "effects.values",
+    "correction.json",
+    "circuit.json",
+    "report.html",
+    "*.ledger",
 ]
 USUAL = [CARD, "LICENSE", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"]
 USUAL += [

@@ -13,6 +13,9 @@ from causalprune.checkpoints.carrying import MANIFEST
 from causalprune.checkpoints.writing import WrittenError
 from causalprune.core import CausalPruneError, CheckpointError, is_being_written, sync
 
+UNWRITTEN = ("os error", "inline_container")
+"""What errors of safetensors and tokenizers, and of torch, say where a file cannot be written."""
+
 
 def check_destination(folder: Path, overwrite: bool = False) -> None:
     """Raise `CheckpointError` unless `save` can write `folder`: to be called before any work.
@@ -43,7 +46,7 @@ def check_destination(folder: Path, overwrite: bool = False) -> None:
 def complete(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give out a temporary folder that gets the name `folder` when all in it is on disk, or vanishes.
 
-    On any failure nothing new is left under the final name, and the error is a `CheckpointError`.
+    On any failure nothing new is left under the final name; where a file cannot be written, the error is a `CheckpointError`.
     """
     check_destination(folder, overwrite)
     place = folder.absolute()
@@ -66,7 +69,8 @@ def complete(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         ) from error
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, Exception) and not isinstance(error, CausalPruneError):
+        unwritten = isinstance(error, OSError) or any(words in str(error) for words in UNWRITTEN)
+        if unwritten and not isinstance(error, CausalPruneError):
             free = free_at(folder)
             raise CheckpointError(
                 f"cannot save to {folder}: {error} ({free / 1e9:.2f} GB free there); nothing was left behind"

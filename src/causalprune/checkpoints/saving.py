@@ -74,8 +74,8 @@ def save(  # noqa: PLR0913 (what there is to say of a model)
     `made` is what `prune` or `shrink` returned: method, calibration and masks. `manifest` is what else the caller knows of the
     run (JSON values); both become the entry `run`. `keep` maps names of projections to masks. A model that was loaded from
     files is written as those are, with what is another value in memory; configuration and tokenizer are the files' too. What
-    was written is read back in part. `beside` are records by the name of their file. On any failure nothing new is left under the final name, and the error is a
-    `CheckpointError`.
+    was written is read back in part. `beside` are records by the name of their file. On any failure nothing new is left under the final name; where a file cannot be
+    written, the error is a `CheckpointError`.
     """
     folder, run = Path(folder), {**(made.record() if made else {}), **(manifest or {})}
     if made is not None:

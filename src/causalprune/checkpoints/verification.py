@@ -7,13 +7,14 @@ report.sparsity_holds  # False: somewhere between saving and now, zeros were los
 ```
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from causalprune.checkpoints.saving import KEEP, count_zeros, hash_file, iterate_keep, read_manifest
 from causalprune.core import CheckpointError, Decoder
-from causalprune.models import load
+from causalprune.models import load, open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Verification:
 def verify(folder: Path | str, *, against: Path | str | None = None, **loading: Any) -> Verification:
     """Compare a saved folder with its manifest: hashes, zeros per matrix, and keep masks if any.
 
-    Loads the model; `loading` is what `load` takes. A file that was written again with the same zeros, or whose weights are in
+    Loads the model, in the dtype of its files unless another is asked for; `loading` is what `load` takes. A file that was written again with the same zeros, or whose weights are in
     others now, is reported as `changed` only; missing or unreadable files raise `CheckpointError`. `against` is the pruned checkpoint that
     the model in `folder` was made from, by fine-tuning say: zeros are compared with those, and hashes with nothing.
     """
@@ -61,7 +62,7 @@ def verify(folder: Path | str, *, against: Path | str | None = None, **loading: 
     manifest = read_manifest(origin)
     findings = _changed_files(folder, manifest["files"]) if against is None else []
     try:
-        decoder = load(str(folder), **{"device": "cpu", **loading})
+        decoder = load(str(folder), **{"device": "cpu", **loading, "dtype": _dtype(folder, loading)})
     except Exception as error:  # whatever it is: these files cannot be read as a model
         changed = (
             f" (changed since it was saved: {', '.join(f.subject for f in findings)})" if findings else ""
@@ -72,6 +73,15 @@ def verify(folder: Path | str, *, against: Path | str | None = None, **loading: 
     if (masks := origin / KEEP).exists():
         findings += _lost_zeros(decoder, masks)
     return Verification(folder, len(found["projections"]), found["weights"], found["zeros"], tuple(findings))
+
+
+def _dtype(folder: Path, loading: Mapping[str, Any]) -> str:
+    """Return the dtype in which zeros are counted: in a narrower one than the files have, small weights are zeros too."""
+    asked = str(loading.get("dtype", "auto"))
+    if asked != "auto" or not (folder / "config.json").is_file():
+        return asked
+    stored = open_checkpoint(folder, pickles=bool(loading.get("allow_pickle"))).dtype
+    return str(stored).removeprefix("torch.") if stored.itemsize in (2, 4) else asked
 
 
 def _changed_files(folder: Path, hashes: dict[str, str]) -> list[Finding]:

@@ -58,6 +58,17 @@ def warn_unpacked(decoder: Decoder) -> None:
         )
 
 
+def round_as_written(decoder: Decoder) -> None:
+    """Round what was changed of a model, in place, to the dtype of its files: it is then what is loaded from its checkpoint."""
+    model, source = decoder.model, decoder.source
+    if source is None or source.dtype == model.dtype:
+        return
+    changed = model.parameters() if source.reshaped else (p.parameter for p in decoder.projections)
+    for weight in {id(own): own for own in changed}.values():
+        if weight.dtype == model.dtype and not weight.is_meta:
+            weight.data.copy_(weight.data.to(source.dtype))
+
+
 def unknown_tensors(decoder: Decoder) -> list[Entry]:
     """Return what the files of a model hold and its class does not know: it is written again as it is."""
     source = decoder.source

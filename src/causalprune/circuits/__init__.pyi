@@ -1,6 +1,7 @@
 from .behaviour import MEASURED as MEASURED
 from .behaviour import Behaviour as Behaviour
 from .behaviour import check_apart as check_apart
+from .behaviour import sequences_of as sequences_of
 from .checking import (
     RANDOM as RANDOM,
 )

@@ -69,6 +69,11 @@ class Behaviour:
         """All units, in the model's order."""
         return list(self.plan.units)
 
+    @cached_property
+    def mixed(self) -> bool:
+        """Whether there are several kinds of units: sizes are weights then."""
+        return len({unit.kind for unit in self.plan.units}) > 1
+
     @property
     def tokens(self) -> int:
         """Tokens of one pass over all problems."""
@@ -184,25 +189,32 @@ def behaviour(
     mean: Mapping[Site, Tensor] | None = None,
 ) -> Behaviour:
     """Return a behaviour; where closed units send a mean, that over these problems unless it is given. Costs a pass for that."""
+    sequences = sequences_of(problems, estimator)
     paired = [example.instead for example in problems if example.instead is not None]
-    if paired and len(paired) < len(problems):
-        raise OptionError(
-            "some problems have a wrong answer to compare with, and some have none: give it to all or to none"
-        )
     if paired and question.ablation == "resample":
         raise OptionError(
             "problems with a wrong answer are no donors: 'resample' could put a prompt in its own place; "
             "take counterfactual, mean or zero"
         )
-    alone = estimator.name not in MEASURED and _in_one_pass(problems, paired)
-    sequences = (*problems, *(() if alone else paired))
     every, how = Calibration(sequences, (0,) * len(sequences)), estimator
     if how.name == "adaptive":
         how = replace(how, name="gradient", budget=None, until_certain=False)
     plan = planned(decoder, every, question, how)
     if question.ablation == "mean" and mean is None:
         mean = means(decoder, plan.groups, list(plan.own_sites))
+    alone = bool(paired) and len(sequences) == len(problems)
     return Behaviour(decoder, problems, plan, mean, [own.tokens[-1] for own in paired] if alone else None)
+
+
+def sequences_of(problems: Sequence[Example], estimator: Estimator) -> tuple[Example, ...]:
+    """Return what a pass over problems reads: right answers, and wrong ones after them where one pass does not do for both."""
+    paired = [example.instead for example in problems if example.instead is not None]
+    if paired and len(paired) < len(problems):
+        raise OptionError(
+            "some problems have a wrong answer to compare with, and some have none: give it to all or to none"
+        )
+    alone = estimator.name not in MEASURED and _in_one_pass(problems, paired)
+    return (*problems, *(() if alone else paired))
 
 
 def _in_one_pass(problems: Sequence[Example], paired: Sequence[Example]) -> bool:

@@ -242,9 +242,9 @@ class Search:
         keep, cost = torch.ones(len(ranked.units), dtype=torch.bool), cost_of(self.sizes)
         own, folder = [identity(ranked), _lasting(self.how)], self.folder
         state = State(folder and folder / SCORES, own)
-        by = [PER_WEIGHT] if self.mixed else []
+        by = [*own, PER_WEIGHT] if ranked.mixed else own
         learning = State(
-            folder and folder / GATES / f"{count}-{self.how.epochs}", [*own, *by]
+            folder and folder / GATES / f"{count}-{self.how.epochs}", by
         )  # refuses before scores are made
         for number in range(count):
             name = f"scores, round {number + 1} of {count}" if count > 1 else "scores"
@@ -255,13 +255,11 @@ class Search:
                 else:
                     say(tell, unit="batches")
                     scores = scored(ranked, keep, self.how, state, tell)
-            left = [*(own.kept for own in found), 0]
             found.append(Round(scores, 0, cost=cost))
             order = order_of(found, self.rank)
-            kept = prefix(order, self.sizes, 1 - (number + 1) / count) if number + 1 < count else left[-1]
+            kept = prefix(order, self.sizes, 1 - (number + 1) / count) if number + 1 < count else 0
             found[-1] = Round(scores, kept, cost=cost)
-            keep = torch.zeros_like(keep)
-            keep[order[:kept]] = True
+            keep = self.kept(order, kept)
         if self.how.epochs:
             with self.stage(GATES) as tell:
                 say(tell, unit="steps")
@@ -281,14 +279,10 @@ class Search:
         return self.ranked.effects(change)
 
     @cached_property
-    def mixed(self) -> bool:
-        """Whether there are several kinds of units."""
-        return len({unit.kind for unit in self.ranked.units}) > 1
-
-    @cached_property
     def sizes(self) -> Float[Tensor, "unit"]:
         """What a share is one of: units, or weights where kinds are mixed."""
-        return self.ranked.weights if self.mixed else torch.ones(len(self.ranked.units), dtype=torch.float64)
+        own = self.ranked
+        return own.weights if own.mixed else torch.ones(len(own.units), dtype=torch.float64)
 
     def kept(self, order: Int[Tensor, "unit"], count: int) -> Keep:
         """Return which units are among the first."""
@@ -331,8 +325,8 @@ class Search:
         return -math.log(self.share)
 
     def _rise(self, trials: Trials, order: Int[Tensor, "unit"], count: int) -> float:
-        both = trials.nats([self.kept(order, len(order)), self.kept(order, count)]).mean(1)
-        return float(both[1] - both[0])
+        whole, some = trials.nats([self.kept(order, len(order)), self.kept(order, count)]).mean(1)
+        return float(some - whole)
 
     def run(
         self, rescore: int, book: Ledger | None
@@ -371,8 +365,8 @@ class Search:
             "rescore": rescore,
             "learn": self.how.epochs or 0,
             "keep": self.share,
-            "sizes_of": "weights" if self.mixed else "units",
-            "ordered_by": PER_WEIGHT if self.mixed else "score",
+            "sizes_of": "weights" if self.ranked.mixed else "units",
+            "ordered_by": PER_WEIGHT if self.ranked.mixed else "score",
             "problems": {"scored": len(self.ranked.problems), "decided": len(self.decided.problems)},
             "calibration_fingerprint": self.ranked.fingerprint(),
             "decide_fingerprint": self.decided.fingerprint(),

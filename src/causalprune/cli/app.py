@@ -239,5 +239,8 @@ def _told(error: Exception) -> str:
         from causalprune.core import out_of_memory
 
         if out_of_memory(error):
-            hint = "fewer --batch-tokens, batch_tokens in a recipe, take less, and so does --dtype bfloat16"
+            hint = (
+                "fewer --batch-tokens, batch_tokens in a recipe, take less, and so does --dtype bfloat16, or from files a "
+                "smaller --cache-gib"
+            )
     return f"{type(error).__name__}: {text} ({hint})"

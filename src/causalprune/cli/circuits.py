@@ -9,7 +9,7 @@ import typer
 from causalprune.cli import options as opt
 from causalprune.cli.groups import grouped
 from causalprune.cli.options import app
-from causalprune.cli.output import AsJson, console, document, say
+from causalprune.cli.output import AsJson, console, document, say, voice
 
 if TYPE_CHECKING:
     from causalprune.runs import CircuitSpec
@@ -164,7 +164,6 @@ def overlap(
     circuits: Annotated[list[Path], typer.Argument(help="Files or folders of circuits of one model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for overlap.json and the ledger.")],
     loading: opt.LoadingOptions,
-    running: opt.RunningOptions,
     remove: Annotated[
         int | None,
         typer.Option(help="How many of the first units of each are removed.", show_default="a tenth", min=1),
@@ -173,10 +172,10 @@ def overlap(
 ) -> None:
     """Show what circuits share, corrected for chance, and what removing each does to the tasks of the others."""
     from causalprune.cli import showing
-    from causalprune.runs import overlap_circuits
+    from causalprune.runs import Options, overlap_circuits
 
     own = {name: value for name, value in asdict(loading).items() if value != "auto"}
-    found = overlap_circuits(circuits, output, running.options(), own, remove=remove)
+    found = overlap_circuits(circuits, output, Options(stage=voice.stage), own, remove=remove)
     for table in showing.overlap(found):
         console.print(table)
     say(f"all numbers: {output / 'overlap.json'}")

@@ -1,6 +1,7 @@
 """The command that takes out of a model what it should not do."""
 
 import math
+import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -155,7 +156,9 @@ def correct(
     console.print(showing.correction(fixed.corrected))
     for line in fixed.sentences:
         say(line)
-    say(f"took {fixed.minutes:.0f} minutes; saved: {output}; the page: causalprune report {output}")
+    page = f"causalprune report {shlex.quote(str(output))}"
+    took = "" if fixed.minutes is None else f"took {fixed.minutes:.0f} minutes; "
+    say(f"{took}saved: {output}; the page: {page}")
     found = fixed.corrected.described()
     document(as_json, saved=output, **found, sentences=fixed.sentences, minutes=fixed.minutes)
 

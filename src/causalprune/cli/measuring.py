@@ -79,8 +79,9 @@ class SpreadOptions(opt.RunningOptions):
         typer.Option(help="ray: spread the jobs over processes or machines (needs causalprune[ray])."),
     ] = "serial"
     workers: Annotated[
-        int, typer.Option(help="Processes of the executor `ray`, each with a model.", min=1)
-    ] = 2
+        int | None,
+        typer.Option(help="Processes of the executor `ray`, each with a model.", min=1, show_default="2"),
+    ] = None
     address: Annotated[
         str | None, typer.Option(help="A running Ray cluster, as auto; else one on this machine.")
     ] = None
@@ -91,7 +92,9 @@ class SpreadOptions(opt.RunningOptions):
 
         if self.address and self.executor != "ray":
             raise OptionError(f"--address {self.address} is of a Ray cluster: pass --executor ray too")
-        cluster = Cluster(self.workers, self.address) if self.executor == "ray" else None
+        if self.workers and self.executor != "ray":
+            raise OptionError(f"--workers {self.workers} are of the executor ray: pass --executor ray too")
+        cluster = Cluster(self.workers or 2, self.address) if self.executor == "ray" else None
         return replace(
             super().options(data_dir, overwrite=overwrite), share=_share(self.shard), cluster=cluster
         )

@@ -10,7 +10,7 @@ import typer
 from causalprune.cli import options as opt
 from causalprune.cli.groups import grouped
 from causalprune.cli.options import app
-from causalprune.cli.output import AsJson, document, say
+from causalprune.cli.output import AsJson, document, say, voice
 from causalprune.core import OptionError, unknown
 
 if TYPE_CHECKING:
@@ -32,14 +32,14 @@ class WeighingOptions(opt.CalibrationOptions):
     ] = field(default_factory=list)
     n: Annotated[int, typer.Option("-n", help="Examples of a source that does not say it.", min=1)] = 64
 
-    def importance(self, model: str, running: opt.RunningOptions, *, trust: bool) -> "Importance | None":
+    def importance(self, model: str, *, trust: bool) -> "Importance | None":
         """Return the importance matrix of a model, whose code runs with `trust`; None where no example is named."""
-        from causalprune.runs import ModelSpec, prepared
+        from causalprune.runs import ModelSpec, Options, prepared
         from causalprune.shipping import importance
 
         if not self.task:
             return None
-        options = running.options(self.reading.data_dir)
+        options = Options(self.reading.data_dir, stage=voice.stage)
         spec = ModelSpec(model, trust_remote_code=trust)
         decoder, calibration = prepared(spec, self.spec(1), options)
         with options.stage("importance of inputs") as progress:
@@ -99,7 +99,6 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file that is written, as model.gguf.")],
     file: FileOptions,
     data: WeighingOptions,
-    running: opt.RunningOptions,
     overwrite: opt.Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -113,12 +112,12 @@ def export(
     from causalprune.shipping import export as written_as
 
     how = Exporting(file.pre_tokenizer, file.trust_remote_code, overwrite, file.check, file.uneven)
-    stage, mix = running.options().stage, file.gguf.lower()
-    with stage("finding the model"):
+    mix = file.gguf.lower()
+    with voice.stage("finding the model"):
         folder = Path(resolve(checkpoint)).expanduser()
     check_export(folder, output, mix, how)
-    weigh = partial(data.importance, checkpoint, running, trust=file.trust_remote_code)
-    made = written_as(folder, output, mix, weigh, how, stage)
+    weigh = partial(data.importance, checkpoint, trust=file.trust_remote_code)
+    made = written_as(folder, output, mix, weigh, how, voice.stage)
     say(tables.shipped(made))
     zeros = {"zeros": made.zeros, "zeros_before": made.zeros_before, "zeros_kept": made.kept}
     document(as_json, saved=made.file, mix=mix, bytes=made.bytes, **zeros, tensors=made.matrices)
@@ -170,8 +169,8 @@ class TriedOptions:
         str | None,
         typer.Option(
             "--from",
-            help="A checkpoint of the model that smaller ones come from, already pruned or smaller: tried as it is, and `--shares` of "
-            "its parameters go. The model itself stays what all are compared with.",
+            help="A checkpoint of the model that smaller ones come from, already pruned or smaller: tried as it is where it lacks "
+            "parameters (zeros alone make no file smaller), and `--shares` of its parameters go. The model itself stays what all are compared with.",
         ),
     ] = None
     update: Annotated[

@@ -13,7 +13,10 @@ from causalprune.runs import Job
 
 def costs(stages: Sequence[tuple[str, int, float]]) -> Table:
     """Return what a search costs, stage by stage, in forward passes over problems (a backward pass is two)."""
-    table = Table(caption="a backward pass counts as two forward ones; a search often ends earlier")
+    table = Table(
+        caption="a backward pass counts as two forward ones, and a pair as one problem, although it takes two sequences where answers "
+        "differ before their last token; a search often ends earlier"
+    )
     for name in ("stage", "problems", "passes over each", "problems × passes"):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for name, problems, passes in stages:

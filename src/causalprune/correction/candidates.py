@@ -90,23 +90,24 @@ class Units:
     @cached_property
     def alive(self) -> Bool[Tensor, "unit"]:
         """Which units send anything: some weight of theirs in an output projection is not zero."""
-        return self._summed(sent=True) > 0
+        return self._summed(_squares, sent=True) > 0
 
     @cached_property
     def magnitude(self) -> Float[Tensor, "unit"]:
         """Root mean square of the weights that are each unit's alone."""
-        return (self._summed(sent=False) / self.of.weights.clamp_min(1.0)).sqrt()
+        return (self._summed(_squares) / self._summed(_ones).clamp_min(1.0)).sqrt()
 
-    def _summed(self, *, sent: bool) -> Float[Tensor, "unit"]:
-        """Return the sums of squares of weights, of output projections or of all that a unit has alone."""
-        squares = {site: torch.zeros(n, dtype=torch.float64) for site, n in self.of.plan.sites.items()}
+    def _summed(
+        self, of: Callable[[Projection], Float[Tensor, "out in"]], *, sent: bool = False
+    ) -> Float[Tensor, "unit"]:
+        """Return sums over the weights that a unit has alone, or over those of output projections."""
+        sums = {site: torch.zeros(n, dtype=torch.float64) for site, n in self.of.plan.sites.items()}
         for p in self.decoder.projections:
             if not sent or p.role in ("o", "down"):
-                own = squares[Site(p.layer, p.place)]
-                _add_squares(own, p)
+                _add(sums[Site(p.layer, p.place)], p, of(p))
         found = torch.zeros(self.count, dtype=torch.float64)
         for site, (index, owner) in self.of.places.items():
-            found.index_add_(0, owner, squares[site][index])
+            found.index_add_(0, owner, sums[site][index])
         return found
 
     def weights(self, chosen: Chosen) -> int:
@@ -156,15 +157,23 @@ class Units:
             close(self.decoder, self._parts(chosen))
 
 
-def _add_squares(found: Float[Tensor, "part"], p: Projection) -> None:
-    """Add the squares of a projection's weights that belong to one part alone."""
-    squares, n = p.read().detach().double().square().cpu(), len(found)
+def _squares(p: Projection) -> Float[Tensor, "out in"]:
+    return p.read().detach().double().square().cpu()
+
+
+def _ones(p: Projection) -> Float[Tensor, "out in"]:
+    return torch.ones(1, 1, dtype=torch.float64).expand(p.shape)
+
+
+def _add(found: Float[Tensor, "part"], p: Projection, values: Float[Tensor, "out in"]) -> None:
+    """Add up values of a projection's weights that belong to one part alone."""
+    n = len(found)
     if p.place == "experts":
-        found[int(p.name.split(".")[3])] += squares.sum()
+        found[int(p.name.split(".")[3])] += values.sum()
     elif p.role in ("o", "down"):
-        found += squares.sum(0).view(n, -1).sum(1)
+        found += values.sum(0).view(n, -1).sum(1)
     elif p.place in ("mlp", "shared") or p.blocks == n:
-        found += squares.sum(1).view(n, -1).sum(1)
+        found += values.sum(1).view(n, -1).sum(1)
 
 
 @dataclass(frozen=True, eq=False)

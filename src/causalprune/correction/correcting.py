@@ -11,7 +11,7 @@ import torch
 
 from causalprune.attribution import Question, planned
 from causalprune.calibration import check_positions
-from causalprune.checkpoints import was_pruned
+from causalprune.checkpoints import round_as_written, was_pruned
 from causalprune.circuits import Behaviour, check_apart
 from causalprune.core import (
     Calibration,
@@ -31,7 +31,7 @@ from causalprune.core import (
 from causalprune.correction.candidates import Candidates, Chosen, Units, Weights
 from causalprune.correction.evidence import Looking
 from causalprune.correction.measuring import Trials, named
-from causalprune.correction.records import Contrast, Corrected
+from causalprune.correction.records import Contrast, Corrected, Point
 from causalprune.correction.samples import Given, Half, halves
 from causalprune.correction.scores import ACTIVE
 from causalprune.correction.search import Search
@@ -68,6 +68,7 @@ def correct(
     Raises:
         DataError: a set is empty, has no targets, or shares a sample with the other.
         OptionError: the budget is no number of units, or all that could go does more harm than is allowed, or no good.
+        ModelError: values are not finite, or zeros in the weights do more harm than closing was measured to do.
         MismatchError: `kept_in` is of another model, other data or other options.
     """
     check_contrast(decoder, contrast)
@@ -95,9 +96,11 @@ def correct(
         which = f"{contrast.update}-{contrast.seed if repair else 0}-{named(chosen)}"
         redo = State(folder and folder / f"{UPDATE}-{which}", [identity, which])
         _take_out(candidates, chosen, keep, repair, redo, stage)
+        round_as_written(decoder)
         with stage("after") as tell:
             say(tell, unit="tokens")
             after = search.of(trials.now(f"after-{which}", tell), chosen, point.round, point.predicted)
+    _check_written(decoder, contrast, after)
     members: tuple[Unit, ...] = ()
     if isinstance(candidates, Units):
         members = tuple(candidates.units[number] for number in chosen.tolist())
@@ -182,6 +185,16 @@ def _take_out(
         return
     with stage("update") as tell:
         remove(candidates.decoder, keep, repair, tell, state, partial(candidates.still, chosen))
+
+
+def _check_written(decoder: Decoder, contrast: Contrast, after: Point) -> None:
+    """Raise `ModelError` where zeros do more harm than closed gates may, by more than rounding."""
+    harm, rounding = after.worst(certain=contrast.certain), torch.finfo(decoder.model.dtype).eps ** 0.5
+    if contrast.update == "none" and not contrast.damp and not harm <= contrast.limit_nats + rounding:
+        raise ModelError(
+            f"zeros in the weights of {decoder.name} do more harm ({harm:.3g} nats) than closing the same units did, within "
+            f"{contrast.limit_nats:.3g}: take other units, or leave a part of them (--damp)"
+        )
 
 
 def _united(decoder: Decoder, keep: Masks) -> Masks:

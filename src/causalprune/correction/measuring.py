@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from causalprune.calibration import batches
-from causalprune.core import Batch, Decoder, Ledger, Progress, silent
+from causalprune.core import Batch, Decoder, Ledger, ModelError, Progress, silent
 from causalprune.correction.candidates import Candidates, Chosen, Rows
 from causalprune.correction.samples import Half
 from causalprune.interventions import (
@@ -104,12 +104,21 @@ class Trials:
                     with rows(len(batch.tokens)):
                         intact = self._intact[number] if side == "preserve" else None
                         values = _values(self.decoder, batch, intact)
+                    for own in values.values():
+                        check_finite(self.decoder, "losses", torch.tensor(own))
                     if self._book is None:
                         self._known[key] = values
                     else:
                         self._book.append(key, values)
                 done += int(batch.lengths.sum())
                 tell(done, self.tokens)
+
+
+def check_finite(decoder: Decoder, what: str, values: Float[Tensor, "*any"]) -> None:
+    """Raise `ModelError` where values of a model are not finite."""
+    if not bool(values.isfinite().all()):
+        dtype = str(decoder.model.dtype).removeprefix("torch.")
+        raise ModelError(f"{what} of {decoder.name} are not finite in {dtype}: a wider --dtype may do")
 
 
 @contextmanager

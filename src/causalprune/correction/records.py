@@ -123,8 +123,9 @@ class Point:
     predicted: float
 
     def worst(self, *, certain: bool = False) -> float:
-        """Return the largest harm of a source, by its value or by the upper end of its interval."""
-        return max((own.high if certain else own.value for own in self.harm.values()), default=0.0)
+        """Return the largest harm of a source, by its value or by the upper end of its interval; NaN where one of them is."""
+        harms = [own.high if certain else own.value for own in self.harm.values()]
+        return math.nan if any(map(math.isnan, harms)) else max(harms, default=0.0)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -15,7 +15,7 @@ from causalprune.core import OptionError, Stage, say
 from causalprune.correction.behaviours import CLEAN
 from causalprune.correction.candidates import Candidates, Chosen
 from causalprune.correction.evidence import HARM, ODDS, Looking, Need
-from causalprune.correction.measuring import Measured, Trials, named
+from causalprune.correction.measuring import Measured, Trials, check_finite, named
 from causalprune.correction.records import Contrast, Point
 from causalprune.correction.scores import SCORES, Known
 
@@ -59,6 +59,7 @@ class Search:
         """Return what goes, and what the model was measured to do without it.
 
         Raises:
+            ModelError: scores or losses are not finite.
             OptionError: nothing is worth taking out, all does more harm than is allowed, or nothing comes of it.
         """
         begun: tuple[Chosen, Point | None] = (NONE, None)
@@ -126,6 +127,8 @@ class Search:
             with self.stage(self._named("scores", number)) as tell:
                 say(tell, unit="batches")
                 gathered = {need: self.looking.gather(need, members, closed, tell) for need in score.needs}
+            for own in gathered.values():
+                check_finite(self.candidates.decoder, "scores", own)
             self._known = closed, {need: own * self._part.get(need, 1.0) for need, own in gathered.items()}
         gathered = self._known[1]
         limit = self.how.limit_nats if math.isfinite(self.how.limit_nats) else FREE

@@ -36,7 +36,7 @@ def sentences(found: Corrected) -> list[str]:
             f"{_record(after.benefit, -1)} after"
         )
     if after.worst(certain=own.certain) > own.limit_nats:
-        said.append(f"after the update the harm is above the limit of {own.limit_nats:.3g} nats")
+        said.append(f"in what was written the harm is above the limit of {own.limit_nats:.3g} nats")
     return said
 
 

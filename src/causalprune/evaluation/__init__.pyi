@@ -47,8 +47,8 @@ from .measures import (
 from .measures import (
     source_of as source_of,
 )
-from .pieces import VERSION as VERSION
 from .pieces import Text as Text
+from .pieces import version_of as version_of
 from .results import (
     AT_CHANCE as AT_CHANCE,
 )

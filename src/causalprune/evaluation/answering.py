@@ -16,6 +16,7 @@ from causalprune.evaluation.tasks.answers import (
     extract,
     guess,
     is_correct,
+    is_part,
     labels_of,
 )
 from causalprune.evaluation.tasks.files import task_file
@@ -60,7 +61,7 @@ def right_or_wrong(
 ) -> list[EvalResult]:
     """Return 1 for every problem whose answer is that of its target, else 0."""
     source = name.rpartition("_")[0]
-    problems = load_problems(source, "evaluation", data_dir=settings.data_dir)
+    problems = load_problems(source, "evaluation", data_dir=settings.data_dir, with_text=False)
     kind = _reading(source, problems, settings)
     about = {}
     if is_file(source):
@@ -236,5 +237,10 @@ def _reading(source: str, problems: Sequence[Problem], settings: Settings) -> st
     if bare:
         raise DataError(
             f"{source}: {len(bare)} of {len(targets)} targets have no answer to read as {kind}, such as {bare[0][:60]!r}"
+        )
+    if parts := [t for t in targets if is_part(t, kind)]:
+        raise DataError(
+            f"{source}: {len(parts)} of {len(targets)} targets are more than the {kind} that would be read, such as {parts[0][-60:]!r}: "
+            f"take --answer text or {REGEX}PATTERN"
         )
     return kind

@@ -34,6 +34,9 @@ def continued(
     """
     problems, prompts = begun
     reader = reader_for(decoder, settings, chat=False if source in TEXT_SOURCES else None)
+    thinking = source not in TEXT_SOURCES and calibration.uses_thinking(
+        decoder.tokenizer, settings.thinking, chat=reader.chat
+    )
     wanted = replace(settings, max_new_tokens=settings.max_new_tokens or CONTINUATION)
     limit = room_for(decoder, source, max(map(len, prompts)), wanted, thinking=False)
     asked = [(tokens, problem.prompt) for tokens, problem in zip(prompts, problems, strict=True)]
@@ -41,6 +44,7 @@ def continued(
     texts = tuple(decoder.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in own)
     description = described(decoder, settings, chat=reader.chat) | {
         "split": split,
+        **({"thinking": True} if thinking else {}),
         "batch_size": settings.batch_size,
         "generation": {"do_sample": False, "max_gen_toks": limit, "until": []},
         "tokens_forwarded": sum(map(len, prompts)) + sum(answer.written for answer in own),

@@ -63,9 +63,10 @@ def evaluate(
     requests in the harness; where none is given, every task has a bar (`silent`: none has).
     """
     settings = replace(settings, **changes)
-    check_tasks(tasks, settings.scorers)
+    for task in tasks:
+        _runner(calibration.with_limit(task)[0], settings.scorers)
     found: dict[str, list[EvalResult]] = {}
-    for group in together(tasks):
+    for group in together(tasks, settings.scorers):
         names = [calibration.with_limit(task)[0] for task in group]
         limit = calibration.with_limit(group[0])[1]
         own = settings if limit is None else replace(settings, limit=limit)
@@ -109,9 +110,15 @@ def task_names(scorers: Iterable[str] = ()) -> list[str]:
 
 
 def check_tasks(tasks: Sequence[str], scorers: Iterable[str] = ()) -> None:
-    """Raise `OptionError` for a task that does not exist, by these names of scorers, or a limit that cannot be."""
-    for name in tasks:
-        _runner(calibration.with_limit(name)[0], scorers)
+    """Raise `OptionError` for tasks of which one does not exist, or is there with two limits, and for a scorer that has none."""
+    named = dict[str, str]()
+    for task in tasks:
+        _runner(name := calibration.with_limit(task)[0], scorers)
+        if (other := named.setdefault(name, task)) != task:
+            raise OptionError(f"{other} and {task} would both be called {name}: take one of them")
+    for scorer in scorers:
+        if scorer not in {scorer_in(name, scorers) for name in named}:
+            raise OptionError(f"--scorer {scorer} scores nothing: name a measure, as --on gsm8k_{scorer}")
 
 
 def source_of(name: str, scorers: Iterable[str] = ()) -> str | None:
@@ -210,7 +217,8 @@ def _runner(name: str, scorers: Iterable[str] = ()) -> Runner:
         return _harness
     source, _, measure = name.rpartition("_")
     scorer = scorer_in(name, scorers)
-    if scorer and is_file(name.removesuffix(f"_{scorer}")):
+    scores = name.removesuffix(f"_{scorer}") if scorer else ""
+    if is_file(scores):
         return scored
     if is_file(source):
         if measure not in OF_FILES:
@@ -224,10 +232,9 @@ def _runner(name: str, scorers: Iterable[str] = ()) -> Runner:
         raise unknown("task", name, known)
     if name in OWN_TASKS:
         return _own
-    if measure in OF_SOURCES:
-        return OF_SOURCES[measure]
-    other = _behaving if name.removesuffix(f"_{scorer}") in TEXT_SOURCES else scored
-    return _harness if (TASK_FILES / f"{name}.yaml").exists() else other
+    if scores in SOURCES:
+        return _behaving if scores in TEXT_SOURCES else scored
+    return OF_SOURCES.get(measure, _harness)
 
 
 def _solution_loss(
@@ -353,19 +360,8 @@ def _harness(decoder: Decoder, name: str, settings: Settings, on_progress: Progr
             values = tuple(float(sample[metric]) for sample in samples)
             weights = (1.0,) * len(values)
             texts = tuple(harness.answer(task, sample, metric) for sample in samples)
-            results.append(
-                EvalResult(
-                    config["task"],
-                    ours,
-                    values,
-                    weights,
-                    shown,
-                    texts,
-                    prompts,
-                    golds,
-                    description=description,
-                )
-            )
+            own = values, weights, shown, texts, prompts, golds
+            results.append(EvalResult(config["task"], ours, *own, description=description))
     if not results:
         raise OptionError(f"{name}: none of its metrics is one of {', '.join(METRICS)}")
     return results

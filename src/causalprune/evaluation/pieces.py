@@ -28,8 +28,6 @@ from causalprune.core import (
 from causalprune.evaluation.sampling import Piece, write
 from causalprune.models import fingerprint
 
-VERSION = 1
-"""Of the way in which a text is written: with another one it is another text."""
 TRIES, DISTINCT, GIVEN = 3, 0.05, 0.25
 """How often a piece is written until it is of use: with so many different tokens at least, and so many given ones at most, as shares."""
 BATCH = 32
@@ -40,7 +38,8 @@ BATCH = 32
 class Text:
     """What a text depends on: the fingerprint of the model that writes it, its size, and the seed.
 
-    What is `measured` and what calibrates are drawn by other random numbers, whatever their seeds.
+    What is `measured` and what calibrates are drawn by other random numbers, whatever their seeds. The `version` is that of the way
+    in which it is written (`version_of`).
     """
 
     model: str
@@ -48,11 +47,12 @@ class Text:
     tokens: int
     piece: int
     seed: int
+    version: int = 1
 
     @property
     def path(self) -> Path:
         """Where its pieces are kept."""
-        name = "-".join(map(str, (self.model[:16], *list(asdict(self).values())[1:], VERSION)))
+        name = "-".join(map(str, (self.model[:16], *list(asdict(self).values())[1:])))
         return cache_folder() / "own" / f"{name}.ledger"
 
     def uniforms(self, again: int = 0) -> Float[Tensor, "piece time"]:
@@ -64,6 +64,11 @@ class Text:
         seed = hashlib.sha256(name.encode()).digest()
         shape = math.ceil(self.tokens / self.piece), self.piece
         return torch.from_numpy(np.random.default_rng([*seed]).random(shape, dtype=np.float32))
+
+
+def version_of(decoder: Decoder) -> int:
+    """Return the version of the way in which a model writes: 1, or 2 where other mixers than attention have states, which version 1 kept."""
+    return 2 if any(layer.mixer("mixers") for layer in decoder.layers) else 1
 
 
 def pieces_of(
@@ -88,7 +93,7 @@ def pieces_of(
 
 def _opened(text: Text) -> Ledger:
     """Return the ledger of a text, waited for where another run writes it, and begun anew where it is damaged."""
-    identity = {**asdict(text), "version": VERSION}
+    identity = asdict(text)
     try:
         return Ledger(text.path, identity, wait=True).__enter__()
     except CheckpointError as error:

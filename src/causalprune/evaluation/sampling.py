@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from causalprune.calibration import rendered, tokenize
@@ -21,6 +21,8 @@ from causalprune.models import go_on
 Piece: TypeAlias = tuple[list[int], list[int]]
 """Tokens, and the places of those that were given and not chosen: where documents begin."""
 TOP_P = 0.95
+STATES = ("conv_states", "recurrent_states", "ssm_states", "linear_cache")
+"""What caches, or their layers, call states that are not by position."""
 OPENERS = (
     *("The", "In", "It", "A", "This", "When", "If", "There", "He", "She", "They", "We", "I", "You"),
     *("For", "On", "At", "As", "After", "Most", "Many", "One", "By", "How", "To", "What", "But", "My"),
@@ -71,11 +73,12 @@ def write(
     `on_step` hears how many tokens of each piece are there.
 
     Raises:
-        DataError: the model keeps no cache of what it has read, or predicts what is not a number.
+        DataError: the model keeps no cache of what it has read, or one that cannot forget, or predicts what is not a number.
     """
     words, (n, size) = decoder.tokenizer, uniforms.shape
     starts, ends = starts_of(decoder), ends_of(decoder.model, words)
     barred, last = (torch.tensor(sorted(own), dtype=torch.long) for own in (_special(words) - ends, ends))
+    known = max(words.get_vocab().values()) + 1
     tokens, begun = torch.zeros(n, size, dtype=torch.long), torch.zeros(n, dtype=torch.long)
     given, step = torch.zeros(n, size, dtype=torch.bool), _Step(decoder)
     logits = torch.empty(0)
@@ -86,7 +89,7 @@ def write(
             tokens[row, at : at + len(start)], given[row, at : at + len(start)] = torch.tensor(start), True
             begun[row] = at
         if not bool(given[:, at].all()):
-            logits[:, barred], logits[:, len(words) :] = -torch.inf, -torch.inf
+            logits[:, barred[barred < logits.shape[1]]], logits[:, known:] = -torch.inf, -torch.inf
             tokens[:, at] = tokens[:, at].where(given[:, at], nucleus(logits, uniforms[:, at]))
         if at + 1 < size:
             logits = step(tokens[:, at], begun)
@@ -106,6 +109,8 @@ class _Step:
     ) -> Float[Tensor, "piece vocab"]:
         """Read the tokens, of documents that have `begun` at these places, before which nothing is seen."""
         device, at = self._decoder.device, self._read
+        if bool((anew := begun == at).any()) and at:
+            self._forget(anew)
         seen = (torch.arange(at + 1) >= begun[:, None]).long()
         places = {"position_ids": (at - begun)[:, None].to(device)} if self._places else {}
         model, step = self._decoder.model, tokens[:, None].to(device)
@@ -117,6 +122,19 @@ class _Step:
         if bool(logits.isnan().any()):
             raise DataError(f"{self._decoder.name} predicts what is not a number: it cannot write a text")
         return logits
+
+    def _forget(self, rows: Bool[Tensor, "piece"]) -> None:
+        """Let what no mask hides of these pieces, states of convolutions and recurrences, be what it is before any token."""
+        for own in (self._cache, *getattr(self._cache, "layers", ())):
+            if hasattr(own, "compressed_kv"):
+                raise DataError(
+                    f"{self._decoder.name} compresses what it has read, and a second document of a piece would see the first: "
+                    "take other text (--preserve c4, or none; of a recipe general_text: none)"
+                )
+            for states in (getattr(own, name, ()) for name in STATES):
+                for state in states.values() if isinstance(states, dict) else states:
+                    if isinstance(state, Tensor):
+                        state[rows.to(state.device)] = 0
 
 
 def nucleus(

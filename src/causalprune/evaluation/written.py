@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,8 @@ from causalprune.core import (
     silent,
     sync,
 )
-from causalprune.evaluation.pieces import Text, lacking, pieces_of
+from causalprune.evaluation.answering import scorer_in
+from causalprune.evaluation.pieces import Text, lacking, pieces_of, version_of
 from causalprune.evaluation.settings import Settings
 from causalprune.evaluation.tasks.repeating import TRAITS
 from causalprune.interventions import (
@@ -68,16 +69,18 @@ def on_general_text(task: str) -> bool:
     return with_limit(task)[0].endswith(("_ppl", "_kl"))
 
 
-def together(tasks: Sequence[str]) -> list[tuple[str, ...]]:
+def together(tasks: Sequence[str], scorers: Iterable[str] = ()) -> list[tuple[str, ...]]:
     """Return the tasks in groups of which each takes one pass.
 
-    Together are measures of the same text of the model's own, and those of how it goes on after the same prompts.
+    Together are measures of the same text of the model's own, and those of how it goes on after the same prompts, by names that
+    are no scorer's.
     """
     groups: dict[Any, list[str]] = {}
     for task in dict.fromkeys(tasks):
         name, limit = with_limit(task)
         source, _, measure = name.rpartition("_")
-        shared: Any = ("own", limit) if name in OWN_TASKS else (source, limit) if measure in TRAITS else task
+        goes_on = measure in TRAITS and not scorer_in(name, scorers)
+        shared: Any = ("own", limit) if name in OWN_TASKS else (source, limit) if goes_on else task
         groups.setdefault(shared, []).append(task)
     return [tuple(group) for group in groups.values()]
 
@@ -118,7 +121,8 @@ def own_text(decoder: Decoder, name: str, tokens: int, seed: int, on_progress: P
 
 def measured_text(decoder: Decoder, tokens: int, seed: int, written_by: str | None = None) -> Text:
     """Return what a text that is measured depends on; who it is `written_by` is this model, or a fingerprint."""
-    return Text(written_by or decoder.fingerprint, "measured", tokens, _piece(decoder, PIECE), seed)
+    model, piece = written_by or decoder.fingerprint, _piece(decoder, PIECE)
+    return Text(model, "measured", tokens, piece, seed, version_of(decoder))
 
 
 def own_texts(decoder: Decoder, tasks: Sequence[str], settings: Settings) -> list[Text]:
@@ -147,7 +151,7 @@ def own_pieces(
         )
     check_tokenizer(decoder.tokenizer)
     size = _piece(decoder, min(PIECE, max_tokens))
-    text = Text(decoder.fingerprint, "calibration", count * size, size, seed)
+    text = Text(decoder.fingerprint, "calibration", count * size, size, seed, version_of(decoder))
     rows = pieces_of(decoder, text, OWN_TEXT, on_progress, beside)
     return [_example(decoder.tokenizer, row["tokens"], 1) for row in rows]
 

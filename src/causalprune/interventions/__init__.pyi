@@ -163,6 +163,9 @@ from .units import (
     gated_module as gated_module,
 )
 from .units import (
+    gated_modules as gated_modules,
+)
+from .units import (
     grouped_by_effect as grouped_by_effect,
 )
 from .units import (

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from causalprune.core import Batch, Decoder, Example, Layer, Progress, Projection, State, silent
+from causalprune.core import Batch, Decoder, Example, Layer, ModelError, Progress, Projection, State, silent
 from causalprune.interventions.ablation import LayerInputs, entered_at, gated, on_cpu, recomputed
 from causalprune.interventions.losses import (
     Targets,
@@ -99,6 +99,9 @@ def output_slopes(
     weight. Costs about two forward passes, three where activations do not fit. What batches have added is kept in the `state`.
     What the model sends to the final norm, batch after batch, is added to `last`.
     With a `hold` for inputs of layers, each layer sees all batches before the next one runs; progress counts layers then.
+
+    Raises:
+        ModelError: a slope is not finite, of which nothing is kept.
     """
     state, after, told = state or State(), len(decoder.layers), 0
     sent = [] if last is None else last
@@ -127,11 +130,22 @@ def output_slopes(
         sent += pieces.last
         done = len(sent)
         if state.due():
+            _check_finite(squares)
             hidden, as_tuple = on_cpu(sent, after), sent[0].as_tuple
             state.flush(squares={"of": len(groups), "sums": squares, "sent": hidden, "as_tuple": as_tuple})
         if hold is None:
             on_progress(done, len(groups))
+    _check_finite(squares)
     return {name: (own / count).sqrt() for name, own in squares.items() if bool(own.any())}
+
+
+def _check_finite(squares: Mapping[str, Tensor]) -> None:
+    for name, own in squares.items():
+        if not bool(own.isfinite().all()):
+            raise ModelError(
+                f"slopes at the output of {name} are not finite: look for broken weights, or begin again in another "
+                "output with --dtype float32 (not from files)"
+            )
 
 
 def _begun(

@@ -136,14 +136,19 @@ def fingerprint_of(model: PreTrainedModel, parts: Iterable[tuple[str, torch.dtyp
 
 
 def dtype_in_memory(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that a tensor of a model has which is loaded in another: some stay in float32, as routers of mixtures."""
+    """Return the dtype that a tensor of a model has which is loaded in another: some stay in float32, as routers of mixtures.
+
+    So does what the model's class gives a dtype of its own, unlike that of the `model` as it was built.
+    """
     narrow = {
         torch.float16: ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"),
         torch.bfloat16: ("_keep_in_fp32_modules_strict",),
     }
     kept = [own for which in narrow.get(dtype, ()) for own in getattr(model, which, None) or ()]
     wide = any(re.search(re.escape(own).replace(r"\*", ".*"), name) for own in kept)
-    return torch.float32 if wide else dtype
+    owner, _, leaf = name.rpartition(".")
+    written = getattr(model.get_submodule(owner), leaf).dtype
+    return torch.float32 if wide else dtype if written == model.dtype else written
 
 
 def frame_fingerprint(decoder: Decoder) -> str:

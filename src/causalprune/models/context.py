@@ -13,7 +13,7 @@ GROWS = ("linear", "dynamic", "yarn")
 def positions(config: Any) -> int | None:
     """Return the positions that a configuration has, after scaling; None where it has no limit."""
     text = config.get_text_config(decoder=True)
-    longest: int | None = getattr(text, "max_position_embeddings", None)
+    longest: int | None = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
     scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     if longest is None or scaling.get("rope_type", scaling.get("type")) not in GROWS:
         return longest

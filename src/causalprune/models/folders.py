@@ -212,15 +212,23 @@ def _made(name: str, codes: Entry, scales: Entry, blocks: Any, dtype: torch.dtyp
 
 
 def auto_dtype(folder: Path, stored: Stored) -> torch.dtype:
-    """Return the dtype in which `load` has the weights that are stored in a local folder if none is asked for."""
+    """Return the dtype in which `load` has the weights that are stored in a local folder if none is asked for.
+
+    As transformers has it: that of the configuration, of the index, or of the first floating tensor by name in the first file.
+    """
     if stored.form:
         return torch.bfloat16
     try:
         configured = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype
     except Exception as cause:  # transformers and huggingface_hub have many
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {cause}") from cause
-    floating = (entry.dtype for entry in stored.entries.values() if entry.dtype.is_floating_point)
-    return configured if isinstance(configured, torch.dtype) else next(floating, torch.float32)
+    indexed = (json.loads(stored.index).get("metadata") or {}).get("dtype") if stored.index else None
+    for said in (configured, getattr(torch, str(indexed), None)):
+        if isinstance(said, torch.dtype):
+            return said
+    first = stored.shards[0].file
+    own = (entry.dtype for _, entry in sorted(stored.entries.items()) if entry.file == first)
+    return next((dtype for dtype in own if dtype.is_floating_point and dtype.itemsize > 1), torch.float32)
 
 
 def check_folder(folder: Path) -> None:

@@ -21,8 +21,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as hf_logging
-from transformers.utils.hub import cached_file
-from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from causalprune.core import CheckpointError, Decoder, ModelError, OptionError, Source, unknown
 from causalprune.models.anatomy import check_config, inspect_model, outline
@@ -33,7 +31,6 @@ from causalprune.models.folders import (
     TOKENIZER_FILES,
     check_folder,
     is_adapter,
-    stored_in,
     warn_left_over,
     weight_files,
 )
@@ -41,6 +38,7 @@ from causalprune.models.gguf import Gguf, cut_as, gguf_config, read_gguf
 from causalprune.models.mixing import setting
 from causalprune.models.packing import packing
 from causalprune.models.placing import place
+from causalprune.models.sources import described, opened
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -48,7 +46,6 @@ _PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn
 _WRAPPERS = {"_orig_mod": "torch.compile", "module": "DistributedDataParallel"}
 """What puts a part of its own into the names of weights."""
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
-_UNPACKED: dict[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
 _CORRUPT = (SafetensorError, UnpicklingError, EOFError)
 _LOAD_ERRORS = (*_CORRUPT, OSError, ValueError, RuntimeError, LookupError, ImportError, StrictDataclassError)
 
@@ -75,7 +72,7 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
     None for a local folder without tokenizer files. Weights that are there as a pickle only are refused unless
     `allow_pickle` is given; even then they are read as plain tensors (`weights_only`), never as code.
     """
-    device, (folder, gguf) = device_of(device), _source(name)
+    device, (folder, gguf) = device_of(device), _source(name, revision)
     check_options(dtype, device, attention)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     local = Path(folder).is_dir()
@@ -85,11 +82,13 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
         _check_files(name, Path(folder), allow_pickle)
     try:
         config, file = _config(name, folder, options)
-        source, how = _opened(name, folder, config, dtype, gguf=file is not None)
+        source = Source(Path(folder), torch.bfloat16, None, allow_pickle, trust_remote_code, not local)
+        source, how = opened(name, source, config, dtype, options)
         how |= _attending(name, config, attention, device)
+        own: Any = type(_empty(name, folder, options)) if "state_dict" in how else class_for(config)
         with _quiet(hide_bars=local), contextlib.ExitStack() as stack:
-            loaded: Any = class_for(config).from_pretrained(
-                folder,
+            model, loading = own.from_pretrained(
+                None if "state_dict" in how else folder,
                 **_spread(device_map, stack),
                 output_loading_info=True,
                 use_safetensors=None if allow_pickle or gguf is not None else True,
@@ -97,7 +96,6 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
                 **how,
                 **options,
             )
-            model, loading = loaded
             known = not local or _speaks(Path(folder))
             tokenizer = cut_as(file, AutoTokenizer.from_pretrained(folder, **options)) if known else None
             place(model, device if device_map is None else None)
@@ -110,40 +108,8 @@ def load(  # noqa: PLR0913 (all that there is to say about loading)
         vars(model.config).pop("quantization_config", None)
         vars(model).pop("_weight_conversions", None)
     model.eval().requires_grad_(False)
-    source = replace(source, pickles=allow_pickle, code=trust_remote_code)
-    source = _described(name, revision, source, model.dtype)
+    source = described(name, revision, source, model.dtype)
     return replace(inspect_model(model, tokenizer, name=name, revision=revision), source=source)
-
-
-def _opened(name: str, folder: str, config: Any, dtype: str, *, gguf: bool) -> tuple[Source, dict[str, Any]]:
-    """Return where a model comes from, and in which dtype it is loaded: unpacked, also where a GPU could take it as it is."""
-    unpacked = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    if gguf:
-        how = {"dtype": "float32" if dtype == "auto" else dtype, "config": config}
-        return Source(None, unpacked, "gguf"), {**how, "ignore_mismatched_sizes": True}
-    form = packing(getattr(config, "quantization_config", None), name)
-    source = Source(Path(folder), unpacked, form, hub=not Path(folder).is_dir())
-    if form is None:
-        return source, {"dtype": dtype}
-    return source, {"dtype": unpacked, "quantization_config": _UNPACKED[form](dequantize=True)}
-
-
-def _described(name: str, revision: str | None, source: Source, dtype: torch.dtype) -> Source:
-    """Return the source with its place in the cache and the dtype of its files, whose headers are checked; else that of the model."""
-    if source.folder is None:
-        return source
-    if source.hub:
-        file = cached_file(str(source.folder), "config.json", revision=revision)
-        source = replace(source, folder=Path(str(file)).parent)
-    try:
-        stored = stored_in(source)
-        return source if source.form else replace(source, dtype=stored.dtype)
-    except CheckpointError as error:
-        if source.hub:  # weights may be of another revision than the rest
-            said = f"the files of {name!r} cannot be written again as they are, so that it is saved as it is in memory: {error}"
-            warnings.warn(said, stacklevel=3)
-            return replace(source, dtype=source.dtype if source.form else dtype, reshaped=True)
-        raise ModelError(f"{name!r} cannot be loaded: {error}") from error
 
 
 def device_of(name: str) -> str:
@@ -252,7 +218,7 @@ def outlined(name: str, *, revision: str | None = None, trust_remote_code: bool 
 
 
 def _absent(name: str, revision: str | None, *, trust_remote_code: bool) -> Any:
-    folder, gguf = _source(name)
+    folder, gguf = _source(name, revision)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     return _empty(name, folder, options | ({} if gguf is None else {"gguf_file": gguf}))
 
@@ -287,7 +253,7 @@ def reading(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[Any, int | None]:
     """Return the tokenizer of a model, and the positions that it has (None: no limit), without its weights."""
-    folder, gguf = _source(name)
+    folder, gguf = _source(name, revision)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     options |= {} if gguf is None else {"gguf_file": gguf}
     try:
@@ -317,9 +283,13 @@ def _empty(name: str, folder: str, options: dict[str, Any], dtype: torch.dtype |
     return model
 
 
-def _source(name: str) -> tuple[str, str | None]:
+def _source(name: str, revision: str | None = None) -> tuple[str, str | None]:
     """Return the folder or Hub name to load from, and the GGUF file in it, if that is what is meant."""
     path = Path(name).expanduser()
+    if revision is not None and path.exists():
+        raise OptionError(
+            f"{name!r} is on this machine and has no revisions: leave out revision {revision!r}, or pass a name on the Hub"
+        )
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{name!r} is a file: pass the folder it is in, a .gguf file or a Hub name")

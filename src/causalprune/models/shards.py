@@ -204,7 +204,8 @@ class ShardWriter:
             view, at = view[count:], at + count
         if self._waiting > AT_ONCE and (self._going is None or self._going.done()):
             self._settle()
-            self._going, self._waiting = self._disk.submit(os.fdatasync, self._fd), 0
+            durable = getattr(os, "fdatasync", os.fsync)  # macOS has the second alone
+            self._going, self._waiting = self._disk.submit(durable, self._fd), 0
 
     def close(self) -> None:
         """Make the file durable."""

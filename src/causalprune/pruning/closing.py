@@ -8,17 +8,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from causalprune.core import Decoder, Layer, Masks, Projection
-from causalprune.interventions import Parts, Site, sites
+from causalprune.core import Decoder, Masks, Projection
+from causalprune.interventions import Parts, Site, shares, sites
+from causalprune.pruning.owning import owned, private
 
 Weights: TypeAlias = Mapping[str, Int[Tensor, "_"]]
 """Single weights of projections by name: places in `[out in]`, row by row."""
 
 
 def close(decoder: Decoder, units: Iterable[Parts]) -> Masks:
-    """Set all weights of units to zero, in place, and return what stays: the model does what it did with their gates closed.
+    """Set the weights of units to zero, in place, and return what stays: the model does what it did with their gates closed.
 
-    What heads share, as keys and values of a group, goes where all of them do.
+    What heads share, as keys and values of a group, goes where all of them do, and so do rows that units look at together, as
+    under a norm over all queries.
     """
     units = list(units)
     found = staying(decoder, units)
@@ -42,21 +44,26 @@ def still(decoder: Decoder, units: Iterable[Parts], factor: float = 0.0) -> None
 
 def staying(decoder: Decoder, units: Iterable[Parts]) -> Masks:
     """Return what would stay of all weights without units."""
-    gone, found = _members(decoder, units), Masks()
-    for layer in decoder.layers:
-        for p in layer.projections:
-            found.add(p.name, ~_gone(layer, p, gone).to(p.device).expand(p.shape))
+    found = Masks()
+    for p, own in _going(decoder, units):
+        found.add(p.name, ~own.to(p.device).expand(p.shape))
     return found
 
 
 def size_of_parts(decoder: Decoder, units: Iterable[Parts]) -> int:
     """Return the number of weights that are zero once units are closed; those of rows that others need too stay."""
-    gone, found = _members(decoder, units), 0
-    for layer in decoder.layers:
-        for p in layer.projections:
-            own = _gone(layer, p, gone)
-            found += int(own.sum()) * (p.size // own.numel())
-    return found
+    return sum(int(own.sum()) * (p.size // own.numel()) for p, own in _going(decoder, units))
+
+
+def _going(decoder: Decoder, units: Iterable[Parts]) -> Iterator[tuple[Projection, Bool[Tensor, "#out #in"]]]:
+    """Yield of every projection which weights go with units, broadcastable: rows where no unit that stays sees them."""
+    gone, alone, handed = _members(decoder, units), private(decoder), shares(decoder)
+    for p in decoder.projections:
+        site = Site(p.layer, p.place)
+        own = site in alone or bool(gone[site].all())
+        own = own and not (handed and p.role in ("k", "v"))
+        sends = p.role in ("o", "down") or p.place == "experts"
+        yield p, owned(p, gone[site]) if own or sends else torch.zeros(1, 1, dtype=torch.bool)
 
 
 def _members(decoder: Decoder, units: Iterable[Parts]) -> dict[Site, Bool[Tensor, "part"]]:
@@ -73,18 +80,6 @@ def _sent(p: Projection, parts: Bool[Tensor, "part"]) -> Bool[Tensor, "#out #in"
     if p.place == "experts":
         return parts[int(p.name.split(".")[3])].view(1, 1)
     return parts.repeat_interleave(p.shape[1] // len(parts))[None]
-
-
-def _gone(layer: Layer, p: Projection, gone: dict[Site, Tensor]) -> Bool[Tensor, "#out #in"]:
-    """Return which weights of a projection belong to units that go, broadcastable."""
-    units = gone[Site(layer.index, p.place)]
-    if p.place in ("heads", "mixers"):
-        blocks = units.view(p.blocks or 1, -1).all(1)  # those that share a block all have to go
-        features = blocks.repeat_interleave(p.shape[p.role == "o"] // len(blocks))
-        return features[None] if p.role == "o" else features[:, None]
-    if p.place == "experts":
-        return units[int(p.name.split(".")[3])].view(1, 1)
-    return units[None] if p.role == "down" else units[:, None]
 
 
 def dampen(decoder: Decoder, units: Iterable[Parts], factor: float) -> None:

@@ -5,6 +5,7 @@ A group is a layer's attention or its MLP with all its experts. The answers are 
 much a matrix loses, groups are smaller, and `allocation.dense_shares` chooses those that stay dense.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from causalprune.core import Batch, Decoder, Layer, Projection, State
+from causalprune.core import Batch, Decoder, Layer, ModelError, Projection, State
 from causalprune.interventions import (
     LayerInputs,
     capture,
@@ -76,12 +77,20 @@ def dose_response(
     `layers` yields the layers from the first that `untried` names, in order, each at a time when `pruned` can say what becomes of its
     matrices at every sparsity. The model is as it was after each trial. Every group is kept in the `state`, and not tried again.
     Costs `groups · sparsities` passes through the rest of the model for every layer, with two groups or, `fused`, up to four.
+
+    Raises:
+        ModelError: a divergence is not finite; it is not kept.
     """
     state = state or State()
     rows = state.values.setdefault("trials", [])
     groups = [group for layer in decoder.layers for group in groups_of(layer, fused=experiment.fused)]
     if len(rows) < len(groups):
         for row in _trials(decoder, layers, experiment, pruned, len(rows)):
+            if not all(map(math.isfinite, row)):
+                raise ModelError(
+                    f"divergences where {groups[len(rows)][0].name} is pruned are not finite: look for broken weights, or "
+                    "begin again in another output with --dtype float32, or without +graded"
+                )
             rows.append(row)
             state.keep(trials=rows)
     members = tuple(tuple(p.name for p in group) for group in groups)

@@ -48,7 +48,8 @@ def slope(plan: Plan, gathered: Gathered, p: Projection) -> Float[Tensor, "out"]
     """Return the root mean square of the gradient at the outputs, None where rows are not compared by it."""
     if not gathered.slopes:
         return None
-    return _known(plan, p, lambda q: gathered.slopes.get(q.name)).float().expand(p.shape[0])
+    known = _known(plan, p, lambda q: gathered.slopes.get(q.name), _unmoved(plan))
+    return known.float().expand(p.shape[0])
 
 
 def _gradient(plan: Plan, gathered: Gathered, p: Projection) -> Float[Tensor, "#out #in"] | None:
@@ -62,7 +63,7 @@ def _gradient(plan: Plan, gathered: Gathered, p: Projection) -> Float[Tensor, "#
         slopes = replace(q, parameter=nn.Parameter(own, requires_grad=False)).read()
         return None if q.expert is not None and not bool(slopes.any()) else slopes.flatten()
 
-    known = _known(plan, p, of)
+    known = _known(plan, p, of, _unmoved(plan))
     return known.view(1, 1) if known.numel() == 1 else known.view(p.shape)
 
 
@@ -85,17 +86,22 @@ def finite(p: Projection, values: Tensor) -> Tensor:
     return values
 
 
+def _unmoved(plan: Plan) -> float:
+    """Return the gradient where the loss does not depend on a matrix: none beside others, else alike for its weights."""
+    return 0.0 if plan.method.resolved_scope == "global" else 1.0
+
+
 def _known(
-    plan: Plan, p: Projection, of: Callable[[Projection], Tensor | None]
+    plan: Plan, p: Projection, of: Callable[[Projection], Tensor | None], without: float = 1.0
 ) -> Float[Tensor, "#features"]:
     """Return what is known of a projection's inputs or outputs.
 
     For an expert that no token reached that is one number, the root mean square over its siblings: it is neither
-    free nor worth more than they are. One where nothing is known of them either.
+    free nor worth more than they are. `without` where nothing is known of them either.
     """
     if (own := of(p)) is not None:
         return own
     siblings = plan.decoder.layers[p.layer].projections
     found = [vector for q in siblings if q.role == p.role and (vector := of(q)) is not None]
-    known = torch.cat(found).square().mean().sqrt() if found else torch.ones(())
+    known = torch.cat(found).square().mean().sqrt() if found else torch.tensor(without)
     return known.to(p.device).view(1)

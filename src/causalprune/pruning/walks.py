@@ -20,7 +20,7 @@ from causalprune.interventions import (
     run_layer,
     shares,
 )
-from causalprune.pruning.criteria import TRAINS
+from causalprune.pruning.criteria import LOOKS, TRAINS
 from causalprune.pruning.importance import Factors
 from causalprune.pruning.methods import Method
 from causalprune.pruning.parts import Costs, Steps, costs
@@ -164,6 +164,8 @@ def _unseen(p: Projection, inputs: Tensor, outputs: Tensor, real: Tensor) -> Non
 
 
 def unrouted(plan: Plan, gathered: Gathered) -> tuple[str, ...]:
-    """Return the projections that no token of the calibration reached in the last walk."""
-    tokens = gathered.norms.tokens
+    """Return the projections that no token of the calibration reached in the last walk; none where pruning looks at no inputs."""
+    tokens, method = gathered.norms.tokens, plan.method
+    if not method.needs & LOOKS and method.resolved_update == "none":  # a stopped walk of trials saw some
+        return ()
     return tuple(p.name for p in plan.decoder.projections if plan.groups and not tokens.get(p.name))

@@ -55,9 +55,10 @@ def _figures(run: Mapping[str, Any]) -> Iterator[tuple[str, tuple[float, float],
         rows = math.ceil(len(run["tasks"]) / 2)
         yield "scores", (7.0, 2.6 * rows), lambda figure: _scores(figure, run, pruned)
     if run["effects"]:
-        heads = [unit for unit in run["effects"][0]["units"] if unit["kind"] == "head"]
+        shown = run["effects"][0]
+        heads = [unit for unit in shown["units"] if unit["kind"] == "head"]
         if heads:
-            yield "heads", (4.6, 4.8), lambda figure: _heads(figure, heads)
+            yield "heads", (4.6, 4.8), lambda figure: _heads(figure, heads, shown["unit"])
     if run["zeros"]:
         width = 1.3 + 1.7 * len(run["zeros"])
         yield "zeros", (min(width, 60.0), 3.8), lambda figure: _zeros(figure, run["zeros"])
@@ -98,7 +99,7 @@ def _scores(figure: Any, run: Mapping[str, Any], pruned: list[Mapping[str, Any]]
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
 
-def _heads(figure: Any, heads: list[Mapping[str, Any]]) -> None:
+def _heads(figure: Any, heads: list[Mapping[str, Any]], measured_in: str) -> None:
     """Layer × head, as the paper's Figure 2, but with the sign of Δ."""
     shape = (max(u["layer"] for u in heads) + 1, max(u["index"] for u in heads) + 1)
     grid = [[math.nan] * shape[1] for _ in range(shape[0])]
@@ -110,7 +111,7 @@ def _heads(figure: Any, heads: list[Mapping[str, Any]]) -> None:
     image = ax.imshow(grid, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
     ax.set(xlabel="head", ylabel="layer")
     ax.grid(visible=False)
-    figure.colorbar(image, ax=ax, label="Δ, nats per token", extend="both")
+    figure.colorbar(image, ax=ax, label=f"Δ, {measured_in}", extend="both")
 
 
 def _zeros(figure: Any, zeros: Mapping[str, list[list[Any]]]) -> None:

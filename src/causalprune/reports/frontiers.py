@@ -58,8 +58,9 @@ def found(record: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{smaller if chosen['share'] else whole}: {record['file']['bytes'] / 1e6:.1f} MB, {limit}",
         f"{record['on']}, on {dense['problems']} problems that decided nothing: {_signed(own)} to dense at {number(dense['value'])} ({unit})",
-        f"kept: {chosen['kept']:.1%} of dense, on these problems",
     ]
+    if chosen["kept"] is not None:
+        lines.append(f"kept: {chosen['kept']:.1%} of dense, on these problems")
     if (over := record["minus_best_whole"]) is not None:
         lines.append(
             f"against the best file of its size or smaller without pruning, {record['best_whole']}: "
@@ -70,8 +71,8 @@ def found(record: Mapping[str, Any]) -> list[str]:
     if record["best_whole"] is None:
         nowhere = "no whole file is so small, so that removing parameters was compared with nothing"
     lines.append(
-        f"removing parameters was measured better than quantising further below {below / 1e6:.1f} MB, on the problems that decide, "
-        "without an interval"
+        f"removing parameters was measured better than quantising further at {below / 1e6:.1f} MB, and at no larger size, on the "
+        "problems that decide, without an interval"
         if below
         else nowhere
     )
@@ -186,13 +187,18 @@ def _table(record: Mapping[str, Any]) -> Markup:
     rows = Markup("").join(_rows(record["points"], record["chosen"]["name"], record.get("speeds", {})))
     unit, rise = UNITS.get(record["metric"], record["metric"]), _rise(record)
     head = (
-        "file", "MB", "gone", f"worse by, predicted ({rise})", f"worse by, measured ({rise})", f"less dense, other problems ({unit})", "kept",
-        "speed over dense at Q8_0",
+        "file", "MB", "gone", f"worse by, predicted ({rise})", f"worse by, measured ({rise})", f"less dense, other problems ({unit})",
+        *(["kept"] if _keeps(record["points"]) else []), "speed over dense at Q8_0",
     )  # fmt: skip
     names = Markup("").join(Markup("<th>{}</th>").format(name) for name in head)
     return Markup('<table class="models"><thead><tr>{}</tr></thead><tbody>{}</tbody></table>').format(
         names, rows
     )
+
+
+def _keeps(points: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether points have a share that they keep, which not every measure has."""
+    return any(p.get("kept") is not None for p in points)
 
 
 def _rows(points: Sequence[Mapping[str, Any]], chosen: str, speeds: Mapping[str, Any]) -> Iterator[Markup]:
@@ -206,7 +212,7 @@ def _rows(points: Sequence[Mapping[str, Any]], chosen: str, speeds: Mapping[str,
                 for key in ("predicted_rise", "measured_rise")
             ),
             _signed(own) if own else "–",
-            f"{p['kept']:.1%}" if own else "–",
+            *([f"{p['kept']:.1%}" if own else "–"] if _keeps(points) else []),
             f"{speed['over_dense']:.2f} ×" if speed else "–",
         )
         mark = Markup(' class="chosen"') if p["name"] == chosen else ""

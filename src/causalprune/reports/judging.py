@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from causalprune.calibration import OWN, is_file
+from causalprune.calibration import OWN, TEXT_SOURCES, is_file
 from causalprune.core import EvalResult, Size, Speed
 from causalprune.evaluation import AT_CHANCE, TRAITS
 
@@ -198,11 +198,11 @@ def _choice(best: _Judged, full: Sequence[_Judged]) -> str:
     """Say why this model was chosen."""
     if best.worse:
         return f"It is shown to be worse on {len(best.worse)} of {len(best.tasks)} measures that decide; of those with as few, its result on the first is best."
-    same = [own for own in full if own.holds == best.holds and not own.worse]
+    same = [own for own in full if not own.worse]
+    hold = sum(own.holds for own in same)
+    of_them = f", of which {hold} hold{'s' * (hold == 1)}" if 0 < hold < len(same) else ""
     rest = "the smallest of them, of one size the sparsest, then the best on the first measure"
-    return (
-        f"Pruned models that are shown to be worse on no measure: {len(same)} of {len(full)}. This is {rest}."
-    )
+    return f"Pruned models that are shown to be worse on no measure: {len(same)} of {len(full)}{of_them}. This is {rest}."
 
 
 def taken(model: Told) -> str:
@@ -228,6 +228,9 @@ def _size(model: Told, models: Sequence[Told]) -> str:
 
 
 def _answers_task(tasks: Sequence[Told]) -> str | None:
-    """Return the task that measures answers to the problems whose solutions' loss was measured."""
-    found = [task for task in tasks if task["task"].endswith("_nll")]
+    """Return the task that measures answers to the problems whose solutions' loss was measured; running text asks nothing."""
+    texts = [f"{source}_nll" for source in TEXT_SOURCES]
+    found = [
+        task for task in tasks if task["task"].endswith("_nll") and task["asks"] and task["task"] not in texts
+    ]
     return f"{found[0]['task'].removesuffix('_nll')}_answers:{found[0]['n']}" if found else None

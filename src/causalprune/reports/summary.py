@@ -126,6 +126,8 @@ def _tasks(rows: Sequence[Row], sources: Set[str]) -> list[dict[str, Any]]:
             own: dict[str, Any] = {"key": key, "task": result.task, "metric": result.metric, "unit": unit}
             own |= {"higher_is_better": higher, "n": len(result.values)}
             own |= {"kind": kind_of(result), "calibrated": is_calibrated(result.task, sources)}
+            more = (len(f"{prompt}.".split()) > 1 for prompt in result.prompts)  # than a text's first token
+            own["asks"] = not result.prompts or any(more)
             found.setdefault(key, own)
     return list(found.values())
 

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from causalprune import checkpoints, models
-from causalprune.checkpoints import MANIFEST, count_zeros, describe, read_manifest, save
+from causalprune.checkpoints import (
+    MANIFEST,
+    count_zeros,
+    describe,
+    read_manifest,
+    round_as_written,
+)
 from causalprune.core import (
     Calibration,
     CausalPruneError,
@@ -28,7 +34,7 @@ from causalprune.evaluation import AND, Row, Settings, decoded, evaluate, kept_r
 from causalprune.models import fingerprint
 from causalprune.pruning import Method, begun, manifest, prune
 from causalprune.reports import CHECKPOINTS, achieved
-from causalprune.runs.keeping import keep_for_now, let_go
+from causalprune.runs.keeping import for_good, keep, let_go
 from causalprune.runs.recipe import ModelSpec, Recipe
 from causalprune.runs.rows import SHRINK, Cell, Removal
 from causalprune.runs.timing import speeds
@@ -65,6 +71,7 @@ def loaded(spec: ModelSpec, checkpoint: Path | None) -> Decoder:
 
 def made_from(base: Decoder, decoder: Decoder) -> Decoder:
     """Return a model that was made in memory as it is when it is loaded from its checkpoint, with a fingerprint of its own."""
+    round_as_written(decoder)
     origin = {"name": base.name, "fingerprint": base.fingerprint}
     return dataclasses.replace(decoder, fingerprint=fingerprint(decoder.model), base=origin)
 
@@ -76,6 +83,11 @@ def _to_keep(results: Sequence[EvalResult], texts: str | bool) -> list[dict[str,
         result.description["peak_bytes"] = peak_bytes()
     left: dict[str, Any] = dict.fromkeys(gone, ())
     return kept_rows([dataclasses.replace(result, **left) for result in results])
+
+
+def _left_by(path: Path) -> tuple[Path, ...]:
+    """Return where is kept what making a cell has finished."""
+    return (path, *leftovers(path).values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +115,15 @@ class Cells:
         """Tell whether all tasks of a cell are measured."""
         return not self.missing(name)
 
-    def measure(self, name: str, method: Cell, decoder: Decoder | None) -> None:
-        """Measure what is missing of a cell, with the intact `decoder` if it is there already."""
-        if not (missing := self.missing(name)):
-            return
+    def measure(self, name: str, method: Cell, decoder: Decoder | None, *, again: bool = False) -> None:
+        """Measure what is missing of a cell, with the intact `decoder` if it is there already.
+
+        A checkpoint that the recipe saves, or that is wanted `again`, is made where it is not there, whatever is measured.
+        """
         checkpoint = self.folder / CHECKPOINTS / name
         saved = self._saved(name, checkpoint)  # stopped while it was being measured
+        if not (missing := self.missing(name)) and (saved or not (again or self.recipe.saves(name))):
+            return
         if saved or decoder is None:
             with self.stage(f"{name}: loading model"):
                 decoder = loaded(self.recipe.model, checkpoint if saved else None)
@@ -121,7 +136,7 @@ class Cells:
             for task, results in self._results(name, group, decoder).items():
                 texts = self.recipe.texts and ("all" if method is None else "answers")
                 self.book.append(f"{name}/{task}", _to_keep(results, texts))
-        for path in (self._kept_in(name), *leftovers(self._kept_in(name)).values()):
+        for path in _left_by(self._kept_in(name)):
             forget(path)
 
     def settle(self, best: str | None, rows: Sequence[Row]) -> None:
@@ -129,7 +144,9 @@ class Cells:
         for name in self.recipe.cells():
             checkpoint = self.folder / CHECKPOINTS / name
             if name != "dense" and self.finished(name):
-                if name != best and not self.recipe.saves(name):
+                if self.recipe.saves(name):
+                    for_good(checkpoint)
+                elif name != best:
                     let_go(checkpoint)
                 if self._saved(name, checkpoint):
                     describe(checkpoint, rows, name)
@@ -180,18 +197,18 @@ class Cells:
         if f"{name}/pruned" not in self.book.rows:
             tokens, examples = self.calibration.description["tokens"], len(self.calibration.examples)
             passes = method.passes(len(decoder.layers), examples, tokens) * method.needs_calibration
-            cost = {"seconds": time.perf_counter() - start, "tokens_forwarded": round(passes * tokens)}
+            seconds = None if left else time.perf_counter() - start  # else of the last session alone
+            cost = {"seconds": seconds, "tokens_forwarded": round(passes * tokens)}
             found = {**manifest(pruned, None, None), **achieved(decoder, pruned.keep), **cost}
             self.book.append(f"{name}/pruned", {**found, "peak_bytes": peak_bytes()})
 
     def _shrink(self, name: str, method: Removal, decoder: Decoder) -> Decoder:
         """Return a smaller model, timed beside the whole one where it is new."""
-        start = time.perf_counter()
+        start, left = time.perf_counter(), any(path.exists() for path in _left_by(self._kept_in(name)))
         side: dict[str, Any] = {"stage": lambda what: self.stage(f"{name}: {what}")}
-        shrunk = shrink(
-            decoder, method.share, self.calibration, method.how, ledger=self._kept_in(name), **side
-        )
-        after, seconds = size_of(shrunk.decoder), time.perf_counter() - start
+        side["ledger"] = self._kept_in(name)
+        shrunk = shrink(decoder, method.share, self.calibration, method.how, **side)
+        after, seconds = size_of(shrunk.decoder), None if left else time.perf_counter() - start
         if f"{name}/pruned" not in self.book.rows:
             with self.stage(f"{name}: timing"):
                 speed = speeds(decoder, shrunk.decoder)
@@ -204,13 +221,8 @@ class Cells:
         return shrunk.decoder
 
     def _save(self, name: str, decoder: Decoder, record: dict[str, Any], **side: Any) -> None:
-        """Save a model, or keep it until it is measured and beaten."""
-        checkpoint = self.folder / CHECKPOINTS / name
         with self.stage(f"{name}: saving"):
-            if self.recipe.saves(name):  # in place of what an earlier run has left there
-                save(decoder, checkpoint, manifest=record, overwrite=True, **side)
-            else:
-                keep_for_now(decoder, checkpoint, record, **side)
+            keep(decoder, self.folder / CHECKPOINTS / name, record, good=self.recipe.saves(name), **side)
 
     def row(self, name: str, method: Cell) -> dict[str, Any]:
         """Return a finished cell as a row of the table."""
@@ -225,7 +237,7 @@ class Cells:
             described |= {key: own[key] for key in ("parameters", "bytes", "speed")}
         results = []
         for task in self.recipe.on:
-            for result in decoded(self.book.rows[f"{name}/{task}"]):
-                own = {} if task in self.named else {ADDED: True}
-                results.append({**result, "description": {**result["description"], **own}})
+            own = {} if task in self.named else {ADDED: True}
+            found = decoded(self.book.rows[f"{name}/{task}"])
+            results += [{**result, "description": {**result["description"], **own}} for result in found]
         return {**described, "results": results}

@@ -27,6 +27,7 @@ from causalprune.circuits import (
     load_circuit,
     overlap,
     save_circuit,
+    sequences_of,
 )
 from causalprune.circuits import circuit as find
 from causalprune.core import Calibration, Decoder, Example, MismatchError, OptionError, say, size_of
@@ -141,8 +142,9 @@ def measured_on(decoder: Decoder, on: Sequence[str], settings: Settings) -> Cali
 
 def jobs(asked: CircuitSpec, calibration: Calibration, decide: Calibration | None) -> dict[str, float]:
     """Return the stages of a search with what they cost in tokens; what estimators measure unit by unit is not known here."""
-    counts = len(calibration.examples), len((decide or calibration).examples)
-    lengths = [sum(len(e.tokens) for e in own.examples) for own in (calibration, decide or calibration)]
+    every = [own.examples for own in (calibration, decide or calibration)]
+    counts = list(map(len, every))
+    lengths = [sum(len(e.tokens) for e in sequences_of(own, asked.estimator)) for own in every]
     found = dict[str, float]()
     for name, problems, passes in _stages(asked, counts[0], counts[1] if decide else None):
         own = asked.passes if math.isnan(passes) else passes

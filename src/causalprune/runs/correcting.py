@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ from causalprune.calibration import OWN, OWN_TEXT, TEXT_SOURCES, load_problems, 
 from causalprune.checkpoints import check_destination, save, warn_unpacked
 from causalprune.core import Calibration, Decoder, EvalResult, Progress, forget, git_commit, size_of, versions
 from causalprune.correction import (
-    CLEAN,
     CORRECTION,
     Corrected,
     check_contrast,
@@ -36,13 +36,16 @@ PROBLEM_TOKENS, TRIALS, WRITING = 200, 6, 3
 
 @dataclass(frozen=True, eq=False)
 class Fixed:
-    """What came of a correction: what was taken out, results before and after on the deciding half, and what is to be said."""
+    """What came of a correction: what was taken out, results before and after on the deciding half, and what is to be said.
+
+    `minutes` is None where it went on after a stop.
+    """
 
     corrected: Corrected
     before: tuple[EvalResult, ...]
     after: tuple[EvalResult, ...]
     sentences: tuple[str, ...]
-    minutes: float
+    minutes: float | None
 
 
 def correct_checkpoint(
@@ -56,6 +59,7 @@ def correct_checkpoint(
     check_destination(output, options.overwrite)
     counts = asked.preserved
     kept_in = output.with_name(f"{output.name}.correction")
+    begun = kept_in.exists()
     with options.stage("loading model"):
         decoder = load(spec)
     warn_unpacked(decoder)
@@ -71,7 +75,8 @@ def correct_checkpoint(
     found = correct(decoder, bad, stays, contrast, kept_in=kept_in, stage=options.stage)
     before, after, texts = study.after(shown)
     said = (*study.told(before, after), *sentences(found), *filter(None, [for_good(found, decoder)]))
-    fixed = Fixed(found, before, after, said, (time.perf_counter() - start) / 60)
+    minutes = None if begun else (time.perf_counter() - start) / 60  # else of the last session alone
+    fixed = Fixed(found, before, after, said, minutes)
     with options.stage("saving"):
         size = dict.fromkeys(("before", "after"), asdict(size_of(decoder)))
         sources = {
@@ -109,7 +114,8 @@ def to_stay(
 ) -> list[Calibration]:
     """Return what is to be preserved: text in windows, and problems as long as `wanted` allows.
 
-    Problems that the model was let to answer are in the half of those answers; answers of its own count as clean texts.
+    Problems that the model was let to answer are in the half of those answers; answers of its own count as clean texts, but
+    for those that show the behaviour.
     """
     texts = {name: count for name, count in counts.items() if name in (*TEXT_SOURCES, OWN_TEXT)}
     problems = {name: count for name, count in counts.items() if name not in texts}
@@ -122,11 +128,18 @@ def to_stay(
             each = zip(drawn.examples, drawn.subset, strict=True)
             subset = tuple(study.half_of.get(example.content, half) for example, half in each)
             names = [name for name, count in drawn.description["sources"].items() for _ in range(count)]
-            examples = [
-                dataclasses.replace(own, source=CLEAN + name) if name.startswith(OWN) else own
-                for own, name in zip(drawn.examples, names, strict=True)
+            kept = [
+                (study.clean(own, name) if name.startswith(OWN) else own, half)
+                for own, name, half in zip(drawn.examples, names, subset, strict=True)
             ]
-            found.append(dataclasses.replace(drawn, examples=tuple(examples), subset=subset))
+            stay = [(own, half) for own, half in kept if own is not None]
+            if len(stay) < len(kept):
+                warnings.warn(
+                    f"{len(kept) - len(stay)} answers of the model's own show {study.asked.behaviour}: they are not to stay",
+                    stacklevel=2,
+                )
+            examples, subset = zip(*stay, strict=True) if stay else ((), ())
+            found.append(dataclasses.replace(drawn, examples=examples, subset=subset))
     return found
 
 

@@ -12,8 +12,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from causalprune.core import Progress, Stage, quiet
-from causalprune.evaluation import DRAWS, averaged, rows_of, write_json
+from causalprune.core import MismatchError, Progress, Stage, quiet
+from causalprune.evaluation import DRAWS, RESULTS, averaged, rows_of, write_json
+from causalprune.reports import LEDGER
 from causalprune.runs.jobs import Coming
 from causalprune.runs.plans import Plan
 from causalprune.runs.recipe import Recipe
@@ -42,7 +43,12 @@ def run_draws(
 
     All draws are measured on the same examples: a row has the mean over draws of what each example gave. Costs as many runs as
     there are draws.
+
+    Raises:
+        MismatchError: the folder holds a run on one draw.
     """
+    if (folder / LEDGER).exists() or (folder / RESULTS).exists():
+        raise MismatchError(f"{folder} holds a run on one draw: choose another folder, or leave out --seeds")
     wanted = draws(recipe, seeds)
     records = [
         run(

@@ -13,10 +13,13 @@ from causalprune.core import Size, Speed
 from causalprune.models import read_shape
 from causalprune.reports import CHECKPOINTS, Verdict
 from causalprune.runs.cells import ADDED
-from causalprune.runs.recipe import CalibrationSpec, ModelSpec
+from causalprune.runs.recipe import CalibrationSpec, ModelSpec, Recipe
+from causalprune.runs.rows import is_removal, parse_method, writes_own
 
 READ = ("seed", "max_tokens", "chat", "thinking", "turns", "fold_system")
 """Options that say how data are read, which a command on the same data repeats."""
+LOADED = ("date", "trust_remote_code")
+"""Options of a model that a checkpoint of it takes too."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,17 @@ def next_command(
 ) -> str:
     """Return the command that goes on from a run: measure what its verdict lacks, make a smaller model, or look for less."""
     kept, recipe = _kept(folder, verdict.label), record["recipe"]
+    answers = _options(recipe, ("answer", "max_new_tokens"), Recipe)
     if kept and not verdict.holds and verdict.measure is not None:
         wanted = {**recipe["calibration"], "seed": recipe["seed"]}  # by which problems are measured
-        return evaluating(kept, verdict.measure, reading(wanted, recipe["model"], data_dir))
+        return evaluating(kept, verdict.measure, [*reading(wanted, recipe["model"], data_dir), *answers])
     if not verdict.holds:
         named = [r for r in record["rows"][0]["results"] if not r["description"].get(ADDED)]
         found = {result["task"]: result["description"].get("limit") for result in named}
         tasks = (f"{task}:{limit}" if limit else task for task, limit in found.items())
-        on = (word for task in tasks for word in ("--on", task))
-        return _again(record, "sweep", folder / "sweep", data_dir, *on)
+        on = [word for task in tasks for word in ("--on", task)]
+        on += [word for scorer in recipe["scorers"] for word in ("--scorer", scorer)]
+        return _again(record, "sweep", folder / "sweep", data_dir, *on, *answers)
     if not any(row.get("removed") for row in record["rows"]):
         return _again(record, "shrink", folder / "smaller", data_dir, "--parameters", "0.2")
     return shlex.join(["causalprune", *(("verify", str(kept)) if kept else ("report", str(folder)))])
@@ -94,14 +99,15 @@ def evaluating(checkpoint: Path, task: str, beside: Sequence[str] = ()) -> str:
 def reading(wanted: Mapping[str, Any], model: Mapping[str, Any], data_dir: Path | str | None) -> list[str]:
     """Return what a command says to read the same data in the same way, with a checkpoint of the same model."""
     words = [] if data_dir is None else ["--data-dir", str(data_dir)]
-    for own, names, of in (
-        (wanted, READ, CalibrationSpec),
-        (model, ("date", "trust_remote_code"), ModelSpec),
-    ):
-        plain = {f.name: f.default for f in dataclasses.fields(of)}
-        for name in names:
-            if (value := own.get(name, plain[name])) != plain[name]:
-                words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return [*words, *_options(wanted, READ, CalibrationSpec), *_options(model, LOADED, ModelSpec)]
+
+
+def _options(own: Mapping[str, Any], names: Iterable[str], of: type[Any]) -> list[str]:
+    """Return as words of a command those fields of a part of a recipe that are not its defaults."""
+    plain, words = {f.name: f.default for f in dataclasses.fields(of)}, list[str]()
+    for name in names:
+        if (value := own.get(name, plain[name])) != plain[name]:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return words
 
 
@@ -112,11 +118,16 @@ def _again(record: Mapping[str, Any], command: str, output: Path, data_dir: Path
     preserved = record["calibration"].get("preserve", ())
     for source, count in sources.items():
         words += ["--preserve" if source in preserved else "-t", f"{source}:{count}"]
-    words += reading(record["recipe"]["calibration"], model, data_dir)
-    for name, value in model.items():
-        if name not in {"name", "date", "trust_remote_code"} and value not in (None, False, "auto", "cpu"):
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
-    return shlex.join(words)
+    if not preserved and OWN_TEXT not in sources and _writes(record["recipe"]):
+        words += ["--preserve", "none"]
+    words += reading(record["recipe"]["calibration"], {}, data_dir)
+    _, *fields = (own.name for own in dataclasses.fields(ModelSpec))
+    return shlex.join([*words, *_options(model, fields, ModelSpec)])
+
+
+def _writes(recipe: Mapping[str, Any]) -> bool:
+    """Tell whether a recipe preserves text of the model's own where it does not say otherwise."""
+    return any(is_removal(text) or writes_own(parse_method(text)) for text in recipe["methods"])
 
 
 def _task(sources: Iterable[str]) -> str:
@@ -126,8 +137,10 @@ def _task(sources: Iterable[str]) -> str:
         return f"{name}_ppl" if name == OWN_TEXT else f"{name}_ppl:40000"
     if not is_file(name):
         return f"{name}_nll:200"
-    other = Path(name).with_name(Path(name).name.replace("train", "test"))
-    return f"{other if other != Path(name) and other.exists() else 'TEST.jsonl'}_nll"
+    folder, slash, own = name.rstrip("/").rpartition("/")
+    other = f"{folder}{slash}{own.replace('train', 'test')}"  # a path would lose the ./ of a folder
+    there = "train" in own and Path(other).expanduser().exists()
+    return f"{other if there else 'TEST.jsonl'}_nll"
 
 
 def _on_disk(checkpoint: Path) -> Size:

@@ -7,12 +7,15 @@ import torch
 
 from causalprune.calibration import DATE
 from causalprune.checkpoints import resolve
-from causalprune.core import Decoder, ModelError, OptionError, free_bytes, size_of
+from causalprune.core import Decoder, MismatchError, ModelError, OptionError, free_bytes, size_of
 from causalprune.models import check_options, device_of, read_shape
 from causalprune.pruning import TRAINS, Method, check_dtype
 from causalprune.runs.plans import dtype_of, memory_bytes, size_bytes
 from causalprune.runs.recipe import ModelSpec, Shape
 from causalprune.streaming import check_streams, copies_of, was_streamed
+
+WEIGHTS = "layer-", "training", "trained"
+"""What files begin with that have weights, of those that a stopped run in memory has kept."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,12 @@ def place(
     Raises:
         ModelError: it does not fit into memory, and cannot be pruned from its files; says why.
         OptionError: it is to be streamed, and cannot be, or trained in a type that is too narrow.
+        MismatchError: a stopped run went from files, and this one cannot.
     """
     device = device_of(spec.device)
     check_options(spec.dtype, device)
     check_trained(spec, method.resolved_update)
-    if stream is None and kept_in is not None:
-        stream = was_streamed(kept_in)
+    began = was_streamed(kept_in) if stream is None and kept_in is not None else None
     layers, heads, parameters = read_shape(
         resolve(spec.name), revision=spec.revision, trust_remote_code=spec.trust_remote_code
     )
@@ -63,19 +66,23 @@ def place(
     size = size_bytes(spec, shape.parameters)
     needed = memory_bytes(shape, size, [method.resolved_update], batch_tokens)
     free = free_bytes(torch.device(device))
-    if stream is None and needed > free and spec.device_map is None:
+    crowded = stream is None and began is None and needed > free and spec.device_map is None
+    if stream or began or crowded:
         try:
             check_stored(spec)
             check_streams(method, effects=effects)
         except OptionError as error:
+            if stream:
+                raise
+            if began:
+                raise MismatchError(
+                    f"{kept_in} is of a stopped run from files: delete it, or choose another output"
+                ) from None
             raise ModelError(
                 f"{spec.name} needs about {_gib(needed)} of memory, {_gib(free)} are free, and it cannot be pruned from its "
                 f"files: {error}"
             ) from None
         stream = True
-    elif stream:
-        check_stored(spec)
-        check_streams(method, effects=effects)
     copies = copies_of(method) if stream else int(method.takes_long)
     return Place(bool(stream), needed, free, (1 + copies) * size)
 
@@ -84,7 +91,8 @@ def room_of(decoder: Decoder, kept_in: Path | None) -> float:
     """Return the bytes of disk that the checkpoint takes, and a copy of its prunable weights `kept_in` a folder until it is there."""
     if kept_in is None:
         return float(size_of(decoder).bytes)
-    there = sum(path.stat().st_size for path in kept_in.glob("*")) if kept_in.is_dir() else 0
+    kept = kept_in.glob("*") if kept_in.is_dir() else ()
+    there = sum(path.stat().st_size for path in kept if path.name.startswith(WEIGHTS))
     copy = sum(p.size * p.parameter.element_size() for p in decoder.projections)
     return float(size_of(decoder).bytes + max(copy - there, 0))
 

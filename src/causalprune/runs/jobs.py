@@ -15,10 +15,14 @@ from causalprune.shrinking import Budget, shrink_jobs
 
 @dataclass(frozen=True)
 class Coming:
-    """What may follow: so many more sparsities, and the same work for these draws, the first of which is at work."""
+    """What may follow: so many more sparsities, and the same work for these draws, the first of which is at work.
+
+    `again`: the best checkpoint is made again at the end if an earlier command has let go of it.
+    """
 
     further: int = 0
     draws: tuple[str, ...] = ()
+    again: bool = False
 
 
 def task_jobs(tasks: Sequence[str], settings: Settings) -> dict[str, float]:

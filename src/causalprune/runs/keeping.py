@@ -1,5 +1,6 @@
 """The checkpoint that a run keeps while nothing beats it: only what the run itself wrote is ever deleted."""
 
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -7,10 +8,19 @@ from typing import Any
 
 from causalprune.checkpoints import CARD, MANIFEST, read_manifest, save
 from causalprune.core import CheckpointError, Decoder
+from causalprune.evaluation import write_text
 
 MARK = "kept_while_best"
 """In the manifest of a checkpoint that its run may delete."""
 GONE = ".gone"
+
+
+def keep(decoder: Decoder, folder: Path, record: dict[str, Any], *, good: bool, **side: Any) -> None:
+    """Save a model for good, in place of what an earlier run has left there, or until it is measured and beaten."""
+    if good:
+        save(decoder, folder, manifest=record, overwrite=True, **side)
+    else:
+        keep_for_now(decoder, folder, record, **side)
 
 
 def keep_for_now(decoder: Decoder, folder: Path, record: dict[str, Any], **side: Any) -> None:
@@ -34,6 +44,13 @@ def let_go(folder: Path) -> None:
     if folder.exists() and _disposable(folder):
         folder.rename(gone)
         shutil.rmtree(gone)
+
+
+def for_good(folder: Path) -> None:
+    """Keep a checkpoint whatever beats it, if it is there."""
+    record = read_manifest(folder) if (folder / MANIFEST).exists() else {"run": {}}
+    if record["run"].pop(MARK, False):
+        write_text(folder / MANIFEST, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
 
 
 def _disposable(folder: Path) -> bool:

@@ -7,7 +7,7 @@ product on the device of the recipe.
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | str | None = None) ->
         check_destination(folder)
     shape = recipe.shape or _read_shape(recipe.model)
     settings = Settings(data_dir=data_dir, seed=recipe.seed, scorers=scorers)
-    calibration = _calibration_tokens(recipe, settings)
+    calibration, counts = _calibration(recipe, settings)
     jobs = []
     cells = recipe.cells()
     methods = [method for method in cells.values() if isinstance(method, Method)]
@@ -119,9 +119,7 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | str | None = None) ->
         units = shape.layers * shape.heads
         jobs.append(Job("attribution", units, int(calibration * attribution_passes(recipe, shape))))
     passes = [
-        m.passes(shape.layers, sum(recipe.calibration.counts(calibration).values()), calibration)
-        for m in methods
-        if m.needs_calibration
+        m.passes(shape.layers, sum(counts.values()), calibration) for m in methods if m.needs_calibration
     ]
     if passes:
         jobs.append(Job("pruning on calibration data", len(passes), int(calibration * sum(passes))))
@@ -132,7 +130,7 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | str | None = None) ->
     for group in together(recipe.on):
         tokens = len(cells) * task_tokens(group[0], scorers, answer, data_dir)
         jobs.append(Job(AND.join(group), len(cells), tokens))
-    if own := _written_tokens(recipe, calibration):
+    if own := _written_tokens(recipe, counts):
         jobs.append(Job("text of its own, written once", 1, WRITING * own))
     flops = 2 * shape.parameters * sum(job.tokens for job in jobs)
     size = size_bytes(recipe.model, shape.parameters)
@@ -189,30 +187,29 @@ def _read_shape(spec: ModelSpec) -> Shape:
     return Shape(layers, heads, float(parameters))
 
 
-def _calibration_tokens(recipe: Recipe, settings: Settings) -> int:
-    """Return the tokens of the calibration; raises `DataError` where too few examples are not measured."""
+def _calibration(recipe: Recipe, settings: Settings) -> tuple[int, dict[str, int]]:
+    """Return the tokens of the calibration, and the examples of each source; raises `DataError` where too few are not measured."""
     wanted, measured = recipe.calibration, evaluation_contents(recipe.on, settings, None)
-    tokens = 0
-    for source in wanted.counts():
-        count = wanted.counts(tokens)[source]
+    task, tokens = {with_limit(source)[0] for source in wanted.task}, dict[str, int]()
+    for source in (counts := wanted.counts()):
+        counts[source] = count = wanted.counts(sum(tokens[name] for name in tokens if name in task))[source]
         if source in (OWN_TEXT, *TEXT_SOURCES):
-            tokens += count * wanted.max_tokens
+            tokens[source] = count * wanted.max_tokens
             continue
         problems = load_problems(source.removeprefix(OWN), "calibration", data_dir=settings.data_dir)
         also = Counter(measured[p.content] for p in problems if p.content in measured)
         out = Skipped(excluded=also.total(), also_in=also)
         lengths = _lengths([p for p in problems if p.content not in measured])
         enough(source, count, len(lengths), out)
-        tokens += int(sum(lengths) / len(lengths) * min(count, len(lengths)))
-    return tokens
+        tokens[source] = int(sum(lengths) / len(lengths) * min(count, len(lengths)))
+    return sum(tokens.values()), counts
 
 
-def _written_tokens(recipe: Recipe, calibration: int) -> int:
-    """Return the tokens of all texts that the model writes, to be measured and to calibrate on so many tokens."""
+def _written_tokens(recipe: Recipe, counts: Mapping[str, int]) -> int:
+    """Return the tokens of all texts that the model writes, to be measured and to calibrate on so many of each source."""
     named = dict(map(with_limit, recipe.on))
     measured = {named[task] or TOKENS for task in OWN_TASKS if task in named}
-    wanted = recipe.calibration
-    return sum(measured) + wanted.counts(calibration).get(OWN_TEXT, 0) * wanted.max_tokens
+    return sum(measured) + counts.get(OWN_TEXT, 0) * recipe.calibration.max_tokens
 
 
 def answer_tokens(thinking: str, most: int | None) -> int:
@@ -264,7 +261,8 @@ def dtype_of(spec: ModelSpec) -> torch.dtype:
     if spec.dtype == "auto" and folder.is_dir():
         with contextlib.suppress(CausalPruneError, OSError, ValueError):  # as of code that is not trusted
             return auto_dtype(folder, open_checkpoint(folder))
-    unpacked = spec.name == EMBEDDED or spec.name.endswith(".gguf")
+    held = folder.is_dir() and not (folder / "config.json").is_file()  # nothing but a GGUF file
+    unpacked = spec.name == EMBEDDED or spec.name.endswith(".gguf") or held
     if spec.dtype == "auto" and not unpacked:
         with contextlib.suppress(ValueError, OSError):  # no name of the Hub, or nothing that can be read
             return cached_dtype(spec.name, spec.revision) or torch.bfloat16

@@ -222,8 +222,8 @@ class Recipe:
 
     def saves(self, name: str) -> bool:
         """Tell whether the checkpoint of a row is kept whatever beats it."""
-        if isinstance(self.save, bool):
-            return self.save and name != "dense"
+        if isinstance(self.save, bool) or not self.save:
+            return bool(self.save) and name != "dense"
         own = dataclasses.replace(self, methods=self.save, save=True)
         return name in own.cells() and name != "dense"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from causalprune.calibration import with_limit
-from causalprune.checkpoints import MANIFEST, check_room, free_at, resolve, save
+from causalprune.checkpoints import MANIFEST, check_room, free_at, portable, resolve, save
 from causalprune.core import (
     Calibration,
     Decoder,
@@ -27,7 +27,6 @@ from causalprune.evaluation import (
     Settings,
     evaluate,
     evaluation_contents,
-    headline,
     higher_is_better,
     kept_rows,
     results_in,
@@ -45,6 +44,7 @@ from causalprune.shipping import (
     Limit,
     Point,
     best,
+    can_keep,
     half,
     importance,
     kept,
@@ -96,7 +96,7 @@ class Start:
 
 @dataclass
 class Search:
-    """A search under way: `book` holds what is finished, and `shares` of all parameters go in turn."""
+    """A search under way: `book` holds what is finished, `shares` of all parameters go in turn, `fingerprint` is the whole model's."""
 
     spec: ModelSpec
     wanted: CalibrationSpec
@@ -105,6 +105,7 @@ class Search:
     options: Options
     book: Ledger
     start: Start
+    fingerprint: str
 
     @cached_property
     def shares(self) -> tuple[float, ...]:
@@ -163,7 +164,7 @@ class Search:
         return {p.name: worse(half(r, 0), self.dense) for p in points if (r := self.known(p))}
 
     def keeps(self, points: list[Point]) -> dict[str, float]:
-        """Return what share of the task each measured point keeps, on the deciding half."""
+        """Return what share of the task each measured point keeps, on the deciding half; 0 where no share can be."""
         return {p.name: kept(half(r, 0), self.dense) for p in points if (r := self.known(p))}
 
     def known(self, point: Point) -> EvalResult | None:
@@ -211,8 +212,10 @@ class Search:
         return self.work / (f"without-{share:g}" if share else "whole")
 
     def load(self, share: float) -> Decoder:
-        """Load the model without a share, or the whole one."""
-        return load(dataclasses.replace(self.spec, name=str(self.folder(share)), revision=None))
+        """Load the model without a share, or the whole one, which is the intact one here, whatever it was made from."""
+        decoder = load(dataclasses.replace(self.spec, name=str(self.folder(share)), revision=None))
+        base = {"name": self.spec.name, "fingerprint": self.fingerprint} if share else None
+        return dataclasses.replace(decoder, base=base)
 
     def importance(self, share: float, decoder: Decoder | None) -> Importance:
         """Return the importance matrix of a model that is not rounded yet (None: it is loaded), from the calibration."""
@@ -233,11 +236,9 @@ class Search:
         ledger, stage = self.work / f"{folder.name}.attribution", self.options.stage
         calibration = self.calibration
         decoder = load(self.start.spec) if self.asked.start else self.load(0.0)
-        goes = 1 - (1 - share) / (1 - self.start.lacks)
-        how = Shrinking(
-            update=self.asked.update, seed=self.wanted.seed, max_batch_tokens=self.options.batch_tokens
-        )
-        found = shrink(decoder, round(goes, 4), calibration, how, ledger=ledger, stage=stage)
+        budget = budget_of(decoder, round(1 - (1 - share) / (1 - self.start.lacks), 4))
+        how = Shrinking("effect", self.asked.update, self.wanted.seed, self.options.batch_tokens)
+        found = shrink(decoder, budget, calibration, how, ledger=ledger, stage=stage)
         with stage(f"saving without {share:.0%}"):
             save(found.decoder, folder, found, overwrite=True)
         for path in leftovers(ledger).values():
@@ -295,12 +296,18 @@ def started(spec: ModelSpec, name: str | None) -> Start:
     return Start(own, round(1 - left / whole, 4))
 
 
+def budget_of(decoder: Decoder, share: float) -> Budget:
+    """Return what goes for a share of the parameters: units without some of which llama.cpp may run the architecture."""
+    own = decoder.model.config.get_text_config(decoder=True).model_type
+    return Budget(parameters=share, kinds=tuple(kind for kind in Budget.kinds if portable(own, kind)))
+
+
 def possible(spec: ModelSpec, shares: Sequence[float]) -> tuple[float, ...]:
     """Return the shares of all parameters that a model can lose, with a warning for every other."""
     bare, found = outlined(spec), list[float]()
     for share in shares:
         try:
-            check_budget(Offers(bare, Budget(parameters=share)))
+            check_budget(Offers(bare, budget_of(bare, share)))
         except (ModelError, OptionError) as error:
             warnings.warn(f"no file without {share:.0%} of the parameters is tried: {error}", stacklevel=2)
         else:
@@ -334,12 +341,17 @@ def check_measure(on: str) -> None:
 
 
 def check_halves(result: EvalResult, limit: Limit) -> None:
-    """Raise `OptionError` where a measure has too few values for one half to decide and the other to be reported, or no share can be kept."""
-    if len(result.values) < 2:
+    """Raise `OptionError` where a measure has too few problems for one half to decide and the other to be reported, or no share can be kept."""
+    if len(set(result.examples)) < 2:
         raise OptionError(
-            f"{result.task} has {len(result.values)} value, and one half decides while the other is reported: measure more"
+            f"{result.task} has one problem, and one half decides while the other is reported: measure more"
         )
-    if limit.kind == "keep" and higher_is_better(result) and not headline(half(result, 0)):
+    if limit.kind == "keep" and not (can_keep(result) and can_keep(half(result, 0))):
+        if not higher_is_better(result) or min(result.values) < 0:
+            raise OptionError(
+                f"a share to keep is of a likelihood or of scores from 0 up, and {result.task} ({result.metric}) is neither: "
+                "name a limit on --size or --speed, or take another measure (--on)"
+            )
         raise OptionError(
             f"the model as it is solves none of the {len(half(result, 0).values)} problems of {result.task} that decide, so that "
             "no share of them can be kept: take another measure (--on), or more problems"

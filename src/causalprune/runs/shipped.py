@@ -3,8 +3,9 @@
 import dataclasses
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from causalprune.core import (
     CheckpointError,
     Decoder,
     Ledger,
+    ModelError,
     OptionError,
     read_rows,
     versions,
@@ -53,6 +55,7 @@ from causalprune.shipping import (
     Point,
     Written,
     best,
+    can_keep,
     export,
     front,
     half,
@@ -93,7 +96,7 @@ def fit(spec: ModelSpec, wanted: CalibrationSpec, output: Path, asked: Asked, op
         raise OptionError(
             f"fit works in float32, and files are rounded from there: leave out --dtype {spec.dtype}"
         )
-    if (output / FILE).exists() and not (output / LEDGER).exists():
+    if (output / FILE).exists() and not _is_own(output):
         raise CheckpointError(
             f"{output / FILE} was not written by `fit`, and is not replaced: choose another folder"
         )
@@ -107,7 +110,7 @@ def fit(spec: ModelSpec, wanted: CalibrationSpec, output: Path, asked: Asked, op
     if asked.start:
         identity["start"] = [hash_file(file) for file in sorted(Path(start.spec.name).glob("*.safetensors"))]
     with cleared(output), Ledger(output / LEDGER, identity) as book:
-        search = Search(spec, wanted, output, asked, options, book, start)
+        search = Search(spec, wanted, output, asked, options, book, start, decoder.fingerprint)
         search.begin(decoder)
         del decoder  # one model is in memory at a time
         points = _searched(search)
@@ -119,10 +122,15 @@ def _check_model_folder(output: Path, names: Sequence[str]) -> None:
     place = (output / MODEL).resolve()
     if place in {Path(resolve(name)).expanduser().resolve() for name in names}:
         raise OptionError(f"{output / MODEL} is what `fit` starts from: choose another folder")
-    if place.exists() and not (output / LEDGER).exists():
+    if place.exists() and not _is_own(output):
         raise CheckpointError(
             f"{output / MODEL} was not written by `fit`, and is not replaced: choose another folder"
         )
+
+
+def _is_own(output: Path) -> bool:
+    """Tell whether a folder is one of `fit`, where its ledger may have been deleted to start again."""
+    return any((output / name).exists() for name in (LEDGER, FRONTIER))
 
 
 def _identity(decoder: Decoder, wanted: CalibrationSpec, asked: Asked, options: Options) -> dict[str, Any]:
@@ -166,11 +174,15 @@ def _searched(search: Search) -> list[Point]:
     for point in points:
         search.measure(0.0, point.mix)
     for share in search.shares:
-        search.shrunk(share)
-        search.measure(share, "")
-        if enough(search, share, points):
-            break
-        points += search.points(share)
+        try:
+            search.shrunk(share)
+            search.measure(share, "")
+            if enough(search, share, points):
+                break
+            points += search.points(share)
+        except (ModelError, OptionError) as error:
+            warnings.warn(f"no file without {share:.0%} of the parameters is tried: {error}", stacklevel=2)
+            continue
         while near := worth_measuring(
             points, search.rises(points)
         ):  # what was measured may move the frontier
@@ -183,39 +195,59 @@ def _searched(search: Search) -> list[Point]:
 
 
 def _written(search: Search, points: list[Point]) -> Fitted:
-    """Write the best file within the limit, ask it, and say what was found."""
-    limit, rises, target = search.asked.limit, search.rises(points), search.output / FILE
-    speeds: dict[str, Any] = {}
-    made = search.work / FILE
-    for point in best(points, rises, limit, search.keeps(points)):
-        file = None
-        if limit.kind == "speed":
-            if f"{TIMED}{point.name}" not in search.book.rows:
-                file = _export(search, point, made)
-            speeds[point.name] = _timed(search, point, made)
-            if speeds[point.name]["over_dense"] < limit.value:
-                continue
-        file = file or _export(search, point, made)
-        break
-    else:
-        made.unlink(missing_ok=True)
-        raise OptionError(_nearest(search, points, speeds))
+    """Write the best file within the limit, ask it, and say what was found; `points` that llama.cpp refuses go."""
+    target, made, speeds = search.output / FILE, search.work / FILE, dict[str, Any]()
+    point, file = _best(search, points, made, speeds)
     made.replace(target)
     checkpoint = _kept(search, point.share)
     record = _record(search, points, point, file) | {"speeds": speeds}
     _tell(search, record)  # before the file is asked, which may fail, and others are timed
     record |= {"asked": _asked(search, target)}
     _tell(search, record)
-    for other in front(points, rises):
+    left = len(points)
+    for other in front(points, search.rises(points)):
         if other.name == point.name:
             speeds[other.name] = _timed(search, other, target)
             continue
-        if f"{TIMED}{other.name}" not in search.book.rows:
-            _export(search, other, made)
+        if f"{TIMED}{other.name}" not in search.book.rows and not _exported(search, points, other, made):
+            continue
         speeds[other.name] = _timed(search, other, made)
         made.unlink(missing_ok=True)
+    if len(points) < left:
+        record |= _record(search, points, point, file)
     _tell(search, record)
     return Fitted(target, checkpoint, record)
+
+
+def _best(search: Search, points: list[Point], made: Path, speeds: dict[str, Any]) -> tuple[Point, Written]:
+    """Write the best file within the limit, and return its point and what was written; `speeds` get what was timed."""
+    limit = search.asked.limit
+    for point in best(points, search.rises(points), limit, search.keeps(points)):
+        known = search.book.rows.get(f"{TIMED}{point.name}") if limit.kind == "speed" else None
+        if known and known["over_dense"] < limit.value:
+            speeds[point.name] = known
+            continue
+        if (file := _exported(search, points, point, made)) is None:
+            continue
+        if limit.kind == "speed":
+            speeds[point.name] = _timed(search, point, made)
+            if speeds[point.name]["over_dense"] < limit.value:
+                continue
+        return point, file
+    made.unlink(missing_ok=True)
+    raise OptionError(_nearest(search, points, speeds))
+
+
+def _exported(search: Search, points: list[Point], point: Point, target: Path) -> Written | None:
+    """Write the file of a point; where llama.cpp refuses one of a smaller model, that leaves the points, with a warning."""
+    try:
+        return _export(search, point, target)
+    except ModelError as error:
+        if not point.share:
+            raise
+        warnings.warn(f"{point.name} is no file: {error}", stacklevel=2)
+        points.remove(point)
+        return None
 
 
 def _tell(search: Search, record: dict[str, Any]) -> None:
@@ -244,11 +276,12 @@ def _kept(search: Search, share: float) -> Path:
 
 
 def _linked(source: str, target: str) -> None:
-    """Give a file a second name, or copy it where the disk has no such names."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    """Give a file of weights a second name where the disk has such names; copy what may be edited."""
+    if source.endswith(".safetensors"):
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
 
 
 def _nearest(search: Search, points: Sequence[Point], speeds: Mapping[str, Any]) -> str:
@@ -285,6 +318,7 @@ def _speed(search: Search, point: Point, file: Path) -> dict[str, float]:
             for timed, found in rates.items():
                 with running(timed, context=512, threads=2) as run:
                     found.append(run.rate([*range(100, 164)], 64))
+                    del run  # it holds its server, beside which the next would be loaded
     own, dense = (median(found) for found in rates.values())
     return {"tokens_per_second": own, "dense_q8_0": dense, "over_dense": own / dense}
 
@@ -329,7 +363,7 @@ def _row(search: Search, point: Point, rises: Mapping[str, float]) -> dict[str, 
     row |= {"predicted_rise": point.predicted, "measured_rise": rises.get(point.name)}
     if (found := search.known(point)) is not None:
         own, whole = half(found, 1), half(search.result(0.0, ""), 1)
-        row |= {"value": headline(own), "kept": kept(own, whole)}
+        row |= {"value": headline(own), "kept": kept(own, whole) if can_keep(whole) else None}
         row["minus_dense"] = asdict(paired_difference(own, whole))
     return row
 

@@ -300,6 +300,8 @@ def evaluate_model(
     Finished tasks are kept in `<output>.ledger` until all are there: when stopped, the same call goes on after the last.
     """
     check_tasks(tasks, settings.scorers)
+    if settings.phrases and not any(with_limit(task)[0].endswith("_phrases") for task in tasks):
+        raise OptionError("--phrases: no measure looks for them: name one, as --on gsm8k_phrases")
     if output.exists() and not options.overwrite:
         raise CheckpointError(f"{output} exists: choose another name, or pass --overwrite")
     path = output.with_name(f"{output.name}.ledger")

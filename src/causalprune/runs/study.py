@@ -53,11 +53,11 @@ from causalprune.evaluation import (
     write_json,
 )
 from causalprune.pruning import Method, cap_units
-from causalprune.reports import verdict
+from causalprune.reports import LEDGER, verdict
 from causalprune.runs.cells import Cells, load_intact
 from causalprune.runs.general import note_general_text, note_preserved, with_general_text
 from causalprune.runs.jobs import Coming, run_jobs
-from causalprune.runs.recipe import Recipe, as_recipe
+from causalprune.runs.recipe import AttributionSpec, Recipe, as_recipe
 from causalprune.runs.record import Record
 from causalprune.runs.single import Options, dated, measured
 from causalprune.runs.traces import calibrated
@@ -83,14 +83,12 @@ def run(  # noqa: PLR0913 (what a user says, and what the caller knows)
 
     Raises:
         CheckpointError: the folder is a file, or cannot be written.
-        MismatchError: the folder holds a run of another model, calibration, seed, damping or batch size.
+        MismatchError: the folder holds a run of another model, calibration, seed, damping or batch size, or runs on several draws.
     """
     recipe, folder, stage = as_recipe(recipe), Path(folder), stage or bars
     settings, named = _settings(recipe, data_dir), recipe.on
-    check_tasks(recipe.on, settings.scorers)
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file, and a run needs a folder: choose another name")
-    path, recipe = folder / "results.ledger", with_general_text(recipe, folder, data_dir)
+    _check(recipe, settings, folder)
+    path, recipe = folder / LEDGER, with_general_text(recipe, folder, data_dir)
     done = _done(recipe, path)
     with stage("loading model") as progress:
         every = len(recipe.cells()) * len(recipe.on)
@@ -121,7 +119,19 @@ def run(  # noqa: PLR0913 (what a user says, and what the caller knows)
             write_json(folder / RESULTS, record)
             if not settled:
                 cells.settle(best(record), rows_of(record))
+        if coming.again and (lost := best(record)) is not None:
+            cells.measure(lost, recipe.cells()[lost], None, again=True)
+            cells.settle(lost, rows_of(record))
     return Record(record, folder)
+
+
+def _check(recipe: Recipe, settings: Settings, folder: Path) -> None:
+    """Refuse tasks that do not exist, and a folder in which there is something else."""
+    check_tasks(recipe.on, settings.scorers)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file, and a run needs a folder: choose another name")
+    if any(folder.glob(f"seed-*/{LEDGER}")):
+        raise MismatchError(f"{folder} holds runs on several draws (--seeds): choose another folder")
 
 
 def _record(
@@ -238,20 +248,21 @@ def _effects(
     if not any("effects" in method.needs for method in methods):
         return None
     check_subsets(len(calibration.examples), recipe.calibration.subsets)
-    if missing := set(cap_units(decoder)) - set(recipe.attribution.units):
+    wanted = recipe.attribution
+    if wanted.units == AttributionSpec.units:  # nobody named any
+        wanted = dataclasses.replace(wanted, units=cap_units(decoder))
+    if missing := set(cap_units(decoder)) - set(wanted.units):
         raise OptionError(
             f"cap needs the effects of all heads of {decoder.name}: add {', '.join(sorted(missing))} to `units` under `attribution`"
         )
     options = Options(batch_tokens=recipe.batch_tokens, stage=stage)
-    own = {
-        k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(recipe.attribution).items()
-    }
+    own = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(wanted).items()}
     if (was := book.rows.get("attribution_spec", own)) != own:
         raise MismatchError(
             f"attribution in {folder} was {was}, and is now {own}: choose another folder, or delete its ledgers"
         )
     begun, start = (folder / "attribution.ledger").exists(), time.perf_counter()
-    effects = measured(decoder, calibration, folder, options, recipe.attribution)
+    effects = measured(decoder, calibration, folder, options, wanted)
     if "attribution" not in book.rows and not begun:  # else the time of an earlier session is not known
         seconds = time.perf_counter() - start
         book.append("attribution", {"seconds": seconds, "peak_bytes": peak_bytes()})

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from causalprune.checkpoints import MANIFEST
 from causalprune.core import EvalResult, OptionError, Stage
 from causalprune.evaluation import (
     BINARY,
@@ -19,8 +20,10 @@ from causalprune.evaluation import (
     rows_of,
 )
 from causalprune.pruning import N_OF_M, pattern_sparsity
+from causalprune.reports import CHECKPOINTS
 from causalprune.runs.cells import ADDED
 from causalprune.runs.jobs import Coming
+from causalprune.runs.keeping import let_go
 from causalprune.runs.recipe import Recipe, as_recipe
 from causalprune.runs.rows import is_removal
 from causalprune.runs.study import run
@@ -89,6 +92,13 @@ def sweep(
             for sparsity, (_, results) in zip(asked, rows[1:], strict=True)
         }
         below, above = (middle, above) if tried[choices[middle]].holds else (below, middle)
+    places = {name: Path(folder) / CHECKPOINTS / name for name in recipe.cells()}
+    found = best(record)
+    for name, place in places.items():
+        if name != found:  # of a sweep that kept another share
+            let_go(place)
+    if found is not None and not (places[found] / MANIFEST).exists():
+        run(wanted, folder, data_dir=data_dir, stage=stage, best=best, coming=Coming(again=True))
     return [tried[sparsity] for sparsity in sorted(tried)]
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from causalprune.calibration import (
     Problem,
     Reader,
     Skipped,
+    content_hash,
     contents,
     date_of,
     draw,
@@ -46,8 +48,15 @@ from causalprune.core import (
     say,
     silent,
 )
-from causalprune.evaluation import VERSION as OWN_TEXT_VERSION
-from causalprune.evaluation import Text, alone, ends_of, own_pieces, plain_generation, write_text
+from causalprune.evaluation import (
+    Text,
+    alone,
+    ends_of,
+    own_pieces,
+    plain_generation,
+    version_of,
+    write_text,
+)
 from causalprune.models import positions
 from causalprune.runs.recipe import CalibrationSpec
 
@@ -68,7 +77,7 @@ def calibrated(
     """Return the examples that a recipe or the command line asks for, in fewer subsets where there are fewer examples.
 
     `own:NAME` stands for problems of NAME with the answers that the model itself writes to them, `own` for text that it
-    writes; both are written once for a model, and kept in the cache folder. Where such text has to be written, so are the
+    writes; both are written once for a model, and kept in the cache folder; answers have the content of their problem. Where such text has to be written, so are the
     texts `beside` it, which takes little longer.
     """
     counts = wanted.counts()
@@ -91,6 +100,16 @@ def calibrated(
         counts[OWN_TEXT] = asked[OWN_TEXT] = count
         given[OWN_TEXT] = own_pieces(decoder, count, wanted.max_tokens, wanted.seed, on_progress, beside)
     found = drawn(replace(reader, skipped=Skipped()), asked, wanted.subsets, exclude, given)
+    prompts = {
+        content_hash(problem.prompt): problem.content
+        for name in files
+        for problem in load_problems(name.removeprefix(OWN), "calibration", data_dir=data_dir)
+    }
+    answered = set(map(str, files.values()))
+    examples = [
+        replace(e, content=prompts.get(e.content, e.content)) if e.source in answered else e
+        for e in found.examples
+    ]
     taken = dict(zip(counts, found.description["sources"].values(), strict=True))
     description: dict[str, Any] = {**found.description, "sources": taken}
     if wanted.preserve:
@@ -99,14 +118,14 @@ def calibrated(
         text = repr([example.tokens for example in given[OWN_TEXT]]).encode()
         description["own_text_sha256"] = hashlib.sha256(text).hexdigest()
         description["own_text"] = {
-            "version": OWN_TEXT_VERSION,
+            "version": version_of(decoder),
             "pieces": len(given[OWN_TEXT]),
             "share": wanted.preserve_share,
         }
     if files:
         hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
         description["own_answers_sha256"] = hashes
-    return replace(found, description=description)
+    return replace(found, examples=tuple(examples), description=description)
 
 
 def own_answers(
@@ -124,7 +143,7 @@ def own_answers(
     written survives a kill.
 
     Raises:
-        DataError: too few answers come to an end.
+        DataError: too few answers come to an end, or running text has nothing to answer.
     """
     if source == "ioi":
         raise OptionError(
@@ -137,7 +156,8 @@ def own_answers(
     folder = cache_folder() / "answers"
     if exclude is None and not is_file(source):  # which has no evaluation problems apart
         exclude = contents(source, "evaluation", data_dir=reader.data_dir)
-    problems = {p.content: p for p in load_problems(source, "calibration", data_dir=reader.data_dir)}
+    every = load_problems(source, "calibration", data_dir=reader.data_dir, with_text=False)
+    problems = {p.content: p for p in every}
     before = reader.skipped.copy()
     found = _apart(draw(reader, source, "calibration", exclude=exclude or frozenset()), reader.skipped)
     kept: list[dict[str, Any]] = []
@@ -214,22 +234,32 @@ def _apart(examples: Iterator[Example], skipped: Skipped) -> Iterator[Example]:
 
 
 def _answers(decoder: Decoder, asked: Sequence[list[int]], reader: Reader, rows: Sequence[int]) -> list[str]:
-    """Return the greedy answers to these prompts; empty where one does not end."""
+    """Return the greedy answers to these prompts; empty where one does not end.
+
+    Those for which the model's positions leave less room beside the longest prompt than alone go on alone.
+    """
     prompts = [asked[i] for i in rows]
     longest, shortest = max(map(len, prompts)), min(map(len, prompts))
     if len(rows) > 1 and alone(decoder.model):
         return [answer for row in rows for answer in _answers(decoder, asked, reader, [row])]
+    room = max(min(reader.limit - shortest, (reader.positions or math.inf) - longest), 1)
     tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     with plain_generation(decoder.model), torch.inference_mode():
         found = decoder.model.generate(
             tokens.to(decoder.device),
             attention_mask=real.to(decoder.device),
-            max_new_tokens=max(reader.limit - shortest, 1),
+            max_new_tokens=int(room),
             pad_token_id=0,  # what a tokenizer pads with may be beyond the model's embedding
         )
     ends = ends_of(decoder.model, decoder.tokenizer)
-    return [_ended(reader, row[longest:].tolist(), ends) for row in found]
+    answers = [_ended(reader, row[longest:].tolist(), ends) for row in found]
+    return [
+        _answers(decoder, asked, reader, [row])[0]
+        if not answer and len(rows) > 1 and len(asked[row]) + room < reader.limit
+        else answer
+        for row, answer in zip(rows, answers, strict=True)
+    ]
 
 
 def _ended(reader: Reader, tokens: Sequence[int], ends: Set[int]) -> str:

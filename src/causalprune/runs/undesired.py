@@ -21,7 +21,7 @@ from causalprune.core import (
     Progress,
     say,
 )
-from causalprune.correction import Contrast, Judged, check_shown, judged, short, sought
+from causalprune.correction import CLEAN, Contrast, Judged, check_shown, judged, short, sought
 from causalprune.evaluation import (
     CONTINUATION,
     Begun,
@@ -76,6 +76,7 @@ class CorrectionSpec:
             )
         if self.behaviour is not None:
             sought(self.behaviour, self.bar)
+        _each_once(self.prompts)
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -86,11 +87,17 @@ class CorrectionSpec:
     @property
     def preserved(self) -> dict[str, int]:
         """How many samples of each source are to be preserved."""
-        named = [] if self.preserve == ("none",) else list(map(with_limit, self.preserve))
-        if len(dict(named)) < len(named):
-            raise OptionError(f"a source is named twice in {', '.join(self.preserve)}: name each once")
+        named = {} if self.preserve == ("none",) else _each_once(self.preserve)
         texts = (*TEXT_SOURCES, OWN_TEXT)
-        return {name: count or (TEXTS if name in texts else PROBLEMS) for name, count in named}
+        return {name: count or (TEXTS if name in texts else PROBLEMS) for name, count in named.items()}
+
+
+def _each_once(words: Sequence[str]) -> dict[str, int | None]:
+    """Return sources with their counts; `OptionError` where one is named twice."""
+    named = dict(map(with_limit, words))
+    if len(named) < len(words):
+        raise OptionError(f"a source is named twice in {', '.join(words)}: name each once")
+    return named
 
 
 @dataclass(eq=False)
@@ -133,6 +140,16 @@ class Study:
                     f"{len(some.examples)} continuations {what}, all of them in one half of the prompts: take more prompts"
                 )
         return bad, good
+
+    def clean(self, answer: Example, name: str) -> Example | None:
+        """Return an answer of the model's own as a clean text, without targets that show the behaviour; None where it shows it."""
+        if not self.found:
+            return dataclasses.replace(answer, source=CLEAN + name)
+        prompt, new = answer.tokens[: answer.target_start], answer.tokens[answer.target_start :]
+        texts = (self.decoder.tokenizer.decode(new, skip_special_tokens=True),)
+        written = Written([Problem(name, "", "")], texts, (True,), False, {}, ((prompt, new),))
+        own = judged(name, written, self.wanted, self.decoder.tokenizer).clean.get(0)
+        return own and dataclasses.replace(own, content=answer.content)
 
     def _halved(self, found: Sequence[Mapping[int, Example]]) -> Calibration:
         """Return samples in two subsets, by the halves of their prompts."""

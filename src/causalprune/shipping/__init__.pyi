@@ -35,6 +35,9 @@ from .frontier import (
     bytes_of as bytes_of,
 )
 from .frontier import (
+    can_keep as can_keep,
+)
+from .frontier import (
     front as front,
 )
 from .frontier import (

@@ -15,7 +15,7 @@ from causalprune.shipping.converting import PACKAGES, check_convertible, convert
 from causalprune.shipping.files import Importance, Written, file_bytes, opened, planned, quantise
 from causalprune.shipping.mixtures import MIXES
 from causalprune.shipping.runtime import running, same_tokens
-from causalprune.shipping.uneven import compacted, cut_importance
+from causalprune.shipping.uneven import Layer, compacted, cut_importance
 
 SCRATCH = ".gguf-"
 """How the names of folders begin that a kill leaves behind in a scratch folder."""
@@ -87,7 +87,7 @@ def export(
 ) -> Written:
     """Write the checkpoint in a folder as a GGUF file of a mix, with its tokenizer and chat template.
 
-    `weigh` gives the importance matrix, and is asked once it is known that the checkpoint can be converted.
+    `weigh` gives the importance matrix, and is asked once it is known that the checkpoint can be converted, and what may be left out.
 
     Raises:
         ModelError: llama.cpp's converter does not know the family or the tokenizer, or the file cuts texts otherwise.
@@ -106,14 +106,13 @@ def export(
         with stage("converting"):
             trusted = how.trust_remote_code
             convert(folder, whole, pre_tokenizer=how.pre_tokenizer, trust_remote_code=trusted, name=how.name)
-        importance = weigh()
+        kept: dict[int, Layer] = {}
         if how.uneven:
             with stage("leaving out what is zero"):
                 kept = compacted(opened(whole), whole.with_name("uneven.gguf"))
-            whole, importance = (
-                whole.with_name("uneven.gguf"),
-                importance and cut_importance(importance, kept),
-            )
+            whole = whole.with_name("uneven.gguf")
+        importance = weigh()
+        importance = importance and cut_importance(importance, kept)
         with stage(f"quantising to {mix}") as progress:
             written = quantise(whole, made, mix, importance, progress)
         whole.unlink()

@@ -48,7 +48,7 @@ def opened(path: Path) -> Any:
     """Return a reader of a GGUF file; weights stay on the disk.
 
     Raises:
-        ModelError: it is none, it is cut, or its tensors disagree with its metadata.
+        ModelError: it is none, a part of one, it is cut, or its tensors disagree with its metadata.
     """
     needed("gguf")
     from gguf import GGUFReader  # noqa: PLC0415  an extra
@@ -62,6 +62,7 @@ def opened(path: Path) -> Any:
         raise ModelError(f"{str(path)!r} is no GGUF file: it begins with {magic!r}")
     try:
         reader = GGUFReader(path)
+        parts = int(field(reader, "split.count") or 1)
         last = max((int(t.data_offset + t.n_bytes) for t in reader.tensors), default=0)
         whole = last <= path.stat().st_size and field(reader, "general.architecture")
     except (
@@ -74,6 +75,11 @@ def opened(path: Path) -> Any:
         UnicodeDecodeError,
     ) as error:
         raise ModelError(f"{str(path)!r} is cut or damaged: its header cannot be read ({error})") from error
+    if parts > 1:
+        raise ModelError(
+            f"{str(path)!r} is one of {parts} parts of a split GGUF file: join them first, with "
+            "`llama-gguf-split --merge FIRST-PART WHOLE.gguf`"
+        )
     if not whole:
         raise ModelError(
             f"{str(path)!r} is cut: its tensors end after byte {last:,}, where the file has no more"
@@ -217,7 +223,7 @@ def quantise(
     source: Path, target: Path, mix: str, importance: Importance | None = None, progress: Progress = silent
 ) -> Written:
     """Write a GGUF file of unquantised weights again in the types of a mix, tensor by tensor; nothing is left of a failed one."""
-    from gguf import GGUFWriter  # noqa: PLC0415  an extra
+    from gguf import GGUFValueType, GGUFWriter  # noqa: PLC0415  an extra
 
     reader = opened(source)
     types = planned(reader, mix, weighted=importance is not None)
@@ -228,7 +234,7 @@ def quantise(
         writer.add_file_type(MIXES[mix][1])
         writer.add_quantization_version(2)
         writer.add_array(TENSORS, [*before])
-        writer.add_array(ZEROS, [*before.values()])
+        writer.add_key_value(ZEROS, [*before.values()], GGUFValueType.ARRAY, GGUFValueType.INT64)
         try:
             made = _write_tensors(reader, writer, types, importance or {}, progress)
         finally:

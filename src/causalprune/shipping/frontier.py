@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from causalprune.core import EvalResult, OptionError
 from causalprune.evaluation import headline, higher_is_better
@@ -80,8 +80,15 @@ class Point:
 
 
 def half(result: EvalResult, which: Literal[0, 1]) -> EvalResult:
-    """Return every other problem of a result: the first, third, … decide, the others are what is reported."""
-    own = {key: getattr(result, key)[which::2] for key in ("values", "weights", "examples")}
+    """Return every other problem of a result: the first, third, … decide, the others are what is reported.
+
+    Problems of one prompt are in one half.
+    """
+    number = {content: i for i, content in enumerate(dict.fromkeys(result.examples))}
+    mine = [i for i, content in enumerate(result.examples) if number[content] % 2 == which]
+    own: dict[str, Any] = {
+        key: tuple(getattr(result, key)[i] for i in mine) for key in ("values", "weights", "examples")
+    }
     return replace(result, **own, texts=(), prompts=(), golds=())
 
 
@@ -93,10 +100,19 @@ def worse(result: EvalResult, dense: EvalResult) -> float:
     return whole - own if higher_is_better(result) else own - whole
 
 
+def can_keep(dense: EvalResult) -> bool:
+    """Tell whether a share of a result can be kept: of a likelihood, or of a score above zero that never is below."""
+    if dense.metric in ("nats_per_token", "perplexity"):
+        return True
+    return bool(higher_is_better(dense)) and min(dense.values) >= 0 and headline(dense) > 0
+
+
 def kept(result: EvalResult, dense: EvalResult) -> float:
-    """Return the share that is kept: of the likelihood per token, or of what dense solves."""
+    """Return the share that is kept: of the likelihood per token, or of what dense scores; 0 where it `can_keep` none."""
+    if not can_keep(dense):
+        return 0.0
     if higher_is_better(result):
-        return headline(result) / headline(dense) if headline(dense) else 0.0
+        return headline(result) / headline(dense)
     return math.exp(-worse(result, dense))
 
 

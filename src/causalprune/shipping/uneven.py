@@ -121,9 +121,10 @@ def _kept(tensors: Mapping[str, Any], layer: int, heads: int, groups: int, width
     live = np.asarray(gate.any(1) & up.any(1) & down.any(0))
     most = min(-(-int(live.sum()) // STEP) * STEP or STEP, len(live))
     neurons = np.sort(np.argsort(~live, kind="stable")[:most])
-    sent = out.any(0).reshape(groups, -1).any(1) & _read(tensors[f"blk.{layer}.attn_v.weight"]).reshape(
-        groups, -1
-    ).any(1)
+    sends, values = out.any(0), _read(tensors[f"blk.{layer}.attn_v.weight"])
+    sent = np.asarray(sends.reshape(groups, -1).any(1) & values.reshape(groups, -1).any(1))
+    if layer == 0 and not sent.any():
+        sent[0] = True  # llama.cpp works out the width of a head from the first layer
     each = heads // groups
     queries, keys = (np.flatnonzero(np.repeat(sent, size)) for size in (each * width, width))
     return Layer(neurons, queries, keys, (int(sent.sum()) * each, int(sent.sum())))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -37,11 +37,13 @@ class Budget:
 
     `parameters` is the share of all parameters that goes, `memory` the bytes that the weights take at most, `latency` the time
     for a written token over the whole model's, at most, on this machine in transformers, as predicted from timed parts.
+    Units of these `kinds` may go for it.
     """
 
     parameters: float | None = None
     memory: float | None = None
     latency: float | None = None
+    kinds: tuple[Kind, ...] = KINDS
 
     def __post_init__(self) -> None:
         if len(self.named) != 1:
@@ -54,7 +56,7 @@ class Budget:
     @property
     def named(self) -> dict[str, float]:
         """What is asked for, by its name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: own for name in COUNTED if (own := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Offers:
     known: dict[tuple[tuple[Kind, int], ...], int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for kind in self.kinds:
+        for kind in (own for own in self.kinds if own in self.budget.kinds):
             try:
                 self.sizes[kind] = _even(self.decoder, kind)
                 next(self.options(kind))

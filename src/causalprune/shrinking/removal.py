@@ -1,13 +1,14 @@
 """Which units go for good, and what the others do to make up for them: a smaller and faster standard model."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from causalprune.checkpoints import portable
 from causalprune.core import Calibration, Decoder, ModelError, OptionError, Shown, Stage, State, bars, say
 from causalprune.models import fingerprint
 from causalprune.pruning import (
@@ -202,7 +203,7 @@ def _chosen(
     smaller(
         decoder, Kept(**{kind: _kept(decoder, kind, some[kind], share) for kind, share in wanted.items()})
     )
-    _warn_of_heads(decoder, wanted)
+    _warn_of_files(decoder, wanted)
     worths: dict[Kind, Scores] = {}
     for kind in wanted:
         with stage(_worth_of(kind)) as progress:
@@ -216,15 +217,19 @@ def _chosen(
     return chosen, _unrouted(worths), {"shares": asdict(shares)}
 
 
-def _warn_of_heads(decoder: Decoder, wanted: Mapping[Kind, Any]) -> None:
-    """Warn where a file for llama.cpp would not say how wide the heads that stay are."""
-    config = decoder.model.config.get_text_config(decoder=True)
-    if "kv_groups" in wanted and "head_dim" not in config.to_dict():
-        warnings.warn(
-            f"llama.cpp wants all heads of a {config.model_type} together to be as wide as the model, and will not load this one with "
-            "fewer KV groups: transformers does (neurons, or --parameters, make one that both load)",
-            stacklevel=3,
-        )
+def _warn_of_files(decoder: Decoder, kinds: Iterable[Kind]) -> None:
+    """Warn of kinds of units without some of which llama.cpp is not known to run the architecture."""
+    own = decoder.model.config.get_text_config(decoder=True).model_type
+    why = {
+        "kv_groups": f"was not found to run a {own} with fewer KV groups",
+        "layers": f"treats layers of a {own} by their numbers",
+    }
+    for kind in kinds:
+        if not portable(own, kind):
+            warnings.warn(
+                f"llama.cpp {why[kind]}, though transformers runs what is left: for a file, take others away (--neurons)",
+                stacklevel=3,
+            )
 
 
 def _competed(
@@ -248,12 +253,13 @@ def _competed(
         worths = worths_of(decoder, list(offers.sizes), calibration, how, progress, path)
     over, offers = offers.over, Offers(decoder, budget, tuple(offers.sizes), worths)
     with stage(GIVES) as progress:
-        identity = [fingerprint(decoder.model), calibration.fingerprint, asdict(how), budget.named]
+        identity = [fingerprint(decoder.model), calibration.fingerprint, asdict(how), asdict(budget)]
         state = State(leftovers(ledger)["left"] if ledger else None, identity)
         if "left" not in state.values:
             left, tried = competed(offers, calibration, progress)
             state.keep(left=left, tried=tried)
         left, tried = state.values["left"], state.values["tried"]
+    _warn_of_files(decoder, left)
     kept = vars(offers.kept(left))
     shares = {kind: 1 - left.get(kind, n) / n for kind, n in offers.sizes.items()}
     told = {
@@ -309,6 +315,8 @@ def _left(n: int, kind: Kind, share: float, parts: int) -> int:
     """Return how many of `n` units stay without a share of them."""
     step = step_of(kind, n, parts)
     left = max(round(n * (1 - share) / step) * step, step)
+    if n <= step:
+        raise OptionError(f"too few {kind.replace('_', ' ')}: of {n} none can go, so leave that share out")
     if left == n:
         raise OptionError(
             f"a share of {share:g} of {n} {kind.replace('_', ' ')} is less than one step of {step}: "

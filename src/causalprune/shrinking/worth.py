@@ -51,7 +51,7 @@ class Shrinking:
     without the unit: measured for KV groups, experts and layers that are named, predicted to second order for neurons and
     where kinds compete for a budget), `activation` (root mean
     square of what a neuron or the heads of a group send; for experts weighted by the router, which is REAP), `magnitude`
-    (of their weights) or `random`. `update` is that of `Method`: `distill` and `adam` train the smaller model after `refit`.
+    (of their weights; 0 where a neuron or group sends nothing) or `random`. `update` is that of `Method`: `distill` and `adam` train the smaller model after `refit`.
     """
 
     by: str = "effect"
@@ -177,8 +177,8 @@ def _count(layer: Layer, kind: Kind) -> int:
 
 
 def _magnitude(layer: Layer, kind: Kind, n: int) -> Float[Tensor, "unit"]:
-    """Return the sum of squares of the weights of every unit of a layer."""
-    found = torch.zeros(n)
+    """Return the sum of squares of the weights of every unit of a layer; neurons and groups that send nothing are worth nothing."""
+    found, sent = torch.zeros(n), torch.ones(n)
     for p in layer.projections:
         squares, dense = p.read().float().square(), p.name.count(".") == 2
         if kind == "layers":
@@ -188,8 +188,10 @@ def _magnitude(layer: Layer, kind: Kind, n: int) -> Float[Tensor, "unit"]:
         elif dense and (
             (kind == "kv_groups" and p.blocks) or (kind == "neurons" and p.role in ("gate", "up", "down"))
         ):
-            found += squares.sum(0 if p.role in ("o", "down") else 1).view(n, -1).sum(1).cpu()
-    return found
+            own = squares.sum(0 if p.role in ("o", "down") else 1).view(n, -1).sum(1).cpu()
+            found += own
+            sent = own if p.role in ("o", "down") else sent
+    return found.masked_fill(sent == 0, 0.0)
 
 
 def _activation(decoder: Decoder, kind: Kind, calibration: Calibration, on_progress: Progress) -> Scores:

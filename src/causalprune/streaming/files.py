@@ -112,7 +112,7 @@ def prune_stream(
     Raises:
         OptionError: the method needs the whole model, or effects or calibration data that are not given.
         CheckpointError: a file is damaged, or the output cannot be written; nothing is left behind.
-        MismatchError: the effects were measured on another model.
+        MismatchError: the effects were measured on another model, or what is kept is of another run.
     """
     checkpoints.check_destination(output, overwrite)
     seen = seen or Seen()
@@ -124,7 +124,7 @@ def prune_stream(
     with closing(Store(size if calibration else 2 * size, on_progress)) as store:
         say(on_progress, part="1 of 2: checking files" if calibration else "")
         decoder, sources, spectra = _checked(source, stored, store, method, effects)
-        factors, found = spectra.factors, decoder.fingerprint
+        factors, state = spectra.factors, _state(kept_in, decoder.fingerprint, method, seen)
         with checkpoints.complete(output, overwrite) as folder, ExitStack() as stack:
             copies = copies_of(method)
             _check_room(folder, decoder, size, kept_in, copies, _hidden_bytes(decoder, method, seen))
@@ -133,8 +133,9 @@ def prune_stream(
                 residence = stack.enter_context(reading)
                 hidden_states = HiddenStates(seen.cache_gib * 2**30, folder, seen.device)
                 hidden = stack.enter_context(closing(hidden_states))
-                plan = planned(residence.decoder, method, factors, calibration, seen.max_batch_tokens)
-                plan = replace(plan, hold=hidden.keep, state=_state(kept_in, found, method, seen))
+                there = {name: factor.to(seen.device) for name, factor in factors.items()}
+                plan = planned(residence.decoder, method, there, calibration, seen.max_batch_tokens)
+                plan = replace(plan, hold=hidden.keep, state=state if _kept(method) else State())
                 store.on_progress = silent
                 pruned, missed = _one_by_one(plan, residence, seen, on_progress)
                 pruned = residence.through(pruned, _leave(residence, store))
@@ -148,7 +149,8 @@ def prune_stream(
             record = manifest(Pruned(method, Masks(), missed()), calibration, effects)
             sizes = dict.fromkeys(("before", "after"), asdict(size_of(decoder)))
             checkpoints.write_manifest(folder, decoder, {**record, "size": sizes, "streamed": True}, rows)
-    forget(kept_in)
+    if state.path is not None:  # else what is there now is another run's
+        forget(kept_in)
     weights, zeros = (sum(row[key] for row in rows) for key in ("weights", "zeros"))
     return Streamed(weights, zeros, missed())
 
@@ -178,8 +180,8 @@ def copies_of(method: Method) -> int:
 
 
 def _state(path: Path, fingerprint: str, method: Method, seen: Seen) -> State:
-    """Return what a stopped run has kept, and what keeps what takes long."""
-    if not _kept(method):
+    """Return what a stopped run has kept, and what keeps what takes long; what is there of another run is refused."""
+    if not _kept(method) and not path.exists():
         return State()
     data, effects = (
         seen.calibration and seen.calibration.fingerprint,

@@ -17,6 +17,11 @@ REGEX = "regex:"
 NUMBER = re.compile(r"(?:(?<![\w)])-\s?)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+")
 NUMBER_COMMA = re.compile(r"(?:(?<![\w)])-\s?)?(?:\d{1,3}(?:[.'’\u00a0\u202f]\d{3})+(?!\d)|\d+)(?:,\d+)?")
 """A number whose decimals follow a comma, as 1.234,5: digits go in threes after a point, an apostrophe or a narrow space."""
+BEFORE, AFTER = (
+    re.compile(r"(?:\d ?[/^] ?-?|\d[:-]|\de[+-]?|\}\{)\Z"),
+    re.compile(r" ?[/^] ?-?\d|[:-]\d|e[+-]?\d"),
+)
+"""What a number stands between that is part of a fraction, a power, a time, a date or a range."""
 COMMAS = re.compile(r"\d,(?!\d{3}(?!\d))\d|\d\.\d{3}[.,]\d|\d[\u00a0\u202f’']\d{3}")
 """What numbers are written like that say."""
 YES_NO = re.compile(r"\b(?:yes|no)\b", re.IGNORECASE)
@@ -105,7 +110,7 @@ def extract(text: str, kind: str, labels: Sequence[str] = (), *, marked: bool = 
     if kind.startswith(REGEX):
         last = next(iter(reversed(list(re.finditer(kind.removeprefix(REGEX), text)))), None)
         return None if last is None else _normal(last[1 if last.re.groups else 0] or "") or None
-    text = text.replace("\u2212", "-").replace("{,}", ",")
+    text = _plainly(text)
     if kind == "text":
         return _normal(text.rpartition(MARK)[2] if marked else text) or None
     line, rest = _marked(text) if marked else ("", "")
@@ -115,14 +120,34 @@ def extract(text: str, kind: str, labels: Sequence[str] = (), *, marked: bool = 
         first = YES_NO.search(line) or YES_NO.search(rest)
         every = FINAL.findall(text) or SAID.findall(text) or YES_NO.findall(text)
         return (first.group() if first else next(iter(reversed(every)), "")).lower() or None
-    pattern = NUMBER_COMMA if kind == "number_comma" else NUMBER
-    first = pattern.search(line) or pattern.search(rest)
-    found = first.group() if first else next(iter(reversed(pattern.findall(text))), None)
-    if found is None:
+    if (number := _number(text, kind, line, rest)) is None:
         return None
+    found = number.group()
     if kind == "number_comma":
         found = re.sub(r"[^\d,-]", "", found).replace(",", ".")
     return _plain(found)
+
+
+def is_part(text: str, kind: str) -> bool:
+    """Tell whether the number that is read in a target is but a part of its answer, as in `1/3`, `2^10`, `12:45` and `1e23`."""
+    if kind not in ("number", "number_comma"):
+        return False
+    text = _plainly(text)
+    number = _number(text, kind, *_marked(text))
+    if number is None:
+        return False
+    whole, start, end = number.string, number.start(), number.end()
+    return bool(BEFORE.search(whole[:start]) or AFTER.match(whole[end:]))
+
+
+def _number(text: str, kind: str, line: str, rest: str) -> re.Match[str] | None:
+    pattern = NUMBER_COMMA if kind == "number_comma" else NUMBER
+    first = pattern.search(line) or pattern.search(rest)
+    return first or next(iter(reversed([*pattern.finditer(text)])), None)
+
+
+def _plainly(text: str) -> str:
+    return text.replace("\u2212", "-").replace("{,}", ",")
 
 
 def _normal(text: str) -> str:

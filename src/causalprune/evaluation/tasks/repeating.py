@@ -1,6 +1,7 @@
 """How much a continuation repeats itself, and whether it holds stock phrases: pure functions of tokens and text."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,13 +57,10 @@ def diversity(tokens: Sequence[int]) -> float:
 
 def spans(text: str, phrases: Sequence[str]) -> list[tuple[int, int]]:
     """Return where phrases are in a text, from which character to which, without regard to case."""
-    low, found = text.lower(), []
-    for phrase in phrases:
-        at = low.find(phrase.lower())
-        while at >= 0:
-            found.append((at, at + len(phrase)))
-            at = low.find(phrase.lower(), at + 1)
-    return found
+    every = (
+        re.finditer(f"(?=({re.escape(own)}))", text, re.IGNORECASE) for own in phrases
+    )  # they may overlap
+    return [match.span(1) for own in every for match in own]
 
 
 def read_phrases(path: Path) -> tuple[str, ...]:

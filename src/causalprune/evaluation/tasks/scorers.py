@@ -47,8 +47,10 @@ def load_scorers(words: Sequence[str]) -> dict[str, Scorer]:
             raise OptionError(
                 f"a scorer is written NAME=module:function, as polite=mymetrics:polite, not {word!r}"
             )
-        if name in TAKEN or name in found:
-            raise OptionError(f"scorer {word!r}: {name} is another measure's name, choose a new one")
+        if name in TAKEN or name in found or name.endswith(("_ppl", "_kl")):
+            raise OptionError(
+                f"scorer {word!r}: {name} is or ends in another measure's name, choose a new one"
+            )
         scorer = getattr(_imported(module, word), function, None)
         if not callable(scorer):
             what = "has none" if scorer is None else f"is {type(scorer).__name__}, which cannot be called"
