@@ -1,5 +1,6 @@
 """Tables of circuits and corrections, for `tables.py`."""
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -128,6 +129,26 @@ def removal() -> str:
     return _table(["removed", *both["names"]], rows)
 
 
+def overlaps() -> str:
+    """How alike the default circuits of heads of three tasks are, and the orders that other problems would have given."""
+    found = _step("circuits", "tested")
+    if not found:
+        return MISSING
+    both, rows = found["overlap"], []
+    for one, other in itertools.combinations(range(len(both["names"])), 2):
+        names = [both["names"][at] for at in (one, other)]
+        alike, beyond = (both[key][one][other] for key in ("jaccard", "over_chance"))
+        chance = (alike - beyond) / (1 - beyond)
+        rows.append([" and ".join(names), f"{alike:.2f}", f"{chance:.2f}", f"{beyond:.2f}"])
+    for name, own in found["circuits"].items():
+        for share in ("0.2", "0.5"):
+            alike, beyond = (own["stability"][share][key] for key in ("jaccard", "over_chance"))
+            chance = (alike - beyond) / (1 - beyond)
+            label = f"{name}, resamples of its problems, {float(share):.0%} of the heads"
+            rows.append([label, f"{alike:.2f}", f"{chance:.2f}", f"{beyond:.2f}"])
+    return _table(["circuits", "Jaccard", "by chance", "above chance"], rows)
+
+
 def elsewhere() -> str:
     """Areas of circuits of heads on other tasks and with other ablations, by the default and by slopes of the intact model."""
     found = _step("circuits", "elsewhere")
@@ -170,6 +191,7 @@ CIRCUITS: dict[str, Callable[[], str]] = {
     "grid_heads": partial(grid, "heads"),
     "ioi": ioi,
     "removal": removal,
+    "overlaps": overlaps,
     "elsewhere": elsewhere,
     "tests": tests,
     "compression": compression,

@@ -298,3 +298,22 @@ def test_a_share_is_kept_of_a_likelihood_or_of_scores_from_zero_up() -> None:
             searching.check_halves(own, limit)
     with pytest.raises(OptionError, match="solves none"):
         searching.check_halves(result("accuracy", 0.0, 1.0), limit)
+
+
+def test_a_file_that_is_known_to_be_too_slow_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(fit_of, "_export", lambda _, point, target: made.append(point.name) or target)
+    monkeypatch.setattr(fit_of, "_speed", lambda *_: {"over_dense": 2.0})
+    search, speeds = pretended(), dict[str, Any]()
+    search.asked.limit, search.book = Limit("speed", 1.5), Book({"speed/0.1-q8_0": {"over_dense": 1.0}})
+    points = [Point(0.0, "q8_0", 90), Point(0.1, "q8_0", 80)]
+    assert fit_of._best(search, points, Path("made.gguf"), speeds) == (points[0], Path("made.gguf"))
+    assert made == ["q8_0"]
+    assert {name: own["over_dense"] for name, own in speeds.items()} == {"q8_0": 2.0, "0.1-q8_0": 1.0}
+
+
+class Book:
+    """A ledger in memory."""
+
+    def __init__(self, rows: dict[str, Any]) -> None:
+        self.rows, self.append = rows, rows.__setitem__
