@@ -128,3 +128,6 @@ def test_remarks_come_before_anything_else() -> None:
     assert worse == [
         "f flatters: with no unit left the model is worse than a guess (1.5 nats per token, guessing 0.9)"
     ]
+    asked = circuit.description["question"] | {"ablation": "counterfactual"}
+    other = replace(plain, description=circuit.description | {"question": asked})
+    assert replace(other, curve=replace(fair, guessing=0.9)).remarks == []
