@@ -38,7 +38,9 @@ def test_a_circuit_alone_makes_a_report(circuit: Circuit, tmp_path: Path) -> Non
     ):
         assert words in text
     assert "What circuits share" not in text
-    (own,) = summary([read_run(tmp_path)])["runs"][0]["circuits"]
+    (run,) = summary([read_run(tmp_path)])["runs"]
+    (own,) = run["circuits"]
+    assert run["model"] == own["model"] != ""
     assert [row[3] for row in own["heads"]].count(True) == 2
     assert own["layers"] == [[0, "1 of 8"], [1, "1 of 8"]]
     assert [point["units"] for point in own["points"]] == [1, 2, 4, 8, 16]

@@ -68,7 +68,7 @@ def _run(name: str, run: Evidence) -> dict[str, Any]:
     recipe, recommended = run.record.get("recipe") or {}, judge(models, tasks)
     return {
         "name": name,
-        "model": _model_name(recipe, rows),
+        "model": _model_name(recipe, rows, [str(own["model"]) for own in run.circuits]),
         "tasks": tasks,
         "models": models,
         "recommended": {**asdict(recommended), "checkpoint": _checkpoint(run, recommended.label)},
@@ -339,9 +339,10 @@ def _provenance(run: Evidence, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _model_name(recipe: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """Return the name that the recipe has for the model; for a folder, and for the embedded model, its last part."""
+def _model_name(recipe: Mapping[str, Any], rows: Sequence[Row], others: Sequence[str]) -> str:
+    """Return the name that the recipe has for the model, or one of `others`; for a folder, and for the embedded model, its last part."""
     found = [str(result.description.get("model") or "") for _, results in rows for result in results]
+    found += others
     named = str((recipe.get("model") or {}).get("name") or "")
     loaded = next((name for name in found if name), "")
     if named in ("", "embedded"):
