@@ -29,11 +29,11 @@ from causalprune.interventions import (
     Parts,
     Site,
     by_row,
-    cross_entropy,
     divergence,
     donated,
     expansion,
     gated,
+    lost,
     means,
     other_targets,
     relevance,
@@ -281,10 +281,7 @@ class _Run:
         """Return the losses of every sequence, and the divergences from the intact model where they are asked for."""
         logits, wanted = self._logits(keep), self._wanted
         with torch.inference_mode():
-            lost = cross_entropy(logits, wanted)
-            if self._others is not None:
-                lost = lost - cross_entropy(logits, self._others)
-            found = {"nats": by_row(lost, wanted).tolist()}
+            found = {"nats": by_row(lost(logits, wanted, self._others), wanted).tolist()}
             if divergent:
                 every = torch.arange(len(logits))
                 found["kl"] = by_row(divergence(self._intact, every, logits), wanted).tolist()

@@ -83,9 +83,8 @@ class Circuit(Shown):
             found.append(
                 f"closing all units costs nothing that shows ({curve.empty.value:+.3g} nats per token): f says nothing"
             )
-        meant = (
-            self.description["question"]["ablation"] == "counterfactual"
-        )  # it answers the other prompt then
+        # with counterfactuals the empty model answers the other prompt, as it is meant to
+        meant = self.description["question"]["ablation"] == "counterfactual"
         if curve.intact.value + curve.empty.low > curve.guessing and not meant:
             found.append(
                 f"f flatters: with no unit left the model is worse than a guess ({curve.intact.value + curve.empty.value:.3g} nats per token, "

@@ -98,6 +98,9 @@ from .losses import (
     divergence_slope as divergence_slope,
 )
 from .losses import (
+    lost as lost,
+)
+from .losses import (
     other_targets as other_targets,
 )
 from .losses import (

@@ -29,6 +29,7 @@ from causalprune.interventions.losses import (
     cross_entropy,
     divergence,
     divergence_slope,
+    lost,
     other_targets,
     parts_of,
     target_logits,
@@ -86,11 +87,10 @@ class Losing:
 
     def __call__(self, logits: Tensor, wanted: Targets, at: slice) -> Tensor:
         """Return the loss of these targets, less that of the others."""
-        lost = cross_entropy(logits, wanted)
-        if self._others is not None:
-            lost = lost - cross_entropy(logits, replace(wanted, tokens=self._others.tokens[at]))
-        self.nats += by_row(lost.detach(), wanted).cpu()
-        return lost
+        others = self._others and replace(wanted, tokens=self._others.tokens[at])
+        found = lost(logits, wanted, others)
+        self.nats += by_row(found.detach(), wanted).cpu()
+        return found
 
 
 class Following:

@@ -23,6 +23,7 @@ from causalprune.interventions.losses import (
     by_row,
     chunk,
     cross_entropy,
+    lost,
     other_targets,
     target_logits,
     targets,
@@ -53,9 +54,7 @@ def expansion(
     gates, wanted, others = gates_at(decoder, batch, units, gate), targets(batch), other_targets(batch)
     with torch.enable_grad(), gated(decoder, gates, instead), recomputed(decoder):
         logits = target_logits(decoder, batch, wanted)
-        loss = by_row(cross_entropy(logits, wanted), wanted)
-        if others is not None:
-            loss = loss - by_row(cross_entropy(logits, others), wanted)
+        loss = by_row(lost(logits, wanted, others), wanted)
         first = by_unit(loss, gates, units, keep=len(uniforms) > 0)
         second = torch.zeros_like(first)
         for draw, values in enumerate(uniforms):

@@ -48,6 +48,14 @@ def other_targets(batch: Batch) -> Targets | None:
     return None if batch.others is None else targets(replace(batch, tokens=batch.others))
 
 
+def lost(
+    logits: Float[Tensor, "target vocab"], wanted: Targets, others: Targets | None
+) -> Float[Tensor, "target"]:
+    """Return the cross-entropy of each target token, less that of the `others` where there are such."""
+    own = cross_entropy(logits, wanted)
+    return own if others is None else own - cross_entropy(logits, others)
+
+
 def chunk(logits: Float[Tensor, "target vocab"]) -> int:
     """Return how many positions are normalised at once; what is computed for each does not depend on it."""
     if logits.device.type != "cpu":

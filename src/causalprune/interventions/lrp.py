@@ -25,7 +25,7 @@ from causalprune.interventions.gradients import by_unit, gates_at
 from causalprune.interventions.losses import (
     Targets,
     by_row,
-    cross_entropy,
+    lost,
     other_targets,
     target_logits,
     targets,
@@ -59,10 +59,10 @@ def relevance(
     gates, wanted, others = gates_at(decoder, batch, units, gate), targets(batch), other_targets(batch)
     with torch.enable_grad(), ruled(decoder), gated(decoder, gates, instead), recomputed(decoder):
         logits = target_logits(decoder, batch, wanted)
-        lost, seen = cross_entropy(logits.detach(), wanted), prominence(logits, wanted)
+        seen = prominence(logits, wanted)
         if others is not None:
-            lost, seen = lost - cross_entropy(logits.detach(), others), seen - prominence(logits, others)
-        loss = by_row(lost, wanted)
+            seen = seen - prominence(logits, others)
+        loss = by_row(lost(logits.detach(), wanted, others), wanted)
         found = by_unit(by_row(seen, wanted), gates, units, keep=False)
     return loss.cpu(), found
 
