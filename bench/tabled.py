@@ -46,19 +46,24 @@ def constructed() -> str:
     return "\n".join(lines) + "\n"
 
 
-def planted() -> str:
+def planted(model: str) -> str:
     """At which ranks five planted neurons are, by what their removal costs and by how they are looked for."""
-    found = _step("circuits", "planted")
-    if not found:
+    found = _step("circuits", "planted") or {}
+    rows = [own for key, own in found.items() if key.startswith(f"{model}-")]
+    if not rows:
         return MISSING
-    rows = {key: own for key, own in found.items() if "nats" in own}
-    labels = [key for key, own in next(iter(rows.values())).items() if isinstance(own, dict)]
-    costs = [f"{own['nats']:g} nats" for own in rows.values()]
-    lines = [f"| looked for by | {' | '.join(costs)} |", "|---|" + "---:|" * len(costs)]
-    for label in labels:
-        ranks = [own[label]["ranks"] for own in rows.values()]
-        lines.append(f"| {label} | {' | '.join(f'{own[0]} … {own[-1]}' for own in ranks)} |")
-    return "\n".join(lines) + "\n"
+    labels = list(rows[0]["ways"])
+    costs = sorted({own["nats"] for own in rows}, reverse=True)
+    own = {
+        (label, cost): np.median([row["ways"][label]["ranks"] for row in rows if row["nats"] == cost], 0)
+        for label in labels
+        for cost in costs
+    }
+    cells = [
+        [label, *(f"{own[label, cost][0]:.0f} … {own[label, cost][-1]:.0f}" for cost in costs)]
+        for label in labels
+    ]
+    return _table(["looked for by", *(f"{cost:g} nats" for cost in costs)], cells)
 
 
 METHODS = (
@@ -72,7 +77,7 @@ METHODS = (
         "gradient",
         "relevance",
     ),
-    *("wanda", "random"),
+    *("adaptive", "activation", "magnitude", "wanda", "random"),
 )
 """Ways of ordering units, as `circuits.py` names their rows."""
 
@@ -81,16 +86,18 @@ def grid(units: str) -> str:
     """What circuits of SmolLM2 lose on GSM8K by every way of ordering units, in nats a token, and how large they have to be."""
     rows = []
     for method in METHODS:
-        file = ROWS / "circuits" / f"smollm2-gsm8k-{units}-{method.replace(' ', '_')}-absolute-zero-0.json"
-        if not file.exists():
+        name = f"smollm2-gsm8k-{units}-{method.replace(' ', '_')}-absolute-zero-*.json"
+        own = [json.loads(file.read_text()) for file in sorted((ROWS / "circuits").glob(name))]
+        if not own:
             continue
-        own = json.loads(file.read_text())
-        nats = np.array(own["nats"])[:, DECIDED // 2 :].mean(1)  # the half that chose nothing
+        every = np.array([draw["nats"] for draw in own])[:, :, DECIDED // 2 :]  # the half that chose nothing
+        nats = every.mean((0, 2))
         cpr, cmd = areas(SHARES, faithfulness(nats[:-2], nats[-2], nats[-1]))
         lost = [f"{nats[at] - nats[-2]:.2f}" for at in SHOWN.values()]
-        size = f"{own['size']:.0%}" if own["size"] == own["size"] else ""  # by chance nobody looks for one
-        rows.append([method, *lost, f"{float(cmd):.2f}", f"{float(cpr):.2f}", size])
-    return _table(["order", *SHOWN, "CMD", "CPR", "keeps 90 %"], rows) if rows else MISSING
+        size = float(np.mean([draw["size"] for draw in own]))
+        keeps = f"{size:.0%}" if np.isfinite(size) else ""  # nobody looks for one of a baseline's
+        rows.append([method, str(len(own)), *lost, f"{float(cmd):.2f}", f"{float(cpr):.2f}", keeps])
+    return _table(["order", "draws", *SHOWN, "CMD", "CPR", "keeps 90 %"], rows) if rows else MISSING
 
 
 def ioi() -> str:
@@ -186,9 +193,11 @@ def _value(own: dict[str, float]) -> str:
 
 CIRCUITS: dict[str, Callable[[], str]] = {
     "constructed": constructed,
-    "planted": planted,
+    "planted": partial(planted, "smollm2"),
+    "planted_qwen": partial(planted, "qwen"),
     "grid_neurons": partial(grid, "neurons1"),
     "grid_heads": partial(grid, "heads"),
+    "grid_both": partial(grid, "heads+neurons1"),
     "ioi": ioi,
     "removal": removal,
     "overlaps": overlaps,

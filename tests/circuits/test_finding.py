@@ -50,6 +50,14 @@ def test_the_default_returns_exactly_what_was_built(name: str) -> None:
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("name", TRUE)
+def test_an_order_that_is_learned_by_the_loss_has_exactly_what_was_built_too(name: str) -> None:
+    how = {"question": cp.Question(), "estimator": cp.Estimator("integrated", epochs=10)}
+    found = find(constructed(name), problems(name, 24), problems(name, 24, 1), **how)
+    assert set(found.members) == TRUE[name]
+
+
+@pytest.mark.thorough
 def test_removal_of_single_units_misses_what_either_of_two_will_do() -> None:
     decoder = constructed("or")
     effects = cp.attribute(

@@ -79,6 +79,17 @@ def test_by_the_loss_what_a_circuit_lacks_comes_to_the_front_too(paired: bool) -
     assert int(moves.argmax()) == hinders
 
 
+def test_a_unit_that_would_carry_the_loss_out_on_the_other_side_stays() -> None:
+    """A circuit that loses 0.05 nats less than the model is not nearer to it without a neuron that is worth 3."""
+    slopes, change = torch.tensor([[-3.0], [-3.0], [0.02], [-0.02]]), torch.tensor([-0.05])
+    keeps = torch.tensor([[True, False, True, True]])
+    found = learning._to_either_side(slopes, change, keeps)
+    flipped = torch.where(keeps.T, change - slopes, change + slopes).abs() - change.abs()
+    torch.testing.assert_close(found, torch.where(keeps.T, -flipped, flipped))
+    assert found[:, 0].sign().tolist() == [-1, 1, -1, 1]  # negative: the gate is better open
+    torch.testing.assert_close(found[2:], slopes[2:] * change.sign())  # small ones: the slope of the size
+
+
 def with_wrong(example: Example, other: Example) -> Example:
     """Return an example whose wrong answer is another one's right one."""
     tokens = (*example.tokens[: example.target_start], *other.tokens[other.target_start :])

@@ -140,9 +140,23 @@ def _departure(of: Behaviour) -> Departure:
             others = (own / tokens[wrong] for own in _slopes(of, wrong, keeps, lose))
             slopes, nats = (own - other for own, other in zip((slopes, nats), others, strict=True))
         change = nats - before[problems]
-        return slopes * change.sign(), change.abs()
+        return _to_either_side(slopes, change, keeps), change.abs()
 
     return changed
+
+
+def _to_either_side(
+    slopes: Float[Tensor, "unit problem"],
+    change: Float[Tensor, "problem"],
+    keeps: Bool[Tensor, "problem unit"],
+) -> Float[Tensor, "unit problem"]:
+    """Return by how much the size of a change rises between a closed gate and an open one, from slopes of the change itself.
+
+    A unit that would carry the change past zero and out on the other side is not better gone: the slope of the size alone would
+    throw out what a behaviour hangs on as soon as the circuit does a little better than the model.
+    """
+    size = change.abs()
+    return torch.where(keeps.T, size - (change - slopes).abs(), (change + slopes).abs() - size)
 
 
 def _slopes(
