@@ -9,11 +9,12 @@ import torch
 from reference import calibration, shared
 
 import causalprune as cp
-from causalprune.circuits import Circuit, checking
+from causalprune.circuits import Checks, Circuit, checking, examined, sentences
 from causalprune.circuits.behaviour import behaviour
 from causalprune.circuits.finding import halves
+from causalprune.circuits.telling import NONE
 from causalprune.core.errors import DataError, OptionError
-from causalprune.core.types import Calibration, Example
+from causalprune.core.types import Calibration, Example, Unit
 from causalprune.runs.circuits import CircuitSpec, jobs
 
 PROBLEMS = calibration(tuple((12 + i % 3, 5) for i in range(20)))
@@ -124,6 +125,10 @@ def test_remarks_come_before_anything_else() -> None:
     assert replace(plain, curve=nothing).remarks == [
         "closing all units costs nothing that shows (+0.1 nats per token): f says nothing"
     ]
+    better = replace(fair, empty=SimpleNamespace(value=-0.2, low=-0.3, high=-0.1), guessing=0.1)
+    assert replace(plain, curve=better).remarks == [
+        "closing all units lowers the loss by 0.2 nats per token: f, CPR and CMD are upside down; read the KL"
+    ]
     worse = replace(plain, curve=replace(fair, guessing=0.9)).remarks
     assert worse == [
         "f flatters: with no unit left the model is worse than a guess (1.5 nats per token, guessing 0.9)"
@@ -131,3 +136,51 @@ def test_remarks_come_before_anything_else() -> None:
     asked = circuit.description["question"] | {"ablation": "counterfactual"}
     other = replace(plain, description=circuit.description | {"question": asked})
     assert replace(other, curve=replace(fair, guessing=0.9)).remarks == []
+
+
+def test_controls_are_further_from_the_model_on_either_side() -> None:
+    circuit = replace(found(cp.Question()), size=2)
+    intact, own, others = 1.0, 1.2, torch.tensor([0.5, 0.9, 1.1, 1.5])
+    for rank, worse in (("absolute", 0.5), ("signed", 0.25)):
+        told = replace(circuit, description=circuit.description | {"rank": rank})
+        bench = SimpleNamespace(
+            circuit=told,
+            keep=lambda: torch.tensor([True]),
+            random=lambda *_: [torch.tensor([False])] * len(others),
+            nats=lambda keeps: torch.tensor([intact, own, *others]).double(),
+            faithfulness=lambda keeps: torch.ones(len(keeps)),
+        )
+        controls = checking._controls(bench, 4)  # type: ignore[arg-type]
+        assert controls["worse"] == worse
+        words = {"absolute": "50% of them are further from the model", "signed": "25% of them are worse"}[
+            rank
+        ]
+        assert any(words in said for said in sentences(replace(told, checks={"controls": controls})))
+
+
+def test_controls_are_never_the_circuit_itself() -> None:
+    """Of a kind that every layer has one of, other layers'; where nothing else can be drawn, that is said."""
+    circuit = found(cp.Question(("mlp",)))
+    few = replace(circuit, size=1)
+    made = examined(few, shared("llama2"), PROBLEMS, Checks(3, tests=True), stage=cp.quiet)
+    for random in (
+        made.checks["necessity"]["random_nats"]["value"],
+        made.checks["controls"]["random_nats"][1],
+    ):
+        assert random not in (made.checks["necessity"]["nats"]["value"], made.checks["controls"]["nats"])
+    assert made.checks["necessity"]["share"] == pytest.approx(1 / len(circuit.units))
+    said = "\n".join(sentences(made))
+    assert f"without the first unit, {1 / len(circuit.units):.1%} of the units, " in said
+    assert "the same kinds (and layers, where one has several) " in said
+    whole = replace(few, size=len(circuit.units))
+    made = examined(whole, shared("llama2"), PROBLEMS, Checks(3, tests=True), stage=cp.quiet)
+    assert {f"{what}: {NONE}" for what in ("controls", "sufficiency", "partial necessity")} < {
+        *sentences(made)
+    }
+    assert checking.alike([Unit(0, 0, "mlp"), Unit(0, 0), Unit(0, 1), Unit(1, 0, "mlp"), Unit(1, 0)]) == {
+        (None, "mlp"): [0, 3],
+        (0, "head"): [1, 2],
+        (1, "head"): [4],
+    }
+    one = replace(made, checks=made.checks | {"necessity": made.checks["necessity"] | {"random_nats": None}})
+    assert any(said.startswith("necessity") and said.endswith(NONE) for said in sentences(one))

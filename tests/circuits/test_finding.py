@@ -326,7 +326,7 @@ def test_checks_tell_a_circuit_from_chance() -> None:
         Checks(0),
         stage=cp.quiet,
     )
-    assert other.checks["controls"] == {"count": 0}
+    assert other.checks["controls"] == {"count": 0, "asked": 0}
     with pytest.raises(MismatchError, match="on another calibration"):
         examined(found, decoder, problems("chain", 24, 5), stage=cp.quiet)
 

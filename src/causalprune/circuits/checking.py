@@ -1,5 +1,6 @@
 """Whether a circuit is more than any set of its size: controls, what is left without it, and what it leaves out."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -64,9 +65,10 @@ class _Bench:
         found[self.circuit.order[: self.circuit.size if count is None else count]] = True
         return found
 
-    def random(self, like: Keep) -> Keep:
-        """Return a random set of as many units of every kind in every layer."""
-        return random_like(self.circuit.units, like, self.generator)
+    def random(self, like: Keep, count: int) -> list[Keep]:
+        """Return other sets as `random_like` draws them; none where there is no other."""
+        drawn = (random_like(self.circuit.units, like, self.generator) for _ in range(count))
+        return [own for own in drawn if not torch.equal(own, like)]
 
     def nats(self, keeps: Sequence[Keep]) -> Tensor:
         """Return the loss of each, mean over the problems."""
@@ -81,15 +83,25 @@ class _Bench:
 
 
 def random_like(units: Sequence[Unit], like: Keep, generator: torch.Generator) -> Keep:
-    """Return a random set of as many units of every kind in every layer as there are in another."""
-    groups: dict[tuple[int, str], list[int]] = {}
+    """Return another random set of as many units of every kind in every layer as `alike` has them; the same if there is no other."""
+    groups = [torch.tensor(own) for own in alike(units).values()]
+    free = any(0 < int(like[own].sum()) < len(own) for own in groups)
+    while True:
+        found = torch.zeros_like(like)
+        for own in groups:
+            found[own[torch.randperm(len(own), generator=generator)[: int(like[own].sum())]]] = True
+        if not (free and torch.equal(found, like)):
+            return found
+
+
+def alike(units: Sequence[Unit]) -> dict[tuple[int | None, str], list[int]]:
+    """Return the numbers of units by layer and kind; where no layer has two of a kind, those of all layers (None) together."""
+    count = Counter((unit.layer, unit.kind) for unit in units)
+    several = {kind for (_, kind), number in count.items() if number > 1}
+    groups: dict[tuple[int | None, str], list[int]] = {}
     for number, unit in enumerate(units):
-        groups.setdefault((unit.layer, unit.kind), []).append(number)
-    found = torch.zeros_like(like)
-    for own in groups.values():
-        chosen = torch.randperm(len(own), generator=generator)[: int(like[own].sum())]
-        found[torch.tensor(own)[chosen]] = True
-    return found
+        groups.setdefault((unit.layer if unit.kind in several else None, unit.kind), []).append(number)
+    return groups
 
 
 def asked(circuit: Circuit) -> tuple[Question, Estimator]:
@@ -146,36 +158,38 @@ def examined(
 
 
 def _necessity(bench: _Bench) -> dict[str, Any]:
-    """Return what closing the first tenth of the units costs, and what a random tenth of the same kinds and layers does."""
+    """Return what closing the first tenth of the units costs, and what random ones that are `alike` do, if there are others."""
     mixed = len({unit.kind for unit in bench.circuit.units}) > 1
     sizes = bench.circuit.weights if mixed else torch.ones_like(bench.circuit.weights)
     first = bench.keep(prefix(bench.circuit.order, sizes, NECESSARY))
-    keeps = [torch.ones_like(first), ~first, *(~bench.random(first) for _ in range(5))]
+    keeps = [torch.ones_like(first), ~first, *(~other for other in bench.random(first, 5))]
     nats = bench.trials.nats(keeps)
     return {
-        "share": NECESSARY,
+        "share": float(sizes[first].sum() / sizes.sum()),
         "units": int(first.sum()),
         "nats": asdict(summed_up(nats[1] - nats[0])),
-        "random_nats": asdict(summed_up(nats[2:].mean(0) - nats[0])),
+        "random_nats": asdict(summed_up(nats[2:].mean(0) - nats[0])) if len(nats) > 2 else None,
     }
 
 
 def _controls(bench: _Bench, count: int) -> dict[str, Any]:
-    """Return how the circuit compares with random ones of its size, kinds and layers."""
-    if not count:
-        return {"count": 0}
+    """Return how the circuit compares with random ones that are `alike`; worse is further from the model, signed a larger loss."""
     own = bench.keep()
-    keeps = [torch.ones_like(own), own, *(bench.random(own) for _ in range(count))]
+    others = bench.random(own, count)
+    if not others:
+        return {"count": 0, "asked": count}
+    keeps = [torch.ones_like(own), own, *others]
     nats, f = bench.nats(keeps), bench.faithfulness(keeps[1:])
-    others = nats[2:]
-    quantiles = others.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)) - nats[0]
+    rises = nats[1:] - nats[0]
+    quantiles = rises[1:].quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64))
+    far = rises if bench.circuit.description["rank"] == "signed" else rises.abs()
     return {
         "count": count,
-        "nats": float(nats[1] - nats[0]),
+        "nats": float(rises[0]),
         "random_nats": quantiles.tolist(),
         "faithfulness": float(f[0]),
         "random_faithfulness": float(f[1:].mean()),
-        "worse": float((others > nats[1]).double().mean()),
+        "worse": float((far[1:] > far[0]).double().mean()),
     }
 
 
@@ -216,9 +230,9 @@ def _greedy(bench: _Bench) -> Keep:
 def _tested(few: _Bench, whole: _Bench) -> dict[str, Any]:
     """Test what Shi et al. (2024, arXiv 2410.13032) ask of a circuit."""
     own = few.keep()
-    alike = [few.random(own) for _ in range(RANDOM)]
-    nats = few.nats([torch.ones_like(own), own, *alike, ~own, *(~other for other in alike)])
-    alone, without = ((part - nats[0]).abs() for part in (nats[1 : RANDOM + 2], nats[RANDOM + 2 :]))
+    sets = [own, *few.random(own, RANDOM)]
+    nats = few.nats([torch.ones_like(own), *sets, *(~other for other in sets)])
+    alone, without = (nats[1:] - nats[0]).abs().unflatten(0, (2, -1))
     values = whole.trials.nats([torch.ones_like(own), whole.keep(), ~whole.keep()])
     return {
         "q": Q,

@@ -30,7 +30,7 @@ class Circuit(Shown):
     it, with its interval over problems (`low`, `high`); `probability` is the share of resamples in which it is a member.
     `order` are the numbers of the `units` from the first member on, by score, or by score a weight where kinds are mixed, and
     by what was learned after that; `size` is how many of them are members. `problems` are those
-    that sizes were measured on. `stability` is by share of the units, `checks` and `tests` are empty until they are asked for.
+    that sizes were measured on. `stability` is by share of the units, `checks` and `tests` are empty until `circuits.examined` fills them.
     """
 
     units: tuple[Unit, ...]
@@ -79,13 +79,17 @@ class Circuit(Shown):
             found.append(
                 f"not stable: other draws of problems give other units (Jaccard over chance by size: {shown}; {STABLE} is wanted)"
             )
+        # with counterfactuals the empty model answers the other prompt, as it is meant to
+        meant = self.description["question"]["ablation"] == "counterfactual"
         if curve.empty.low <= 0 <= curve.empty.high:
             found.append(
                 f"closing all units costs nothing that shows ({curve.empty.value:+.3g} nats per token): f says nothing"
             )
-        # with counterfactuals the empty model answers the other prompt, as it is meant to
-        meant = self.description["question"]["ablation"] == "counterfactual"
-        if curve.intact.value + curve.empty.low > curve.guessing and not meant:
+        elif curve.empty.high < 0:
+            found.append(
+                f"closing all units lowers the loss by {-curve.empty.value:.3g} nats per token: f, CPR and CMD are upside down; read the KL"
+            )
+        elif curve.intact.value + curve.empty.low > curve.guessing and not meant:
             found.append(
                 f"f flatters: with no unit left the model is worse than a guess ({curve.intact.value + curve.empty.value:.3g} nats per token, "
                 f"guessing {curve.guessing:.3g})"

@@ -2,22 +2,32 @@
 
 from typing import Any
 
+from causalprune.circuits.checking import alike
 from causalprune.circuits.records import Circuit
+
+NONE = "there is no other set of these kinds and layers"
 
 
 def sentences(found: Circuit) -> list[str]:
     """Return in sentences what the checks and the tests of a circuit say."""
     said = [f"{unit}: {share}" for unit, share in _sure(found)]
     if own := found.checks.get("necessity"):
+        pooled = None in {layer for layer, _ in alike(found.units)}
+        same = f"the same kinds {'(and layers, where one has several)' if pooled else 'and layers'}"
+        first = "unit" if own["units"] == 1 else f"{own['units']:,} units"
+        other = f"without random ones of {same} {_record(own['random_nats'])}" if own["random_nats"] else NONE
         said.append(
-            f"necessity: without the first {own['share']:.0%} of the {found.description['sizes_of']} ({own['units']:,} units) "
-            f"{_record(own['nats'])} nats; without random ones of the same kinds and layers {_record(own['random_nats'])}"
+            f"necessity: without the first {first}, {own['share']:.1%} of the {found.description['sizes_of']}, {_record(own['nats'])} nats; {other}"
         )
-    if (own := found.checks.get("controls")) and own["count"]:
+    own = found.checks.get("controls", {})
+    if own.get("count"):
+        worse = "worse" if found.description["rank"] == "signed" else "further from the model"
         said.append(
             f"controls: the circuit costs {own['nats']:+.3g} nats, the middle of {own['count']} random ones of its size "
-            f"{own['random_nats'][1]:+.3g}; {own['worse']:.0%} of them are worse"
+            f"{own['random_nats'][1]:+.3g}; {own['worse']:.0%} of them are {worse}"
         )
+    elif own.get("asked"):
+        said.append(f"controls: {NONE}")
     if own := found.checks.get("completeness"):
         said.append(
             f"completeness: |f(C∖K) − f(M∖K)| is {own['random_mean']:.2g} for random K (at most {own['random_max']:.2g}), "
@@ -34,7 +44,7 @@ def _sure(found: Circuit) -> list[tuple[str, str]]:
         f"{float(share):.0%}: {own['over_chance']:.2f}" for share, own in found.stability.items()
     )
     return [
-        ("members", f"{found.size:,}, {certain:,} units are members in 95 % of the draws"),
+        ("members", f"{found.size:,}; units that are members in 95 % of the draws: {certain:,}"),
         ("Jaccard over chance between draws, by size", stable),
     ]
 
@@ -61,7 +71,9 @@ def _verdict(name: str, own: dict[str, Any]) -> str:
         ),
     }[name]
     if "outside" in own:
-        return f"{own['outside']} units outside of the circuit are too few to tell"
+        return f"too few units outside of the circuit to tell: {own['outside']}"
+    if "beaten" in own and not own["of"]:
+        return NONE
     extra = f", {len(own['spare'])} of {own['tested']}" if name == "minimality" and own["spare"] else ""
     return f"{holds[0] if own['holds'] else holds[1]}{extra} (p = {own['p']:.2g})"
 
