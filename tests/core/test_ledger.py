@@ -95,7 +95,7 @@ def test_a_file_that_is_no_ledger_is_left_alone(tmp_path: Path) -> None:
         ({**IDENTITY, "calibration": "xyz"}, "calibration"),
         ({**IDENTITY, "extra": 1}, "extra"),
         ({k: v for k, v in IDENTITY.items() if k != "model"}, "model"),
-        ({**IDENTITY, "options": {"k": 5, "seed": 0}}, "options"),
+        ({**IDENTITY, "options": {"k": 5, "seed": 0}}, "options.k"),
     ],
 )
 def test_another_identity_is_refused_and_named(tmp_path: Path, identity: dict[str, Any], key: str) -> None:
@@ -105,6 +105,36 @@ def test_another_identity_is_refused_and_named(tmp_path: Path, identity: dict[st
     with pytest.raises(MismatchError, match=f"{key} was .* delete the file"), Ledger(path, identity):
         pass
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("end", ["error", "kill"])
+def test_a_file_without_rows_is_nobodys(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "ledger.jsonl"
+    if end == "error":
+        with pytest.raises(KeyError), Ledger(path, {"model": "else"}):
+            raise KeyError
+        assert not path.exists()
+    else:
+        path.write_bytes(_line({"format": FORMAT, "identity": {"model": "else"}}, "the header"))
+    assert finish(path) == JOBS
+
+
+def test_what_is_another_is_told_in_words(tmp_path: Path) -> None:
+    path, (one, other) = tmp_path / "ledger.jsonl", ("a" * 64, "b" * 64)
+    known = {"model": one, "problems": one, "batches": one, "effect": "ce", "decide_batches": one}
+    with Ledger(path, {"behaviours": [known, known]}) as ledger:
+        ledger.append("a", 1)
+    for changed, words in (
+        (("model", "problems", "batches", "effect"), "the model is another"),
+        (("problems", "batches", "effect"), r"the set of problems \(--task, .*\) is another"),
+        (("batches", "effect", "decide_batches"), "behaviours.effect was 'ce' and is now"),
+        (("batches", "decide_batches"), r"problems are batched \(--batch-tokens\) is another"),
+    ):
+        own = known | {key: "kl" if key == "effect" else other for key in changed}
+        with pytest.raises(MismatchError, match=words) as error, Ledger(path, {"behaviours": [known, own]}):
+            pass
+        assert one not in str(error.value)
+        assert error.value.path == path
 
 
 def test_order_of_the_identity_does_not_matter(tmp_path: Path) -> None:

@@ -217,10 +217,10 @@ def test_a_stopped_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     found = correct(decoder, bad, good, asked, kept_in=tmp_path, stage=cp.quiet)
     assert (tmp_path / "correction.ledger").read_bytes().startswith(before)
     assert found.described() == straight.described()
-    with pytest.raises(MismatchError, match="model was"):
+    with pytest.raises(MismatchError, match="the model is another"):
         correct(decoder, bad, good, asked, kept_in=tmp_path, stage=cp.quiet)
     decoder, _ = built(3)
-    with pytest.raises(MismatchError, match="halves was"):
+    with pytest.raises(MismatchError, match=r"halves\."):
         correct(decoder, bad, good[:-2], asked, kept_in=tmp_path, stage=cp.quiet)
 
 

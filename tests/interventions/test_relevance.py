@@ -7,10 +7,11 @@ from typing import Any
 import micro
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, SMALL, tiny
 from reference import calibration, example, fresh, shared, with_expert_modules
 from test_ablation import state
 from torch import Tensor, nn
+from transformers import Mamba2Config
 
 from causalprune.attribution.estimators import attribute, balanced
 from causalprune.attribution.questions import Estimator, Question
@@ -20,6 +21,7 @@ from causalprune.core.types import Calibration, Decoder, Example
 from causalprune.interventions.losses import target_logits, targets
 from causalprune.interventions.lrp import relevance, ruled
 from causalprune.interventions.units import list_units
+from causalprune.models.anatomy import inspect_model
 
 EXAMPLES = calibration(((12, 5), (9, 3), (11, 2)))
 Weights = dict[str, Tensor]
@@ -210,6 +212,13 @@ def test_a_module_without_a_rule_is_named() -> None:
         attribute(decoder, EXAMPLES, Question(), Estimator("relevance"))
     with pytest.raises(ModelError, match="Experts, for which relevance has no rule"):
         relevance(with_expert_modules(), batches(EXAMPLES.examples, max_batch_tokens=1)[0], [])
+    model = tiny(Mamba2Config(**SMALL, num_heads=4, head_dim=16, state_size=8, n_groups=1))
+    mamba = inspect_model(model, None, name="mamba")
+    with (
+        pytest.raises(ModelError, match=r"layers\.0\.mixer is a Mamba2Mixer, .* to prune the method snip"),
+        ruled(mamba),
+    ):
+        pass
     capped = fresh("gemma2")
     capped.model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ModelError, match="caps its attention in a kernel"), ruled(capped):

@@ -22,6 +22,9 @@ from .questions import (
     ELSEWHERE as ELSEWHERE,
 )
 from .questions import (
+    UNPAIRED as UNPAIRED,
+)
+from .questions import (
     Ablation as Ablation,
 )
 from .questions import (
@@ -32,6 +35,9 @@ from .questions import (
 )
 from .questions import (
     Question as Question,
+)
+from .questions import (
+    check_together as check_together,
 )
 from .repeatability import (
     DRAWS as DRAWS,

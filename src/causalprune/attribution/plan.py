@@ -8,10 +8,25 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from causalprune.attribution.questions import DEFAULT_BUDGET, ELSEWHERE, Estimator, Question
+from causalprune.attribution.questions import (
+    DEFAULT_BUDGET,
+    ELSEWHERE,
+    UNPAIRED,
+    Estimator,
+    Question,
+    check_together,
+)
 from causalprune.calibration import batch_of, batches, check_positions
 from causalprune.core import Batch, Calibration, Decoder, Ledger, OptionError, Unit
-from causalprune.interventions import Parts, Site, grouped_by_effect, list_units, neuron_effects, sites
+from causalprune.interventions import (
+    Parts,
+    Site,
+    grouped_by_effect,
+    list_units,
+    neuron_effects,
+    ruled,
+    sites,
+)
 from causalprune.models import fingerprint
 
 
@@ -38,23 +53,17 @@ class Plan:
         ablation, how = self.question.ablation, self.estimator
         if ablation != "zero" and any(site.place == "experts" for site in self.own_sites):
             raise OptionError(f"experts can only be ablated with 'zero', not {ablation!r}")
-        if ablation == "resample" and how.name == "adaptive":
-            raise OptionError("ablation 'resample' needs another estimator than 'adaptive', as 'exact'")
+        check_together(self.question, how)
         if ablation == "counterfactual" and any(e.counterfactual is None for e in self.calibration.examples):
-            raise OptionError(
-                "ablation 'counterfactual' needs a counterfactual of every example: a file whose lines have one, or ioi"
-            )
-        if how.name == "relevance" and self.question.effect == "kl":
-            raise OptionError("relevance is about the target tokens: it needs the effect 'ce', not 'kl'")
-        if how.draws < 1 and (
-            how.name == "adaptive" or (how.name, self.question.effect) == ("gradient", "kl")
-        ):
-            raise OptionError(f"the estimator {how.name!r} of {self.question.effect!r} needs draws ≥ 1")
+            raise OptionError(UNPAIRED)
+        if how.name == "relevance":
+            with ruled(self.decoder):  # names what has no rule, before anything is measured or written
+                pass
         if self.budget_tokens < self.expansion_tokens:
             most, budget = (self.naive_tokens / own for own in (self.expansion_tokens, self.budget_tokens))
             raise OptionError(
-                f"the prediction alone costs 1/{most:.0f} of naive, and the budget is 1/{budget:g}: choose one below that, or the "
-                "estimator exact"
+                f"the prediction alone costs 1/{most:.0f} of naive, and the budget is 1/{budget:g}: take the estimator exact, or "
+                f"in `attribute` a --budget below {most:.2g}x"
             )
 
     @property

@@ -31,6 +31,8 @@ class Question:
     ablation: Ablation = "zero"
 
     def __post_init__(self) -> None:
+        if isinstance(self.units, str):  # of one kind
+            object.__setattr__(self, "units", (self.units,))
         for name, value, known in (
             ("effect", self.effect, ("ce", "kl")),
             ("ablation", self.ablation, ABLATIONS),
@@ -82,6 +84,21 @@ class Estimator:
             raise OptionError(f"a budget belongs to the estimator 'adaptive', not to {self.name!r}")
         if not self.gates or not all(0 <= gate <= 1 for gate in self.gates) or self.draws < 0:
             raise OptionError("gates must lie between 0 and 1, and draws must not be negative")
+
+
+UNPAIRED = (
+    "ablation 'counterfactual' needs a counterfactual of every example: a file whose lines have one, or ioi"
+)
+
+
+def check_together(question: Question, how: Estimator) -> None:
+    """Raise `OptionError` for a question that an estimator does not answer, whatever the model is."""
+    if question.ablation == "resample" and how.name == "adaptive":
+        raise OptionError("ablation 'resample' needs another estimator than 'adaptive', as 'exact'")
+    if how.name == "relevance" and question.effect == "kl":
+        raise OptionError("relevance is about the target tokens: it needs the effect 'ce', not 'kl'")
+    if how.draws < 1 and (how.name == "adaptive" or (how.name, question.effect) == ("gradient", "kl")):
+        raise OptionError(f"the estimator {how.name!r} of {question.effect!r} needs draws ≥ 1")
 
 
 ELSEWHERE = ("cache_gib", "share", "epochs")

@@ -12,6 +12,7 @@ CausalPruneError          every error below; the command line prints it on one l
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class CausalPruneError(Exception):
@@ -35,7 +36,11 @@ class CheckpointError(CausalPruneError):
 
 
 class MismatchError(CausalPruneError):
-    """A side file that belongs to another model, data set or run."""
+    """A side file that belongs to another model, data set or run; `path`, where it may be deleted to start again."""
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> OptionError:

@@ -31,6 +31,15 @@ from causalprune.core.errors import CheckpointError, MismatchError
 from causalprune.core.provenance import METHOD_VERSION, changes_since
 
 FORMAT = "causalprune-ledger-1"
+TOLD = {
+    "model": "the model",
+    "problems": "the set of problems (--task, -n, --seed, or how they are read)",
+    "calibration": "the set of examples (--task, -n, --seed, or how they are read)",
+    "decide": "the set of problems that decides (--on, --task, -n or --seed)",
+    "batches": "the way that problems are batched (--batch-tokens)",
+}
+"""What values of an identity are called that are too long to be shown, the first first."""
+SHOWN = 60
 Json = dict[str, Any] | list[Any] | str | int | float | bool | None
 
 
@@ -40,7 +49,9 @@ class Ledger:
     `identity` is everything the values depend on: model and calibration fingerprints, method,
     options. A file that was begun with another identity raises `MismatchError`; a file that another
     process (or another `Ledger` of this one) holds open, or that is damaged, `CheckpointError`. With `wait`,
-    the other is waited for, with a warning; one that this thread holds would be waited for in vain.
+    the other is waited for, with a warning; one that this thread holds would be waited for in vain. A file without rows is
+    nobody's: it gets this identity, and is removed where an error ends the work before there is one. `whole` is what errors
+    say to delete, where the file alone is not all that is kept.
 
     The method's version belongs to the identity. A file of an earlier one goes on where all else is the same and `unchanged`
     tells that what came since makes no difference to its values.
@@ -53,8 +64,9 @@ class Ledger:
         *,
         wait: bool = False,
         unchanged: Callable[[], bool] = lambda: True,
+        whole: str = "the file",
     ) -> None:
-        self.path, self._wait, self._unchanged = path, wait, unchanged
+        self.path, self._wait, self._unchanged, self._whole = path, wait, unchanged, whole
         self.rows: dict[str, Any] = {}
         own = {**identity, "method_version": METHOD_VERSION}
         self._identity = json.loads(_dump(own, f"the identity of {path}"))
@@ -77,8 +89,10 @@ class Ledger:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         """Close the file and release the lock."""
+        if kind is not None and not self.rows and not self._wait:
+            self.path.unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
@@ -110,19 +124,23 @@ class Ledger:
                 ) from error
             warnings.warn(f"waiting for another run, which writes {self.path}", stacklevel=2)
             fcntl.flock(fd, fcntl.LOCK_EX)
-            if not self.path.exists() or not os.path.samestat(os.fstat(fd), self.path.stat()):
-                raise CheckpointError(f"ledger {self.path} was removed meanwhile: run this again") from error
+        if not self.path.exists() or not os.path.samestat(os.fstat(fd), self.path.stat()):
+            raise CheckpointError(f"ledger {self.path} was removed meanwhile: run this again")
 
     def _recover(self, fd: int) -> None:
         data = self.path.read_bytes()
         header = _line({"format": FORMAT, "identity": self._identity}, "the header")
         if header.startswith(data) and data != header:  # new, or killed while the header was written
-            os.ftruncate(fd, 0)
-            self._write(fd, header)
-            sync(self.path.parent)
+            self._begin(fd, header)
             return
         lines = data.splitlines(keepends=True)
-        self._check_header(lines[0])
+        try:
+            self._check_header(lines[0])
+        except MismatchError:
+            if any(_intact(lines, self.path)):
+                raise
+            self._begin(fd, header)
+            return
         self._end = len(lines[0])
         for number, size, row in _intact(lines, self.path):
             if row["key"] in self.rows:
@@ -133,6 +151,11 @@ class Ledger:
             self._end += size
         os.ftruncate(fd, self._end)
         os.fsync(fd)
+
+    def _begin(self, fd: int, header: bytes) -> None:
+        os.ftruncate(fd, 0)
+        self._write(fd, header)
+        sync(self.path.parent)
 
     def _check_header(self, line: bytes) -> None:
         header = _parse(line)
@@ -147,15 +170,15 @@ class Ledger:
             if found != self._identity or not self._unchanged():
                 raise MismatchError(
                     f"ledger {self.path} was begun by version {version} of the method, and since then "
-                    f"{changes_since(version)}: delete the file to start again, or choose another folder"
+                    f"{changes_since(version)}: delete {self._whole} to start again, or choose another folder",
+                    self.path,
                 )
-        for key in sorted(found.keys() | self._identity.keys()):
-            was, now = found.get(key, "(absent)"), self._identity.get(key, "(absent)")
-            if was != now:
-                raise MismatchError(
-                    f"ledger {self.path} belongs to another run: {key} was {was!r} and is now {now!r}: "
-                    "delete the file to start again, or choose another folder"
-                )
+        if found != self._identity:
+            raise MismatchError(
+                f"ledger {self.path} belongs to another run: {_difference('', found, self._identity)}: "
+                f"delete {self._whole} to start again, or choose another folder",
+                self.path,
+            )
 
     def _write(self, fd: int, line: bytes) -> None:
         try:
@@ -199,6 +222,22 @@ def _intact(lines: Sequence[bytes], path: Path) -> Iterator[tuple[int, int, dict
                 f"restore the file, or delete line {number} and what follows to redo those jobs"
             )
         yield number, len(line), row
+
+
+def _difference(key: str, was: Json, now: Json) -> str:
+    """Return in words what is first among the differences of two values."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        names, ranks = was.keys() | now.keys(), {name: rank for rank, name in enumerate(TOLD)}
+        each = {name: (was.get(name, "(absent)"), now.get(name, "(absent)")) for name in names}
+        other = [name for name, (a, b) in each.items() if a != b]
+        # batches follow from all else
+        first = min(other, key=lambda name: (name.endswith("batches"), ranks.get(name, len(TOLD)), name))
+        return _difference(f"{key}.{first}".lstrip("."), *each[first])
+    if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        return next(_difference(key, a, b) for a, b in zip(was, now, strict=True) if a != b)
+    if max(len(repr(own)) for own in (was, now)) > SHOWN:
+        return f"{TOLD.get(key.rpartition('.')[2], key)} is another"
+    return f"{key} was {was!r} and is now {now!r}"
 
 
 def _dump(value: Json, what: str) -> str:

@@ -55,11 +55,13 @@ class State:
             if version != METHOD_VERSION:
                 raise MismatchError(
                     f"{path} is of a stopped run of an earlier version, since when {changes_since(version)}: delete it, "
-                    "or choose another output"
+                    "or choose another output",
+                    path,
                 )
             if own != self._identity:
                 raise MismatchError(
-                    f"{path} is of a stopped run with other options: delete it, or choose another output"
+                    f"{path} is of a stopped run with other options: delete it, or choose another output",
+                    path,
                 )
             self.values |= values
 

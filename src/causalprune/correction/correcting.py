@@ -173,7 +173,7 @@ def _check_active(contrast: Contrast, places: Iterable[Site]) -> None:
 
 
 def _ledger(folder: Path | None, identity: dict[str, Any]) -> AbstractContextManager[Ledger | None]:
-    return nullcontext() if folder is None else Ledger(folder / LEDGER, identity)
+    return nullcontext() if folder is None else Ledger(folder / LEDGER, identity, whole=str(folder))
 
 
 def _take_out(

@@ -80,14 +80,14 @@ def ruled(decoder: Decoder) -> Iterator[None]:
     Raises:
         ModelError: a module has no rule; it is named.
     """
+    products = [own for layer in decoder.layers for own in _products(layer)]  # names mixers that have no rule
     with ExitStack() as stack:
         for name, module in decoder.model.named_modules():
             hook = _rule_of(name, module)
             if hook is not None:
                 stack.callback(module.register_forward_hook(hook).remove)
-        for layer in decoder.layers:
-            for module, rule in _products(layer):
-                stack.callback(rule(module).remove)
+        for module, rule in products:
+            stack.callback(rule(module).remove)
         stack.enter_context(_Squashed())
         yield
 
@@ -138,7 +138,8 @@ def _rule_of(name: str, module: nn.Module) -> Any:
 
 def _no_rule(name: str, module: nn.Module) -> ModelError:
     return ModelError(
-        f"{name} is a {type(module).__name__}, for which relevance has no rule: take another estimator, as gradient"
+        f"{name or 'the model'} is a {type(module).__name__}, for which relevance has no rule: take the estimator gradient, or to "
+        "prune the method snip"
     )
 
 
@@ -186,7 +187,8 @@ def _products(layer: Layer) -> Iterator[tuple[nn.Module, Any]]:
     """Yield the modules of a layer before or after which a product of two activations is, with what hooks its shares."""
     for mixer in layer.mixers:
         if mixer.place != "heads" or any(p.role in ("q_a", "kv_a") for p in layer.projections):
-            raise _no_rule(layer.name, mixer.module)
+            inside = (name for name, own in layer.module.named_modules() if own is mixer.module)
+            raise _no_rule(".".join([layer.name, *inside]), mixer.module)
         yield from _of_attention(layer, mixer)
     parts: dict[str, dict[str, Projection]] = {}
     for p in layer.projections:

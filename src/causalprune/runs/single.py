@@ -35,7 +35,6 @@ from causalprune.checkpoints import (
 )
 from causalprune.core import (
     Calibration,
-    CausalPruneError,
     CheckpointError,
     Decoder,
     Effects,
@@ -321,13 +320,8 @@ def evaluate_model(
     unchanged = functools.partial(same_as_before, tasks, settings, decoder)
     with Ledger(path, identity, unchanged=unchanged) as book:
         for group in together([task for task in tasks if task not in book.rows]):
-            try:
-                with options.stage(AND.join(group)) as progress:
-                    found = evaluate(decoder, group, settings, on_progress=progress)
-            except CausalPruneError:
-                if not book.rows:  # nothing to keep, and other options may be asked for next
-                    path.unlink()
-                raise
+            with options.stage(AND.join(group)) as progress:
+                found = evaluate(decoder, group, settings, on_progress=progress)
             for number, task in enumerate(group):
                 book.append(task, kept_rows(found if len(group) == 1 else [found[number]]))
         results = [result for task in tasks for result in results_in(book.rows[task])]

@@ -161,7 +161,7 @@ class Study:
         digest = hashlib.sha256(repr(list(map(tuple, begun[1]))).encode()).hexdigest()
         identity = {"model": self.decoder.fingerprint}
         path = self.kept_in / "texts.ledger"
-        with Ledger(path, identity) as book:
+        with Ledger(path, identity, whole=str(self.kept_in)) as book:
             key = f"{name}:{self.asked.new_tokens}:{digest[:16]}"
             if key not in book.rows:
                 found = continued(self.decoder, name, "calibration", begun, self.settings, tell)
