@@ -72,6 +72,14 @@ def test_another_length_is_named_with_both(tmp_path: Path) -> None:
         calibrate(byte_tokenizer(), [read(tmp_path, own)], n=9, subsets=1)
 
 
+@pytest.mark.parametrize(("key", "of"), [("counterfactual", "prompt"), ("instead", "target")])
+def test_a_pair_of_one_and_the_same_is_named(key: str, of: str, tmp_path: Path) -> None:
+    own = rows(9)
+    own[3][key] = own[3][of]
+    with pytest.raises(DataError, match=rf"pairs\.jsonl:4: '{key}' is the {of} itself"):
+        calibrate(byte_tokenizer(), [read(tmp_path, own)], n=9, subsets=1)
+
+
 def test_a_counterfactual_is_a_text_beside_a_prompt(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"pairs\.jsonl:1: 'counterfactual' is a text"):
         load_problems(read(tmp_path, [ROW | {"counterfactual": 3}]), "calibration")

@@ -227,9 +227,9 @@ def test_another_question_does_not_continue_a_ledger(tmp_path: Path) -> None:
     find(decoder, *own, folder=tmp_path, rescore=2, keep=0.8)  # which changes nothing that is kept
     with pytest.raises(MismatchError, match="ablation was 'zero' and is now 'mean'"):
         find(decoder, *own, question=cp.Question(ablation="mean"), folder=tmp_path)
-    with pytest.raises(MismatchError, match="decide was"):
+    with pytest.raises(MismatchError, match=r"the set of problems that decides .* is another"):
         find(decoder, own[0], own[0], folder=tmp_path)
-    with pytest.raises(MismatchError, match="model was"):
+    with pytest.raises(MismatchError, match="the model is another"):
         find(constructed("or"), *own, folder=tmp_path)
 
 
@@ -245,7 +245,7 @@ def test_another_question_does_not_continue_a_ledger(tmp_path: Path) -> None:
         (
             {"decide": Calibration(PROBLEMS.examples[:7], (0,) * 7)},
             DataError,
-            "7 problems to decide on are too few",
+            r"7 problems to decide on \(--on\) are too few",
         ),
         (
             {"question": cp.Question(ablation="counterfactual")},
@@ -299,7 +299,7 @@ def test_a_record_comes_back(tmp_path: Path) -> None:
     (tmp_path / "again.json").write_text(json.dumps(own | {"units": {}}))
     from causalprune.core.errors import CheckpointError
 
-    with pytest.raises(CheckpointError, match="is no circuit, or damaged"):
+    with pytest.raises(CheckpointError, match=r"is no circuit of .*, or damaged"):
         cp.load_circuit(tmp_path / "again.json")
 
 

@@ -11,9 +11,9 @@ import causalprune as cp
 from causalprune.attribution.questions import Estimator, Question
 from causalprune.circuits import learning
 from causalprune.circuits.behaviour import Behaviour, Trials, behaviour
-from causalprune.circuits.finding import turns
 from causalprune.circuits.learning import learned
 from causalprune.circuits.ranking import Round, order_of, places, resampled_orders, values_of
+from causalprune.circuits.terms import turns
 from causalprune.core.errors import OptionError
 from causalprune.core.resuming import State
 from causalprune.core.types import Example, Unit

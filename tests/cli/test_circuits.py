@@ -1,9 +1,11 @@
 """The commands that find circuits and compare them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Run, assert_refused
 from tinydata import tiny_decoder, write_data, write_jsonl, write_model
 
@@ -118,12 +120,13 @@ def test_a_plan_loads_nothing(run: Run, place: Path) -> None:
         passes = {row["stage"]: row["passes"] for row in json.loads(out)["plan"]}
         assert (passes["scores"], passes.get("gates")) == (scores, gates), words
     assert plan["sizes"]["problems"] == 100
+    rows = write_jsonl(place / "rows.jsonl", [{"prompt": f"{i}?", "target": "Yes."} for i in range(11)])
     code, out, err = find(
-        run, place, "none", "-t", "gsm8k:48", "--on", "gsm8k_nll", "--tests", "--dry-run", "--json"
+        run, place, "none", "-t", "gsm8k:48", "--on", f"{rows}_nll", "--tests", "--dry-run", "--json"
     )
     assert code == 0, err
     plan = {row["stage"]: row for row in json.loads(out)["plan"]}
-    assert plan["sizes"]["problems"] == len((place / "data/gsm8k/test.jsonl").read_text().splitlines())
+    assert plan["sizes"]["problems"] == 11
     assert plan["completeness"]["passes"] == 82.0  # the tests have a line of their own
     assert not (place / "none").exists()
 
@@ -208,10 +211,83 @@ def test_circuits_are_compared(run: Run, place: Path, monkeypatch: pytest.Monkey
         (("--estimator", "exact", "--rescore", "3"), "ask for 1 round (--rescore 1)"),
         (("--rank", "signed", "--learn", "2"), "no epochs with --rank signed"),
         (("--estimator", "relevance", "--effect", "kl"), "needs the effect 'ce'"),
-        (("--on", "gsm8k_nll:5"), "5 problems to decide on are too few to resample"),
+        (("--on", "gsm8k_nll:5"), "5 problems to decide on (--on) are too few to resample"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(
     run: Run, place: Path, options: tuple[str, ...], words: str
 ) -> None:
     assert_refused(find(run, place, "refused", "-t", "gsm8k:16", *options), words, place / "refused")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("-t", "gsm8k", "--ablation", "mean", "--save", "x"), "--save writes zeros"),
+        (("-t", "gsm8k", "--save", "{place}/none"), "--save and --output are one folder"),
+        (("-t", "gsm8k", "--save", "{place}/model"), "model exists"),
+        (("-t", "gsm8k", "--estimator", "relevance", "--effect", "kl"), "needs the effect 'ce'"),
+        (
+            ("-t", "gsm8k", "--estimator", "adaptive", "--ablation", "resample"),
+            "another estimator than 'adaptive'",
+        ),
+        (("-t", "gsm8k", "--ablation", "counterfactual"), "needs a counterfactual of every example"),
+        (
+            ("-t", "{place}/ten.jsonl", "--ablation", "counterfactual"),
+            "needs a counterfactual of every example",
+        ),
+        (("-t", "gsm8k:6"), "of 6 problems (--task) 3 are to score on and 3 to decide on"),
+        (("-t", "{place}/ten.jsonl"), "of 10 problems (--task) 5 are"),
+        (("-t", "gsm8k:16", "--on", "gsm8k_nll:4"), "4 problems to decide on (--on) are too few"),
+        (("-t", "nothere.jsonl"), "cannot read nothere.jsonl"),
+    ],
+)
+def test_a_plan_refuses_what_the_search_would(
+    run: Run, place: Path, options: tuple[str, ...], words: str
+) -> None:
+    rows = [{"prompt": f"{i} + 1?", "target": f"It is {i + 1}."} for i in range(10)]
+    write_jsonl(place / "ten.jsonl", rows)
+    own = (option.format(place=place) for option in options)
+    assert_refused(find(run, place, "none", *own, "--dry-run"), words, place / "none")
+
+
+def test_another_search_is_refused_in_words_and_overwritten_where_asked(run: Run, place: Path) -> None:
+    options = ("-t", "gsm8k:16", "--estimator", "gradient", "--learn", 1, "--keep", 0.3, "--controls", 1)
+    assert find(run, place, "kept", *options)[0] == 0
+    other = tiny_decoder()
+    with torch.no_grad():
+        next(other.model.parameters()).mul_(1.5)
+    write_model(place / "changed", other)
+    words = ("circuit", place / "changed", "-o", place / "kept", "--data-dir", place / "data", *options)
+    code, _, err = run(*words)
+    assert (code, "belongs to another run: the model is another: delete the folder" in err) == (2, True)
+    ledger = place / "kept" / "circuit.ledger"
+    begun = ledger.read_bytes()
+    assert find(run, place, "kept", *options, "--overwrite")[0] == 0
+    assert ledger.read_bytes() == begun, "the same search goes on"
+    assert run(*words, "--overwrite")[0] == 0
+    assert (
+        load_circuit(place / "kept").model_fingerprint == load(ModelSpec(str(place / "changed"))).fingerprint
+    )
+    assert run(*words)[0] == 0
+
+
+def test_a_model_is_found_from_another_folder_and_named_where_it_moved(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    write_model(Path("here"))
+    options = ("-t", "gsm8k:16", "--data-dir", "data", "--estimator", "gradient", "--learn", 0, "--keep", 0.3)
+    code, _, err = run("circuit", "here", "-o", "c1", *options, "--controls", 1, "--save", "c1alone")
+    assert code == 0, err
+    assert str(place) not in (place / "c1alone" / "causalprune.json").read_text()
+    shutil.copytree("c1", "c2")
+    (place / "sub").mkdir()
+    monkeypatch.chdir(place / "sub")
+    words = ("overlap", "../c1", "../c2", "-o", "both", "--remove", 1)
+    code, _, err = run(*words)
+    assert code == 0, err
+    (place / "here").rename(place / "there")
+    code, _, err = run(*words)
+    assert (code, f"the model of ../c1: no file or folder '{place / 'here'}'" in err) == (2, True)
+    assert run(*words, "--model", "../there")[0] == 0

@@ -168,6 +168,15 @@ def _paired(reader: Reader, problem: Problem, example: Example) -> Example:
         example = replace(example, counterfactual=other.tokens)
     if problem.instead:
         example = replace(example, instead=encode(reader, replace(pair, target=problem.instead)))
+    wrong = example.instead and example.instead.tokens
+    for said, found in (
+        ("'counterfactual' is the prompt", example.counterfactual),
+        ("'instead' is the target", wrong),
+    ):
+        if found == example.tokens:  # no unit could make a difference
+            raise DataError(
+                f"{problem.where or problem.source}: {said} itself: give another, or leave it out"
+            )
     return example
 
 

@@ -24,13 +24,7 @@ from .finding import (
     GATES as GATES,
 )
 from .finding import (
-    check_search as check_search,
-)
-from .finding import (
     circuit as circuit,
-)
-from .finding import (
-    turns as turns,
 )
 from .overlaps import (
     OVERLAP as OVERLAP,
@@ -57,3 +51,15 @@ from .records import (
     save_circuit as save_circuit,
 )
 from .telling import sentences as sentences
+from .terms import (
+    check_enough as check_enough,
+)
+from .terms import (
+    check_search as check_search,
+)
+from .terms import (
+    effect_for as effect_for,
+)
+from .terms import (
+    turns as turns,
+)

@@ -28,8 +28,6 @@ from causalprune.circuits.behaviour import (
 from causalprune.circuits.curves import SHARES, Curve, Point, curve
 from causalprune.circuits.learning import learned
 from causalprune.circuits.ranking import (
-    FEWEST,
-    RANKS,
     Rank,
     Round,
     cost_of,
@@ -43,10 +41,10 @@ from causalprune.circuits.ranking import (
     with_ties,
 )
 from causalprune.circuits.records import CIRCUIT, Circuit, save_circuit
+from causalprune.circuits.terms import check_problems, check_search, effect_for, turns
 from causalprune.core import (
     METHOD_VERSION,
     Calibration,
-    DataError,
     Decoder,
     Ledger,
     OptionError,
@@ -56,14 +54,10 @@ from causalprune.core import (
     bars,
     git_commit,
     say,
-    unknown,
     versions,
 )
-from causalprune.interventions import grouped_by_effect
 
 LEDGER, SCORES, GATES = "circuit.ledger", "scores", "gates"
-EPOCHS = 10
-"""How often gates are learned from all problems."""
 PER_WEIGHT = "score a weight"
 STEPS = 200
 """Parts of all units between which sizes are told apart."""
@@ -72,7 +66,7 @@ STEPS = 200
 def circuit(  # noqa: PLR0913 (what a user says)
     decoder: Decoder,
     calibration: Calibration,
-    question: Question = Question(effect="kl"),
+    question: Question | None = None,
     estimator: Estimator = Estimator("integrated"),
     *,
     decide: Calibration | None = None,
@@ -84,7 +78,8 @@ def circuit(  # noqa: PLR0913 (what a user says)
 ) -> Circuit:
     """Find the smallest set of units that keeps a behaviour, and measure what sets of all sizes keep.
 
-    Units are scored on the calibration, `rescore` times, each time with those closed that are out by then, and ordered by the mean over
+    Without a question heads are looked for, by the effect that goes with rank and estimator (`terms.effect_for`). Units are
+    scored on the calibration, `rescore` times, each time with those closed that are out by then, and ordered by the mean over
     rounds of the mean score (`signed`: what helps) or of its size (`absolute`: what the behaviour hangs on), per weight where kinds are mixed. The
     order is then `learned` in the estimator's `epochs`; `turns` says how many of both there are. Sizes are measured on the problems of
     `decide`, or without on the second half of the calibration: the smallest that leaves the share `keep` of the likelihood per
@@ -96,10 +91,14 @@ def circuit(  # noqa: PLR0913 (what a user says)
         DataError: there are fewer than 8 problems to score or to decide on.
         MismatchError: the folder holds what was measured of another model, or on other data.
     """
+    if wrong := [own for own in (calibration, decide or calibration) if not isinstance(own, Calibration)]:
+        raise OptionError(f"problems come as `cp.calibrate` returns them, not as a {type(wrong[0]).__name__}")
+    question = question or Question(effect=effect_for(rank, estimator))
     estimator, rescore = turns(question, estimator, rescore, rank)
     check_search(question, estimator, keep, rank, rescore)
+    halved = not decide
     calibration, decide = (calibration, decide) if decide else halves(calibration)
-    check_problems(score=calibration, decide=decide)
+    check_problems(calibration, decide, halved=halved)
     how = estimator if {question.effect, estimator.name} & {"kl", *MEASURED} else replace(estimator, draws=0)
     ranked = behaviour(decoder, calibration.examples, question, how)
     check_apart(ranked.plan.units, question.units)
@@ -141,64 +140,6 @@ def halves(calibration: Calibration) -> tuple[Calibration, Calibration]:
     return score, decide
 
 
-def check_problems(**given: Calibration) -> None:
-    """Raise `DataError` for problems without targets, or too few to resample, by what they are for."""
-    for what, own in given.items():
-        if empty := [example for example in own.examples if not example.target_tokens]:
-            raise DataError(
-                f"{empty[0].source}: an example has no target tokens, so there is nothing to lose: mark some"
-            )
-        if not own.examples:  # of halves, in each of which prompts stay together
-            raise DataError(
-                "all problems have one prompt: give others to decide on (--on; in Python `decide`)"
-            )
-        if (n := len(own.examples)) < FEWEST:
-            raise DataError(f"{n} problems to {what} on are too few to resample: take at least {FEWEST}")
-
-
-def turns(
-    question: Question, estimator: Estimator, rescore: int | None = None, rank: Rank = "absolute"
-) -> tuple[Estimator, int]:
-    """Return the estimator with its epochs, and rounds of scores, where either is not named.
-
-    10 epochs and 1 round by `kl`, and with counterfactuals in a circuit of either sign, but for relevance; else none and 3.
-    """
-    measured, learn = estimator.name in MEASURED, estimator.epochs
-    if learn is None:
-        paired = (question.ablation, rank) == ("counterfactual", "absolute") and estimator.name != "relevance"
-        follows = (question.effect == "kl" or paired) and not measured
-        learn = EPOCHS if follows and rescore is None else 0
-    rounds = rescore if rescore is not None else 1 if learn or measured else 3
-    return replace(estimator, epochs=learn), rounds
-
-
-def check_search(question: Question, estimator: Estimator, keep: float, rank: Rank, rescore: int) -> None:
-    """Raise `OptionError` for what does not go together, before anything is loaded."""
-    learn = estimator.epochs or 0
-    if learn < 0:
-        raise OptionError(f"gates are learned in at least 0 epochs, not {learn}")
-    if grouped_by_effect(question.units):
-        raise OptionError(
-            "groups of neurons by effect are others on every set of problems: for circuits take neurons:1, or neurons:64 in a row"
-        )
-    if rank == "signed" and question.effect == "kl":
-        raise OptionError("a divergence has no sign: for --rank signed ask for the effect 'ce' (--effect ce)")
-    if learn and rank == "signed":
-        raise OptionError(
-            "a learned order keeps what the intact model does, helpful or harmful: ask for no epochs with --rank signed (--learn 0)"
-        )
-    if not 0 < keep <= 1:
-        raise OptionError(f"the share to keep must be above 0 and at most 1, not {keep:g}")
-    if rank not in RANKS:
-        raise unknown("rank", rank, RANKS)
-    if rescore < 1:
-        raise OptionError(f"units are scored in at least 1 round, not {rescore}")
-    if rescore > 1 and estimator.name in MEASURED:
-        raise OptionError(
-            f"the estimator {estimator.name!r} scores the intact model alone: ask for 1 round (--rescore 1)"
-        )
-
-
 def ledger(
     ranked: Behaviour, decided: Behaviour, how: Estimator, folder: Path | str | None
 ) -> AbstractContextManager[Ledger | None]:
@@ -210,7 +151,8 @@ def ledger(
         "decide": decided.fingerprint(),
         "decide_batches": identity(decided)["batches"],
     }
-    return Ledger(Path(folder) / LEDGER, identity(ranked) | own)
+    whole = "the folder (`circuit --overwrite` replaces what is in it)"
+    return Ledger(Path(folder) / LEDGER, identity(ranked) | own, whole=whole)
 
 
 def _lasting(how: Estimator) -> dict[str, Any]:
@@ -313,9 +255,12 @@ class Search:
                 below, above = (below, middle) if holds else (middle, above)
                 largest = largest if holds else (middle, rise)
         if above == n:
+            other = (
+                ", or for the rank 'signed' (--rank), which takes what is above 1" if largest[1] < 0 else ""
+            )
             raise OptionError(
                 f"no circuit short of all {n:,} units keeps {self.share:g} of the likelihood per token: {largest[0]:,} units keep "
-                f"{math.exp(-largest[1]):.3f}: ask for a smaller share to keep (--keep)"
+                f"{math.exp(-largest[1]):.3f}{', too far to the other side' if other else ''}: ask for a smaller share to keep (--keep){other}"
             )
         return with_ties(order, values, above)
 

@@ -58,6 +58,8 @@ def overlap(
         MismatchError: the circuits are of different models, of different units, or not of this model.
         OptionError: there are fewer than two, or fewer units than are to be removed.
     """
+    if isinstance(circuits, Circuit):  # which is refused as one
+        circuits = [circuits]
     named = (
         dict(circuits)
         if isinstance(circuits, Mapping)

@@ -130,8 +130,8 @@ def load_circuit(path: Path | str) -> Circuit:
         CheckpointError: it cannot be read, or is damaged.
     """
     path = Path(path)
-    record = read_json(path / CIRCUIT if path.is_dir() else path)
     try:
+        record = read_json(path / CIRCUIT if path.is_dir() else path)
         units, curve = record["units"], record["curve"]
         known: dict[str, Any] = {
             name: torch.tensor(units[name], dtype=torch.float64) for name in (*UNITS, "weights")
@@ -152,8 +152,10 @@ def load_circuit(path: Path | str) -> Circuit:
             problems=tuple(map(_example, record["problems"])),
             **known,
         )
-    except (KeyError, TypeError, ValueError) as cause:
-        raise CheckpointError(f"{path} is no circuit, or damaged ({cause!r}): find it again") from cause
+    except (CheckpointError, KeyError, TypeError, ValueError) as cause:
+        raise CheckpointError(
+            f"{path} is no circuit of `causalprune circuit`, or damaged: name the folder of one, or find it again ({cause})"
+        ) from cause
 
 
 def _point(own: Mapping[str, Any]) -> Point:

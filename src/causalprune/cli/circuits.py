@@ -78,12 +78,13 @@ class SearchOptions(opt.EffectOptions):
     def asked(self, on: list[str], alone: Path | None) -> "CircuitSpec":
         """Return what is looked for, as runs take it."""
         from causalprune.attribution import Estimator, Question
-        from causalprune.circuits import Checks, turns
+        from causalprune.circuits import Checks, effect_for, turns
         from causalprune.runs import CircuitSpec
 
-        signed = self.rank == "signed" or self.ablation == "counterfactual" or self.estimator == "relevance"
-        question = Question(tuple(self.units), self.effect or ("ce" if signed else "kl"), self.ablation)
-        how, rounds = turns(question, Estimator(self.estimator, epochs=self.learn), self.rescore, self.rank)
+        how = Estimator(self.estimator, epochs=self.learn)
+        effect = self.effect or effect_for(self.rank, how, self.ablation)
+        question = Question(tuple(self.units), effect, self.ablation)
+        how, rounds = turns(question, how, self.rescore, self.rank)
         return CircuitSpec(
             question,
             how,
@@ -138,13 +139,13 @@ def circuit(
     from causalprune.runs import find_circuit, planned_search
 
     asked, wanted = search.asked(on, save), data.spec(1)
-    costs = planned_search(asked, wanted, data.reading.data_dir)
+    options = running.options(data.reading.data_dir, overwrite=overwrite)
+    costs = planned_search(asked, wanted, output, options)
     if dry_run or search.tests:
         console.print(showing.costs(costs))
     if dry_run:
         document(as_json, plan=[{"stage": a, "problems": b, "passes": c} for a, b, c in costs])
         return
-    options = running.options(data.reading.data_dir, overwrite=overwrite)
     found = find_circuit(model.spec(), wanted, output, asked, options)
     for line in found.remarks:
         say(line, "yellow")
@@ -164,6 +165,10 @@ def overlap(
     circuits: Annotated[list[Path], typer.Argument(help="Files or folders of circuits of one model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for overlap.json and the ledger.")],
     loading: opt.LoadingOptions,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The model that they were found in.", show_default="as the first circuit names it"),
+    ] = None,
     remove: Annotated[
         int | None,
         typer.Option(help="How many of the first units of each are removed.", show_default="a tenth", min=1),
@@ -175,6 +180,7 @@ def overlap(
     from causalprune.runs import Options, overlap_circuits
 
     own = {name: value for name, value in asdict(loading).items() if value != "auto"}
+    own |= {"name": model, "revision": None} if model else {}
     found = overlap_circuits(circuits, output, Options(stage=voice.stage), own, remove=remove)
     for table in showing.overlap(found):
         console.print(table)

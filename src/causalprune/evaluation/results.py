@@ -264,9 +264,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         record = decoded(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as cause:
-        raise CheckpointError(f"cannot read {path}: {cause}") from cause
-    version = record.get("version") if isinstance(record, dict) else None
-    if version != VERSION:
+        raise CheckpointError(f"cannot read {path}: {getattr(cause, 'strerror', cause)}") from cause
+    if not isinstance(record, dict) or "version" not in record:
+        raise CheckpointError(f"{path} was not written by causalprune: name a file that was")
+    if (version := record["version"]) != VERSION:
         raise CheckpointError(f"{path} has version {version!r}; this release reads version {VERSION}")
     return dict(record)
 

@@ -2,15 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from causalprune.attribution import Estimator, Question, planned
-from causalprune.calibration import OWN_TEXT, TEXT_SOURCES, load_problems, taken, with_limit
-from causalprune.checkpoints import check_destination, save
+from causalprune.attribution import UNPAIRED, Estimator, Question, planned
+from causalprune.calibration import OWN, OWN_TEXT, TEXT_SOURCES, is_file, load_problems, taken, with_limit
+from causalprune.checkpoints import EMBEDDED, check_destination, save
 from causalprune.circuits import (
     CIRCUIT,
     GATES,
@@ -21,6 +22,7 @@ from causalprune.circuits import (
     Checks,
     Circuit,
     Overlap,
+    check_enough,
     check_overlap,
     check_search,
     examined,
@@ -30,7 +32,17 @@ from causalprune.circuits import (
     sequences_of,
 )
 from causalprune.circuits import circuit as find
-from causalprune.core import Calibration, Decoder, Example, MismatchError, OptionError, say, size_of
+from causalprune.core import (
+    Calibration,
+    Decoder,
+    Example,
+    MismatchError,
+    ModelError,
+    OptionError,
+    forget,
+    say,
+    size_of,
+)
 from causalprune.evaluation import (
     Settings,
     check_tasks,
@@ -72,10 +84,19 @@ class CircuitSpec:
     on: tuple[str, ...] = ()
     alone: Path | None = None
 
-    def check(self) -> None:
-        """Raise `OptionError` for what cannot be asked."""
+    def check(self, folder: Path, *, overwrite: bool = False) -> None:
+        """Raise a `CausalPruneError` for what cannot be asked, or written beside the `folder` of the search."""
         check_on(self.on)
         check_search(self.question, self.estimator, self.keep, self.rank, self.rescore)
+        if self.alone is None:
+            return
+        if self.question.ablation != "zero":
+            raise OptionError(
+                f"--save writes zeros, and {self.question.ablation!r} puts something else there: ask for zero"
+            )
+        if self.alone.absolute() == folder.absolute():
+            raise OptionError("--save and --output are one folder: choose another for --save")
+        check_destination(self.alone, overwrite)
 
     @property
     def passes(self) -> float:
@@ -87,18 +108,13 @@ class CircuitSpec:
 def find_circuit(
     spec: ModelSpec, wanted: CalibrationSpec, folder: Path, asked: CircuitSpec, options: Options
 ) -> Circuit:
-    """Find a circuit, compare it with others, and leave `circuit.json` and ledgers in `folder`; a stopped search goes on there."""
+    """Find a circuit, compare it with others, and leave `circuit.json` and ledgers in `folder`; a stopped search goes on there.
+
+    What another search left there is refused, or with `overwrite` goes.
+    """
     on, alone = asked.on, asked.alone
     settings = wanted.settings(options.data_dir)
-    asked.check()
-    if alone is not None:
-        if asked.question.ablation != "zero":
-            raise OptionError(
-                f"--save writes zeros, and {asked.question.ablation!r} puts something else there: ask for zero"
-            )
-        if alone.absolute() == folder.absolute():
-            raise OptionError("--save and --output are one folder: choose another for --save")
-        check_destination(alone, options.overwrite)
+    asked.check(folder, overwrite=options.overwrite)
     with options.stage("loading model"):
         decoder = load(spec)
     with options.stage("calibration data") as progress:
@@ -107,11 +123,13 @@ def find_circuit(
         decide = measured_on(decoder, on, settings) if on else None
         say(progress, jobs=jobs(asked, calibration, decide))
     how = dataclasses.replace(asked.estimator, max_batch_tokens=options.batch_tokens, seed=wanted.seed)
-    own = {name: getattr(asked, name) for name in ("keep", "rank", "rescore")}
-    found = find(
-        decoder, calibration, asked.question, how, decide=decide, **own, folder=folder, stage=options.stage
-    )
+    own: dict[str, Any] = {name: getattr(asked, name) for name in ("keep", "rank", "rescore")}
+    own |= {"decide": decide, "folder": folder, "stage": options.stage}
+    search = partial(find, decoder, calibration, asked.question, how, **own)
+    found = _replacing(search, folder) if options.overwrite else search()
     model = dataclasses.asdict(spec)
+    if spec.name != EMBEDDED and (place := Path(spec.name).expanduser()).exists():
+        model["name"] = str(place.absolute())  # the circuit may be read from another folder
     told = {"model_spec": {key: model[key] for key in KNOWN}, "on": list(on)}
     found = dataclasses.replace(found, description=found.description | told)
     save_circuit(found, folder / CIRCUIT)
@@ -120,6 +138,18 @@ def find_circuit(
     if alone is not None:
         _save_alone(decoder, calibration, found, asked.question, alone, options)
     return found
+
+
+def _replacing(search: Callable[[], Circuit], folder: Path) -> Circuit:
+    """Return what a search finds, from which files in its folder go that are another's."""
+    while True:
+        try:
+            return search()
+        except MismatchError as error:
+            if error.path is None:
+                raise
+            forget(error.path)
+            (folder / CIRCUIT).unlink(missing_ok=True)
 
 
 def check_on(on: Sequence[str]) -> None:
@@ -157,18 +187,45 @@ def jobs(asked: CircuitSpec, calibration: Calibration, decide: Calibration | Non
 
 
 def planned_search(
-    asked: CircuitSpec, wanted: CalibrationSpec, data_dir: Path | str | None = None
+    asked: CircuitSpec, wanted: CalibrationSpec, folder: Path, options: Options
 ) -> list[tuple[str, int, float]]:
-    """Return the stages of a search: name, problems, and forward passes over each of them. No model is loaded."""
-    asked.check()
-    decided = sum(_number(task, data_dir) for task in asked.on) if asked.on else None
-    return _stages(asked, sum(wanted.counts().values()), decided)
+    """Return the stages of a search: name, problems, and forward passes over each of them. No model is loaded.
+
+    Raises:
+        CausalPruneError: the search could not be made, as far as that is seen without the model.
+    """
+    asked.check(folder, overwrite=options.overwrite)
+    paired = asked.question.ablation == "counterfactual"
+    scored = sum(_there(name, count, paired=paired) for name, count in wanted.counts().items())
+    decided = sum(_number(task, options.data_dir) for task in asked.on) if asked.on else None
+    check_enough(*_sides(scored, decided), halved=decided is None)
+    return _stages(asked, scored, decided)
+
+
+def _there(name: str, count: int, *, paired: bool) -> int:
+    """Return how many of so many problems a source has: a file may have fewer.
+
+    Raises:
+        DataError: the file cannot be read.
+        OptionError: its problems are to be `paired`, and have no counterfactual.
+    """
+    source, pairs = name.removeprefix(OWN), name == "ioi"
+    if is_file(source):
+        problems = load_problems(source, "calibration", with_targets=source == name)
+        count, pairs = min(count, len(problems)), source == name and bool(problems[0].counterfactual)
+    if paired and not pairs:
+        raise OptionError(UNPAIRED)
+    return count
+
+
+def _sides(scored: int, decided: int | None) -> tuple[int, int]:
+    """Return how many problems score, and decide: every second of them where none are given for that."""
+    return ((scored + 1) // 2, scored // 2) if decided is None else (scored, decided)
 
 
 def _stages(asked: CircuitSpec, scored: int, decided: int | None) -> list[tuple[str, int, float]]:
     """Return name, problems and passes of each stage, where so many score, and so many decide (None: every second of them)."""
-    if decided is None:
-        scored, decided = (scored + 1) // 2, scored // 2
+    scored, decided = _sides(scored, decided)
     few, checks = min(asked.checks.problems, decided), asked.checks
     kinds = ["head"] if asked.question.units == ("heads",) else ["neurons"]
     count = checks.count(kinds)
@@ -202,10 +259,11 @@ def _save_alone(
     units = planned(decoder, calibration, question).units
     with options.stage("saving"):
         members = set(found.members)
+        told = {key: own for key, own in found.description.items() if key != "model_spec"}  # may be published
         keep = close(decoder, [parts for unit, parts in units.items() if unit not in members])
         record = {
             "reapplied": False,
-            "circuit": {"units": len(found.units), "members": found.size, **found.description},
+            "circuit": {"units": len(found.units), "members": found.size, **told},
             "size": dict.fromkeys(("before", "after"), dataclasses.asdict(size_of(decoder))),
         }
         save(decoder, folder, manifest=record, keep=keep, overwrite=options.overwrite)
@@ -221,7 +279,8 @@ def overlap_circuits(
 ) -> Overlap:
     """Compare circuits in files, measure what removing each does to the others' problems, and leave `overlap.json` in `folder`.
 
-    The model is the one that the first circuit names; `loading` are other fields of its `ModelSpec`: no file consents to code.
+    The model is the one that the first circuit names; `loading` are other fields of its `ModelSpec` (its `name`, where it lies
+    elsewhere now): no file consents to code.
     """
     circuits = {(path.parent if path.name == CIRCUIT else path).name: load_circuit(path) for path in paths}
     if len(circuits) < len(paths):
@@ -234,7 +293,10 @@ def overlap_circuits(
         )
     known = {key: spec[key] for key in KNOWN if key in spec}
     with options.stage("loading model"):
-        decoder = load(ModelSpec(**{**known, **loading}))
+        try:
+            decoder = load(ModelSpec(**{**known, **loading}))
+        except ModelError as error:
+            raise ModelError(f"the model of {paths[0]}: {error} (--model)") from error
     found = overlap(circuits, decoder, remove=remove, folder=folder, stage=options.stage)
     write_json(folder / OVERLAP, {"overlap": dataclasses.asdict(found)})
     return found
