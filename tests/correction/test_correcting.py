@@ -253,7 +253,7 @@ def test_two_subsets_are_the_halves() -> None:
         ({"units": ("neuron:1",)}, "did you mean 'neurons'"),
         (
             {"harm": 1e-9, "certain": True, "units": ("layers",), "budget": 1, "score": "random"},
-            "smallest harm found is",
+            "the smallest found is",
         ),
     ],
 )

@@ -25,6 +25,8 @@ COARSE, FINE = 0.25, 0.05
 """Numbers are told apart to this share, in rounds on the way and in the last one."""
 FREE = 0.01
 """Harm whose share a candidate counts with where there is no limit."""
+TRIES, OTHERS = 8, 10_000
+"""Candidates that are closed alone where the first does too much harm, and those by score among which they are."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,12 @@ class Search:
         if begun[1] is not None:
             fitting.append((begun[0], begun[1]))
         if not fitting:
+            alone = sum(point.count == 1 for _, point in last)
             least = min(self._worst(point) for _, point in last)
             raise OptionError(
-                f"every candidate harms what is to be preserved by more than {self.how.harm:.2%} of perplexity: the smallest harm "
-                f"found is {math.expm1(least):.2%} ({least:.3g} nats): allow more (--harm), or take smaller units"
+                f"of {alone} candidates that were closed alone none leaves the harm to what is to be preserved within "
+                f"{100 * self.how.harm:.3g}% of perplexity: the smallest found is {100 * math.expm1(least):.3g}% ({least:.3g} nats): "
+                "allow more (--harm), or take smaller units"
             )
         chosen, point = max(fitting, key=lambda own: (own[1].benefit.value, -own[1].count))
         if not point.benefit.value > 0:
@@ -99,27 +103,71 @@ class Search:
         return point.worst(certain=self.how.certain)
 
     def _turn(self, members: Chosen, before: Point | None, most: int, turn: "Turn") -> list[Found]:
-        """Score with these members closed, and measure numbers up to `most` until the largest within the limit is known."""
-        order, harms = self.ranked(members, turn.number, before.predicted if before else 0.0)
-        found, high, low = list[Found](), min(len(order), max(most - len(members), 0)), 0
+        """Score with these members closed, and measure numbers up to `most` until the largest within the limit is known.
+
+        Where the first candidate alone is above it in the last round, up to `TRIES` others are closed alone until one is not.
+        """
+        predicted = before.predicted if before else 0.0
+        order, harms = self.ranked(members, turn.number, predicted)
+        found, room = list[Found](), max(most - len(members), 0)
         with self.stage(self._named("sizes", turn.number)) as tell:
             say(tell, unit="sizes")
 
-            def fits(count: int) -> bool:
+            def fits(count: int, left: int) -> bool:
                 chosen = torch.cat([members, order[:count]])
                 point = self.point(chosen, turn.number, float(harms[count - 1]))
                 found.append((chosen, point))
                 self.curve.append(point)
-                tell(len(found), len(found) + math.ceil(math.log2(max(high - low, 1))))
+                tell(len(found), len(found) + math.ceil(math.log2(max(left, 1))))
                 return self._worst(point) <= turn.limit
 
-            if high and not fits(high):
+            def largest(low: int) -> int:
+                high = max(min(len(order), room), low)
+                if high == low or fits(high, high - low):
+                    return high
                 while high - low > max(1, turn.apart * low):
                     middle = min(max(round(math.sqrt(max(low, 1) * high)), low + 1), high - 1)
-                    low, high = (middle, high) if fits(middle) else (low, middle)
+                    low, high = (middle, high) if fits(middle, high - low) else (low, middle)
+                return low
+
+            if not largest(0) and min(len(order), room) and turn.number == self.how.rounds:
+                order = self._others(members, order[:1], turn.number)
+                for _ in range(min(TRIES, len(order))):
+                    harms = self._expected(order, predicted)
+                    if fits(1, TRIES):
+                        largest(1)
+                        break
+                    order = self._spared(order[:1], order[1:])
         return found
 
-    def ranked(self, members: Chosen, number: int, before: float) -> tuple[Chosen, Float[Tensor, "_"]]:
+    def _others(self, members: Chosen, first: Chosen, number: int) -> Chosen:
+        """Return candidates that may go in place of the first one, in the order in which they are tried."""
+        every, _ = self.ranked(members, number, 0.0, self.most + OTHERS)
+        return self._spared(first, every[every != first])
+
+    def _spared(self, failed: Chosen, order: Chosen) -> Chosen:
+        """Return an order with those in front of which less harm is expected than of one that does too much."""
+        harm = self._gathered.get(HARM)
+        if harm is None:
+            return order
+        less = harm[:, order].amax(0) < harm[:, failed].amax(0)
+        return torch.cat([order[less], order[~less]])
+
+    def _expected(self, order: Chosen, before: float) -> Float[Tensor, "_"]:
+        """Return the divergence expected of the first candidates of an order, NaN where none is."""
+        harm = self._gathered.get(HARM)
+        if harm is None:
+            return torch.full((len(order),), math.nan)
+        return before + harm[:, order].cumsum(1).amax(0)
+
+    @property
+    def _gathered(self) -> dict[Need, Tensor]:
+        assert self._known is not None
+        return self._known[1]
+
+    def ranked(
+        self, members: Chosen, number: int, before: float, most: int | None = None
+    ) -> tuple[Chosen, Float[Tensor, "_"]]:
         """Return the candidates that may go next, the best first, and the divergence expected of the first of them."""
         score, closed = SCORES[self.how.score], named(members)
         if self._known is None or self._known[0] != closed:  # else no more was taken out since
@@ -130,22 +178,19 @@ class Search:
             for own in gathered.values():
                 check_finite(self.candidates.decoder, "scores", own)
             self._known = closed, {need: own * self._part.get(need, 1.0) for need, own in gathered.items()}
-        gathered = self._known[1]
         limit = self.how.limit_nats if math.isfinite(self.how.limit_nats) else FREE
-        worth = score.of(Known(gathered, self.candidates.magnitude, limit / self.most, self.how.seed)).clone()
+        known = Known(self._gathered, self.candidates.magnitude, limit / self.most, self.how.seed)
+        worth = score.of(known).clone()
         worth[~self.candidates.alive] = -torch.inf
         worth[members] = -torch.inf
         worth = worth.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
-        best = worth.topk(min(self.most, len(worth)))
+        best = worth.topk(min(most or self.most, len(worth)))
         order = best.indices[best.values > (0.0 if score.beneficial else -torch.inf)]
         if not len(order) and not len(members):
             raise OptionError(
                 "closing no candidate is expected to lower the log-odds of what is undesired: give other samples, or other units"
             )
-        harm = gathered.get(HARM)
-        if harm is None:
-            return order, torch.full((len(order),), math.nan)
-        return order, before + harm[:, order].cumsum(1).amax(0)
+        return order, self._expected(order, before)
 
     def point(self, chosen: Chosen, number: int, predicted: float) -> Point:
         """Measure the model without some candidates."""
