@@ -41,6 +41,12 @@ def test_a_circuit_alone_makes_a_report(circuit: Circuit, tmp_path: Path) -> Non
     (run,) = summary([read_run(tmp_path)])["runs"]
     (own,) = run["circuits"]
     assert run["model"] == own["model"] != ""
+    assert run["provenance"]["model SHA-256"] == circuit.model_fingerprint
+    assert run["provenance"]["seed"] == 0
+    assert run["provenance"]["versions"] == circuit.description["versions"]
+    assert run["missing"] == []
+    for words in ("not recorded", "Verdict", "pruned models", "Where the zeros went", "How far the effects"):
+        assert words not in text.partition('<script type="application/json"')[0]
     assert [row[3] for row in own["heads"]].count(True) == 2
     assert own["layers"] == [[0, "1 of 8"], [1, "1 of 8"]]
     assert [point["units"] for point in own["points"]] == [1, 2, 4, 8, 16]
@@ -62,5 +68,13 @@ def test_circuits_in_folders_and_what_they_share(circuit: Circuit, tmp_path: Pat
     text = page.read_text(encoding="utf-8")
     assert "<b>one" not in text
     assert "What circuits share" in text
-    assert "random, same kinds and layers" in text
+    assert "random, same kinds and, where one has several, layers" in text
     assert text.count("f by share") == 2
+    other = replace(circuit, description=circuit.description | {"calibration_fingerprint": "other"})
+    save_circuit(other, tmp_path / "two" / "circuit.json")
+    (run,) = summary([read_run(tmp_path)])["runs"]
+    assert run["provenance"]["calibration SHA-256"]["two"] == "other"
+    assert run["provenance"]["model SHA-256"] == circuit.model_fingerprint
+    for name in ("<b>one", "two"):
+        (tmp_path / name / "circuit.json").unlink()
+    assert summary([read_run(tmp_path)])["runs"][0]["model"] == constructed("chain").name

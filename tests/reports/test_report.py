@@ -15,7 +15,7 @@ from reporting import ATTACK, HOSTILE, made_effects, write_run
 from causalprune.checkpoints.saving import save_effects
 from causalprune.core.errors import CheckpointError, OptionError
 from causalprune.core.ledger import Ledger
-from causalprune.evaluation.results import interval, load_rows, paired_difference, read_json
+from causalprune.evaluation.results import interval, load_rows, paired_difference, read_json, write_json
 from causalprune.reports.evidence import by_head, by_matrix, read_run
 from causalprune.reports.figures import _figures
 from causalprune.reports.page import embedded, finite, number
@@ -212,8 +212,50 @@ def test_a_run_without_models_shows_effects_alone(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     save_effects(made_effects(2, 3), tmp_path / "run" / "effects.json")
     page = page_of(tmp_path / "run", tmp_path / "report.html")
+    assert "What each part does for the task" in page
+    assert not any(words in page for words in ("<h2>Verdict", "<h2>Examples", "<h2>Where the"))
+    (own,) = summary([read_run(tmp_path / "run")])["runs"]
+    assert (own["missing"], own["provenance"]["calibration SHA-256"]) == ([], "c" * 64)
+    with Ledger(tmp_path / "run" / "results.ledger", {"seed": 0}) as book:
+        book.append("attribution", 1.0)  # of a run that was stopped then
+    page = page_of(tmp_path / "run", tmp_path / "report.html")
     assert "Nothing can be recommended yet" in page
     assert "No model was evaluated here" in page
+
+
+def test_a_correction_alone_has_a_model_and_where_it_comes_from(tmp_path: Path) -> None:
+    of = {"fingerprint": "f" * 64, "sources": {"gsm8k": 8}}
+    point: dict[str, Any] = {
+        "count": 1,
+        "share": 0.1,
+        "benefit": {"value": 1.0, "low": 0.5, "high": 1.5},
+        "harm": {},
+    }
+    own = {"behaviour": "loops", "sentences": [], "chosen": point, "curve": [point], "contrast": {"seed": 3}}
+    rows = [{"label": label, "criterion": label, "results": []} for label in ("dense", "corrected")]
+    record = {"correction": own | {"model_fingerprint": "m" * 64}, "rows": rows, "texts": [], "minutes": 1.0}
+    write_json(tmp_path / "correction.json", record)
+    assert summary([read_run(tmp_path)])["runs"][0]["model"] == "unknown model"
+    base = {"base": {"name": "maker/model"}, "files": {}, "sparsity": {"projections": []}}
+    write_json(tmp_path / "causalprune.json", base | {"format": 1, "run": {"calibration": of}})
+    (told,) = summary([read_run(tmp_path)])["runs"]
+    assert told["model"] == "maker/model"
+    assert told["provenance"]["calibration SHA-256"] == "f" * 64
+    assert (told["provenance"]["seed"], told["provenance"]["model SHA-256"]) == (3, "m" * 64)
+    page = page_of(tmp_path, tmp_path / "report.html")
+    assert "1 correction</span><span>calibrated on 8 × gsm8k" in page
+    assert "<h2>Verdict" not in page
+
+
+def test_a_study_of_stability_alone_makes_a_page(tmp_path: Path) -> None:
+    about = {"model": "maker/model", "versions": {"causalprune": "1"}}
+    found = {"within": {"own": {"split_half": 0.5}}, "description": about, "git_commit": "abc"}
+    write_json(tmp_path / "stability.json", found)
+    (told,) = summary([read_run(tmp_path)])["runs"]
+    assert (told["model"], told["provenance"]["commit"]) == ("maker/model", "abc")
+    page = page_of(tmp_path, tmp_path / "report.html")
+    assert "Independent draws of problems" in page
+    assert "No effects, so nothing to trust" not in page
 
 
 def test_nothing_and_damage_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -222,6 +264,12 @@ def test_nothing_and_damage_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="nothing to report"):
         report([tmp_path / "empty"], tmp_path / "report.html")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "circuit.ledger").write_text("")
+    with pytest.raises(
+        CheckpointError, match=r"circuit.ledger has not finished: give the same command again"
+    ):
+        read_run(tmp_path / "begun")
     with pytest.raises(OptionError, match="is a folder"):
         report([folder], tmp_path)
     (tmp_path / "empty" / "results.json").write_text("{")

@@ -26,13 +26,21 @@ def _told(name: str, own: Circuit) -> dict[str, Any]:
     layers = sorted({unit.layer for unit in own.units})
     kinds = list(dict.fromkeys(unit.kind for unit in own.units))
     inside, every = (Counter((unit.layer, unit.kind) for unit in units) for units in (members, own.units))
+    about = own.description
     return {
         "name": name,
-        "model": own.description.get("model", ""),
+        "model": about.get("model", ""),
+        "made": {
+            "seed": about.get("estimator", {}).get("seed"),
+            "model SHA-256": own.model_fingerprint,
+            "calibration SHA-256": about.get("calibration_fingerprint"),
+            **{key: about.get(key) for key in ("calibration", "versions")},
+            "commit": about.get("git_commit"),
+        },
         "title": f"{own.size:,} of {len(own.units):,} units",
         "remarks": own.remarks,
         "sentences": sentences(own),
-        "sizes_of": own.description.get("sizes_of", "units"),
+        "sizes_of": about.get("sizes_of", "units"),
         "points": [
             {
                 "share": point.share,
@@ -55,8 +63,8 @@ def _told(name: str, own: Circuit) -> dict[str, Any]:
         ],
         "kinds": kinds,
         "question": {
-            key: own.description[key]
+            key: about[key]
             for key in ("question", "estimator", "rank", "rescore", "learn", "keep")
-            if key in own.description
+            if key in about
         },
     }

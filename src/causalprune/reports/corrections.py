@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from causalprune.checkpoints import MANIFEST, read_manifest
 from causalprune.correction import CLEAN, CORRECTION
 from causalprune.evaluation import headline, interval, paired_difference, read_json, rows_of
 
@@ -14,14 +15,25 @@ PLACES = (CORRECTION, f"*/{CORRECTION}", f"*/*/{CORRECTION}")
 def corrections_in(folder: Path) -> list[dict[str, Any]]:
     """Return what is to be said of the corrections in a folder."""
     files = dict.fromkeys(file for place in PLACES for file in sorted(folder.glob(place)))
-    return [_told(file.parent.resolve().name, read_json(file)) for file in files]
+    return [_told(file.parent, read_json(file)) for file in files]
 
 
-def _told(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+def _told(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     own = record["correction"]
+    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}
+    calibration = manifest.get("run", {}).get("calibration", {})
     (_, before), (_, after) = rows_of(record)
     return {
-        "name": name,
+        "name": folder.resolve().name,
+        "model": manifest.get("base", {}).get("name", ""),
+        "made": {
+            "seed": own["contrast"]["seed"],
+            "model SHA-256": own["model_fingerprint"],
+            "calibration SHA-256": calibration.get("fingerprint"),
+            "calibration": calibration or None,
+            "versions": record.get("versions"),
+            "commit": record.get("git_commit"),
+        },
         "behaviour": own["behaviour"],
         "sentences": own["sentences"],
         "sources": [

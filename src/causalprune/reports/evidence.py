@@ -5,7 +5,7 @@ No model is loaded. A run that is not finished, or that an older release wrote, 
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,17 @@ from causalprune.checkpoints import (
     load_effects,
     read_manifest,
 )
+from causalprune.circuits import CIRCUIT, OVERLAP
 from causalprune.core import CheckpointError, Decoder, Effects, read_rows
+from causalprune.correction import CORRECTION
 from causalprune.evaluation import RESULTS, decoded, read_json
 from causalprune.pruning import head_importance
 from causalprune.reports.circuits import found_in, shared_in
 from causalprune.reports.corrections import corrections_in
 
 CHECKPOINTS, LEDGER, STABILITY = "checkpoints", "results.ledger", "stability.json"
+LEDGERS = (LEDGER, "attribution.ledger", "circuit.ledger", "overlap.ledger")
+"""Ledgers beside which there is something to report once their work has finished."""
 SIZES = ("parameters", "bytes", "speed")
 """What a row says of a smaller model's size, and of its speed beside the dense one's."""
 
@@ -39,7 +43,7 @@ class Measured:
     """Effects of units as one file of a run gives them, per target token in nats, or logits for relevance; NaN where nothing is known.
 
     `exact` is False for estimates. Every unit has `layer`, `index`, `kind`, `delta`, `low`, `high` and `importance`, the factor I
-    of heads (method §2), NaN for other units.
+    of heads (method §2), NaN for other units. `made` is what is known of how they were made.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Measured:
     reliability: Mapping[str, float]
     unit: str = "nats per token"
     subsets: int = 1
+    made: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,14 @@ def read_run(folder: Path) -> Evidence:
     )
     circuits, overlap = tuple(found_in(folder)), shared_in(folder)
     corrections = tuple(corrections_in(folder))
-    if not (rows or effects or circuits or overlap or corrections):
+    stability = read_json(folder / STABILITY) if (folder / STABILITY).exists() else None
+    if not (rows or effects or circuits or overlap or corrections or stability):
+        begun = [name for name in LEDGERS if (folder / name).exists()]
         raise CheckpointError(
-            f"{folder} holds nothing to report: no {RESULTS}, {LEDGER} or {EFFECTS} of `causalprune run` or `attribute`"
+            f"{folder} holds nothing to report yet, as what left {begun[0]} has not finished: give the same command again"
+            if begun
+            else f"{folder} holds nothing to report: no {RESULTS}, {LEDGER}, {EFFECTS}, {CIRCUIT}, {OVERLAP} or {CORRECTION} of "
+            "`causalprune run`, `attribute`, `circuit`, `overlap` or `correct`"
         )
     saved = sorted((folder / CHECKPOINTS).glob(f"[!.]*/{MANIFEST}"))
     manifests = {path.parent.name: read_manifest(path.parent) for path in saved}
@@ -100,7 +110,6 @@ def read_run(folder: Path) -> Evidence:
     for label in manifests:
         if label not in heads and counts and (folder / CHECKPOINTS / label / KEEP).exists():
             heads[label] = by_head(iterate_keep(folder / CHECKPOINTS / label / KEEP), counts)
-    stability = read_json(folder / STABILITY) if (folder / STABILITY).exists() else None
     own = record, tuple(rows), effects, manifests, heads, stability, circuits, overlap, corrections
     return Evidence(folder, *own)
 
@@ -159,8 +168,14 @@ def _measured(effects: Effects, name: str, *, exact: bool) -> Measured:
         for unit, *row in zip(effects.units, *columns, strict=True)
     ]
     unit = "logits per token" if effects.estimator == "relevance" else "nats per token"
-    subsets = int(effects.subset.max()) + 1
-    return Measured(name, exact, effects.effect, units, reliability(effects), unit, subsets)
+    subsets, about = int(effects.subset.max()) + 1, effects.description
+    made = {
+        "seed": about.get("seed"),
+        "model SHA-256": effects.model_fingerprint,
+        "calibration SHA-256": effects.calibration_fingerprint,
+        "calibration": about,
+    }
+    return Measured(name, exact, effects.effect, units, reliability(effects), unit, subsets, made)
 
 
 def achieved(decoder: Decoder, keep: Mapping[str, Bool[Tensor, "_ _"]]) -> dict[str, Any]:

@@ -195,8 +195,11 @@ def _facts(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         return [cut(run["model"], 60) for run in runs]
     run = runs[0]
     pruned = sum(model["criterion"] != "dense" for model in run["models"])
-    calibration = run["provenance"]["calibration"] or {}
+    calibration = run["provenance"].get("calibration") or {}
     said = [f"{pruned} pruned models" if pruned != 1 else "one pruned model", f"{len(run['tasks'])} measures"]
+    if not run["ran"]:
+        counts = {kind: len(run[f"{kind}s"]) for kind in ("circuit", "correction")}
+        said = [f"{n} {kind}{'s' * (n > 1)}" for kind, n in counts.items() if n]
     if run["effects"]:
         said.insert(0, f"{len(run['effects'][0]['units'])} parts measured")
     if sources := calibration.get("sources"):

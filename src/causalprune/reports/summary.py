@@ -22,7 +22,7 @@ from causalprune.evaluation import (
     resampled,
     rows_of,
 )
-from causalprune.reports.evidence import CHECKPOINTS, Evidence, by_matrix
+from causalprune.reports.evidence import CHECKPOINTS, LEDGER, Evidence, by_matrix
 from causalprune.reports.examples import flips
 from causalprune.reports.judging import Verdict, is_calibrated, judge, kind_of
 
@@ -66,16 +66,22 @@ def _names(runs: Sequence[Evidence]) -> list[str]:
 def _run(name: str, run: Evidence) -> dict[str, Any]:
     rows, tasks, models = _measured(run.record, run.rows)
     recipe, recommended = run.record.get("recipe") or {}, judge(models, tasks)
+    more = [(own or {}).get("description", {}) for own in (run.overlap, run.stability)]
+    others = [str(own.get("model", "")) for own in (*run.circuits, *run.corrections, *more)]
+    ran = bool(run.record or run.rows) or (run.folder / LEDGER).exists()
     return {
         "name": name,
-        "model": _model_name(recipe, rows, [str(own["model"]) for own in run.circuits]),
+        "ran": ran,
+        "model": _model_name(recipe, rows, others),
         "tasks": tasks,
         "models": models,
         "recommended": {**asdict(recommended), "checkpoint": _checkpoint(run, recommended.label)},
         "against_wanda": _against_wanda(models),
-        "missing": _missing(run, models, tasks),
+        "missing": _missing(run, models, tasks, ran=ran),
         "cost": _cost(run, rows),
-        "effects": [{k: v for k, v in vars(own).items() if k != "reliability"} for own in run.effects],
+        "effects": [
+            {k: v for k, v in vars(own).items() if k not in ("reliability", "made")} for own in run.effects
+        ],
         "zeros": _zeros(run),
         "heads": run.heads,
         "doses": _doses(run),
@@ -87,7 +93,7 @@ def _run(name: str, run: Evidence) -> dict[str, Any]:
         "circuits": list(run.circuits),
         "overlap": run.overlap,
         "corrections": list(run.corrections),
-        "provenance": _provenance(run, rows),
+        "provenance": _provenance(run, rows) if ran else _made(run),
     }
 
 
@@ -221,7 +227,7 @@ def _against_wanda(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _missing(
-    run: Evidence, models: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]]
+    run: Evidence, models: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any]], *, ran: bool
 ) -> list[str]:
     """Return a sentence for everything that a reader might look for in vain."""
     said = []
@@ -231,15 +237,15 @@ def _missing(
     if left := [label for label in wanted if label not in done]:
         counts = f"{len(wanted) - len(left)} of {len(wanted)} models are measured on all tasks"
         said.append(f"The run is not finished: {counts}, {', '.join(left)} not yet.")
-    if not recipe:
+    if ran and not recipe:
         said.append(
             "There is no results.json: values come from ledgers, and recipe and versions are not known."
         )
-    if not models:
+    if ran and not models:
         said.append(
             "No model was evaluated here: `causalprune run` compares pruned models with the dense one."
         )
-    elif not any(m["criterion"] == "wanda" for m in models):
+    elif models and not any(m["criterion"] == "wanda" for m in models):
         said.append("Wanda was not run, so methods are compared with the dense model only.")
     empty = sorted({key for m in models for key, cell in m["cells"].items() if not cell["n"]})
     if empty:
@@ -337,6 +343,20 @@ def _provenance(run: Evidence, rows: Sequence[Row]) -> dict[str, Any]:
         "versions": record.get("versions"),
         "commit": record.get("git_commit"),
     }
+
+
+def _made(run: Evidence) -> dict[str, Any]:
+    """Return the provenance of what was found without a run; by name where parts of it differ."""
+    parts = {own["name"]: own["made"] for own in (*run.circuits, *run.corrections)}
+    parts |= {own.name: own.made for own in run.effects}
+    if own := run.stability:
+        parts["stability"] = {"versions": own["description"]["versions"], "commit": own["git_commit"]}
+    found = {}
+    for key in dict.fromkeys(key for made in parts.values() for key in made):
+        values = {name: made[key] for name, made in parts.items() if made.get(key) is not None}
+        first = next(iter(values.values()), None)
+        found[key] = first if all(value == first for value in values.values()) else values
+    return found
 
 
 def _model_name(recipe: Mapping[str, Any], rows: Sequence[Row], others: Sequence[str]) -> str:
