@@ -78,27 +78,22 @@ def circuit(  # noqa: PLR0913 (what a user says)
 ) -> Circuit:
     """Find the smallest set of units that keeps a behaviour, and measure what sets of all sizes keep.
 
-    Without a question heads are looked for, by the effect that goes with rank and estimator (`terms.effect_for`). Units are
-    scored on the calibration, `rescore` times, each time with those closed that are out by then, and ordered by the mean over
-    rounds of the mean score (`signed`: what helps) or of its size (`absolute`: what the behaviour hangs on), per weight where kinds are mixed. The
-    order is then `learned` in the estimator's `epochs`; `turns` says how many of both there are. Sizes are measured on the problems of
-    `decide`, or without on the second half of the calibration: the smallest that leaves the share `keep` of the likelihood per
-    token is the circuit (for `absolute` to either side). What is finished is kept in `folder`, where the same call goes on, and
-    the circuit in its `circuit.json`.
+    Without a question heads are looked for, by the effect that `effect_for` names. Units are scored on the calibration, `rescore` times,
+    each time with those closed that are out by then, and ordered by the mean over rounds of the mean score (`signed`: what helps) or of
+    its size (`absolute`: what the behaviour hangs on), per weight where kinds are mixed. The order is then `learned` in the estimator's
+    `epochs`; `turns` says how many of both there are. Sizes are measured on the problems of `decide`, or without on the second half of
+    the calibration: the smallest that leaves the share `keep` of the likelihood per token is the circuit (for `absolute` to either
+    side). What is finished is kept in `folder`, where the same call goes on, and the circuit in its `circuit.json`.
 
     Raises:
         OptionError: what is asked does not go together, or nothing short of all units keeps the share.
         DataError: there are fewer than 8 problems to score or to decide on.
         MismatchError: the folder holds what was measured of another model, or on other data.
     """
-    if wrong := [own for own in (calibration, decide or calibration) if not isinstance(own, Calibration)]:
-        raise OptionError(f"problems come as `cp.calibrate` returns them, not as a {type(wrong[0]).__name__}")
     question = question or Question(effect=effect_for(rank, estimator))
     estimator, rescore = turns(question, estimator, rescore, rank)
     check_search(question, estimator, keep, rank, rescore)
-    halved = not decide
-    calibration, decide = (calibration, decide) if decide else halves(calibration)
-    check_problems(calibration, decide, halved=halved)
+    calibration, decide = _sides(calibration, decide)
     how = estimator if {question.effect, estimator.name} & {"kl", *MEASURED} else replace(estimator, draws=0)
     ranked = behaviour(decoder, calibration.examples, question, how)
     check_apart(ranked.plan.units, question.units)
@@ -128,6 +123,15 @@ def circuit(  # noqa: PLR0913 (what a user says)
     if place:
         save_circuit(made, place / CIRCUIT)
     return made
+
+
+def _sides(calibration: Calibration, decide: Calibration | None) -> tuple[Calibration, Calibration]:
+    """Return the problems to score and to decide on, as they may be asked."""
+    if wrong := [own for own in (calibration, decide or calibration) if not isinstance(own, Calibration)]:
+        raise OptionError(f"problems come as `cp.calibrate` returns them, not as a {type(wrong[0]).__name__}")
+    sides = (calibration, decide) if decide else halves(calibration)
+    check_problems(*sides, halved=not decide)
+    return sides
 
 
 def halves(calibration: Calibration) -> tuple[Calibration, Calibration]:
@@ -255,13 +259,7 @@ class Search:
                 below, above = (below, middle) if holds else (middle, above)
                 largest = largest if holds else (middle, rise)
         if above == n:
-            other = (
-                ", or for the rank 'signed' (--rank), which takes what is above 1" if largest[1] < 0 else ""
-            )
-            raise OptionError(
-                f"no circuit short of all {n:,} units keeps {self.share:g} of the likelihood per token: {largest[0]:,} units keep "
-                f"{math.exp(-largest[1]):.3f}{', too far to the other side' if other else ''}: ask for a smaller share to keep (--keep){other}"
-            )
+            raise _none_keeps(self.share, n, *largest)
         return with_ties(order, values, above)
 
     @property
@@ -324,3 +322,13 @@ class Search:
 def _within(tell: Progress, turn: int, turns: int, done: int, total: int) -> None:
     """Report a turn of several that take as long."""
     tell(min(turn * total + done, turns * total), max(turns, 1) * total)
+
+
+def _none_keeps(share: float, total: int, units: int, rise: float) -> OptionError:
+    """Return the error where even the largest circuit that was tried does not keep the share, by its rise in nats."""
+    above, signed = rise < 0, ", or for the rank 'signed' (--rank), which takes what is above 1"
+    return OptionError(
+        f"no circuit short of all {total:,} units keeps {share:g} of the likelihood per token: {units:,} units keep "
+        f"{math.exp(-rise):.3f}{', too far to the other side' if above else ''}: ask for a smaller share to keep (--keep)"
+        f"{signed if above else ''}"
+    )

@@ -130,16 +130,19 @@ class Ledger:
     def _recover(self, fd: int) -> None:
         data = self.path.read_bytes()
         header = _line({"format": FORMAT, "identity": self._identity}, "the header")
-        if header.startswith(data) and data != header:  # new, or killed while the header was written
-            self._begin(fd, header)
-            return
+        new = header.startswith(data) and data != header  # or killed while the header was written
         lines = data.splitlines(keepends=True)
         try:
-            self._check_header(lines[0])
+            if not new:
+                self._check_header(lines[0])
         except MismatchError:
             if any(_intact(lines, self.path)):
                 raise
-            self._begin(fd, header)
+            new = True
+        if new:
+            os.ftruncate(fd, 0)
+            self._write(fd, header)
+            sync(self.path.parent)
             return
         self._end = len(lines[0])
         for number, size, row in _intact(lines, self.path):
@@ -151,11 +154,6 @@ class Ledger:
             self._end += size
         os.ftruncate(fd, self._end)
         os.fsync(fd)
-
-    def _begin(self, fd: int, header: bytes) -> None:
-        os.ftruncate(fd, 0)
-        self._write(fd, header)
-        sync(self.path.parent)
 
     def _check_header(self, line: bytes) -> None:
         header = _parse(line)
