@@ -69,7 +69,8 @@ def test_a_phrase_is_gone_and_all_of_it_is_told(run: Run, place: tuple[Path, Pla
     code, out, err = fix(run, folder, "fixed", *sought(folder), *OPTIONS)
     assert code == 0, err
     for words in (
-        "set to zero",
+        "→ 3",
+        "3 of 192 (neurons) set to zero",
         "prompts.jsonl_phrases: 0.5 before, 0 after",
         "divergence measured over",
         "zero for good",
@@ -197,7 +198,7 @@ def test_what_a_function_says_is_better_where_it_falls(
     assert paired_difference(after, before).verdict == "better"
     (folder / "judging.py").write_text("def rude(texts):\n    return [1 / 0 for text in texts]\n")
     monkeypatch.delitem(sys.modules, "judging")
-    assert_refused(fix(run, folder, "rude", *words, *OPTIONS), "judging:rude", folder / "rude")
+    assert_refused(fix(run, folder, "rude", *words, *OPTIONS), "rude (judging:rude", folder / "rude")
 
 
 def test_a_problem_is_in_one_half_whatever_is_made_of_it(
@@ -298,6 +299,8 @@ def test_a_plan_loads_nothing(run: Run, place: tuple[Path, Planting]) -> None:
         (("--undesired", "BAD", "--budget", "inf%"), "a budget of inf% is all there is"),
         (("--undesired", "BAD", "--budget", "inf"), "or a number as 100, not 'inf'"),
         (("--undesired", "BAD", "--harm", "1000nats"), "or as 0.01nats, not '1000nats'"),
+        (("--undesired", "BAD", "--harm", "-1nats"), "or as 0.01nats, not '-1nats'"),
+        (("--behaviour", "loops", "--bar", "nan"), "a bar is a finite number"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(
@@ -306,5 +309,5 @@ def test_what_cannot_be_is_refused_in_a_line(
     folder, _ = place
     names = {"PROMPTS": folder / "prompts.jsonl", "BAD": folder / "bad.jsonl"}
     own = [names.get(word, word) for word in options]
-    outcome = fix(run, folder, "refused", *(OPTIONS[2:] if "--new-tokens" not in own else OPTIONS[4:]), *own)
+    outcome = fix(run, folder, "refused", *OPTIONS, *own)
     assert_refused(outcome, words, folder / "refused")

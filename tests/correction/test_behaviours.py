@@ -1,5 +1,6 @@
 """Texts of a model's own become samples: which tokens show a behaviour, and which texts are clean."""
 
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +10,7 @@ from tinydata import byte_tokenizer
 
 from causalprune.calibration.data import Problem
 from causalprune.core.errors import DataError, OptionError
-from causalprune.correction.behaviours import check_shown, judged, sought
+from causalprune.correction.behaviours import OWN, check_shown, judged, sought
 from causalprune.evaluation.answering import Written
 
 WORDS = byte_tokenizer()
@@ -64,14 +65,21 @@ def test_a_function_scores_whole_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.undesired[0].target_tokens == 3
     assert set(found.clean) == {1}  # where nothing was written, nothing can be targeted
     vars(module)["broken"] = lambda texts: [1 / (len(text) - 2) for text in texts]
-    with pytest.raises(OptionError, match=r"scorer behaviour .*failed .*division by zero.* on 'no'"):
+    with pytest.raises(
+        OptionError, match=r"scorer broken .test_behaviours:.*failed .*division by zero.* on 'no'"
+    ):
         judged("some", written("yes", "no"), sought("ownscores:broken"), WORDS)
     vars(module)["blank"] = lambda texts: [float("nan")] * len(texts)
-    with pytest.raises(OptionError, match=r"scorer behaviour .*gave nan for 'One text"):
+    with pytest.raises(OptionError, match=r"scorer blank .test_behaviours:.*gave nan for 'One text"):
         sought("ownscores:blank")
     vars(module)["one"] = lambda texts: [1.0]
     with pytest.raises(OptionError, match="gave 1 numbers for 2 texts"):
         sought("ownscores:one")
+    vars(module)["leaves"] = lambda texts: sys.exit(3)
+    with pytest.raises(OptionError, match=r"scorer leaves .*failed \(SystemExit: 3\) on 'One text"):
+        sought("ownscores:leaves")
+    vars(module)["loops"] = vars(module)["rude"]  # is no measure of ours
+    assert [sought(f"ownscores:{name}").judge.name for name in ("rude", "loops")] == ["rude", OWN]
 
 
 def test_nothing_or_everything_shown_says_how_to_go_on() -> None:
@@ -90,3 +98,30 @@ def test_nothing_or_everything_shown_says_how_to_go_on() -> None:
         check_shown([empty], wanted)
     lower = sought("rep4", 1 / 6)
     check_shown([judged("some", written("abcdabcd!", "nothing"), sought("rep4", 0.16), WORDS)], lower)
+
+
+def test_a_bar_is_offered_where_it_tells_texts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("ownscores")
+    vars(module)["lower"] = lambda texts: [-float("!" in text) for text in texts]
+    monkeypatch.setitem(sys.modules, "ownscores", module)
+    wanted = sought("ownscores:lower")
+    for texts, words in (
+        (("go!", "please"), r"0 of 2 .* is 'please' \(0\): lower the bar \(--bar 0\.0\), or take more"),
+        (("go!", "no!"), r"0 of 2 .*nothing to take out: take more or other prompts$"),
+    ):
+        with pytest.raises(DataError, match=words):
+            check_shown([judged("some", written(*texts), wanted, WORDS)], wanted)
+    all_shown = sought("ownscores:lower", -1)
+    with pytest.raises(DataError, match=r"raise the bar \(--bar above -1\.0\)"):
+        check_shown([judged("some", written("go!", "please"), all_shown, WORDS)], all_shown)
+    with pytest.raises(DataError, match="no clean text beside them: take more or other prompts"):
+        check_shown([judged("some", written("go!", "no!"), all_shown, WORDS)], all_shown)
+    loops = sought("loops")
+    with pytest.raises(DataError, match=r"0 of 2 .*nothing to take out: take more or other prompts$"):
+        check_shown([judged("some", written("abc", "xyz"), loops, WORDS)], loops)
+
+
+@pytest.mark.parametrize("bar", [math.nan, math.inf])
+def test_a_bar_is_finite(bar: float) -> None:
+    with pytest.raises(OptionError, match=f"a bar is a finite number, as 0.5, not {bar}"):
+        sought("loops", bar)

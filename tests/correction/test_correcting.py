@@ -182,7 +182,7 @@ def test_a_wrong_target_is_compared_with_the_right_one() -> None:
     found = fixed(decoder, pairs, good, budget=1)
     assert set(found.members) == set(planting.units)
     with pytest.raises(DataError, match="give it to all or to none"):
-        fixed(decoder, [*pairs[:6], *bad[6:]], good)
+        fixed(decoder, [*pairs[:6], *bad[6:]], good, budget=1)
 
 
 def test_what_is_zero_already_is_no_candidate() -> None:
@@ -238,7 +238,8 @@ def test_two_subsets_are_the_halves() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"budget": 0.001}, "0.100% of 192 units is less than one"),
+        ({"budget": 0.001}, "0.100% of 192 units is less than one: ask for at least 0.521%, or"),
+        ({"budget": 0.1, "units": ("heads",)}, "of 8 units is less than one: ask for at least 12.5%"),
         ({"budget": 120}, "more than half of 192 units"),
         ({"budget": 0}, "share below 1 or a whole number"),
         ({"budget": 1.5}, "share below 1 or a whole number"),
@@ -246,6 +247,8 @@ def test_two_subsets_are_the_halves() -> None:
         ({"harm": -1.0}, "harm must be above 0"),
         ({"score": "contrst"}, "did you mean 'contrast'"),
         ({"rounds": 0}, "at least 1 round"),
+        ({"budget": 1, "max_batch_tokens": 0}, "at least 1 token, not max_batch_tokens=0"),
+        ({"weights": True, "units": ("heads",)}, "not of heads alone: leave out --units, or --weights"),
         ({"damp": 1.0}, "at least 0 and below 1"),
         ({"damp": 0.5, "update": "refit"}, "leave out --update refit"),
         ({"weights": True, "score": "ratio"}, "leave out --weights"),
@@ -328,12 +331,15 @@ def test_samples_that_cannot_be() -> None:
         (good, good, "the same ones: nothing to contrast"),
         (bad, [*good, bad[2]], "triggered, undesired sample 3.*nothing to contrast"),
         ([*bad[:3], blank], good, "triggered, undesired sample 4: it has no target tokens"),
+        (["some text"], good, "undesired sample 1 is str, and samples are examples"),
+        (bad, "gsm8k", "preserved sample 1 is str"),
+        ([replace(bad[0], instead=bad[0]), *bad[1:]], good, "sample 1, .*instead is the same"),
         (bad[:2], good, "2 undesired samples are too few"),
         (bad, good[:3], "others has too few samples"),
         ([replace(bad[0], tokens=(5,) * 600, target_start=500), *bad], good, "512 positions"),
     ):
         with pytest.raises(CausalPruneError, match=words):
-            fixed(decoder, own, others)
+            fixed(decoder, own, others, budget=1)
 
 
 def test_slopes_go_on_too_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

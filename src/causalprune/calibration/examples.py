@@ -301,6 +301,8 @@ def batches(examples: Sequence[Example], *, max_batch_tokens: int) -> list[Batch
     A batch holds at most `max_batch_tokens` tokens, padding included; a longer example is a batch of
     its own. Padding is token 0 on the right, at most `PADDING` of each sequence's length.
     """
+    if max_batch_tokens < 1:
+        raise OptionError(f"a batch holds at least 1 token, not max_batch_tokens={max_batch_tokens}")
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].tokens))
     groups: list[list[int]] = []
     for i in order:

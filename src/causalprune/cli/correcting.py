@@ -12,7 +12,7 @@ from causalprune.cli import options as opt
 from causalprune.cli.groups import grouped
 from causalprune.cli.options import app
 from causalprune.cli.output import AsJson, console, document, say
-from causalprune.core import OptionError
+from causalprune.core import OptionError, spoken
 
 if TYPE_CHECKING:
     from causalprune.correction import Contrast
@@ -157,7 +157,7 @@ def correct(
     for line in fixed.sentences:
         say(line)
     page = f"causalprune report {shlex.quote(str(output))}"
-    took = "" if fixed.minutes is None else f"took {fixed.minutes:.0f} minutes; "
+    took = "" if fixed.minutes is None else f"took {spoken(60 * fixed.minutes)}; "
     say(f"{took}saved: {output}; the page: {page}")
     found = fixed.corrected.described()
     document(as_json, saved=output, **found, sentences=fixed.sentences, minutes=fixed.minutes)
@@ -177,11 +177,14 @@ def _budget(text: str) -> float:
 
 def _harm(text: str) -> float:
     """Return harm as a share of perplexity."""
+    found = math.nan
     try:
         if text.endswith("nats"):
-            return math.expm1(float(text.removesuffix("nats")))
-        if text.endswith("%"):
-            return float(text.removesuffix("%")) / 100
+            found = math.expm1(float(text.removesuffix("nats")))
+        elif text.endswith("%"):
+            found = float(text.removesuffix("%")) / 100
     except (ValueError, OverflowError):
         pass
+    if found > 0:
+        return found
     raise OptionError(f"harm is written as 1% of perplexity, or as 0.01nats, not {text!r}")

@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from causalprune.circuits import Circuit, Overlap
+from causalprune.core import spoken
 from causalprune.correction import CLEAN, Corrected, short
 from causalprune.runs import Job
 
@@ -82,7 +83,7 @@ def _value(own: Any) -> str:
 def prices(jobs: Sequence[Job], seconds: float) -> Table:
     """Return what a correction costs, stage by stage, in tokens through the model."""
     table = Table(
-        caption=f"about {seconds / 60:.0f} minutes on this device; a backward pass counts as two forward ones, and a search often "
+        caption=f"about {spoken(seconds)} on this device; a backward pass counts as two forward ones, and a search often "
         "ends earlier"
     )
     for name in ("stage", "count", "tokens"):
@@ -94,9 +95,10 @@ def prices(jobs: Sequence[Job], seconds: float) -> Table:
 
 
 def correction(found: Corrected) -> Table:
-    """Return what was measured without so many candidates; what was chosen is bold."""
+    """Return what was measured without so many candidates; what was chosen is bold and has a mark."""
     table = Table(
-        caption="measured on the half of the samples that decided how many, against the model before; loss and divergence in nats per token"
+        caption="measured on the half of the samples that decided how many, against the model before; loss and divergence in nats per token; → "
+        "is what went"
     )
     sources = list(found.chosen.harm)
     columns = (
@@ -110,9 +112,10 @@ def correction(found: Corrected) -> Table:
         table.add_column(name, justify="right")
     for point in found.curve:
         fall = point.benefit
-        cells = [f"{point.count:,}", f"{point.share:.3%}"]
+        chosen = point is found.chosen
+        cells = [f"{'→ ' * chosen}{point.count:,}", f"{point.share:.3%}"]
         cells += [f"{-fall.value:+.3g} [{-fall.high:+.3g}, {-fall.low:+.3g}]"]
         cells += [f"{point.harm[name].value:+.3g}" for name in sources]
         worst = max((own.value for own in point.kl.values()), default=0.0)
-        table.add_row(*cells, f"{worst:.3g}", style="bold" if point is found.chosen else "")
+        table.add_row(*cells, f"{worst:.3g}", style="bold" if chosen else "")
     return table

@@ -84,6 +84,9 @@ from .places import (
     is_being_written as is_being_written,
 )
 from .progress import shown as shown
+from .progress import (
+    spoken as spoken,
+)
 from .provenance import (
     METHOD_VERSION as METHOD_VERSION,
 )

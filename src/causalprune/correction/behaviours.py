@@ -1,5 +1,6 @@
 """What a model writes of its own, judged: continuations that show a behaviour are undesired samples, the others are to stay."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from causalprune.evaluation import (
     Judge,
     Settings,
     Written,
+    is_taken,
     judge_of,
     load_scorers,
     read_phrases,
@@ -21,7 +23,7 @@ from causalprune.evaluation import (
 BAR = 0.5
 """Value from which on a continuation shows a behaviour, where nothing else is asked for."""
 OWN = "behaviour"
-"""Name of a user's function where it is a behaviour."""
+"""Name of a user's function that is a behaviour, where its own is taken."""
 CLEAN = "clean: "
 """Before the name of a source: what the model itself writes there, the likeliest token everywhere, without the behaviour."""
 REPEATING = ("loops", "rep4")
@@ -50,15 +52,18 @@ def sought(word: str, bar: float | None = None) -> Sought:
     """Return the behaviour of a name: loops, rep4, phrases:FILE, or module:function, which scores texts.
 
     Raises:
-        OptionError: there is no such behaviour, list or function, or the list is empty.
+        OptionError: there is no such behaviour, list or function, the list is empty, or the bar is no finite number.
     """
+    if bar is not None and not math.isfinite(bar):
+        raise OptionError(f"a bar is a finite number, as {BAR}, not {bar}")
     head, colon, rest = word.partition(":")
     if word in REPEATING:
         judge = judge_of(word, Settings())
     elif head == "phrases" and rest:
         judge = judge_of("phrases", Settings(phrases=read_phrases(Path(rest))))
     elif colon and head and rest:
-        judge = judge_of(OWN, Settings(scorers=load_scorers([f"{OWN}={word}"])))
+        name, scorers = OWN if is_taken(rest) else rest, load_scorers([f"{OWN}={word}"])
+        judge = judge_of(name, Settings(scorers={name: scorers[OWN]}))
     else:
         raise OptionError(
             f"unknown behaviour {word!r}: choices are loops, rep4, phrases:FILE (a list, one a line) and module:function, "
@@ -112,22 +117,23 @@ def check_shown(found: Sequence[Judged], wanted: Sought) -> None:
                 f"the {len(values) - shown} continuations that do not show {wanted.name} are empty, so there is no clean text beside "
                 "the others: take other prompts"
             )
+        lowest = min(values) + 0.0
         either = wanted.judge.name in ("loops", "phrases")  # 0 or 1, whatever the bar
-        higher = "" if either else f"raise the bar (--bar above {min(values)}), or "
+        higher = "" if either or lowest == max(values) else f"raise the bar (--bar above {lowest}), or "
         raise DataError(
             f"all {len(values)} continuations show {wanted.name}, so there is no clean text beside them: {higher}take more or other "
             "prompts"
         )
     if not any(own.undesired for own in found):
-        doubts = values
+        doubts, bar, above = [value + 0.0 for value in values], "--bar", wanted.bar  # no -0
         if wanted.judge.name == "loops":
             doubts = [repetition(new) for own in found for _, new in own.written.tokens]
+            bar, above = "--behaviour rep4 --bar", math.inf
         most = max(range(len(values)), key=lambda i: doubts[i])
-        bar = f"--bar {doubts[most]}"
-        if wanted.judge.name == "loops":
-            bar = f"--behaviour rep4 {bar}"
-        lower = f"lower the bar ({bar}), or " if doubts[most] > 0 else ""
+        told = ": "
+        if min(doubts) < doubts[most] < above:
+            one = f"{texts[most][:80]!r} ({doubts[most]:.2g})"
+            told = f". The most suspicious one is {one}: lower the bar ({bar} {doubts[most]}), or "
         raise DataError(
-            f"{shown} of {len(values)} continuations show {wanted.name}: nothing to take out. The most suspicious one is "
-            f"{texts[most][:80]!r} ({doubts[most]:.2g}): {lower}take more or other prompts"
+            f"{shown} of {len(values)} continuations show {wanted.name}: nothing to take out{told}take more or other prompts"
         )

@@ -14,6 +14,7 @@ from causalprune.pruning import Update
 CORRECTION = "correction.json"
 UPDATES: tuple[Update, ...] = ("none", "refit", "distill")
 ESTIMATORS = ("gradient", "integrated", "relevance")
+UNITS = ("neurons:1",)
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Contrast:
     of what they send, 0: nothing. Kept weights make up for them by an `update` on the preserved samples of the choosing half.
     """
 
-    units: tuple[str, ...] = ("neurons:1",)
+    units: tuple[str, ...] = UNITS
     budget: float = 0.003
     harm: float = 0.01
     score: str = "contrast"
@@ -42,6 +43,8 @@ class Contrast:
     max_batch_tokens: int = 2048
 
     def __post_init__(self) -> None:
+        if isinstance(self.units, str):  # of one kind
+            object.__setattr__(self, "units", (self.units,))
         for what, value, known in (
             ("score", self.score, SCORES),
             ("estimator", self.estimator, ESTIMATORS),
@@ -53,15 +56,25 @@ class Contrast:
             raise OptionError(
                 f"a budget is a share below 1 or a whole number, as 0.3% or 100, not {self.budget:g}"
             )
+        if self.budget >= 1:
+            object.__setattr__(self, "budget", int(self.budget))
         if not self.harm > 0:
-            raise OptionError(f"harm must be above 0, as 1% or 0.01nats, not {self.harm:g}")
+            raise OptionError(f"harm must be above 0, as 1% or 0.01nats, not {100 * self.harm:.3g}%")
         if self.rounds < 1:
             raise OptionError(f"there must be at least 1 round, not {self.rounds}")
         if not 0 <= self.damp < 1:
             raise OptionError(f"damp is what is left, at least 0 and below 1, not {self.damp:g}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise `OptionError` for options that exclude each other."""
         if self.damp and self.update != "none":
             raise OptionError(
                 f"an update makes up for zeros, and damp leaves none: leave out --update {self.update}, or --damp"
+            )
+        if self.weights and self.units != UNITS:
+            raise OptionError(
+                f"single weights are taken of all matrices, not of {' and '.join(self.units)} alone: leave out --units, or --weights"
             )
         if self.weights and self.score in ACTIVE:
             raise OptionError(
@@ -88,12 +101,14 @@ class Contrast:
 
     def number(self, candidates: int) -> int:
         """Return how many of the candidates may go; `OptionError` where that is none, or more than half."""
-        own = round(self.budget * candidates) if self.budget < 1 else int(self.budget)
+        own = math.floor(self.budget * candidates + 1e-9) if self.budget < 1 else int(self.budget)
         shown = f"{self.budget:.3%}" if self.budget < 1 else f"{self.budget:,.0f}"
         what = "weights" if self.weights else "units"
         if own < 1:
+            step = 10.0 ** (math.floor(math.log10(100 / candidates)) - 2)
             raise OptionError(
-                f"a budget of {shown} of {candidates:,} {what} is less than one: ask for at least {1 / candidates:.2g}, or for a number"
+                f"a budget of {shown} of {candidates:,} {what} is less than one: ask for at least "
+                f"{math.ceil(100 / candidates / step) * step:.3g}%, or for a number"
             )
         if own > candidates / 2:
             raise OptionError(
@@ -151,7 +166,7 @@ class Corrected(Shown):
     @property
     def what(self) -> str:
         """What was taken out, in words."""
-        kinds = dict.fromkeys(unit.kind for unit in self.members)
+        kinds = dict.fromkeys(name.partition(":")[0].replace("_", " ") for name in self.contrast.units)
         name = "weights" if self.contrast.weights else " and ".join(kinds)
         verb = f"scaled to {self.contrast.damp:g}" if self.contrast.damp else "set to zero"
         return f"{self.chosen.count:,} of {self.candidates:,} ({name}) {verb}"
@@ -159,9 +174,9 @@ class Corrected(Shown):
     def record(self) -> dict[str, Any]:
         """Return what a checkpoint's manifest says of it."""
         own = self.contrast
-        method = {"criterion": f"correct:{own.score}", **asdict(own), "units": ", ".join(own.units)}
-        if own.weights:
-            method["units"] = "weights"
+        plain = {key: value for key, value in asdict(own).items() if value is not False and key != "weights"}
+        names = "weights" if own.weights else ", ".join(own.units)
+        method = {"criterion": f"correct:{own.score}", **plain, "units": names}
         return {"method_version": METHOD_VERSION, "method": method, "correction": self.described()}
 
     def described(self) -> dict[str, Any]:

@@ -53,9 +53,10 @@ def halves(undesired: Given, preserve: Given, tokenizer: Any = None) -> tuple[Ha
     half, whichever set they are of. Repeated samples are left out.
 
     Raises:
-        DataError: a set is empty or too small, both share a sample, or a sample has no target.
+        DataError: a set is empty or too small or has what is no example, both share a sample, or a sample has no target, or the
+            one that should be said instead.
     """
-    both = [_alone(name, given) for name, given in (("undesired", undesired), ("preserve", preserve))]
+    both = [_alone(name, given) for name, given in (("undesired", undesired), ("preserved", preserve))]
     _check(both[0][0], both[1][0], tokenizer)
     known = dict[str, int]()
     sides = [_split(*own, known) for own in both]
@@ -78,6 +79,11 @@ def halves(undesired: Given, preserve: Given, tokenizer: Any = None) -> tuple[Ha
 def _alone(name: str, given: Given) -> tuple[list[Example], list[int] | None]:
     """Return samples without repeated ones, and their subsets where there are two."""
     examples = list(given.examples if isinstance(given, Calibration) else given)
+    for number, example in enumerate(examples, 1):
+        if not isinstance(example, Example):
+            raise DataError(
+                f"{name} sample {number} is {type(example).__name__}, and samples are examples: `cp.calibrate` makes them of files"
+            )
     subset = list(given.subset) if isinstance(given, Calibration) and given.subset else []
     two = set(subset) == {0, 1}
     first = dict[tuple[int, ...], int]()
@@ -116,11 +122,14 @@ def _check(undesired: Sequence[Example], preserve: Sequence[Example], tokenizer:
     if {example.tokens for example in undesired} == known:
         raise DataError("undesired and preserved samples are the same ones: nothing to contrast")
     for number, example in enumerate(undesired, 1):
-        if example.tokens in known:
+        same = example.instead is not None and example.instead.tokens == example.tokens
+        if same or example.tokens in known:
             text = "" if tokenizer is None else f", {tokenizer.decode(example.tokens)[:60]!r}"
+            why, do = "it is among what is to be preserved too", "take it out of one of both"
+            if same:
+                why, do = "what should be said instead is the same", "give another, or leave it out"
             raise DataError(
-                f"{example.source}, undesired sample {number}{text}: it is among what is to be preserved too, so there is nothing "
-                "to contrast: take it out of one of both"
+                f"{example.source}, undesired sample {number}{text}: {why}, so there is nothing to contrast: {do}"
             )
 
 

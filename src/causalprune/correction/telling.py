@@ -19,6 +19,8 @@ def sentences(found: Corrected) -> list[str]:
         f"{found.what}: {after.weights:,} weights",
         f"log-odds of what is undesired: {_record(after.benefit, -1)} on the half that decided how many",
     ]
+    if after.benefit.low <= 0 <= after.benefit.high:
+        said.append("that is not told apart from nothing (the interval holds 0): give more samples")
     said += [
         f"divergence on {short(source)}: {_record(value)} nats per token"
         if source.startswith(CLEAN)
@@ -59,9 +61,8 @@ def for_good(found: Corrected, decoder: Decoder) -> str:
     total = sum(layers.values())
     if not total:
         return ""
-    said = (
-        f"{total:,} neurons are zero for good, {min(layers.values()):,} to {max(layers.values()):,} a layer"
-    )
+    are = "neuron is" if total == 1 else "neurons are"
+    said = f"{total:,} {are} zero for good, {min(layers.values()):,} to {max(layers.values()):,} a layer"
     steps = {layer: step_of("neurons", width) for layer, width in widths.items()}
     share = min(layers[layer] // steps[layer] * steps[layer] / width for layer, width in widths.items())
     if share > 0 and len(set(widths.values())) == 1:

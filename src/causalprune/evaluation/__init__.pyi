@@ -159,6 +159,7 @@ from .tasks.repeating import (
 from .tasks.repeating import (
     spans as spans,
 )
+from .tasks.scorers import is_taken as is_taken
 from .tasks.scorers import load_scorers as load_scorers
 from .written import (
     AND as AND,

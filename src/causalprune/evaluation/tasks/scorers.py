@@ -33,6 +33,11 @@ TAKEN = {
 """Names of our own measures."""
 
 
+def is_taken(name: str) -> bool:
+    """Tell whether a name is, or ends in, that of a measure of our own."""
+    return name in TAKEN or name.endswith(("_ppl", "_kl"))
+
+
 def load_scorers(words: Sequence[str]) -> dict[str, Scorer]:
     """Import scorers written `NAME=module:function`; modules are looked for in the current folder too.
 
@@ -47,7 +52,7 @@ def load_scorers(words: Sequence[str]) -> dict[str, Scorer]:
             raise OptionError(
                 f"a scorer is written NAME=module:function, as polite=mymetrics:polite, not {word!r}"
             )
-        if name in TAKEN or name in found or name.endswith(("_ppl", "_kl")):
+        if is_taken(name) or name in found:
             raise OptionError(
                 f"scorer {word!r}: {name} is or ends in another measure's name, choose a new one"
             )
@@ -65,7 +70,7 @@ def scores(
     """Return what a scorer says of texts; `OptionError` where that is not one finite number for each."""
     try:
         found = [float(value) for value in _asked(scorer, texts, targets)]
-    except Exception as cause:  # code of a user's
+    except (Exception, SystemExit) as cause:  # code of a user's
         at = _failing(scorer, texts, targets)
         raise OptionError(f"scorer {name} failed ({type(cause).__name__}: {cause}){at}") from cause
     if len(found) != len(texts):
@@ -96,7 +101,7 @@ def _failing(scorer: Any, texts: Sequence[str], targets: Sequence[str] | None) -
     for at, text in enumerate(texts):
         try:
             list(_asked(scorer, [text], None if targets is None else [targets[at]]))
-        except Exception:
+        except (Exception, SystemExit):
             return f" on {text[:40]!r}"
     return ""
 
@@ -125,7 +130,7 @@ def _imported(module: str, word: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as cause:
         raise OptionError(f"scorer {word!r}: {cause}, neither installed nor in the current folder") from cause
-    except Exception as cause:  # code of a user's
+    except (Exception, SystemExit) as cause:  # code of a user's
         raise OptionError(
             f"scorer {word!r}: {module} cannot be imported ({type(cause).__name__}: {cause})"
         ) from cause
