@@ -14,7 +14,7 @@ import huggingface_hub as hub
 import yaml
 
 from causalprune.core import EvalResult, Size, Speed
-from causalprune.evaluation import Row, headline, interval, paired_difference, write_text
+from causalprune.evaluation import Row, bracketed, headline, interval, paired_difference, write_text
 
 CARD = "README.md"
 CARRIED = ("license", "license_name", "license_link", "language")
@@ -150,10 +150,10 @@ def _what(base: str, record: Mapping[str, Any]) -> str:
     if not sparsity["zeros"]:
         return f"{base}, as plain safetensors; no weight was set to zero.{damped}"
     share, zeros, weights = sparsity["sparsity"], sparsity["zeros"], sparsity["weights"]
-    counts = f"{zeros:,} of {weights:,}"
-    text = (
-        f"{base} with {share:.2%} of the weights in its decoder layers ({counts}) set to zero by causalprune."
-    )
+    counts, by = f"{zeros:,} of {weights:,}", " by causalprune"
+    if own := run.get("correction"):  # the model before may have had zeros too
+        by = "" if damped else f", {own['after']['weights']:,} of them where parts were taken out"
+    text = f"{base} with {share:.2%} of the weights in its decoder layers ({counts}) set to zero{by}."
     return f"{text}{damped} {_size(run)}".strip()
 
 
@@ -212,8 +212,8 @@ def _results(rows: Sequence[Row]) -> str:
             _plain(result.task),
             result.metric,
             f"{headline(before):.4g}",
-            f"{own.value:.4g} [{own.low:.4g}, {own.high:.4g}]",
-            f"{change.difference:+.3g} [{change.low:+.3g}, {change.high:+.3g}]",
+            f"{own.value:.4g} {bracketed(own.low, own.high, own.n, '.4g')}",
+            f"{change.difference:+.3g} {bracketed(change.low, change.high, change.n)}",
             change.verdict,
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -9,6 +9,7 @@ from rich.table import Table
 from causalprune.circuits import Circuit, Overlap
 from causalprune.core import spoken
 from causalprune.correction import CLEAN, Corrected, short
+from causalprune.evaluation import bracketed
 from causalprune.runs import Job
 
 
@@ -77,7 +78,7 @@ def overlap(found: Overlap) -> list[Table]:
 
 
 def _value(own: Any) -> str:
-    return f"{own.value:.3g} [{own.low:.3g}, {own.high:.3g}]"
+    return f"{own.value:.3g} {bracketed(own.low, own.high, form='.3g')}"
 
 
 def prices(jobs: Sequence[Job], seconds: float) -> Table:

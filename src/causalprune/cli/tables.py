@@ -14,7 +14,16 @@ from rich.text import Text
 from causalprune.attribution import estimate, reliability
 from causalprune.checkpoints import Verification
 from causalprune.core import Effects, EvalResult, unknown
-from causalprune.evaluation import Row, Tried, answered, headline, interval, of_task, paired_difference
+from causalprune.evaluation import (
+    Row,
+    Tried,
+    answered,
+    bracketed,
+    headline,
+    interval,
+    of_task,
+    paired_difference,
+)
 from causalprune.reports import (
     QUANTISED_ZEROS,
     RELIABLE_FROM,
@@ -28,7 +37,6 @@ from causalprune.shipping import Written
 
 STYLES = {"better": "green", "worse": "red"}
 STRONGEST = 10
-NO_INTERVAL = "(one example: no interval)"
 UNITS = {"nats_per_token": "nats/token"}
 """What a metric is shown as, where that is not its name."""
 
@@ -110,11 +118,9 @@ def _cell(result: EvalResult | None, base: EvalResult | None, is_base: bool) -> 
         value += f" ± {result.description['spread']:.2g}"
     if is_base or base is None or _other_text(result, base):
         own = interval(result)
-        bounds = f"[{own.low:.4g}, {own.high:.4g}]" if own.n > 1 else NO_INTERVAL
-        return Text(f"{value}\n{bounds}{ended}")
+        return Text(f"{value}\n{bracketed(own.low, own.high, own.n, '.4g')}{ended}")
     difference = paired_difference(result, base)
-    bounds = f"[{difference.low:+.3g}, {difference.high:+.3g}]" if difference.n > 1 else NO_INTERVAL
-    bounds = f"{difference.difference:+.3g} {bounds}"
+    bounds = f"{difference.difference:+.3g} {bracketed(difference.low, difference.high, difference.n)}"
     return Text(f"{value}\n{bounds}{ended}", style=STYLES.get(difference.verdict, ""))
 
 
@@ -180,7 +186,7 @@ def strongest(effects: Effects) -> Table:
     for name in ("layer", "unit", f"Δ, {unit_of}/token", "95 % interval"):
         table.add_column(name, justify="right")
     for i in found.value.nan_to_num(-math.inf).argsort(descending=True)[:STRONGEST].tolist():
-        unit, bounds = effects.units[i], f"[{float(found.low[i]):.4f}, {float(found.high[i]):.4f}]"
+        unit, bounds = effects.units[i], bracketed(float(found.low[i]), float(found.high[i]), form=".4f")
         name = f"{unit.kind} {unit.index}"
         table.add_row(str(unit.layer), name, f"{float(found.value[i]):.4f}", bounds)
     return table
@@ -230,7 +236,7 @@ def swept(tried: Sequence[Tried]) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     for one in tried:
-        cells = [f"{d.difference:+.3g} [{d.low:+.3g}, {d.high:+.3g}]" for _, d in one.differences]
+        cells = [f"{d.difference:+.3g} {bracketed(d.low, d.high, d.n)}" for _, d in one.differences]
         table.add_row(f"{one.sparsity:g}", *cells, "yes" if one.holds else "no")
     return table
 

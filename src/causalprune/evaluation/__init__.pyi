@@ -1,4 +1,5 @@
 from .answering import Written as Written
+from .answering import room_for as room_for
 from .continuing import (
     CONTINUATION as CONTINUATION,
 )
@@ -22,6 +23,7 @@ from .continuing import (
 )
 from .intervals import Floats as Floats
 from .intervals import bounds as bounds
+from .intervals import bracketed as bracketed
 from .intervals import room as room
 from .measures import (
     check_tasks as check_tasks,

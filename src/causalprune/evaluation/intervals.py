@@ -42,6 +42,13 @@ def _draws(n: int, resamples: int, seed: int) -> tuple[NDArray[np.uint8], ...]:
     return tuple(parts)
 
 
+def bracketed(low: float, high: float, n: int = 1, form: str = "+.3g") -> str:
+    """Return an interval as it is printed, or that there is none: of one example, or where something is not finite."""
+    if math.isnan(low + high):
+        return "(one example: no interval)" if n == 1 else "(no interval)"
+    return f"[{low:{form}}, {high:{form}}]"
+
+
 def bounds(draws: Floats, n: int) -> tuple[float, float]:
     """Return the 95 % percentile bounds, widened for small n.
 

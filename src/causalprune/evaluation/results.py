@@ -16,7 +16,7 @@ import numpy as np
 
 from causalprune.calibration import Skipped
 from causalprune.core import CheckpointError, EvalResult, MismatchError, changes_since
-from causalprune.evaluation.intervals import Floats, bootstrap, bounds, opened, room
+from causalprune.evaluation.intervals import Floats, bootstrap, bounds, bracketed, opened, room
 from causalprune.evaluation.tasks.repeating import TRAITS
 
 Verdict = Literal["better", "worse", "no difference shown", "undefined"]
@@ -78,7 +78,7 @@ class Tried:
 
     def __repr__(self) -> str:
         found = ", ".join(
-            f"{task} {d.difference:+.3g} [{d.low:+.3g}, {d.high:+.3g}]" for task, d in self.differences
+            f"{task} {d.difference:+.3g} {bracketed(d.low, d.high, d.n)}" for task, d in self.differences
         )
         return f"Tried({self.sparsity:g}: {'holds' if self.holds else 'does not hold'}; to dense: {found})"
 
