@@ -99,9 +99,9 @@ class RemovalOptions:
 
 
 def _opened(
-    spec: "ModelSpec", data: opt.MixedOptions, options: "Options", output: Path, kept_in: Path
+    spec: "ModelSpec", data: opt.MixedOptions | None, options: "Options", output: Path, kept_in: Path
 ) -> tuple["Decoder", "Calibration"]:
-    """Load the model that is to be smaller, and its examples, where there is room for what comes of it."""
+    """Load the model that is to be smaller, and its examples, if any, where there is room for what comes of it."""
     from causalprune.checkpoints import check_room, warn_unpacked
     from causalprune.pruning import begun
     from causalprune.runs import prepared, room_of
@@ -110,7 +110,8 @@ def _opened(
         warn_unpacked(decoder)
         check_room(output, room_of(decoder, kept_in))
 
-    return prepared(spec, data.spec(1).settled(own=True), options, begun(kept_in), check)
+    wanted = None if data is None else data.spec(1).settled(own=True)
+    return prepared(spec, wanted, options, begun(kept_in), check)
 
 
 @app.command()
@@ -135,7 +136,7 @@ def shrink(
     from causalprune.cli import tables
     from causalprune.core import forget, size_of
     from causalprune.runs import check_trained, outcome, reading, speeds
-    from causalprune.shrinking import Shrinking, leftovers
+    from causalprune.shrinking import Shrinking, leftovers, looks
     from causalprune.shrinking import shrink as smaller
 
     goes, spec = method.wanted(), model.spec()
@@ -143,17 +144,11 @@ def shrink(
     check_trained(spec, method.update)
     repository = hub.reserve(output, overwrite)
     options, ledger = running.options(data.reading.data_dir), output.with_name(f"{output.name}.attribution")
-    decoder, calibration = _opened(spec, data, options, output, leftovers(ledger)["update"])
+    how = Shrinking(method.by, method.update, data.reading.seed, options.batch_tokens)
+    seen = data if looks(goes, how) else None
+    decoder, calibration = _opened(spec, seen, options, output, leftovers(ledger)["update"])
     decoder = method.taken(decoder)
-    seed = data.reading.seed
-    shrunk = smaller(
-        decoder,
-        goes,
-        calibration,
-        Shrinking(method.by, method.update, seed, options.batch_tokens),
-        ledger=ledger,
-        stage=options.stage,
-    )
+    shrunk = smaller(decoder, goes, calibration, how, ledger=ledger, stage=options.stage)
     speed = None
     if time:
         with options.stage("timing"):

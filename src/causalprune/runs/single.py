@@ -98,14 +98,16 @@ class Options:
 
 def prepared(
     spec: ModelSpec,
-    wanted: CalibrationSpec,
+    wanted: CalibrationSpec | None,
     options: Options,
     begun: str = "",
     check: Callable[[Decoder], None] = lambda _: None,
 ) -> tuple[Decoder, Calibration]:
-    """Load a model, `check` it, and draw its calibration examples; `begun` says what a stopped run has left."""
+    """Load a model, `check` it, and draw its calibration examples, if any are wanted; `begun` says what a stopped run has left."""
     decoder = _loaded(spec, options, begun)
     check(decoder)
+    if wanted is None:
+        return decoder, Calibration((), ())
     with options.stage("calibration data") as progress:
         return decoder, calibrated(decoder, wanted, options.data_dir, on_progress=progress)
 

@@ -14,6 +14,9 @@ from .removal import (
     leftovers as leftovers,
 )
 from .removal import (
+    looks as looks,
+)
+from .removal import (
     shrink as shrink,
 )
 from .removal import (

@@ -98,6 +98,11 @@ class Shrunk(Shown):
         return f"Shrunk({sizes}; what stays updated by {self.update}; the model is .decoder)"
 
 
+def looks(shares: Shares | Budget, how: Shrinking) -> bool:
+    """Tell whether examples make a difference: weights alone say what is worth least, and nothing else is changed."""
+    return isinstance(shares, Budget) or how.by in LOOKING or how.update != "none"
+
+
 def shrink(
     decoder: Decoder,
     shares: Shares | Budget | float,
@@ -112,7 +117,7 @@ def shrink(
 
     `shares` may be a `Budget`, or the share of all parameters that goes, 0 … 1: kinds of units compete for it, each giving as
     much as lowers the measured divergence from the intact model. All layers lose equally many units of a kind. `changes` are
-    fields of `Shrinking`. Where only experts go, nothing but training makes up for them. The
+    fields of `Shrinking`. The calibration may be empty where nothing `looks` at it. Where only experts go, nothing but training makes up for them. The
     decoder that is given is changed on the way. Effects that were measured, layers that were updated and training are kept in
     the `leftovers` of a path, so that a stopped run goes on. Where no `stage` is given, every stage of the work has a bar
     (`quiet`: none has).
@@ -290,7 +295,7 @@ def shrink_jobs(
     """Return the stages of `shrink` in their order, with what they cost in passes of all examples."""
     trains = how.update in TRAINS
     method = Method("magnitude", 0.5, update="refit" if trains else how.update)  # whatever the share
-    n, tokens = len(calibration.examples), sum(len(e.tokens) for e in calibration.examples)
+    n, tokens = max(len(calibration.examples), 1), sum(len(e.tokens) for e in calibration.examples)
     if isinstance(wanted, Budget):
         found = {WORTH: LOOKING.get(how.by, 0.001), GIVES: 1.0}
     else:
