@@ -55,6 +55,18 @@ def test_a_pair_is_two_prompts_of_one_length_and_two_answers(tmp_path: Path) -> 
     assert calibrate(tokenizer, [other_file], n=9, subsets=1).fingerprint != found.fingerprint
 
 
+def test_a_misspelt_key_is_told_once(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{i} and", "target": " on", "insted": " off", "index": i, "instance": i} for i in range(3)
+    ]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    with pytest.warns(
+        UserWarning, match=r"pairs.jsonl:1: 'insted' is not read: is 'instead' meant\?"
+    ) as told:
+        load_problems(str(tmp_path / "pairs.jsonl"), "calibration")
+    assert len(told) == 1
+
+
 @pytest.mark.parametrize("key", ["counterfactual", "instead"])
 def test_a_line_without_what_others_have_is_named(key: str, tmp_path: Path) -> None:
     own = rows(9)

@@ -4,10 +4,12 @@ Prompts and targets of a source are the templates of its task file (`tasks/<sour
 calibration and evaluation cannot drift apart.
 """
 
+import difflib
 import functools
 import hashlib
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +38,8 @@ SYMBOLIC_SEEDS: dict[Split, tuple[int, int]] = {"calibration": (0, 2048), "evalu
 
 PAIRED = ("counterfactual", "instead")
 """What a row of the user's may have beside prompt and target."""
+NEAR = 0.8
+"""How alike a key is to one of those (1: the same) that is taken for misspelt."""
 
 
 @dataclass(frozen=True)
@@ -275,7 +279,9 @@ def _parsed(source: Source, where: str, row: Row) -> dict[str, Any]:
 
 def _own_problems(name: str, split: Split, *, with_targets: bool, with_text: bool) -> list[Problem]:
     problems = []
+    known = set(PAIRED)
     for where, row in own_rows(Path(name).expanduser(), measured=split == "evaluation"):
+        _warn_misspelt(where, row, known)
         before, target, open_turns = parts_of(where, row, with_targets=with_targets)
         if with_targets and not target.strip():
             raise DataError(f"{where}: the target is empty; nothing could be predicted")
@@ -300,6 +306,14 @@ def _own_problems(name: str, split: Split, *, with_targets: bool, with_text: boo
                 f"{without[0].where}: no {key!r}, which other rows have: give it to all of them or to none"
             )
     return problems
+
+
+def _warn_misspelt(where: str, row: Row, known: set[str]) -> None:
+    """Warn of keys that are nearly one of those that make pairs, once of each: `known` grows."""
+    for key in set(map(str, row)) - known:
+        known.add(key)
+        if near := difflib.get_close_matches(key, PAIRED, n=1, cutoff=NEAR):
+            warnings.warn(f"{where}: {key!r} is not read: is {near[0]!r} meant?", stacklevel=2)
 
 
 def _rows(name: str, split: Split, data_dir: Path | str | None) -> Iterator[tuple[str, Row]]:
