@@ -33,7 +33,7 @@ from causalprune.evaluation.results import headline, kept_rows, paired_differenc
 from causalprune.evaluation.settings import Settings
 from causalprune.interventions.units import list_units
 from causalprune.pruning.closing import close
-from causalprune.runs.correcting import joined, to_stay
+from causalprune.runs.correcting import drawn_for, joined, to_stay
 from causalprune.runs.recipe import CalibrationSpec
 from causalprune.runs.single import Options
 from causalprune.runs.undesired import CorrectionSpec, Study
@@ -44,7 +44,7 @@ MODELS: dict[str, Callable[[], Path]] = {
     "qwen": lambda: fetched("qwen"),
     "gemma": lambda: fetched("gemma"),
 }
-SAMPLES = {"wikitext2": 24, "gsm8k": 48}
+SAMPLES = ("wikitext2:24", "gsm8k:48")
 TASKS = (
     *("wikitext2_loops:200", "wikitext2_rep4:200"),
     *("gsm8k_loops:100", "gsm8k_rep4:100", "wikitext2_uniqueness:200"),
@@ -86,12 +86,12 @@ def samples(
     """Return what is undesired and what is to stay, with their halves; texts are written once."""
     wanted = CalibrationSpec(("gsm8k",), seed=seed, max_tokens=1024)
     settings = Settings(data_dir=data_folder(), seed=seed, max_tokens=1024, max_new_tokens=128)
-    asked = CorrectionSpec(behaviour, prompts=tuple(prompts))
+    asked = CorrectionSpec(behaviour, prompts=tuple(prompts), preserve=SAMPLES)
     study = Study(
         decoder, asked, settings, FOLDER / "texts" / f"{name}-{seed}", Options(data_dir=data_folder())
     )
     bad, clean = study.samples()
-    drawn = to_stay(decoder, SAMPLES, study, wanted, cp.silent)
+    drawn = to_stay(study, drawn_for(study, wanted))
     return bad, joined([*drawn, clean])
 
 

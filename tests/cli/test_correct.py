@@ -10,14 +10,14 @@ from conftest import Run, assert_refused
 from planted import Planting, built
 from tinydata import byte_tokenizer, write_data, write_jsonl, write_model
 
-import causalprune as cp
 from causalprune.checkpoints.saving import read_manifest
+from causalprune.core.errors import OptionError
+from causalprune.core.ledger import read_rows
 from causalprune.core.types import Calibration, Example
-from causalprune.evaluation.results import load_rows, paired_difference
+from causalprune.evaluation.results import load_rows, paired_difference, write_json
 from causalprune.evaluation.settings import Settings
-from causalprune.runs import correcting
 from causalprune.runs.cells import load
-from causalprune.runs.correcting import to_stay
+from causalprune.runs.correcting import drawn_for, to_stay
 from causalprune.runs.recipe import CalibrationSpec, ModelSpec
 from causalprune.runs.single import Options
 from causalprune.runs.undesired import CorrectionSpec, Study
@@ -94,7 +94,8 @@ def test_a_phrase_is_gone_and_all_of_it_is_told(run: Run, place: tuple[Path, Pla
     assert manifest["run"]["method"]["criterion"] == "correct:contrast"
     assert manifest["sparsity"]["zeros"] >= 3 * 3 * 64
     card = (folder / "fixed" / "README.md").read_text()
-    for words in ("phrases", "safeguards are behaviours too", "of perplexity"):
+    zeros = f"set to zero, {own['after']['weights']} of them where parts were taken out."
+    for words in ("phrases", "safeguards are behaviours too", "of perplexity", zeros):
         assert words in card, card
     assert run("verify", folder / "fixed")[0] == 0
     code, out, err = run("compare", folder / "fixed" / "correction.json")
@@ -110,22 +111,45 @@ def test_a_phrase_is_gone_and_all_of_it_is_told(run: Run, place: tuple[Path, Pla
     )
 
 
-def test_what_went_on_after_a_stop_has_no_time(
-    run: Run, place: tuple[Path, Planting], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("killed", [False, True])
+def test_minutes_are_those_of_all_sessions_unless_one_was_killed(
+    run: Run, place: tuple[Path, Planting], monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:
     def stops(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     folder, given = place[0], ("--undesired", place[0] / "bad.jsonl", *OPTIONS)
+    output = f"stopped{killed}"
     with monkeypatch.context() as patch:
         patch.setattr("causalprune.runs.correcting.save", stops)
-        assert fix(run, folder, "stopped", *given)[0] == 130
-    code, out, err = fix(run, folder, "stopped", *given)
+        assert fix(run, folder, output, *given)[0] == 130
+    book, taken = folder / f"{output}.correction" / "sessions.ledger", 0.0
+    if killed:  # nothing was written of how the session ended
+        book.write_bytes(b"".join(book.read_bytes().splitlines(keepends=True)[:-1]))
+    else:
+        begun, taken = read_rows(book).values()
+        assert begun is None
+    code, out, err = fix(run, folder, output, *given)
     assert code == 0, err
     assert "saved: " in out
-    assert "took" not in out
-    assert json.loads((folder / "stopped" / "correction.json").read_text())["minutes"] is None
-    assert run("report", folder / "stopped")[0] == 0
+    assert ("took" in out) == (not killed)
+    minutes = json.loads((folder / output / "correction.json").read_text())["minutes"]
+    assert (minutes is None) == killed
+    assert killed or minutes > taken / 60 > 0
+    assert run("report", folder / output)[0] == 0
+    (_, (odds, *_)), (_, (after, *losses)) = load_rows(folder / output / "correction.json")
+    assert (odds.task, sorted(own.task for own in losses)) == (
+        "bad.jsonl_log_odds",
+        ["gsm8k_nll", "wikitext2_nll"],
+    )
+    assert paired_difference(after, odds).verdict == "better"
+
+
+def test_what_nothing_was_measured_of_is_not_compared(
+    run: Run, place: tuple[Path, Planting], tmp_path: Path
+) -> None:
+    write_json(tmp_path / "results.json", {"rows": [{"label": "dense", "results": []}]})
+    assert_refused(run("compare", tmp_path / "results.json"), "nothing to compare", tmp_path / "no")
 
 
 def test_zeros_of_a_checkpoint_are_united(run: Run, place: tuple[Path, Planting]) -> None:
@@ -196,6 +220,7 @@ def test_what_a_function_says_is_better_where_it_falls(
     (_, (before,)), (_, (after,)) = load_rows(folder / "polite" / "correction.json")
     assert before.description["higher_is_better"] is False
     assert paired_difference(after, before).verdict == "better"
+    assert after.task.endswith("prompts.jsonl_rude")
     (folder / "judging.py").write_text("def rude(texts):\n    return [1 / 0 for text in texts]\n")
     monkeypatch.delitem(sys.modules, "judging")
     assert_refused(fix(run, folder, "rude", *words, *OPTIONS), "rude (judging:rude", folder / "rude")
@@ -206,18 +231,19 @@ def test_a_problem_is_in_one_half_whatever_is_made_of_it(
 ) -> None:
     folder, _ = place
     decoder = load(ModelSpec(str(folder / "model")))
-    study = Study(decoder, CorrectionSpec("rep4"), Settings(), tmp_path, Options(data_dir=folder / "data"))
+    asked = CorrectionSpec("rep4", preserve=("gsm8k:6",))
+    study = Study(decoder, asked, Settings(), tmp_path, Options(data_dir=folder / "data"))
     wanted = CalibrationSpec(("gsm8k",))
-    (drawn,) = to_stay(decoder, {"gsm8k": 6}, study, wanted, cp.silent)
+    (drawn,) = to_stay(study, drawn_for(study, wanted))
     assert sorted(drawn.subset) == [0, 0, 0, 1, 1, 1]
     study.half_of = {example.content: 1 for example in drawn.examples[:5]}
-    (again,) = to_stay(decoder, {"gsm8k": 6}, study, wanted, cp.silent)
+    (again,) = to_stay(study, drawn_for(study, wanted))
     assert again.subset[:5] == (1,) * 5
     assert again.subset[5] == drawn.subset[5]
 
 
 def test_own_answers_that_show_the_behaviour_are_not_to_stay(
-    place: tuple[Path, Planting], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: tuple[Path, Planting], tmp_path: Path
 ) -> None:
     folder, _ = place
     decoder, text = load(ModelSpec(str(folder / "model"))), byte_tokenizer()
@@ -226,14 +252,13 @@ def test_own_answers_that_show_the_behaviour_are_not_to_stay(
         tuple(Example(own, 2, "some.jsonl", f"problem {i}") for i, own in enumerate(rows)), (0, 1, 1)
     )
     drawn = replace(drawn, description={"sources": {"own:gsm8k": 3}})
-    monkeypatch.setattr(correcting, "calibrated", lambda *_, **__: drawn)
     asked = CorrectionSpec(f"phrases:{folder / 'phrases.txt'}", prompts=(str(folder / "prompts.jsonl"),))
     study = Study(decoder, asked, Settings(max_new_tokens=12), tmp_path, Options(data_dir=folder / "data"))
     study.samples()
     with pytest.warns(
         UserWarning, match=r"1 answers of the model's own show phrases:.*: they are not to stay"
     ):
-        (found,) = to_stay(decoder, {"own:gsm8k": 3}, study, CalibrationSpec(("gsm8k",)), cp.silent)
+        (found,) = to_stay(study, [drawn])
     assert [(e.tokens, e.source, e.content) for e in found.examples] == [
         (rows[0], "clean: own:gsm8k", "problem 0"),
         (rows[2], "clean: own:gsm8k", "problem 2"),
@@ -259,6 +284,61 @@ def test_a_plan_loads_nothing(run: Run, place: tuple[Path, Planting]) -> None:
     assert [row["name"] for row in plan["plan"]] == ["texts", "scores", "sizes", "texts and losses after"]
     assert plan["minutes"] > 0
     assert not (folder / "none").exists()
+
+
+def test_what_cannot_be_is_refused_before_the_model_is_loaded_or_writes(
+    run: Run, place: tuple[Path, Planting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = place
+    monkeypatch.setattr("causalprune.runs.correcting.load", None)
+    monkeypatch.chdir(folder)
+    for own, words in (
+        (("--preserve", "gone.jsonl"), "cannot read gone.jsonl"),
+        (("--preserve", "alsonot"), "unknown task 'alsonot'"),
+        (("--preserve", "own:nosuch"), "unknown task 'nosuch'"),
+        (("--preserve", "c4:1"), "c4 has too few samples to be cut into halves"),
+        (("--prompts", "nosuch:3"), "unknown task 'nosuch'"),
+    ):
+        for plan in ((), ("--dry-run",)):
+            outcome = fix(run, folder, "refused", *sought(folder), *OPTIONS, *own, *plan)
+            assert_refused(outcome, words, folder / "refused.correction")
+    with pytest.raises(OptionError, match="as --preserve wikitext2:24"):
+        CorrectionSpec(undesired=folder / "bad.jsonl", preserve=("none",))
+    for own, words in (
+        (("--dtype", "float7"), "unknown dtype 'float7'"),
+        (("--units", "experts"), "no units of kind 'expert'"),
+        (("--budget", "90%"), "more than half of 192 units"),
+        (("--update", "distill", "--dtype", "float16"), "float16"),
+        (("-o", "model"), "exists: choose another folder"),
+    ):
+        outcome = fix(run, folder, "refused", *sought(folder), *OPTIONS, *own, "--dry-run")
+        assert_refused(outcome, words, folder / "refused.correction")
+
+
+def test_what_does_not_fit_is_refused_before_other_texts_are_written(
+    run: Run, place: tuple[Path, Planting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = place
+    monkeypatch.setattr("causalprune.runs.undesired.continued", None)
+    write_jsonl(folder / "endless.jsonl", [{"prompt": "a" * 600}])
+    for own, words in (
+        (("--prompts", folder / "endless.jsonl"), "does not fit into the model's 512 positions"),
+        (("--max-tokens", 16), "ask for fewer or raise the token limit"),
+    ):
+        outcome = fix(run, folder, "fits", *sought(folder), *OPTIONS, *own)
+        assert_refused(outcome, words, folder / "fits.correction")
+
+
+def test_the_command_for_a_smaller_model_is_whole_and_reads_no_data(
+    run: Run, place: tuple[Path, Planting], tmp_path: Path
+) -> None:
+    words = ("shrink", place[0] / "model", "-o", tmp_path / "small", "--by", "magnitude", "--update", "none")
+    code, _, err = run(*words, "--neurons", 0.3333, "--data-dir", tmp_path / "nowhere", "--no-time")
+    assert code == 0, err
+    assert read_manifest(tmp_path / "small")["run"]["shrink"]["by"] == "magnitude"
+    assert "calibration data:" not in (tmp_path / "small" / "README.md").read_text()
+    outcome = run(*words[:3], tmp_path / "other", "--parameters", 0.1, *words[4:], "--data-dir", tmp_path)
+    assert_refused(outcome, "cannot read", tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -293,6 +373,7 @@ def test_a_plan_loads_nothing(run: Run, place: tuple[Path, Planting]) -> None:
         (("--undesired", "BAD", "--preserve", "gsm8k:2", "--preserve", "gsm8k:3"), "a source is named twice"),
         (("--behaviour", "rep4", "--prompts", "gsm8k:2", "--prompts", "gsm8k:3"), "a source is named twice"),
         (("--undesired", "BAD", "--harm", "no nats"), "or as 0.01nats, not 'no nats'"),
+        (("--undesired", "BAD", "--preserve", "none"), "name what is to stay with --preserve"),
         (("--undesired", "BAD", "--budget", "0.01%"), "of 192 units is less than one"),
         (("--undesired", "BAD", "--budget", "60%"), "more than half of 192 units"),
         (("--undesired", "BAD", "--budget", "100%"), "a budget of 100% is all there is"),

@@ -21,11 +21,13 @@ from causalprune.correction.correcting import candidates_of, check_contrast, cor
 from causalprune.correction.evidence import Looking
 from causalprune.correction.records import Contrast, Point
 from causalprune.correction.samples import halves
-from causalprune.correction.telling import for_good, short
+from causalprune.correction.telling import for_good, sentences, short
+from causalprune.evaluation.results import paired_difference
 from causalprune.interventions.units import list_units
 from causalprune.models.anatomy import inspect_model
 from causalprune.pruning import close
-from causalprune.shrinking import Shares, Shrinking, shrink
+from causalprune.runs.undesired import changed
+from causalprune.shrinking import Shares, Shrinking, looks, shrink
 
 PROBLEMS = calibration(tuple((12 + i % 3, 5) for i in range(24)))
 
@@ -79,16 +81,33 @@ def test_what_is_said_to_cost_nothing_costs_nothing(zeros: int, takes: int, rows
                 weight[:, :zeros] = 0
             elif p.place == "mlp":
                 weight[:zeros] *= 9
-    said = for_good(SimpleNamespace(contrast=Contrast()), decoder)  # type: ignore[arg-type]
-    words = said.partition("--neurons ")[2].split()
+    said = for_good(SimpleNamespace(contrast=Contrast()), decoder, Path("a b"))  # type: ignore[arg-type]
+    words = said.partition("shrink 'a b' -o 'a b-small' --neurons ")[2].split()
     assert bool(words) == bool(takes)
     if takes:
         tokens = torch.tensor([PROBLEMS.examples[0].tokens])
         before = decoder.model(tokens).logits  # as `shrink` changes the model
         how = Shrinking("magnitude", "none")
-        found = shrink(decoder, Shares(neurons=float(words[0])), PROBLEMS, how, stage=cp.quiet)
+        shares, nothing = Shares(neurons=float(words[0])), Calibration((), ())
+        assert not looks(shares, how)
+        found = shrink(decoder, shares, nothing, how, stage=cp.quiet)
         assert found.decoder.model.config.intermediate_size == 128 - takes
         torch.testing.assert_close(found.decoder.model(tokens).logits, before)
+
+
+def test_one_sample_has_no_interval() -> None:
+    decoder, planting = built(2)
+    bad, good = samples(planting)
+    found = correct(decoder, bad, good[:6:2], Contrast(budget=2, harm=math.inf), stage=cp.quiet)
+    assert [own for own in sentences(found) if "(one example: no interval) nats per token" in own]
+    (odds, loss), (after, _) = found.pairs
+    assert (len(odds.values), len(loss.values)) == (6, 1)
+    own = paired_difference(after, odds)
+    assert own.difference == pytest.approx(-found.after.benefit.value)
+    one, other = (
+        replace(odds, values=own.values[:1], weights=(1.0,), examples=("a",)) for own in (odds, after)
+    )
+    assert "(one example: no interval) on the 1 prompts" in changed(one, other)
 
 
 def test_weights_are_those_that_become_zero() -> None:

@@ -130,7 +130,7 @@ def correct(
     reading: opt.ReadingOptions = opt.ReadingOptions(max_tokens=1024),
     running: opt.RunningOptions = opt.RunningOptions(),
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the options, print what it costs, load nothing.")
+        bool, typer.Option("--dry-run", help="Check all that goes without weights, print what it costs.")
     ] = False,
     overwrite: opt.Overwrite = False,
     as_json: AsJson = False,
@@ -144,14 +144,13 @@ def correct(
 
     own = asdict(samples) | {"prompts": tuple(samples.prompts), "preserve": tuple(samples.preserve)}
     asked = CorrectionSpec(**own, contrast=contrast.spec())
-    spec = model.spec()
+    spec, wanted = model.spec(), reading.spec(["gsm8k"])
+    options = running.options(reading.data_dir, overwrite=overwrite)
     if dry_run:
-        jobs, seconds = planned_correction(spec, asked)
+        jobs, seconds = planned_correction(spec, asked, output, options)
         console.print(showing.prices(jobs, seconds))
         document(as_json, plan=[asdict(job) for job in jobs], minutes=seconds / 60)
         return
-    wanted = reading.spec(["gsm8k"])
-    options = running.options(reading.data_dir, overwrite=overwrite)
     fixed = correct_checkpoint(spec, asked, wanted, output, options)
     console.print(showing.correction(fixed.corrected))
     for line in fixed.sentences:

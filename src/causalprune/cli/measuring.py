@@ -303,6 +303,8 @@ def compare(
     from causalprune.evaluation import load_rows, read_json, record_file
 
     rows = [row for path in results for row in load_rows(path)]
+    if not any(measured for _, measured in rows):
+        raise OptionError(f"nothing to compare: {', '.join(map(str, results))} has no results")
     records = (read_json(record_file(path)) for path in results)
     sizes = [size for record in records for size in tables.sizes(record)]
     table = tables.comparison(rows, against=against, sizes=sizes)

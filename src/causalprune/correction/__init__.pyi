@@ -17,6 +17,9 @@ from .correcting import (
     check_contrast as check_contrast,
 )
 from .correcting import (
+    check_parts as check_parts,
+)
+from .correcting import (
     correct as correct,
 )
 from .records import (
@@ -27,6 +30,9 @@ from .records import (
 )
 from .records import (
     Corrected as Corrected,
+)
+from .samples import (
+    FEWEST as FEWEST,
 )
 from .samples import (
     halves as halves,

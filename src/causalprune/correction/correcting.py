@@ -23,14 +23,13 @@ from causalprune.core import (
     OptionError,
     Stage,
     State,
-    Unit,
     bars,
     free_bytes,
     say,
 )
 from causalprune.correction.candidates import Candidates, Chosen, Units, Weights
 from causalprune.correction.evidence import Looking
-from causalprune.correction.measuring import Trials, named
+from causalprune.correction.measuring import Trials, named, per_sample
 from causalprune.correction.records import Contrast, Corrected, Point
 from causalprune.correction.samples import Given, Half, halves
 from causalprune.correction.scores import ACTIVE
@@ -81,8 +80,7 @@ def correct(
     told = {"chooses": chooses.described(), "decides": decides.described()}
     identity = {"model": model, "halves": told, **{key: getattr(contrast, key) for key in MEASURED}}
     slopes = [identity, *(getattr(contrast, key) for key in SLOPES)]
-    place = hashlib.sha256(repr(slopes).encode()).hexdigest()[:8]
-    stage = stage or bars
+    place, stage = hashlib.sha256(repr(slopes).encode()).hexdigest()[:8], stage or bars
     with _ledger(folder, identity) as book:
         state = State(folder and folder / f"{SCORES}-{place}", slopes)
         trials = Trials(decoder, decides, contrast.max_batch_tokens, book)
@@ -100,15 +98,15 @@ def correct(
         round_as_written(decoder)
         with stage("after") as tell:
             say(tell, unit="tokens")
-            after = search.of(trials.now(f"after-{which}", tell), chosen, point.round, point.predicted)
+            now = trials.now(f"after-{which}", tell)
+            after = search.of(now, chosen, point.round, point.predicted)
+    pairs = per_sample(decoder, decides, search.intact), per_sample(decoder, decides, now)
     _check_written(decoder, contrast, after)
-    members: tuple[Unit, ...] = ()
-    if isinstance(candidates, Units):
-        members = tuple(candidates.units[number] for number in chosen.tolist())
+    members = tuple(candidates.units[n] for n in chosen.tolist()) if isinstance(candidates, Units) else ()
     each = {(own.count, own.benefit.value): own for own in search.curve}  # rounds may come to the same set
     curve = tuple(sorted(each.values(), key=lambda own: own.count))
     point = each[point.count, point.benefit.value]
-    return Corrected(contrast, keep, point, after, curve, members, candidates.count, told, model)
+    return Corrected(contrast, keep, point, after, curve, members, candidates.count, told, model, pairs)
 
 
 def check_contrast(decoder: Decoder, contrast: Contrast) -> None:
@@ -120,11 +118,16 @@ def check_contrast(decoder: Decoder, contrast: Contrast) -> None:
     """
     if decoder.offloaded:
         raise ModelError(f"{decoder.name} is not all in memory, and has to be while its parts are closed")
+    if contrast.update == "distill":
+        check_dtypes(decoder)
+    check_parts(decoder, contrast)
+
+
+def check_parts(decoder: Decoder, contrast: Contrast) -> None:
+    """Raise as `check_contrast` does for parts that a model does not have, weights or none."""
     if contrast.estimator == "relevance":
         with ruled(decoder):
             pass
-    if contrast.update == "distill":
-        check_dtypes(decoder)
     if contrast.weights:
         count = sum(p.size for p in decoder.projections)
         takes, free = TABLES * 4 * count, free_bytes(torch.device("cpu"))

@@ -12,9 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from causalprune.calibration import batches
-from causalprune.core import Batch, Decoder, Ledger, ModelError, Progress, silent
+from causalprune.core import METHOD_VERSION, Batch, Decoder, EvalResult, Ledger, ModelError, Progress, silent
+from causalprune.correction.behaviours import CLEAN
 from causalprune.correction.candidates import Candidates, Chosen, Rows
 from causalprune.correction.samples import Half
+from causalprune.correction.telling import short
 from causalprune.interventions import (
     LayerInputs,
     by_row,
@@ -112,6 +114,23 @@ class Trials:
                         self._book.append(key, values)
                 done += int(batch.lengths.sum())
                 tell(done, self.tokens)
+
+
+def per_sample(decoder: Decoder, half: Half, found: Measured) -> tuple[EvalResult, ...]:
+    """Return what was measured of every sample, by source: log-odds, losses, and of clean texts their divergence."""
+    told = {"model": decoder.name, "method_version": METHOD_VERSION, "higher_is_better": False}
+    each = [("log_odds", e, value) for e, value in zip(half.undesired, found.odds.tolist(), strict=True)]
+    for example, nats, kl in zip(half.preserve, found.nats.tolist(), found.kl.tolist(), strict=True):
+        clean = example.source.startswith(CLEAN)
+        each.append(("kl" if clean else "nll", example, kl if clean else nats))
+    results = []
+    for kind, source in dict.fromkeys((kind, example.source) for kind, example, _ in each):
+        own = [(e.content, value) for what, e, value in each if (what, e.source) == (kind, source)]
+        contents, values = zip(*own, strict=True)
+        metric = kind if kind == "log_odds" else "nats_per_token"
+        name, weights = f"{short(source)}_{kind}", (1.0,) * len(own)  # a mean over samples, as harm is
+        results.append(EvalResult(name, metric, values, weights, contents, description=told))
+    return tuple(results)
 
 
 def check_finite(decoder: Decoder, what: str, values: Float[Tensor, "*any"]) -> None:

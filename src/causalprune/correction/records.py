@@ -7,7 +7,7 @@ from typing import Any
 
 from causalprune.attribution import Estimator
 from causalprune.circuits import Value
-from causalprune.core import METHOD_VERSION, Masks, OptionError, Shown, Unit, unknown
+from causalprune.core import METHOD_VERSION, EvalResult, Masks, OptionError, Shown, Unit, unknown
 from causalprune.correction.scores import ACTIVE, SCORES
 from causalprune.pruning import Update
 
@@ -149,7 +149,8 @@ class Corrected(Shown):
 
     `keep[name]` is True where a weight stays, on top of what was zero before. `curve` has all that was measured on the way,
     `chosen` what was taken, before an update; `after` what the model does now. `members` are the units that went, none for
-    single weights. `halves` say by number and hash which samples chose and which decided.
+    single weights. `halves` say by number and hash which samples chose and which decided; `pairs` are the values of each of the
+    latter, before and after.
     """
 
     contrast: Contrast
@@ -161,6 +162,7 @@ class Corrected(Shown):
     candidates: int
     halves: Mapping[str, Any]
     model_fingerprint: str
+    pairs: tuple[tuple[EvalResult, ...], tuple[EvalResult, ...]] = ((), ())
     effects: None = None
 
     @property

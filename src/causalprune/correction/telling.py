@@ -1,6 +1,7 @@
 """What is to be said of a correction, in sentences."""
 
 import math
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from causalprune.calibration import OWN
 from causalprune.core import Decoder
 from causalprune.correction.behaviours import CLEAN
 from causalprune.correction.records import Corrected
+from causalprune.evaluation import bracketed
 from causalprune.shrinking import step_of
 
 
@@ -48,8 +50,8 @@ def short(source: str) -> str:
     return head + Path(source.removeprefix(head)).name
 
 
-def for_good(found: Corrected, decoder: Decoder) -> str:
-    """Return in words how neurons that are zero can leave the model; empty where there are none."""
+def for_good(found: Corrected, decoder: Decoder, place: Path) -> str:
+    """Return in words how neurons that are zero can leave the model, which is saved at a place; empty where there are none."""
     if found.contrast.damp:
         return ""
     layers, total = Counter[int](), 0
@@ -66,9 +68,10 @@ def for_good(found: Corrected, decoder: Decoder) -> str:
     steps = {layer: step_of("neurons", width) for layer, width in widths.items()}
     share = min(layers[layer] // steps[layer] * steps[layer] / width for layer, width in widths.items())
     if share > 0 and len(set(widths.values())) == 1:
+        names = " -o ".join(shlex.quote(f"{place}{end}") for end in ("", "-small"))
         return (
-            f"{said}: `causalprune shrink --neurons {share:.6g} --by magnitude --update none` takes {share:.1%} of each layer out "
-            "without loss"
+            f"{said}: `causalprune shrink {names} --neurons {share:.6g} --by magnitude --update none` takes {share:.1%} of each "
+            "layer out without loss"
         )
     return (
         f"{said}; `causalprune shrink` takes as many of every layer, {max(steps.values())} at a time, which not all layers have: "
@@ -78,4 +81,4 @@ def for_good(found: Corrected, decoder: Decoder) -> str:
 
 def _record(own: Any, sign: int = 1) -> str:
     low, high = sorted((sign * own.low, sign * own.high))
-    return f"{sign * own.value:+.3g} [{low:+.3g}, {high:+.3g}]"
+    return f"{sign * own.value:+.3g} {bracketed(low, high)}"

@@ -104,8 +104,7 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | str | None = None) ->
     scorers = load_scorers(recipe.scorers)
     check_tasks(recipe.on, scorers)
     recipe = with_general_text(recipe, folder, data_dir)
-    device = device_of(recipe.model.device)  # a GPU may be where the plan is carried out
-    check_options(recipe.model.dtype, "meta" if device.startswith("cuda") else device)
+    check_loading(recipe.model)
     if not folder.exists():
         check_destination(folder)
     shape = recipe.shape or _read_shape(recipe.model)
@@ -146,6 +145,12 @@ def plan(recipe: Recipe, folder: Path, *, data_dir: Path | str | None = None) ->
         disk_bytes=kept * size * 1.07,
         folder=folder,
     )
+
+
+def check_loading(spec: ModelSpec) -> None:
+    """Raise `OptionError` for a type or a device that cannot be; a GPU may be where a plan is carried out."""
+    device = device_of(spec.device)
+    check_options(spec.dtype, "meta" if device.startswith("cuda") else device, spec.attention)
 
 
 def size_bytes(spec: ModelSpec, parameters: float) -> float:

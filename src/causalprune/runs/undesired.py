@@ -28,10 +28,12 @@ from causalprune.evaluation import (
     Settings,
     Written,
     begin,
+    bracketed,
     continued,
     headline,
     paired_difference,
     reader_for,
+    room_for,
 )
 from causalprune.models import positions
 from causalprune.runs.single import Options
@@ -77,6 +79,10 @@ class CorrectionSpec:
         if self.behaviour is not None:
             sought(self.behaviour, self.bar)
         _each_once(self.prompts)
+        if "none" in self.preserved or (self.undesired is not None and not self.preserved):
+            raise OptionError(
+                "--preserve none is for a --behaviour, and alone: name what is to stay with --preserve, as --preserve wikitext2:24"
+            )
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -120,10 +126,7 @@ class Study:
             given = taken(reader, str(asked.undesired), "calibration", None)
             return Calibration(tuple(given), ()), Calibration((), ())
         self.wanted = sought(str(asked.behaviour), asked.bar)
-        for word in asked.asked:
-            name, count = with_limit(word)
-            own = dataclasses.replace(self.settings, limit=count)
-            begun = begin(self.decoder, name, "calibration", own)
+        for name, begun in _starts(self.decoder, asked, self.settings).items():
             with self.options.stage(f"texts of {name}") as tell:
                 say(tell, unit="texts")
                 written = self._written(name, begun, tell)
@@ -253,6 +256,16 @@ class Study:
         return {**about, "continuations": counts, "preserved": asked.preserved}
 
 
+def _starts(decoder: Decoder, asked: CorrectionSpec, settings: Settings) -> dict[str, Begun]:
+    """Return what the model goes on from, source by source, where all of it is there and fits."""
+    found = {}
+    for name, count in map(with_limit, asked.asked):
+        own = dataclasses.replace(settings, limit=count, max_new_tokens=asked.new_tokens)
+        found[name] = begin(decoder, name, "calibration", own)
+        room_for(decoder, name, max(map(len, found[name][1])), own, thinking=False)
+    return found
+
+
 def part(written: Written, half_of: Mapping[str, int], half: int) -> Written:
     """Return the continuations of the prompts of a half."""
     inside = [half_of[problem.content] == half for problem in written.problems]
@@ -274,5 +287,5 @@ def changed(before: EvalResult, after: EvalResult) -> str:
     own = paired_difference(after, before)
     return (
         f"{short(before.task)}: {headline(before):.3g} before, {headline(after):.3g} after, difference {own.difference:+.3g} "
-        f"[{own.low:+.3g}, {own.high:+.3g}] on the {own.n} prompts of the deciding half"
+        f"{bracketed(own.low, own.high, own.n)} on the {own.n} prompts of the deciding half"
     )
