@@ -18,7 +18,7 @@ from causalprune.correction.measuring import Trials
 from causalprune.correction.records import Contrast, Point
 from causalprune.correction.samples import halves
 from causalprune.correction.scores import SCORES, Score
-from causalprune.correction.search import NONE, TRIES, Search
+from causalprune.correction.search import NONE, TRIES, Search, _spared
 
 
 def search(**own: object) -> Search:
@@ -69,8 +69,9 @@ def test_neurons_go_where_heads_do_too_much(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_does_less_harm_is_tried_first() -> None:
     own = search(budget=1)
     order = own.ranked(NONE, 1, 0.0, own.candidates.count)[0]
-    harm = own._gathered["harm", "preserve"].amax(0)
-    after = own._spared(order[:1], order[1:])
+    assert own._harm is not None
+    harm = own._harm.amax(0)
+    after = _spared(own._harm, order[:1], order[1:])
     less = int((harm[after] < harm[order[0]]).sum())
     assert 0 < less < len(after)
     assert bool((harm[after[:less]] < harm[order[0]]).all())

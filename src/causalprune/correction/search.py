@@ -1,7 +1,7 @@
 """Which candidates go: scored in rounds, as many as the measured harm allows, found by halving."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
@@ -121,49 +121,23 @@ class Search:
                 tell(len(found), len(found) + math.ceil(math.log2(max(left, 1))))
                 return self._worst(point) <= turn.limit
 
-            def largest(low: int) -> int:
-                high = max(min(len(order), room), low)
-                if high == low or fits(high, high - low):
-                    return high
-                while high - low > max(1, turn.apart * low):
-                    middle = min(max(round(math.sqrt(max(low, 1) * high)), low + 1), high - 1)
-                    low, high = (middle, high) if fits(middle, high - low) else (low, middle)
-                return low
-
-            if not largest(0) and min(len(order), room) and turn.number == self.how.rounds:
-                order = self._others(members, order[:1], turn.number)
+            if _largest(fits, 0, min(len(order), room), turn.apart) or not room or not len(order):
+                return found
+            if turn.number == self.how.rounds:
+                every, _ = self.ranked(members, turn.number, 0.0, self.most + OTHERS)
+                order = _spared(self._harm, order[:1], every[every != order[:1]])
                 for _ in range(min(TRIES, len(order))):
-                    harms = self._expected(order, predicted)
+                    harms = _expected(self._harm, order, predicted)
                     if fits(1, TRIES):
-                        largest(1)
+                        _largest(fits, 1, min(len(order), room), turn.apart)
                         break
-                    order = self._spared(order[:1], order[1:])
+                    order = _spared(self._harm, order[:1], order[1:])
         return found
 
-    def _others(self, members: Chosen, first: Chosen, number: int) -> Chosen:
-        """Return candidates that may go in place of the first one, in the order in which they are tried."""
-        every, _ = self.ranked(members, number, 0.0, self.most + OTHERS)
-        return self._spared(first, every[every != first])
-
-    def _spared(self, failed: Chosen, order: Chosen) -> Chosen:
-        """Return an order with those in front of which less harm is expected than of one that does too much."""
-        harm = self._gathered.get(HARM)
-        if harm is None:
-            return order
-        less = harm[:, order].amax(0) < harm[:, failed].amax(0)
-        return torch.cat([order[less], order[~less]])
-
-    def _expected(self, order: Chosen, before: float) -> Float[Tensor, "_"]:
-        """Return the divergence expected of the first candidates of an order, NaN where none is."""
-        harm = self._gathered.get(HARM)
-        if harm is None:
-            return torch.full((len(order),), math.nan)
-        return before + harm[:, order].cumsum(1).amax(0)
-
     @property
-    def _gathered(self) -> dict[Need, Tensor]:
+    def _harm(self) -> Tensor | None:
         assert self._known is not None
-        return self._known[1]
+        return self._known[1].get(HARM)
 
     def ranked(
         self, members: Chosen, number: int, before: float, most: int | None = None
@@ -179,7 +153,7 @@ class Search:
                 check_finite(self.candidates.decoder, "scores", own)
             self._known = closed, {need: own * self._part.get(need, 1.0) for need, own in gathered.items()}
         limit = self.how.limit_nats if math.isfinite(self.how.limit_nats) else FREE
-        known = Known(self._gathered, self.candidates.magnitude, limit / self.most, self.how.seed)
+        known = Known(self._known[1], self.candidates.magnitude, limit / self.most, self.how.seed)
         worth = score.of(known).clone()
         worth[~self.candidates.alive] = -torch.inf
         worth[members] = -torch.inf
@@ -190,7 +164,7 @@ class Search:
             raise OptionError(
                 "closing no candidate is expected to lower the log-odds of what is undesired: give other samples, or other units"
             )
-        return order, self._expected(order, before)
+        return order, _expected(self._harm, order, before)
 
     def point(self, chosen: Chosen, number: int, predicted: float) -> Point:
         """Measure the model without some candidates."""
@@ -211,6 +185,31 @@ class Search:
             _by_source(sources, found.kl),
             predicted,
         )
+
+
+def _largest(fits: Callable[[int, int], bool], low: int, high: int, apart: float) -> int:
+    """Measure numbers above one that fits, and return the largest that is known to; `fits` is told how many are left too."""
+    if high <= low or fits(high, high - low):
+        return max(high, low)
+    while high - low > max(1, apart * low):
+        middle = min(max(round(math.sqrt(max(low, 1) * high)), low + 1), high - 1)
+        low, high = (middle, high) if fits(middle, high - low) else (low, middle)
+    return low
+
+
+def _spared(harm: Tensor | None, failed: Chosen, order: Chosen) -> Chosen:
+    """Return an order with those in front of which less harm is expected than of one that does too much."""
+    if harm is None:
+        return order
+    less = harm[:, order].amax(0) < harm[:, failed].amax(0)
+    return torch.cat([order[less], order[~less]])
+
+
+def _expected(harm: Tensor | None, order: Chosen, before: float) -> Float[Tensor, "_"]:
+    """Return the divergence expected of the first candidates of an order, NaN where none is."""
+    if harm is None:
+        return torch.full((len(order),), math.nan)
+    return before + harm[:, order].cumsum(1).amax(0)
 
 
 def _by_source(sources: Sequence[str], values: Float[Tensor, "example"]) -> dict[str, Value]:
