@@ -79,15 +79,14 @@ def test_by_the_loss_what_a_circuit_lacks_comes_to_the_front_too(paired: bool) -
     assert int(moves.argmax()) == hinders
 
 
-def test_a_unit_that_would_carry_the_loss_out_on_the_other_side_stays() -> None:
-    """A circuit that loses 0.05 nats less than the model is not nearer to it without a neuron that is worth 3."""
-    slopes, change = torch.tensor([[-3.0], [-3.0], [0.02], [-0.02]]), torch.tensor([-0.05])
-    keeps = torch.tensor([[True, False, True, True]])
-    found = learning._to_either_side(slopes, change, keeps)
-    flipped = torch.where(keeps.T, change - slopes, change + slopes).abs() - change.abs()
-    torch.testing.assert_close(found, torch.where(keeps.T, -flipped, flipped))
-    assert found[:, 0].sign().tolist() == [-1, 1, -1, 1]  # negative: the gate is better open
-    torch.testing.assert_close(found[2:], slopes[2:] * change.sign())  # small ones: the slope of the size
+def test_by_the_loss_what_a_behaviour_hangs_on_does_not_fall_far() -> None:
+    """A circuit that loses a little less than the model is not nearer to it without a neuron that is worth 3 nats."""
+    slopes, keeps = torch.tensor([[-3.0], [-1.0], [0.02], [-0.02]]), torch.tensor([[True, False, True, True]])
+    rises = learning._to_either_side(slopes, torch.tensor([-0.05]), keeps)
+    torch.testing.assert_close(rises[:, 0], torch.tensor([-2.9, 1.0, -0.02, 0.02]))  # negative: better open
+    falls = learning._to_either_side(slopes, torch.tensor([-4.0]), keeps)[:, 0]
+    typical = torch.tensor([3.0, 1.0, 0.02, 0.02]).square().mean().sqrt()
+    torch.testing.assert_close(falls, torch.tensor([typical, 1.0, -0.02, 0.02]))
 
 
 def with_wrong(example: Example, other: Example) -> Example:

@@ -152,11 +152,13 @@ def _to_either_side(
 ) -> Float[Tensor, "unit problem"]:
     """Return by how much the size of a change rises between a closed gate and an open one, from slopes of the change itself.
 
-    A unit that would carry the change past zero and out on the other side is not better gone: the slope of the size alone would
-    throw out what a behaviour hangs on as soon as the circuit does a little better than the model.
+    Where a circuit does better than the model, as what hinders is not in yet, the slope of the size alone would throw out what the
+    behaviour hangs on, which is worth most. So what carries a change past zero counts by where it ends, and no unit falls faster
+    than the root mean square of all.
     """
     size = change.abs()
-    return torch.where(keeps.T, size - (change - slopes).abs(), (change + slopes).abs() - size)
+    found = torch.where(keeps.T, size - (change - slopes).abs(), (change + slopes).abs() - size)
+    return found.minimum(found.square().mean(0).sqrt())
 
 
 def _slopes(
