@@ -21,10 +21,10 @@ from causalprune.core import Batch, Calibration, Decoder, Ledger, OptionError, U
 from causalprune.interventions import (
     Parts,
     Site,
+    check_ruled,
     grouped_by_effect,
     list_units,
     neuron_effects,
-    ruled,
     sites,
 )
 from causalprune.models import fingerprint
@@ -57,8 +57,7 @@ class Plan:
         if ablation == "counterfactual" and any(e.counterfactual is None for e in self.calibration.examples):
             raise OptionError(UNPAIRED)
         if how.name == "relevance":
-            with ruled(self.decoder):  # names what has no rule, before anything is measured or written
-                pass
+            check_ruled(self.decoder)
         if self.budget_tokens < self.expansion_tokens:
             most, budget = (self.naive_tokens / own for own in (self.expansion_tokens, self.budget_tokens))
             raise OptionError(

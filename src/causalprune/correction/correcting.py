@@ -34,7 +34,7 @@ from causalprune.correction.records import Contrast, Corrected, Point
 from causalprune.correction.samples import Given, Half, halves
 from causalprune.correction.scores import ACTIVE
 from causalprune.correction.search import Search
-from causalprune.interventions import Site, grouped_by_effect, list_units, ruled
+from causalprune.interventions import Site, check_ruled, grouped_by_effect, list_units
 from causalprune.models import fingerprint
 from causalprune.pruning import Repair, check_dtypes, remove
 
@@ -126,8 +126,7 @@ def check_contrast(decoder: Decoder, contrast: Contrast) -> None:
 def check_parts(decoder: Decoder, contrast: Contrast) -> None:
     """Raise as `check_contrast` does for parts that a model does not have, weights or none."""
     if contrast.estimator == "relevance":
-        with ruled(decoder):
-            pass
+        check_ruled(decoder)
     if contrast.weights:
         count = sum(p.size for p in decoder.projections)
         takes, free = TABLES * 4 * count, free_bytes(torch.device("cpu"))

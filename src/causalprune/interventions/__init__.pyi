@@ -118,6 +118,9 @@ from .losses import (
 from .losses import (
     targets as targets,
 )
+from .lrp import (
+    check_ruled as check_ruled,
+)
 from .lrp import relevance as relevance
 from .lrp import (
     ruled as ruled,

@@ -118,6 +118,12 @@ class _Squashed(TorchFunctionMode):
         return output
 
 
+def check_ruled(decoder: Decoder) -> None:
+    """Raise `ModelError` for a model with a module that has no rule; it is named."""
+    with ruled(decoder):
+        pass
+
+
 def _rule_of(name: str, module: nn.Module) -> Any:
     """Return the hook of a module of its kind, None where gradients go back as they are."""
     kind = type(module).__name__
