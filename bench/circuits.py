@@ -87,8 +87,8 @@ GRID = {
 DRAWS = {(units, method): 2 for units in ("neurons:1", "heads") for method in (DEFAULT, "gradient", "random")}
 """Draws of the problems that score; one of the other methods."""
 PLANTED = (3.0, 1.0, 0.3, 0.1, 0.05)
-PLANTINGS = {"smollm2": 1, "qwen": 0}
-"""Of each strength; three more, and the second model, were cut."""
+PLANTINGS = {"smollm2": 2, "qwen": 0}
+"""Of each strength, the first of which chooses; the second model was cut."""
 PAIRED = {"smollm2": ("learned", "integrated x3", "integrated", "gradient", "relevance", "random")}
 SHORT = ("learned", "gradient", "random")
 """Methods for pairs, and those for larger models: the others were cut there."""
