@@ -41,6 +41,7 @@ static: $(INSTALLED)  ## format, lint, types and bandit
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file bench/mypy.ini
 	$(BIN)/bandit -q -r src -c pyproject.toml
 
 sweep: $(INSTALLED)  ## every type of model that transformers knows, tiny, from end to end (ten minutes to an hour)

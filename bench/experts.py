@@ -26,7 +26,7 @@ TOKENS, LENGTH, VOCAB = 2000, 250, 512
 def model(layers: int, seed: int) -> Any:
     """Return a decoder with 64 experts a layer, hidden 256, width 128."""
     torch.manual_seed(seed)
-    config = Qwen3MoeConfig(
+    config = Qwen3MoeConfig(  # type: ignore[call-arg]
         vocab_size=VOCAB, hidden_size=256, moe_intermediate_size=128, intermediate_size=128, num_experts=64,
         num_experts_per_tok=8, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4, head_dim=64,
     )  # fmt: skip

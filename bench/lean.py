@@ -5,7 +5,8 @@
 
 Steps: bytes (of training, for each weight), smollm2, gemma, qwen (both builds in turn on 48 problems, and with text of the
 model's own preserved: time and loss), more (problems in the time of the build before), stream (from files against in memory), large
-(a step of training in the shape of Llama 3 8B), kills, draws (defaults against SparseGPT over five draws of problems), pattern (2:4).
+(a step of training in the shape of Llama 3 8B), kills, draws (defaults against SparseGPT over five draws of problems), pattern (2:4),
+mix (calibrated on four sources), solved (answers of Qwen2.5-Coder-0.5B, calibrated on its own).
 """
 
 import gc
@@ -17,6 +18,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ from causalprune.checkpoints.saving import save
 from causalprune.core.places import cache_folder
 from causalprune.core.provenance import peak_bytes
 from causalprune.core.resuming import State
-from causalprune.core.types import EvalResult, Example
+from causalprune.core.types import Decoder, EvalResult, Example
 from causalprune.evaluation.measures import evaluate
 from causalprune.evaluation.results import headline, paired_difference
 from causalprune.evaluation.settings import Settings
@@ -62,6 +64,10 @@ MODELS = {"smollm2": ("embedded", "auto"), "gemma": ("gemma", "float32"), "qwen"
 BUILDS = {"smollm2": ("ours", "before", "preserve")}
 """What prunes a model, in turn, once each where three times were asked for; with text of its own no figure asks for the others."""
 PROBLEMS, DRAWS = 48, 5
+METHODS = ("causal", "sparsegpt")
+MIX = ("gsm8k", "strategyqa", "arc_challenge", "wikitext2")
+MIX_ONS = ("gsm8k_nll:200", "arc_challenge_nll:200", "strategyqa_nll:200", "wikitext2_ppl:40000")
+ANSWERS, ANSWERED_DRAWS = "gsm8k_answers:800", 3
 ONS = ("gsm8k_nll:200", "wikitext2_ppl:40000")
 COMMAND = "from causalprune.cli import main; main()"
 SHORT = 64, 128
@@ -278,7 +284,7 @@ def step_from_files(folder: Path) -> None:
     """Train a model in files for a step, and print the most bytes that were resident."""
     stored = open_checkpoint(folder)
     _, sources = files._opened(folder, stored, Store(0, lambda *now: None))  # noqa: SLF001 (one step, and nothing before it)
-    with files._residence(folder, sources, stored, head=True) as residence, one_round():  # noqa: SLF001
+    with files._residence(folder, sources, stored, torch.device("cpu"), head=True) as residence, one_round():  # noqa: SLF001
         state = State(folder.with_name("copies"), needed=True)
         copies, hidden = Copies(state, residence), HiddenStates(2.0**30, folder.parent)
         followed = training.lessons(residence.decoder, two(), 64, hold=hidden.keep)
@@ -327,11 +333,74 @@ def against(name: str, methods: tuple[str, str], sparsity: float | None, draws: 
 
 def drawn(method: Method, seed: int) -> tuple[list[float], float]:
     """Return the losses and the perplexity after pruning the embedded model by a method, with a draw of problems."""
-    decoder = load_embedded("embedded", device="cpu")
-    wanted = CalibrationSpec(("gsm8k",), n=PROBLEMS, seed=seed).settled(writes_own(method))
-    prune(decoder, method, calibration=calibrated(decoder, wanted, data_folder()))
-    losses, text = evaluate(decoder, ONS, Settings(data_dir=data_folder()))
+    wanted = CalibrationSpec(("gsm8k",), n=PROBLEMS, seed=seed)
+    losses, text = halved(load_embedded("embedded", device="cpu"), method, wanted, ONS)
     return list(losses.values), headline(text)
+
+
+def halved(
+    decoder: Decoder, method: Method, wanted: CalibrationSpec, on: tuple[str, ...]
+) -> list[EvalResult]:
+    """Return what is measured after pruning a model by a method, with what the method preserves by default."""
+    prune(
+        decoder,
+        method,
+        calibration=calibrated(decoder, wanted.settled(writes_own(method)), data_folder()),
+    )
+    return evaluate(decoder, on, Settings(data_dir=data_folder()))
+
+
+def results(row: str, make: Callable[[], list[EvalResult]]) -> list[EvalResult]:
+    """Return the results of a row, which is measured once and kept without its texts."""
+    found = kept(row, lambda: [asdict(replace(own, texts=(), prompts=(), golds=())) for own in make()])
+    return [EvalResult(**own) for own in found]
+
+
+def mix() -> Found:
+    """Calibrate on four sources and count the losses, each of one source's, that are better than SparseGPT's by interval."""
+    rows = {name: results(f"lean/mix-{name}", partial(mixed, parse_method(name, 0.5))) for name in METHODS}
+    pairs = {own.task: paired_difference(own, other) for own, other in zip(*rows.values(), strict=True)}
+    figures = {"mix_losses_better_than_sparsegpt": sum(own.verdict == "better" for own in pairs.values())}
+    values = {name: {own.task: headline(own) for own in row} for name, row in rows.items()}
+    raw = {"values": values, "causal - sparsegpt": {task: vars(own) for task, own in pairs.items()}}
+    return {"figures": figures, "raw": raw}
+
+
+def mixed(method: Method) -> list[EvalResult]:
+    """Return what is measured of the embedded model after pruning it by a method, with examples of four sources."""
+    decoder = load_embedded("embedded", device="cpu")
+    return halved(decoder, method, CalibrationSpec(MIX, n=64), MIX_ONS)
+
+
+def solved() -> Found:
+    """Let Qwen2.5-Coder-0.5B solve problems, whole and pruned by two methods with answers of its own to some draws of problems."""
+    (dense,) = results("lean/solved-dense", lambda: answered(None, 0))
+    shares: dict[str, list[EvalResult]] = {name: [] for name in METHODS}
+    for seed in range(ANSWERED_DRAWS):
+        for name in METHODS:
+            method = parse_method(name, 0.5)
+            shares[name] += results(f"lean/solved-{name}-{seed}", partial(answered, method, seed))
+            print("solved", name, seed, headline(shares[name][-1]) / headline(dense), flush=True)
+    own, other = (np.mean([one.values for one in shares[name]], 0) for name in METHODS)
+    at = np.random.default_rng(0).integers(len(own), size=(10_000, len(own)))
+    apart = np.percentile((own - other)[at].mean(1), (2.5, 97.5)).tolist()
+    figures = {
+        "qwen_solved_share_50": float(own.mean()) / headline(dense),
+        "qwen_solved_share_50_sparsegpt": float(other.mean()) / headline(dense),
+        "qwen_solved_minus_sparsegpt_low": apart[0],
+    }
+    values = {name: [list(one.values) for one in row] for name, row in shares.items()}
+    raw = {"dense": list(dense.values), "solved": values, "interval of causal - sparsegpt": apart}
+    return {"figures": figures, "raw": raw}
+
+
+def answered(method: Method | None, seed: int) -> list[EvalResult]:
+    """Return which problems Qwen2.5-Coder-0.5B solves, whole or after pruning with a draw of problems and its own answers to them."""
+    model, dtype = MODELS["qwen"]
+    decoder = load(str(fetched(model)), dtype=dtype, device="cpu")
+    if method is None:
+        return evaluate(decoder, [ANSWERS], Settings(data_dir=data_folder()))
+    return halved(decoder, method, CalibrationSpec(("own:gsm8k",), n=PROBLEMS, seed=seed), (ANSWERS,))
 
 
 STEPS: dict[str, Callable[[], Found]] = {
@@ -342,9 +411,11 @@ STEPS: dict[str, Callable[[], Found]] = {
     "stream": stream,
     "large": large,
     "gemma": partial(builds, "gemma"),
-    "draws": partial(against, "rise_over_sparsegpt_50", ("causal", "sparsegpt"), 0.5, DRAWS),
+    "draws": partial(against, "rise_over_sparsegpt_50", METHODS, 0.5, DRAWS),
     "pattern": partial(against, "causal_24_rise_over_sparsegpt_24", ("causal:2:4", "sparsegpt:2:4"), None, 1),
+    "mix": mix,
     "qwen": partial(builds, "qwen"),
+    "solved": solved,
 }
 
 
