@@ -87,8 +87,8 @@ GRID = {
 DRAWS = {(units, method): 2 for units in ("neurons:1", "heads") for method in (DEFAULT, "gradient", "random")}
 """Draws of the problems that score; one of the other methods."""
 PLANTED = (3.0, 1.0, 0.3, 0.1, 0.05)
-PLANTINGS = {"smollm2": 2, "qwen": 0}
-"""Of each strength, the first of which chooses; the second model was cut."""
+PLANTINGS = {"smollm2": (2, PLANTED), "qwen": (1, PLANTED[:3])}
+"""How many of which strengths: SmolLM2's first of each chooses how to look, all others report. Most of the second model's were cut."""
 PAIRED = {"smollm2": ("learned", "integrated x3", "integrated", "gradient", "relevance", "random")}
 SHORT = ("learned", "gradient", "random")
 """Methods for pairs, and those for larger models: the others were cut there."""
@@ -100,6 +100,10 @@ LOOKED = (
     *(("zero", method) for method in ("integrated x3", "gradient", "relevance")),
 )
 """How planted neurons are looked for: what takes the place of what is closed, and the method."""
+LOOKED_SHORT = tuple(
+    ("counterfactual", method) for method in ("learned", "integrated", "gradient", "relevance")
+)
+"""The same for larger models: the others were cut there."""
 
 
 @cache
@@ -216,7 +220,8 @@ def planting(name: str, nats: float, seed: int) -> dict[str, Any]:
     places = {(unit.layer, unit.index): number for number, unit in enumerate(of["zero"].units)}
     true = torch.tensor([places[layer, index] for layer, index, _ in planted])
     ways: dict[str, Any] = {}
-    for ablation, method in (*LOOKED, *(("zero", name) for name in BASELINES)):
+    looked = LOOKED if name == "smollm2" else LOOKED_SHORT
+    for ablation, method in (*looked, *(("zero", name) for name in BASELINES)):
         order = _order(of[ablation], own, method, seed)
         ranks = torch.empty_like(order)
         ranks[order] = torch.arange(len(order))
@@ -342,24 +347,32 @@ def _norms(model: Decoder, groups: Sequence[Any]) -> dict[str, Tensor]:
 
 
 def planted() -> Found:
-    """Look for neurons that were planted among all others: the first planting of each strength chooses how, the others report it."""
+    """Look for neurons that were planted among all others: SmolLM2's first planting of each strength chooses how, the others report it."""
     raw: dict[str, Any] = {}
-    every = [(name, nats, seed) for name, n in PLANTINGS.items() for nats in PLANTED for seed in range(n)]
+    every = [
+        (name, nats, seed) for name, (n, kinds) in PLANTINGS.items() for nats in kinds for seed in range(n)
+    ]
     for name, nats, seed in every:
         key = f"{name}-{nats:g}-{seed}"
         raw[key] = kept(f"circuits/planted/{key}", partial(planting, name, nats, seed))
         print(key, {label: own["ranks"] for label, own in raw[key]["ways"].items()}, flush=True)
-    first = {label: _recovered(raw, label, first=True) for label in raw["smollm2-3-0"]["ways"]}
-    found = {label: _recovered(raw, label, first=False) for label in first}
-    best = max(first, key=lambda label: first[label]["auroc"])
-    figures = {f"planted_{key}": value for key, value in found[best].items()}
-    figures |= {f"planted_{key}_default": value for key, value in found["learned, counterfactual"].items()}
-    return {"figures": figures, "raw": raw | {"best": best, "by_method": found, "first": first}}
+    choosing = {key: own for key, own in raw.items() if key.startswith("smollm2") and key.endswith("-0")}
+    own = {key: found for key, found in raw.items() if key.startswith("smollm2") and key not in choosing}
+    other = [found for key, found in raw.items() if key.startswith("qwen")]
+    first = {label: _recovered(list(choosing.values()), label) for label in raw["smollm2-3-0"]["ways"]}
+    found = {label: _recovered(list(own.values()), label) for label in first}
+    elsewhere_ = {label: _recovered(other, label) for label in raw["qwen-3-0"]["ways"]}
+    best = max(elsewhere_, key=lambda label: first[label]["auroc"])
+    figures: dict[str, float] = {}
+    for label, end in ((best, ""), ("learned, counterfactual", "_default")):
+        figures |= {f"planted_{key}{end}": value for key, value in found[label].items()}
+        figures |= {f"planted_{key}{end}_qwen": value for key, value in elsewhere_[label].items()}
+    sums = {"best": best, "by_method": found, "by_method_qwen": elsewhere_, "first": first}
+    return {"figures": figures, "raw": raw | sums}
 
 
-def _recovered(raw: dict[str, Any], label: str, *, first: bool) -> dict[str, float]:
+def _recovered(rows: Sequence[dict[str, Any]], label: str) -> dict[str, float]:
     """Return how well planted neurons are found: among all others, and how many of the three strongest kinds are among the first ten."""
-    rows = [own for key, own in raw.items() if key.endswith("-0") == first]
     hits = [
         sum(rank < 10 for rank in own["ways"][label]["ranks"]) / 5
         for own in rows
