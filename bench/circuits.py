@@ -362,12 +362,19 @@ def planted() -> Found:
     first = {label: _recovered(list(choosing.values()), label) for label in raw["smollm2-3-0"]["ways"]}
     found = {label: _recovered(list(own.values()), label) for label in first}
     elsewhere_ = {label: _recovered(other, label) for label in raw["qwen-3-0"]["ways"]}
-    best = max(elsewhere_, key=lambda label: first[label]["auroc"])
-    figures: dict[str, float] = {}
-    for label, end in ((best, ""), ("learned, counterfactual", "_default")):
-        figures |= {f"planted_{key}{end}": value for key, value in found[label].items()}
-        figures |= {f"planted_{key}{end}_qwen": value for key, value in elsewhere_[label].items()}
-    sums = {"best": best, "by_method": found, "by_method_qwen": elsewhere_, "first": first}
+    best, shared = (max(ways, key=lambda label: first[label]["auroc"]) for ways in (first, elsewhere_))
+    default = "learned, counterfactual"
+    figures = {f"planted_{key}": value for key, value in found[best].items()}
+    figures |= {f"planted_{key}_default": value for key, value in found[default].items()}
+    figures |= {f"planted_{key}_qwen": value for key, value in elsewhere_[shared].items()}
+    figures |= {f"planted_{key}_default_qwen": value for key, value in elsewhere_[default].items()}
+    sums = {
+        "best": best,
+        "best_of_both": shared,
+        "by_method": found,
+        "by_method_qwen": elsewhere_,
+        "first": first,
+    }
     return {"figures": figures, "raw": raw | sums}
 
 

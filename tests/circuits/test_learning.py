@@ -55,7 +55,7 @@ def test_a_wrong_answer_counts_by_how_much_likelier_the_right_one_is(longer: boo
         pairs[0] = replace(pairs[0], instead=replace(pairs[0].instead, tokens=(*pairs[0].instead.tokens, 1)))
     own = behaviour(constructed("and"), pairs, Question(), Estimator("gradient"))
     away, keep = (
-        learning._departure(own),
+        learning._departure(own, torch.ones(16)),
         torch.rand(12, 16, generator=torch.Generator().manual_seed(0)) < 0.5,
     )
     _, lost = away([*range(12)], keep)
@@ -82,11 +82,21 @@ def test_by_the_loss_what_a_circuit_lacks_comes_to_the_front_too(paired: bool) -
 def test_by_the_loss_what_a_behaviour_hangs_on_does_not_fall_far() -> None:
     """A circuit that loses a little less than the model is not nearer to it without a neuron that is worth 3 nats."""
     slopes, keeps = torch.tensor([[-3.0], [-1.0], [0.02], [-0.02]]), torch.tensor([[True, False, True, True]])
-    rises = learning._to_either_side(slopes, torch.tensor([-0.05]), keeps)
+    rises = learning._to_either_side(slopes, torch.tensor([-0.05]), keeps, torch.ones(4))
     torch.testing.assert_close(rises[:, 0], torch.tensor([-2.9, 1.0, -0.02, 0.02]))  # negative: better open
-    falls = learning._to_either_side(slopes, torch.tensor([-4.0]), keeps)[:, 0]
+    falls = learning._to_either_side(slopes, torch.tensor([-4.0]), keeps, torch.ones(4))[:, 0]
     typical = torch.tensor([3.0, 1.0, 0.02, 0.02]).square().mean().sqrt()
     torch.testing.assert_close(falls, torch.tensor([typical, 1.0, -0.02, 0.02]))
+
+
+def test_no_unit_falls_faster_for_its_size_than_a_typical_one() -> None:
+    """What is lost with a large unit says nothing of how fast a small one may fall."""
+    slopes, cost = torch.tensor([[-0.1]] * 9 + [[-1.0], [-3.0], [-3.0]]), torch.tensor([0.1] * 10 + [5.5] * 2)
+    keeps = torch.ones(1, 12, dtype=torch.bool)
+    falls = learning._to_either_side(slopes, torch.tensor([-4.0]), keeps, cost)[:, 0] / cost
+    typical = (slopes[:, 0] / cost).square().mean().sqrt()
+    assert falls.max() == pytest.approx(float(typical))
+    assert falls[[0, 11]].tolist() == pytest.approx([1.0, 3.0 / 5.5])
 
 
 def with_wrong(example: Example, other: Example) -> Example:
@@ -99,7 +109,7 @@ def test_units_move_by_what_is_lost_for_their_size(monkeypatch: pytest.MonkeyPat
     def alike(problems: list[int], keeps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.full((16, len(problems)), -1.0, dtype=torch.float64), torch.ones(len(problems))
 
-    monkeypatch.setattr(learning, "_departure", lambda _: alike)
+    monkeypatch.setattr(learning, "_departure", lambda *_: alike)
     monkeypatch.setattr(learning, "NEAR", 1.0)  # all move in every step
     sizes = torch.tensor([3.0, 1.0] * 8, dtype=torch.float64)
     moves = learned(of("and"), torch.arange(16), sizes, Estimator(epochs=2), State(), cp.silent)

@@ -67,7 +67,7 @@ def learned(
     generator.set_state(known["generator"])
     if known["steps"] >= total:
         return moves
-    away = _departure(of)
+    away = _departure(of, cost)
     for number in range(int(known["steps"]), total):
         problems = steps[number % len(steps)]
         now = (start + moves).argsort(descending=True, stable=True)
@@ -109,10 +109,10 @@ def _steps(of: Behaviour) -> list[list[int]]:
     return [order[step * n // steps : (step + 1) * n // steps] for step in range(steps)]
 
 
-def _departure(of: Behaviour) -> Departure:
-    """Return what measures how far problems are from the intact model, in nats per target token; costs a pass over all.
+def _departure(of: Behaviour, cost: Float[Tensor, "unit"]) -> Departure:
+    """Return what measures how far problems are from the intact model, in nats per target token, with units of this cost.
 
-    By `kl` that is the divergence at their right answers. By `ce` it is the change of their loss, less that of wrong answers, to
+    It takes a pass over all. By `kl` that is the divergence at their right answers. By `ce` it is the change of their loss, less that of wrong answers, to
     either side.
     """
     groups = of.plan.groups
@@ -140,7 +140,7 @@ def _departure(of: Behaviour) -> Departure:
             others = (own / tokens[wrong] for own in _slopes(of, wrong, keeps, lose))
             slopes, nats = (own - other for own, other in zip((slopes, nats), others, strict=True))
         change = nats - before[problems]
-        return _to_either_side(slopes, change, keeps), change.abs()
+        return _to_either_side(slopes, change, keeps, cost), change.abs()
 
     return changed
 
@@ -149,16 +149,18 @@ def _to_either_side(
     slopes: Float[Tensor, "unit problem"],
     change: Float[Tensor, "problem"],
     keeps: Bool[Tensor, "problem unit"],
+    cost: Float[Tensor, "unit"],
 ) -> Float[Tensor, "unit problem"]:
     """Return by how much the size of a change rises between a closed gate and an open one, from slopes of the change itself.
 
     Where a circuit does better than the model, as what hinders is not in yet, the slope of the size alone would throw out what the
-    behaviour hangs on, which is worth most. So what carries a change past zero counts by where it ends, and no unit falls faster
-    than the root mean square of all.
+    behaviour hangs on, which is worth most. So what carries a change past zero counts by where it ends, and for its cost no unit
+    falls faster than the root mean square of all.
     """
     size = change.abs()
     found = torch.where(keeps.T, size - (change - slopes).abs(), (change + slopes).abs() - size)
-    return found.minimum(found.square().mean(0).sqrt())
+    cost = cost.to(found)[:, None]
+    return found.minimum(cost * (found / cost).square().mean(0).sqrt())
 
 
 def _slopes(
