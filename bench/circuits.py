@@ -81,11 +81,14 @@ DEFAULT = "kl learned"
 BASELINES = ("random", "activation", "magnitude", "wanda")
 GRID = {
     "neurons:1": (DEFAULT, "kl integrated x3", "kl gradient", "gradient", "relevance", *BASELINES),
-    "heads": (DEFAULT, "gradient", "relevance", "adaptive", *BASELINES),
+    "heads": (DEFAULT, "gradient", "relevance", "adaptive", "random"),
     "heads+neurons:1": (DEFAULT, "gradient", "random"),
 }
-DRAWS = {(units, method): 2 for units in ("neurons:1", "heads") for method in (DEFAULT, "gradient", "random")}
-"""Draws of the problems that score; one of the other methods."""
+DRAWS = {
+    **{("neurons:1", method): 2 for method in (DEFAULT, "gradient", "random")},
+    **{("heads", method): 2 for method in ("gradient", "random")},
+}
+"""Draws of the problems that score; one of the other methods. For heads the other baselines and a second learned order were cut."""
 PLANTED = (3.0, 1.0, 0.3, 0.1, 0.05)
 PLANTINGS = {"smollm2": (2, PLANTED), "qwen": (1, PLANTED[:3])}
 """How many of which strengths: SmolLM2's first of each chooses how to look, all others report. Most of the second model's were cut."""
@@ -425,7 +428,7 @@ def searched(
                 size = search.size(order, rounds, book) / len(order) if wanted else math.nan
             except OptionError:
                 size = 1.0
-        sure = stability(resampled_orders(rounds, rank)) if rounds else {}  # type: ignore[arg-type]
+        sure = stability(resampled_orders(rounds, rank), search.sizes) if rounds else {}  # type: ignore[arg-type]
         return {
             "nats": nats.tolist(),
             "units": counts,

@@ -9,7 +9,7 @@ import torch
 from reference import calibration, shared
 
 import causalprune as cp
-from causalprune.circuits import Checks, Circuit, checking, examined, sentences
+from causalprune.circuits import Checks, Circuit, checking, examined, save_circuit, sentences
 from causalprune.circuits.behaviour import behaviour
 from causalprune.circuits.finding import halves
 from causalprune.circuits.telling import NONE
@@ -100,6 +100,34 @@ def test_what_tells_circuit_and_model_apart_is_chosen_by_what_is_measured() -> N
 def test_a_circuit_is_written_where_it_was_looked_for(tmp_path: Path) -> None:
     circuit = found(cp.Question(), tmp_path / "own")
     assert cp.load_circuit(tmp_path / "own").members == circuit.members
+
+
+def test_checks_are_written_beside_their_circuit_and_stay_where_it_is_found_again(tmp_path: Path) -> None:
+    file, checks = tmp_path / "own" / "circuit.json", Checks(3, tests=True)
+    circuit = found(cp.Question(), file.parent)
+    for folder in (file.parent, tmp_path / "another"):
+        whole = examined(circuit, shared("llama2"), PROBLEMS, checks, folder=folder, stage=cp.quiet)
+    assert not (tmp_path / "another" / "circuit.json").exists(), "which has no circuit"
+    assert cp.load_circuit(file).checks == whole.checks
+    told = replace(whole, description=whole.description | {"on": ["x"], "git_commit": "other"})
+    save_circuit(told, file)
+    again = found(cp.Question(), file.parent)
+    assert (again.checks, again.tests.keys()) == (whole.checks, whole.tests.keys())
+    assert cp.load_circuit(file).checks == whole.checks
+    assert cp.load_circuit(file).description["on"] == ["x"]
+    examined(again, shared("llama2"), PROBLEMS, Checks(2), folder=file.parent, stage=cp.quiet)
+    kept = cp.load_circuit(file)
+    assert (kept.checks["controls"]["count"], kept.tests.keys()) == (2, whole.tests.keys())
+    for other in (
+        {"size": circuit.size + 1},
+        {"order": circuit.order.flip(0)},
+        {"description": circuit.description | {"keep": 0.4}},
+        {"model_fingerprint": "other"},
+    ):
+        save_circuit(replace(told, **other), file)
+        assert not found(cp.Question(), file.parent).checks
+    file.write_text("{")
+    assert found(cp.Question(), file.parent).members == circuit.members == cp.load_circuit(file).members
 
 
 def test_remarks_come_before_anything_else() -> None:

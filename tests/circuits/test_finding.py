@@ -138,13 +138,21 @@ def test_losses_are_those_of_gates(ablation: str) -> None:
     assert float(kl[0].min()) > 0
 
 
-def test_units_of_several_kinds_are_ordered_by_score_a_weight_and_those_of_one_by_score() -> None:
-    decoder = shared("llama3")
+def test_units_of_several_kinds_are_ordered_by_score_a_weight_and_those_of_one_by_score(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder, given = shared("llama3"), list[tuple]()
+    for name in ("membership", "stability"):
+        own = getattr(finding, name)
+        monkeypatch.setattr(finding, name, lambda *words, own=own: given.append(words[1:]) or own(*words))
     for units, by in ((("heads", "mlp"), finding.PER_WEIGHT), (("heads",), "score")):
         found = find(decoder, PROBLEMS, PROBLEMS, question=cp.Question(units), rescore=1, keep=0.01)
         values = found.score / found.weights if len(units) > 1 else found.score
         assert found.order.tolist() == values.abs().argsort(descending=True, stable=True).tolist()
         assert found.description["ordered_by"] == by
+        sizes = found.weights if len(units) > 1 else torch.ones_like(found.weights)
+        (one, share), (other,) = given[-2:]
+        assert (one.tolist(), other.tolist(), share) == (sizes.tolist(), sizes.tolist(), found.chosen.share)
 
 
 def test_adaptive_with_a_budget_is_an_estimator_too() -> None:

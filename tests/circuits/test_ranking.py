@@ -12,6 +12,7 @@ from causalprune.circuits.curves import areas, curve, faithfulness
 from causalprune.circuits.hypotheses import better_than, equivalence, independence, minimality
 from causalprune.circuits.ranking import (
     Round,
+    by_chance,
     cost_of,
     mean_jaccard,
     membership,
@@ -65,8 +66,35 @@ def test_units_of_several_sizes_are_ranked_by_what_they_are_worth_for_their_cost
 def test_draws_give_the_same_order_where_nothing_is_uncertain() -> None:
     orders = resampled_orders(rounds(noise=1e-6), "absolute")
     assert all(order.tolist() == order_of(rounds(), "absolute").tolist() for order in orders)
-    assert membership(orders, 4).tolist() == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, *[0.0] * 6]
+    found = membership(orders, torch.ones(12, dtype=torch.float64), 4 / 12)
+    assert found.tolist() == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, *[0.0] * 6]
     assert all(own["over_chance"] == pytest.approx(1.0) for own in stability(orders).values())
+
+
+def test_draws_of_several_sizes_have_the_same_share_and_not_as_many_units() -> None:
+    """Half of the weights are the first of the two large units with four small ones, or all small ones with one large."""
+    sizes = torch.tensor([*[1.0] * 8, 50.0, 50.0], dtype=torch.float64)
+    orders = [torch.tensor([8, *range(8), 9]).int(), torch.tensor([*range(8), 8, 9]).int()]
+    assert membership(orders, sizes, 0.5).tolist() == [1.0] * 4 + [0.5] * 4 + [1.0, 0.0]
+    found = stability(orders, sizes)
+    for share, one, other in (("0.5", 5, 9), ("0.2", 1, 9)):
+        chance = by_chance(one / 10, other / 10)
+        assert found[share]["jaccard"] == one / other
+        assert found[share]["over_chance"] == pytest.approx((one / other - chance) / (1 - chance))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.floats(0.1, 1e6))
+def test_where_units_are_of_one_size_shares_are_counts(n: int, size: float) -> None:
+    noise = torch.randn(n, 9, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    orders, sizes = (
+        resampled_orders([Round(noise, 0)], "absolute")[:5],
+        torch.full((n,), size, dtype=torch.float64),
+    )
+    assert stability(orders, sizes) == stability(orders)
+    for count in range(1, n + 1):
+        hits = torch.stack([torch.isin(torch.arange(n), order[:count]) for order in orders]).double()
+        assert torch.equal(membership(orders, sizes, count / n), hits.sum(0) / 5)
 
 
 def test_chance_is_taken_off() -> None:
@@ -74,11 +102,14 @@ def test_chance_is_taken_off() -> None:
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(400, generator=generator) for _ in range(60)]
     for share in (0.1, 0.2, 0.5):
-        own = mean_jaccard(orders, int(400 * share))
+        own, chance = mean_jaccard(orders, [int(400 * share)] * 60)
         assert own == pytest.approx(share / (2 - share), rel=0.05)
-        assert over_chance(own, share) == pytest.approx(0.0, abs=0.02)
-    assert over_chance(0.3, 0.2, 0.4) == pytest.approx((0.3 - 0.08 / 0.52) / (1 - 0.08 / 0.52))
-    assert over_chance(1.0, 1.0) == 1.0
+        assert chance == by_chance(share, share) == pytest.approx(share / (2 - share))
+        assert over_chance(own, chance) == pytest.approx(0.0, abs=0.02)
+    counts = [40 + 5 * (draw % 60) for draw in range(60)]  # sets of several counts are random too
+    assert over_chance(*mean_jaccard(orders, counts)) == pytest.approx(0.0, abs=0.02)
+    assert over_chance(0.3, by_chance(0.2, 0.4)) == pytest.approx((0.3 - 0.08 / 0.52) / (1 - 0.08 / 0.52))
+    assert over_chance(1.0, by_chance(1.0, 1.0)) == 1.0
 
 
 def test_noise_alone_is_not_stable() -> None:

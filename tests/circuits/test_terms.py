@@ -1,5 +1,6 @@
 """What may be asked of a search: mistakes are named in a line, before anything is measured."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,13 @@ import pytest
 from constructed import constructed, problems
 from reference import calibration, shared
 from test_finding import PROBLEMS, find
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import causalprune as cp
 from causalprune.circuits.finding import Search
 from causalprune.core.errors import CheckpointError, DataError, MismatchError, OptionError
 from causalprune.core.types import Calibration
+from causalprune.models.anatomy import inspect_model
 
 
 def test_mistakes_in_python_are_named() -> None:
@@ -40,6 +43,33 @@ def test_a_share_that_is_missed_to_the_other_side_is_told_so(monkeypatch: pytest
     monkeypatch.setattr(Search, "_rise", lambda *_: -0.1)
     with pytest.raises(OptionError, match=r"keep 1\.105, too far to the other side: .* the rank 'signed'"):
         find(shared("llama2"), PROBLEMS, PROBLEMS, estimator=cp.Estimator("gradient"), rescore=1, keep=0.95)
+
+
+def test_problems_are_compared_with_wrong_answers_on_both_sides_or_on_none() -> None:
+    pairs = [replace(one, instead=replace(one, tokens=(*one.tokens[:-1], 7))) for one in PROBLEMS.examples]
+    paired = Calibration(tuple(pairs), (0,) * len(pairs))
+    for sides, words in (
+        (
+            (PROBLEMS, paired),
+            r"to decide on \(--on\) have a wrong answer .* to score on \(--task\) have none",
+        ),
+        (
+            (paired, PROBLEMS),
+            r"to score on \(--task\) have a wrong answer .* to decide on \(--on\) have none",
+        ),
+    ):
+        with pytest.raises(OptionError, match=words):
+            find(shared("llama2"), *sides, question=cp.Question())
+
+
+def test_one_unit_alone_is_no_choice(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4
+    )
+    decoder = inspect_model(LlamaForCausalLM(config).eval(), None, name="one")
+    with pytest.raises(OptionError, match=r"one has only one unit of mlp, .* smaller units \(--units\)"):
+        find(decoder, PROBLEMS, PROBLEMS, question=cp.Question(("mlp",)), folder=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.thorough

@@ -291,3 +291,41 @@ def test_a_model_is_found_from_another_folder_and_named_where_it_moved(
     code, _, err = run(*words)
     assert (code, f"the model of ../c1: no file or folder '{place / 'here'}'" in err) == (2, True)
     assert run(*words, "--model", "../there")[0] == 0
+
+
+def test_circuits_made_in_python_or_of_the_current_folder_are_compared_too(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("-t", "gsm8k:16", "--estimator", "gradient", "--learn", 0, "--keep", 0.3, "--controls", 1)
+    assert find(run, place, "mine", *options)[0] == 0
+    shutil.copytree(place / "mine", place / "yours")
+    monkeypatch.chdir(place / "mine")
+    words = ("-o", place / "ours", "--remove", 2, "--json")
+    code, out, err = run("overlap", "circuit.json", "../yours", *words)
+    assert code == 0, err
+    assert json.loads(out)["names"] == ["mine", "yours"]
+    record = json.loads(Path("circuit.json").read_text())
+    del record["description"]["model_spec"]  # which `cp.circuit` does not write
+    Path("circuit.json").write_text(json.dumps(record))
+    outcome = run("overlap", ".", "../yours", "-o", place / "no")
+    assert_refused(outcome, "does not say which model it is of, as it was not written by", place / "no")
+    assert "name it (--model)" in outcome[2]
+    code, out, err = run("overlap", ".", "../yours", *words, "--model", place / "model")
+    assert code == 0, err
+    assert json.loads(out)["names"] == ["mine", "yours"]
+
+
+def test_a_finished_search_that_is_started_again_and_stopped_has_its_checks(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("-t", "gsm8k:16", "--estimator", "gradient", "--learn", 0, "--keep", 0.3, "--controls", 1)
+    assert find(run, place, "whole", *options)[0] == 0
+    before = (place / "whole" / "circuit.json").read_bytes()
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(circuits, "examined", stopped)
+        assert find(run, place, "whole", *options)[0] == 130
+    assert (place / "whole" / "circuit.json").read_bytes() == before

@@ -122,6 +122,7 @@ def test_a_file_without_rows_is_nobodys(tmp_path: Path, end: str) -> None:
 def test_what_is_another_is_told_in_words(tmp_path: Path) -> None:
     path, (one, other) = tmp_path / "ledger.jsonl", ("a" * 64, "b" * 64)
     known = {"model": one, "problems": one, "batches": one, "effect": "ce", "decide_batches": one}
+    known["estimator"] = {"max_batch_tokens": 2048}
     with Ledger(path, {"behaviours": [known, known]}) as ledger:
         ledger.append("a", 1)
     for changed, words in (
@@ -129,8 +130,11 @@ def test_what_is_another_is_told_in_words(tmp_path: Path) -> None:
         (("problems", "batches", "effect"), r"the set of problems \(--task, .*\) is another"),
         (("batches", "effect", "decide_batches"), "behaviours.effect was 'ce' and is now"),
         (("batches", "decide_batches"), r"problems are batched \(--batch-tokens\) is another"),
+        ((), r"run: the number of tokens of a batch \(--batch-tokens\) was 2048 and is now 600:"),
     ):
         own = known | {key: "kl" if key == "effect" else other for key in changed}
+        if not changed:
+            own["estimator"] = {"max_batch_tokens": 600}
         with pytest.raises(MismatchError, match=words) as error, Ledger(path, {"behaviours": [known, own]}):
             pass
         assert one not in str(error.value)

@@ -159,6 +159,20 @@ def test_what_is_kept_of_another_pruning_is_refused(tmp_path: Path, monkeypatch:
         prune(fresh("llama3"), Method("causal", 0.4), calibration=EXAMPLES, kept_in=file)
 
 
+def test_what_is_kept_says_what_is_another_where_that_has_a_name(tmp_path: Path) -> None:
+    State(tmp_path, ["a", {"ablation": "zero"}, "b" * 64]).keep(one=1)
+    for identity, words in (
+        (
+            ["a", {"ablation": "mean"}, "b" * 64],
+            r"options \(ablation was 'zero' and is now 'mean'\): delete all,",
+        ),
+        (["a", {"ablation": "zero"}], "options: delete all, or choose another output"),
+        (["c", {"ablation": "zero"}, "b" * 64], "options: delete all, or choose another output"),
+    ):
+        with pytest.raises(MismatchError, match=words):
+            State(tmp_path, identity, whole="all")
+
+
 def test_what_is_kept_and_damaged_is_an_error_that_names_it(tmp_path: Path) -> None:
     State(tmp_path / "kept", ["a"]).keep(ones=torch.ones(9), other=1)
     file = tmp_path / "kept" / "ones"
@@ -166,8 +180,11 @@ def test_what_is_kept_and_damaged_is_an_error_that_names_it(tmp_path: Path) -> N
     torch.save([1], tmp_path / "other")
     for damaged in (b"", b"no archive", data[: len(data) // 2], (tmp_path / "other").read_bytes()):
         file.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"kept.ones, .* is damaged: delete .*kept to begin again"):
+        with pytest.raises(
+            CheckpointError, match=r"kept.ones, .* is damaged: delete .*kept to begin again"
+        ) as e:
             State(tmp_path / "kept", ["a"])
+        assert e.value.path == tmp_path / "kept"
     file.unlink()
     assert State(tmp_path / "kept", ["a"]).values == {"other": 1}
     file.mkdir()

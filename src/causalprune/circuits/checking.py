@@ -15,7 +15,7 @@ from causalprune.circuits.curves import summed_up
 from causalprune.circuits.finding import halves, ledger
 from causalprune.circuits.hypotheses import Q, better_than, equivalence, independence, minimality
 from causalprune.circuits.ranking import prefix
-from causalprune.circuits.records import Circuit
+from causalprune.circuits.records import CIRCUIT, Circuit, carried, save_circuit
 from causalprune.core import Calibration, Decoder, MismatchError, Progress, Stage, State, Unit, bars, say
 
 NECESSARY = 0.1
@@ -66,9 +66,8 @@ class _Bench:
         return found
 
     def random(self, like: Keep, count: int) -> list[Keep]:
-        """Return other sets as `random_like` draws them; none where there is no other."""
-        drawn = (random_like(self.circuit.units, like, self.generator) for _ in range(count))
-        return [own for own in drawn if not torch.equal(own, like)]
+        """Return `others_like` a set."""
+        return others_like(self.circuit.units, like, self.generator, count)
 
     def nats(self, keeps: Sequence[Keep]) -> Tensor:
         """Return the loss of each, mean over the problems."""
@@ -80,6 +79,12 @@ class _Bench:
         intact, empty, *own = self.nats([self.keep(len(self.circuit.units)), self.keep(0), *keeps])
         found: Tensor = (empty - torch.stack(own)) / (empty - intact)
         return found
+
+
+def others_like(units: Sequence[Unit], like: Keep, generator: torch.Generator, count: int) -> list[Keep]:
+    """Return other sets as `random_like` draws them; none where there is no other."""
+    drawn = (random_like(units, like, generator) for _ in range(count))
+    return [own for own in drawn if not torch.equal(own, like)]
 
 
 def random_like(units: Sequence[Unit], like: Keep, generator: torch.Generator) -> Keep:
@@ -124,6 +129,8 @@ def examined(
 ) -> Circuit:
     """Return a circuit with its `checks`, and its `tests` where they are asked for; `calibration` is what it was found on.
 
+    They are written where the `folder` has that circuit.
+
     Raises:
         MismatchError: the circuit is of another model, or was found on another calibration.
     """
@@ -154,7 +161,10 @@ def examined(
         if checks.tests:
             with stage("tests") as tell:
                 tests = _tested(bench(few, tell, 4), bench(whole, tell, 4))
-    return replace(circuit, checks=found, tests=tests)
+    made = replace(circuit, checks=found, tests=tests)
+    if folder is not None and (held := carried(made, path := Path(folder) / CIRCUIT)):
+        save_circuit(held, path)
+    return made
 
 
 def _necessity(bench: _Bench) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from causalprune.circuits.ranking import (
     values_of,
     with_ties,
 )
-from causalprune.circuits.records import CIRCUIT, Circuit, save_circuit
+from causalprune.circuits.records import CIRCUIT, Circuit, carried, save_circuit
 from causalprune.circuits.terms import check_problems, check_search, effect_for, turns
 from causalprune.core import (
     METHOD_VERSION,
@@ -59,6 +59,7 @@ from causalprune.core import (
 
 LEDGER, SCORES, GATES = "circuit.ledger", "scores", "gates"
 PER_WEIGHT = "score a weight"
+WHOLE = "the folder (`circuit --overwrite` replaces what is in it)"
 STEPS = 200
 """Parts of all units between which sizes are told apart."""
 
@@ -96,12 +97,11 @@ def circuit(  # noqa: PLR0913 (what a user says)
     calibration, decide = _sides(calibration, decide)
     how = estimator if {question.effect, estimator.name} & {"kl", *MEASURED} else replace(estimator, draws=0)
     ranked = behaviour(decoder, calibration.examples, question, how)
-    check_apart(ranked.plan.units, question.units)
+    _check_units(ranked)
     decided, place = behaviour(decoder, decide.examples, question, how, ranked.mean), folder and Path(folder)
     search = Search(ranked, decided, how, rank, keep, place or None, stage or bars)
     with ledger(ranked, decided, how, folder) as book:
         rounds, order, size, (found, chosen) = search.run(rescore, book)
-    told = {"calibration": calibration.description, "decide": decide.description}
     orders, every = resampled_orders(rounds, rank), last_scores(rounds)
     low, high = intervals(every)
     made = Circuit(
@@ -111,18 +111,29 @@ def circuit(  # noqa: PLR0913 (what a user says)
         score=every.mean(1),
         low=low,
         high=high,
-        probability=membership(orders, size),
+        probability=membership(orders, search.sizes, chosen.share),
         weights=ranked.weights,
         curve=found,
         chosen=chosen,
-        stability=stability(orders),
+        stability=stability(orders, search.sizes),
         problems=tuple(decide.examples),
         model_fingerprint=ranked.plan.model_fingerprint,
-        description=search.described(rescore) | told,
+        description=search.described(rescore, calibration=calibration.description, decide=decide.description),
     )
     if place:
+        made = carried(made, place / CIRCUIT) or made
         save_circuit(made, place / CIRCUIT)
     return made
+
+
+def _check_units(ranked: Behaviour) -> None:
+    """Raise `OptionError` for units of which no circuit can be chosen."""
+    asked = ranked.plan.question.units
+    check_apart(ranked.plan.units, asked)
+    if len(ranked.units) == 1:
+        raise OptionError(
+            f"{ranked.decoder.name} has only one unit of {', '.join(asked)}, so there is nothing to choose: ask for smaller units (--units)"
+        )
 
 
 def _sides(calibration: Calibration, decide: Calibration | None) -> tuple[Calibration, Calibration]:
@@ -155,8 +166,7 @@ def ledger(
         "decide": decided.fingerprint(),
         "decide_batches": identity(decided)["batches"],
     }
-    whole = "the folder (`circuit --overwrite` replaces what is in it)"
-    return Ledger(Path(folder) / LEDGER, identity(ranked) | own, whole=whole)
+    return Ledger(Path(folder) / LEDGER, identity(ranked) | own, whole=WHOLE)
 
 
 def _lasting(how: Estimator) -> dict[str, Any]:
@@ -187,10 +197,10 @@ class Search:
         ranked, found = self.ranked, list[Round]()
         keep, cost = torch.ones(len(ranked.units), dtype=torch.bool), cost_of(self.sizes)
         own, folder = [identity(ranked), _lasting(self.how)], self.folder
-        state = State(folder and folder / SCORES, own)
+        state = State(folder and folder / SCORES, own, whole=WHOLE)
         by = [*own, PER_WEIGHT] if ranked.mixed else own
         learning = State(
-            folder and folder / GATES / f"{count}-{self.how.epochs}", by
+            folder and folder / GATES / f"{count}-{self.how.epochs}", by, whole=WHOLE
         )  # refuses before scores are made
         for number in range(count):
             name = f"scores, round {number + 1} of {count}" if count > 1 else "scores"
@@ -298,7 +308,7 @@ class Search:
         found = curve(rows[:-1], nats[:-3], kl[:-3], ends, vocabulary)
         return found, curve(rows[-1:], nats[-3:-2], kl[-3:-2], ends, vocabulary).points[0]
 
-    def described(self, rescore: int) -> dict[str, Any]:
+    def described(self, rescore: int, **told: Any) -> dict[str, Any]:
         """Return what a record says of the way it was made."""
         return {
             "model": self.ranked.decoder.name,
@@ -316,6 +326,7 @@ class Search:
             "method_version": METHOD_VERSION,
             "versions": versions(),
             "git_commit": git_commit(),
+            **told,
         }
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from causalprune.circuits.behaviour import Trials, behaviour, identity
-from causalprune.circuits.checking import asked, random_like
+from causalprune.circuits.behaviour import Trials, behaviour
+from causalprune.circuits.checking import asked, others_like
 from causalprune.circuits.curves import Value, summed_up
-from causalprune.circuits.ranking import over_chance, prefix
+from causalprune.circuits.ranking import by_chance, over_chance, prefix
 from causalprune.circuits.records import Circuit
 from causalprune.core import Decoder, Ledger, MismatchError, OptionError, Stage, bars, say
 
@@ -27,7 +27,8 @@ class Overlap:
 
     `shared[i][j]` counts units that are members of both, `jaccard` and `over_chance` (corrected for chance) follow from it.
     `removal[i][j]` is what the removal of the first `removed` units of circuit i does to the behaviour of j, in nats per target
-    token with its interval, `random[i][j]` the same for random units of the same kinds and layers; empty without a model.
+    token with its interval, `random[i][j]` the same for random units that are `alike`, None where there are no others; empty
+    without a model.
     """
 
     names: tuple[str, ...]
@@ -37,7 +38,7 @@ class Overlap:
     over_chance: tuple[tuple[float, ...], ...]
     removed: tuple[int, ...] = ()
     removal: tuple[tuple[Value, ...], ...] = ()
-    random: tuple[tuple[Value, ...], ...] = ()
+    random: tuple[tuple[Value | None, ...], ...] = ()
     description: dict[str, Any] = field(default_factory=dict)
 
 
@@ -78,7 +79,7 @@ def overlap(
         for row, a in zip(shared, members, strict=True)
     ]
     corrected = [
-        [over_chance(value, a.share, b.share) for value, b in zip(row, every, strict=True)]
+        [over_chance(value, by_chance(a.share, b.share)) for value, b in zip(row, every, strict=True)]
         for row, a in zip(jaccard, every, strict=True)
     ]
     found = Overlap(
@@ -123,25 +124,27 @@ def _removed(
     stage: Stage,
 ) -> Overlap:
     """Measure every removal on every behaviour."""
-    every, generator = list(named.values()), torch.Generator().manual_seed(0)
+    every = list(named.values())
     mixed = len({unit.kind for unit in every[0].units}) > 1
-    outs, counts = [], []
+    sets, counts = [], []
     for own in every:
         sizes = own.weights if mixed else torch.ones_like(own.weights)
         counts.append(remove or prefix(own.order, sizes, SHARE))
         first = torch.zeros(len(own.units), dtype=torch.bool)
         first[own.order[: counts[-1]]] = True
-        outs += [first, *(random_like(own.units, first, generator) for _ in range(RANDOM))]
+        generator = torch.Generator().manual_seed(0)  # whichever circuits are beside it
+        sets.append([first, *others_like(own.units, first, generator, RANDOM)])
     behaviours = {name: behaviour(decoder, own.problems, *asked(own)) for name, own in named.items()}
     removal, random = [], []
-    with _book(folder, [identity(own) for own in behaviours.values()]) as book:
+    outs = [out for own in sets for out in own]
+    with _book(folder, decoder) as book:
         for name, of in behaviours.items():
             with stage(f"removal from {name}") as tell:
                 say(tell, unit="tokens")
                 nats = Trials(of, book, tell).nats([torch.ones_like(outs[0]), *(~out for out in outs)])
-            rises = (nats[1:] - nats[0]).unflatten(0, (len(every), 1 + RANDOM))
+            rises = (nats[1:] - nats[0]).split([len(own) for own in sets])
             removal.append([summed_up(own[0]) for own in rises])
-            random.append([summed_up(own[1:].mean(0)) for own in rises])
+            random.append([summed_up(own[1:].mean(0)) if len(own) > 1 else None for own in rises])
     columns = [tuple(zip(*rows, strict=True)) for rows in (removal, random)]
     how = {
         "removed_of": "weights" if mixed else "units",
@@ -151,9 +154,7 @@ def _removed(
     return replace(found, removed=tuple(counts), removal=columns[0], random=columns[1], description=how)
 
 
-def _book(
-    folder: Path | str | None, of: Sequence[Mapping[str, Any]]
-) -> AbstractContextManager[Ledger | None]:
-    return (
-        nullcontext() if folder is None else Ledger(Path(folder) / "overlap.ledger", {"behaviours": list(of)})
-    )
+def _book(folder: Path | str | None, decoder: Decoder) -> AbstractContextManager[Ledger | None]:
+    """Return a context with the ledger of a model's removals, each of which has the name of its behaviour."""
+    own = {"model": decoder.fingerprint}
+    return nullcontext() if folder is None else Ledger(Path(folder) / "overlap.ledger", own)

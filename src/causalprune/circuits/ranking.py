@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +10,7 @@ from torch import Tensor
 
 Rank = Literal["absolute", "signed"]
 RANKS: tuple[Rank, ...] = ("absolute", "signed")
+Shares = TypeVar("Shares", float, Tensor)
 DRAWS = 200
 STABLE_SHARES = (0.1, 0.2, 0.5)
 STABLE = 0.6
@@ -134,37 +135,54 @@ def resampled_orders(rounds: Sequence[Round], rank: Rank, seed: int = 0) -> list
     return found
 
 
-def membership(orders: Sequence[Int[Tensor, "unit"]], count: int) -> Float[Tensor, "unit"]:
-    """Return in which share of the draws each unit is among the first `count`."""
+def membership(
+    orders: Sequence[Int[Tensor, "unit"]], sizes: Float[Tensor, "unit"], share: float
+) -> Float[Tensor, "unit"]:
+    """Return in which share of the draws each unit is among the first that have this share of all sizes."""
     hits = torch.zeros(len(orders[0]), dtype=torch.float64)
     for order in orders:
-        hits[order[:count]] += 1
+        hits[order[: prefix(order, sizes, share)]] += 1
     return hits / len(orders)
 
 
-def mean_jaccard(orders: Sequence[Int[Tensor, "unit"]], count: int) -> float:
-    """Return the mean Jaccard similarity of the first `count` units over all pairs of draws."""
-    table = torch.zeros(len(orders), len(orders[0]), dtype=torch.float32)
-    for row, order in zip(table, orders, strict=True):
+def mean_jaccard(orders: Sequence[Int[Tensor, "unit"]], counts: Sequence[int]) -> tuple[float, float]:
+    """Return the mean Jaccard similarity over all pairs of draws, of as many first units as each counts, and that of random sets.
+
+    Random sets share units by their numbers: K and L are the two sets' own shares of the units, whatever else sizes count.
+    """
+    n, table = len(orders[0]), torch.zeros(len(orders), len(orders[0]), dtype=torch.float32)
+    for row, order, count in zip(table, orders, counts, strict=True):
         row[order[:count]] = 1
     shared = (table @ table.T).double()
-    pairs = torch.triu_indices(len(orders), len(orders), 1)
-    both = shared[pairs[0], pairs[1]]
-    return float((both / (2 * count - both)).mean())
+    one, other = torch.triu_indices(len(orders), len(orders), 1)
+    both, own = shared[one, other], shared.diagonal()
+    chance = by_chance(own[one] / n, own[other] / n)
+    middle = chance[0] + (chance - chance[0]).mean()  # to the bit where sets are of one size
+    return float((both / (own[one] + own[other] - both)).mean()), float(middle)
 
 
-def over_chance(jaccard: float, share: float, other: float | None = None) -> float:
-    """Return a Jaccard similarity of sets with these shares of all units as a share of what is above chance."""
-    other = share if other is None else other
-    chance = share * other / (share + other - share * other)
+def by_chance(share: Shares, other: Shares) -> Shares:
+    """Return the Jaccard similarity of random sets with these shares of all units: KL / (K + L − KL), K / (2 − K) of equal ones."""
+    return share * other / (share + other - share * other)
+
+
+def over_chance(jaccard: float, chance: float) -> float:
+    """Return a Jaccard similarity as a share of what is above that `by_chance`."""
     return (jaccard - chance) / (1 - chance) if chance < 1 else 1.0
 
 
-def stability(orders: Sequence[Int[Tensor, "unit"]]) -> dict[str, dict[str, float]]:
-    """Return the Jaccard similarity over draws at three sizes, as it is and corrected for chance; by share of the units."""
+def stability(
+    orders: Sequence[Int[Tensor, "unit"]], sizes: Float[Tensor, "unit"] | None = None
+) -> dict[str, dict[str, float]]:
+    """Return the Jaccard similarity over draws at three sizes, as it is and corrected for chance; by share of all `sizes`.
+
+    Where units are of several sizes, draws have sets of several counts, and the correction is that of the means over pairs.
+    """
     found, n = {}, len(orders[0])
     for share in STABLE_SHARES:
-        count = max(round(share * n), 1)
-        own = mean_jaccard(orders, count)
-        found[f"{share:g}"] = {"jaccard": own, "over_chance": over_chance(own, count / n)}
+        counts = [max(round(share * n), 1)] * len(orders)
+        if sizes is not None and bool((sizes != sizes[0]).any()):
+            counts = [prefix(order, sizes, share) for order in orders]
+        own, chance = mean_jaccard(orders, counts)
+        found[f"{share:g}"] = {"jaccard": own, "over_chance": over_chance(own, chance)}
     return found

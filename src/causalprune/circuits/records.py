@@ -1,6 +1,7 @@
 """A circuit as a record and as a file."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,8 @@ CIRCUIT = "circuit.json"
 SPARSE = 0.8
 """Share of the units from which on nothing is sparse about a circuit."""
 UNITS = ("score", "low", "high", "probability")
+ELSEWHERE = ("versions", "git_commit", "model")
+"""What is said of a circuit that may differ where it is found again; the model has a fingerprint."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,7 +33,8 @@ class Circuit(Shown):
     it, with its interval over problems (`low`, `high`); `probability` is the share of resamples in which it is a member.
     `order` are the numbers of the `units` from the first member on, by score, or by score a weight where kinds are mixed, and
     by what was learned after that; `size` is how many of them are members. `problems` are those
-    that sizes were measured on. `stability` is by share of the units, `checks` and `tests` are empty until `circuits.examined` fills them.
+    that sizes were measured on. `stability` is by share of the units (of the weights where kinds are mixed), `checks` and `tests` are
+    empty until `circuits.examined` fills them.
     """
 
     units: tuple[Unit, ...]
@@ -121,6 +125,23 @@ def save_circuit(circuit: Circuit, path: Path) -> None:
         "units": units | numbers,
     }
     write_json(path, record)
+
+
+def carried(circuit: Circuit, path: Path) -> Circuit | None:
+    """Return a circuit with what a file says of it beside, checks and tests too; None where the file has none, or another."""
+    try:
+        old = load_circuit(path)
+    except CheckpointError:
+        return None
+    said, now = old.description, json.loads(json.dumps(circuit.description))
+    both = said.keys() & now.keys() - {*ELSEWHERE}
+    first, second = (
+        (own.model_fingerprint, own.units, own.size, own.order.tolist()) for own in (old, circuit)
+    )
+    if first != second or any(said[key] != now[key] for key in both):
+        return None
+    checks, tests = circuit.checks or old.checks, circuit.tests or old.tests
+    return dataclasses.replace(circuit, description=said | circuit.description, checks=checks, tests=tests)
 
 
 def load_circuit(path: Path | str) -> Circuit:

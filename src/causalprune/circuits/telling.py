@@ -1,5 +1,6 @@
 """What is to be said of a circuit, in sentences."""
 
+import math
 from typing import Any
 
 from causalprune.circuits.checking import alike
@@ -28,7 +29,10 @@ def sentences(found: Circuit) -> list[str]:
         )
     elif own.get("asked"):
         said.append(f"controls: {NONE}")
-    if own := found.checks.get("completeness"):
+    own = found.checks.get("completeness")
+    if own and not math.isfinite(own["random_mean"]):
+        said.append("completeness: there is no f, as closing all units changes nothing")
+    elif own:
         said.append(
             f"completeness: |f(C∖K) − f(M∖K)| is {own['random_mean']:.2g} for random K (at most {own['random_max']:.2g}), "
             f"{own['greedy']:.2g} for the worst that was looked for"

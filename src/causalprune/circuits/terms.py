@@ -13,7 +13,7 @@ EPOCHS = 10
 
 
 def check_problems(score: Calibration, decide: Calibration, *, halved: bool) -> None:
-    """Raise `DataError` for problems without targets, or too few to resample."""
+    """Raise a `CausalPruneError` for problems without targets, too few to resample, or compared with a wrong answer on one side alone."""
     for own in (score, decide):
         if empty := [example for example in own.examples if not example.target_tokens]:
             raise DataError(
@@ -24,6 +24,12 @@ def check_problems(score: Calibration, decide: Calibration, *, halved: bool) -> 
                 "all problems have one prompt: give others to decide on (--on; in Python `decide`)"
             )
     check_enough(len(score.examples), len(decide.examples), halved=halved)
+    compared = [any(example.instead is not None for example in own.examples) for own in (score, decide)]
+    if compared[0] != compared[1]:
+        some, others = ("score on (--task)", "decide on (--on)")[:: 1 if compared[0] else -1]
+        raise OptionError(
+            f"problems to {some} have a wrong answer to compare with, and those to {others} have none: give it to all or to none"
+        )
 
 
 def check_enough(score: int, decide: int, *, halved: bool) -> None:

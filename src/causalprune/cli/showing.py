@@ -66,19 +66,22 @@ def overlap(found: Overlap) -> list[Table]:
         cells = [f"{found.shared[i][j]:,} ({found.over_chance[i][j]:.2f})" for j in range(len(found.names))]
         first.add_row(f"{name} ({found.sizes[i]:,})", *cells)
     second = Table(
-        caption="rise of the loss in nats per target token, 95 % intervals; below, random units of the same kinds and layers"
+        caption="rise of the loss in nats per target token, 95 % intervals; below, random units of the same kinds and, where one has several, layers"
     )
     second.add_column("removed")
     for name in found.names:
         second.add_column(f"on {name}", justify="right")
     for i, name in enumerate(found.names):
         second.add_row(f"{found.removed[i]:,} of {name}", *map(_value, found.removal[i]))
-        second.add_row("  random", *map(_value, found.random[i]), style="dim")
+        others = ("no other set" if own is None else _value(own) for own in found.random[i])
+        second.add_row("  random", *others, style="dim")
     return [first, second]
 
 
 def _value(own: Any) -> str:
-    return f"{own.value:.3g} {bracketed(own.low, own.high, form='.3g')}"
+    """Return a value with its interval; none where closing all units changes nothing, of which f would be a share."""
+    bounds = bracketed(own.low, own.high, form=".3g")
+    return f"{own.value:.3g} {bounds}" if math.isfinite(own.value) else "none"
 
 
 def prices(jobs: Sequence[Job], seconds: float) -> Table:

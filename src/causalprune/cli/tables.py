@@ -186,7 +186,8 @@ def strongest(effects: Effects) -> Table:
     for name in ("layer", "unit", f"Δ, {unit_of}/token", "95 % interval"):
         table.add_column(name, justify="right")
     for i in found.value.nan_to_num(-math.inf).argsort(descending=True)[:STRONGEST].tolist():
-        unit, bounds = effects.units[i], bracketed(float(found.low[i]), float(found.high[i]), form=".4f")
+        n, unit = len(effects.intact_nats), effects.units[i]
+        bounds = bracketed(float(found.low[i]), float(found.high[i]), n, ".4f")
         name = f"{unit.kind} {unit.index}"
         table.add_row(str(unit.layer), name, f"{float(found.value[i]):.4f}", bounds)
     return table

@@ -16,7 +16,11 @@ from pathlib import Path
 
 
 class CausalPruneError(Exception):
-    """Base of all errors raised for a reason that the user can mend."""
+    """Base of all errors raised for a reason that the user can mend; `path` is what may be deleted to start again."""
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class OptionError(CausalPruneError):
@@ -36,11 +40,7 @@ class CheckpointError(CausalPruneError):
 
 
 class MismatchError(CausalPruneError):
-    """A side file that belongs to another model, data set or run; `path`, where it may be deleted to start again."""
-
-    def __init__(self, message: str, path: Path | None = None) -> None:
-        super().__init__(message)
-        self.path = path
+    """A side file that belongs to another model, data set or run."""
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> OptionError:

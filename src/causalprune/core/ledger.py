@@ -39,6 +39,8 @@ TOLD = {
     "batches": "the way that problems are batched (--batch-tokens)",
 }
 """What values of an identity are called that are too long to be shown, the first first."""
+NAMED = {"max_batch_tokens": "the number of tokens of a batch (--batch-tokens)"}
+"""What other values of an identity are called, before what they were and are."""
 SHOWN = 60
 Json = dict[str, Any] | list[Any] | str | int | float | bool | None
 
@@ -173,7 +175,7 @@ class Ledger:
                 )
         if found != self._identity:
             raise MismatchError(
-                f"ledger {self.path} belongs to another run: {_difference('', found, self._identity)}: "
+                f"ledger {self.path} belongs to another run: {difference(found, self._identity)}: "
                 f"delete {self._whole} to start again, or choose another folder",
                 self.path,
             )
@@ -222,20 +224,21 @@ def _intact(lines: Sequence[bytes], path: Path) -> Iterator[tuple[int, int, dict
         yield number, len(line), row
 
 
-def _difference(key: str, was: Json, now: Json) -> str:
-    """Return in words what is first among the differences of two values."""
+def difference(was: Json, now: Json, key: str = "") -> str:
+    """Return in words what is first among the differences of two values; nothing where it has no name."""
     if isinstance(was, dict) and isinstance(now, dict):
         names, ranks = was.keys() | now.keys(), {name: rank for rank, name in enumerate(TOLD)}
         each = {name: (was.get(name, "(absent)"), now.get(name, "(absent)")) for name in names}
         other = [name for name, (a, b) in each.items() if a != b]
         # batches follow from all else
         first = min(other, key=lambda name: (name.endswith("batches"), ranks.get(name, len(TOLD)), name))
-        return _difference(f"{key}.{first}".lstrip("."), *each[first])
-    if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
-        return next(_difference(key, a, b) for a, b in zip(was, now, strict=True) if a != b)
-    if max(len(repr(own)) for own in (was, now)) > SHOWN:
-        return f"{TOLD.get(key.rpartition('.')[2], key)} is another"
-    return f"{key} was {was!r} and is now {now!r}"
+        return difference(*each[first], f"{key}.{first}".lstrip("."))
+    if isinstance(was, list) and isinstance(now, list) and (len(was) == len(now) or not key):
+        return next((difference(a, b, key) for a, b in zip(was, now, strict=False) if a != b), "")
+    name = key.rpartition(".")[2]
+    if key and max(len(repr(own)) for own in (was, now)) > SHOWN:
+        return f"{TOLD.get(name, key)} is another"
+    return f"{NAMED.get(name, key)} was {was!r} and is now {now!r}" if key else ""
 
 
 def _dump(value: Json, what: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from causalprune.core.errors import CheckpointError, MismatchError
-from causalprune.core.ledger import sync
+from causalprune.core.ledger import difference, sync
 from causalprune.core.provenance import METHOD_VERSION, changes_since
 
 EVERY = 10.0
@@ -31,7 +31,7 @@ class State:
     """Values by name: numbers, tensors, and lists and dictionaries of them.
 
     With a path each is in a file of its own in that folder, which is replaced as a whole, and which one process writes at a
-    time; `identity` is everything they depend on. What cannot be written is lost with the process, and a warning says so; where it is `needed` there, that is an
+    time; `identity` is everything they depend on, and `whole` what errors say to delete. What cannot be written is lost with the process, and a warning says so; where it is `needed` there, that is an
     error. Tensors come back on the CPU.
 
     Raises:
@@ -40,7 +40,12 @@ class State:
     """
 
     def __init__(
-        self, path: Path | None = None, identity: Sequence[Any] = (), *, needed: bool = False
+        self,
+        path: Path | None = None,
+        identity: Sequence[Any] = (),
+        *,
+        needed: bool = False,
+        whole: str = "it",
     ) -> None:
         self.path, self.values, self.needed = path, dict[str, Any](), needed
         self._identity, self._held = json.dumps(identity, sort_keys=True), dict[str, Any]()
@@ -54,13 +59,14 @@ class State:
         for own, values, version in _found(path):
             if version != METHOD_VERSION:
                 raise MismatchError(
-                    f"{path} is of a stopped run of an earlier version, since when {changes_since(version)}: delete it, "
+                    f"{path} is of a stopped run of an earlier version, since when {changes_since(version)}: delete {whole}, "
                     "or choose another output",
                     path,
                 )
             if own != self._identity:
+                told = difference(json.loads(own), json.loads(self._identity))
                 raise MismatchError(
-                    f"{path} is of a stopped run with other options: delete it, or choose another output",
+                    f"{path} is of a stopped run with other options{told and f' ({told})'}: delete {whole}, or choose another output",
                     path,
                 )
             self.values |= values
@@ -204,7 +210,8 @@ def _found(path: Path | None, whole: Path | None = None) -> Iterator[tuple[str, 
             raise CheckpointError(f"cannot read {file}: {cause.strerror or cause}") from cause
         except Exception as cause:  # torch has many for a damaged file
             raise CheckpointError(
-                f"{file}, kept of a stopped run, is damaged: delete {whole or path} to begin again"
+                f"{file}, kept of a stopped run, is damaged: delete {whole or path} to begin again",
+                whole or path,
             ) from cause
         yield own, values, version
 

@@ -81,4 +81,4 @@ def for_good(found: Corrected, decoder: Decoder, place: Path) -> str:
 
 def _record(own: Any, sign: int = 1) -> str:
     low, high = sorted((sign * own.low, sign * own.high))
-    return f"{sign * own.value:+.3g} {bracketed(low, high)}"
+    return f"{sign * own.value:+.3g} {bracketed(low, high, 1)}"

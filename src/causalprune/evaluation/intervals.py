@@ -42,7 +42,7 @@ def _draws(n: int, resamples: int, seed: int) -> tuple[NDArray[np.uint8], ...]:
     return tuple(parts)
 
 
-def bracketed(low: float, high: float, n: int = 1, form: str = "+.3g") -> str:
+def bracketed(low: float, high: float, n: int | None = None, form: str = "+.3g") -> str:
     """Return an interval as it is printed, or that there is none: of one example, or where something is not finite."""
     if math.isnan(low + high):
         return "(one example: no interval)" if n == 1 else "(no interval)"

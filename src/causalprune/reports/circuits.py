@@ -10,14 +10,16 @@ from causalprune.evaluation import read_json
 
 def found_in(folder: Path) -> list[dict[str, Any]]:
     """Return what is to be said of the circuits in a folder, and of those in folders within it."""
-    files = [path for path in (folder / CIRCUIT, *sorted(folder.glob(f"*/{CIRCUIT}"))) if path.exists()]
-    return [_told(path.parent.name, load_circuit(path)) for path in files]
+    return [_told(path.parent.resolve().name, load_circuit(path)) for path in _files(folder, CIRCUIT)]
 
 
-def shared_in(folder: Path) -> dict[str, Any] | None:
-    """Return the overlap of circuits that a folder holds, if it does."""
-    path = folder / OVERLAP
-    return read_json(path)["overlap"] if path.exists() else None
+def overlaps_in(folder: Path) -> list[dict[str, Any]]:
+    """Return the overlaps of circuits in a folder, and those in folders within it."""
+    return [read_json(path)["overlap"] for path in _files(folder, OVERLAP)]
+
+
+def _files(folder: Path, name: str) -> list[Path]:
+    return [path for path in (folder / name, *sorted(folder.glob(f"*/{name}"))) if path.exists()]
 
 
 def _told(name: str, own: Circuit) -> dict[str, Any]:

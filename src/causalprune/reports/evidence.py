@@ -23,17 +23,17 @@ from causalprune.checkpoints import (
     load_effects,
     read_manifest,
 )
-from causalprune.circuits import CIRCUIT, OVERLAP
+from causalprune.circuits import CIRCUIT, GATES, OVERLAP
 from causalprune.core import CheckpointError, Decoder, Effects, read_rows
 from causalprune.correction import CORRECTION
 from causalprune.evaluation import RESULTS, decoded, read_json
 from causalprune.pruning import head_importance
-from causalprune.reports.circuits import found_in, shared_in
+from causalprune.reports.circuits import found_in, overlaps_in
 from causalprune.reports.corrections import corrections_in
 
 CHECKPOINTS, LEDGER, STABILITY = "checkpoints", "results.ledger", "stability.json"
-LEDGERS = (LEDGER, "attribution.ledger", "circuit.ledger", "overlap.ledger")
-"""Ledgers beside which there is something to report once their work has finished."""
+BEGUN = (LEDGER, "attribution.ledger", "circuit.ledger", "overlap.ledger", "scores", GATES)
+"""What work leaves before it has finished, beside which there is something to report then."""
 SIZES = ("parameters", "bytes", "speed")
 """What a row says of a smaller model's size, and of its speed beside the dense one's."""
 
@@ -72,7 +72,7 @@ class Evidence:
     heads: Mapping[str, list[list[float]]]
     stability: Mapping[str, Any] | None
     circuits: tuple[Mapping[str, Any], ...] = ()
-    overlap: Mapping[str, Any] | None = None
+    overlaps: tuple[Mapping[str, Any], ...] = ()
     corrections: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -92,11 +92,11 @@ def read_run(folder: Path) -> Evidence:
     effects = tuple(
         found for path in _effect_files(folder) for found in measured(load_effects(path), _name(path, folder))
     )
-    circuits, overlap = tuple(found_in(folder)), shared_in(folder)
+    circuits, overlaps = tuple(found_in(folder)), tuple(overlaps_in(folder))
     corrections = tuple(corrections_in(folder))
     stability = read_json(folder / STABILITY) if (folder / STABILITY).exists() else None
-    if not (rows or effects or circuits or overlap or corrections or stability):
-        begun = [name for name in LEDGERS if (folder / name).exists()]
+    if not (rows or effects or circuits or overlaps or corrections or stability):
+        begun = [name for name in BEGUN if (folder / name).exists()]
         raise CheckpointError(
             f"{folder} holds nothing to report yet, as what left {begun[0]} has not finished: give the same command again"
             if begun
@@ -110,7 +110,7 @@ def read_run(folder: Path) -> Evidence:
     for label in manifests:
         if label not in heads and counts and (folder / CHECKPOINTS / label / KEEP).exists():
             heads[label] = by_head(iterate_keep(folder / CHECKPOINTS / label / KEEP), counts)
-    own = record, tuple(rows), effects, manifests, heads, stability, circuits, overlap, corrections
+    own = record, tuple(rows), effects, manifests, heads, stability, circuits, overlaps, corrections
     return Evidence(folder, *own)
 
 

@@ -1,7 +1,9 @@
 """The figures of a report as PNG and SVG, for papers: drawn with matplotlib, which needs no browser."""
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,8 @@ def draw(told: Mapping[str, Any], folder: Path) -> list[Path]:
                     files.append(folder / f"{prefix}{name}.{suffix}")
                     own = {"Date": None} if suffix == "svg" else {"Software": None}
                     figure.savefig(files[-1], dpi=200, metadata=own)
+    if not files:
+        warnings.warn(f"no figures in {folder}: what was measured has none", stacklevel=2)
     return files
 
 
@@ -65,6 +69,35 @@ def _figures(run: Mapping[str, Any]) -> Iterator[tuple[str, tuple[float, float],
     if run["doses"]:
         own = next(iter(run["doses"].values()))
         yield "doses", (7.0, 2.8), lambda figure: _doses(figure, own)
+    for number, circuit in enumerate(run["circuits"]):
+        name = f"circuit{number + 1}" if len(run["circuits"]) > 1 else "circuit"
+        yield name, (7.0, 2.8), partial(_circuit, circuit)
+
+
+def _circuit(own: Mapping[str, Any], figure: Any) -> None:
+    """The curve, and in how many resamples a head is a member by layer × head, where there are heads."""
+    left, *right = figure.subplots(1, 1 + bool(own["heads"]), squeeze=False).ravel()
+    points = [point for point in own["points"] if math.isfinite(point["faithfulness"]["value"])]
+    at, f = [100 * point["share"] for point in points], [point["faithfulness"] for point in points]
+    left.plot(at, [value["value"] for value in f], color=COLOURS[0], marker="o", ms=3, lw=1.2)
+    left.vlines(at, *([value[end] for value in f] for end in ("low", "high")), color=COLOURS[0], lw=1)
+    left.set_title(f"{own['name'][:24]}: {own['title']}", loc="left", fontweight="bold", fontsize=9)
+    left.set(xlabel=f"share of the {own['sizes_of']}, %", ylabel="f")
+    for ax in right:
+        cells = {(layer, index): probability for layer, index, probability, _ in own["heads"]}
+        bar = {"label": "member in this share of the draws"}
+        _squares(figure, ax, cells, bar, cmap="GnBu", vmin=0, vmax=1)
+
+
+def _squares(figure: Any, ax: Any, cells: Mapping[tuple[int, int], float], bar: Any, **shades: Any) -> None:
+    """Layer × head."""
+    rows, columns = (range(max(cell[side] for cell in cells) + 1) for side in (0, 1))
+    grid = [[cells.get((row, column), math.nan) for column in columns] for row in rows]
+    image = ax.imshow(grid, aspect="auto", interpolation="nearest", **shades)
+    ax.set(xlabel="head", ylabel="layer")
+    ax.locator_params(integer=True)
+    ax.grid(visible=False)
+    figure.colorbar(image, ax=ax, **bar)
 
 
 def _scores(figure: Any, run: Mapping[str, Any], pruned: list[Mapping[str, Any]]) -> None:
@@ -101,17 +134,11 @@ def _scores(figure: Any, run: Mapping[str, Any], pruned: list[Mapping[str, Any]]
 
 def _heads(figure: Any, heads: list[Mapping[str, Any]], measured_in: str) -> None:
     """Layer × head, as the paper's Figure 2, but with the sign of Δ."""
-    shape = (max(u["layer"] for u in heads) + 1, max(u["index"] for u in heads) + 1)
-    grid = [[math.nan] * shape[1] for _ in range(shape[0])]
-    for unit in heads:
-        grid[unit["layer"]][unit["index"]] = unit["delta"]
+    cells = {(unit["layer"], unit["index"]): unit["delta"] for unit in heads}
     sizes = sorted(abs(u["delta"]) for u in heads if math.isfinite(u["delta"])) or [1.0]
     top = sizes[math.ceil(0.98 * (len(sizes) - 1))] or sizes[-1] or 1.0
-    ax = figure.subplots()
-    image = ax.imshow(grid, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
-    ax.set(xlabel="head", ylabel="layer")
-    ax.grid(visible=False)
-    figure.colorbar(image, ax=ax, label=f"Δ, {measured_in}", extend="both")
+    bar = {"label": f"Δ, {measured_in}", "extend": "both"}
+    _squares(figure, figure.subplots(), cells, bar, cmap="RdBu_r", vmin=-top, vmax=top)
 
 
 def _zeros(figure: Any, zeros: Mapping[str, list[list[Any]]]) -> None:

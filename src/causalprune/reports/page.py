@@ -13,7 +13,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from causalprune.core import Size
-from causalprune.reports.drawings import drawn_curve, member_map
+from causalprune.reports.drawings import beyond, drawn_curve, member_map
 from causalprune.reports.judging import RELIABLE_FROM, reliability_word, taken
 
 HERE = Path(__file__).parent
@@ -121,6 +121,7 @@ def _environment() -> Environment:
         ],
         "achieved": achieved,
         "drawn_curve": drawn_curve,
+        "beyond": beyond,
         "member_map": member_map,
         "study": study,
         "has_texts": lambda blocks: any(

@@ -66,7 +66,7 @@ def _names(runs: Sequence[Evidence]) -> list[str]:
 def _run(name: str, run: Evidence) -> dict[str, Any]:
     rows, tasks, models = _measured(run.record, run.rows)
     recipe, recommended = run.record.get("recipe") or {}, judge(models, tasks)
-    more = [(own or {}).get("description", {}) for own in (run.overlap, run.stability)]
+    more = [own.get("description", {}) for own in (*run.overlaps, run.stability or {})]
     others = [str(own.get("model", "")) for own in (*run.circuits, *run.corrections, *more)]
     ran = bool(run.record or run.rows) or (run.folder / LEDGER).exists()
     return {
@@ -91,7 +91,7 @@ def _run(name: str, run: Evidence) -> dict[str, Any]:
         },
         "examples": flips(rows),
         "circuits": list(run.circuits),
-        "overlap": run.overlap,
+        "overlaps": list(run.overlaps),
         "corrections": list(run.corrections),
         "provenance": _provenance(run, rows) if ran else _made(run),
     }

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,8 +12,20 @@ from types import MappingProxyType
 from typing import Any
 
 from causalprune.attribution import UNPAIRED, Estimator, Question, planned
-from causalprune.calibration import OWN, OWN_TEXT, TEXT_SOURCES, is_file, load_problems, taken, with_limit
-from causalprune.checkpoints import EMBEDDED, check_destination, save
+from causalprune.calibration import (
+    OWN,
+    OWN_TEXT,
+    TEXT_SOURCES,
+    Exclude,
+    Skipped,
+    Split,
+    enough,
+    is_file,
+    load_problems,
+    taken,
+    with_limit,
+)
+from causalprune.checkpoints import EMBEDDED, MANIFEST, check_destination, read_manifest, save
 from causalprune.circuits import (
     CIRCUIT,
     GATES,
@@ -34,6 +48,7 @@ from causalprune.circuits import (
 from causalprune.circuits import circuit as find
 from causalprune.core import (
     Calibration,
+    CheckpointError,
     Decoder,
     Example,
     MismatchError,
@@ -96,7 +111,8 @@ class CircuitSpec:
             )
         if self.alone.absolute() == folder.absolute():
             raise OptionError("--save and --output are one folder: choose another for --save")
-        check_destination(self.alone, overwrite)
+        if overwrite or not _is_saved(folder, self.alone):
+            check_destination(self.alone, overwrite)
 
     @property
     def passes(self) -> float:
@@ -135,17 +151,17 @@ def find_circuit(
     save_circuit(found, folder / CIRCUIT)
     found = examined(found, decoder, calibration, asked.checks, folder=folder, stage=options.stage)
     save_circuit(found, folder / CIRCUIT)
-    if alone is not None:
+    if alone is not None and (options.overwrite or not _is_saved(folder, alone)):
         _save_alone(decoder, calibration, found, asked.question, alone, options)
     return found
 
 
 def _replacing(search: Callable[[], Circuit], folder: Path) -> Circuit:
-    """Return what a search finds, from which files in its folder go that are another's."""
+    """Return what a search finds, from which files in its folder go that are another's, or damaged."""
     while True:
         try:
             return search()
-        except MismatchError as error:
+        except (CheckpointError, MismatchError) as error:
             if error.path is None:
                 raise
             forget(error.path)
@@ -195,24 +211,36 @@ def planned_search(
         CausalPruneError: the search could not be made, as far as that is seen without the model.
     """
     asked.check(folder, overwrite=options.overwrite)
-    paired = asked.question.ablation == "counterfactual"
-    scored = sum(_there(name, count, paired=paired) for name, count in wanted.counts().items())
-    decided = sum(_number(task, options.data_dir) for task in asked.on) if asked.on else None
+    paired, settings = asked.question.ablation == "counterfactual", wanted.settings(options.data_dir)
+    measured = [(str(source_of(name)), limit) for name, limit in map(with_limit, asked.on)]
+    files = [task for task, (source, _) in zip(asked.on, measured, strict=True) if is_file(source)]
+    there, place = partial(_there, paired=paired), options.data_dir
+    decided = sum(there(*own, "evaluation", place) for own in measured) if asked.on else None
+    exclude = evaluation_contents(files, settings, None)
+    scored = sum(there(*own, "calibration", place, exclude) for own in wanted.counts().items())
     check_enough(*_sides(scored, decided), halved=decided is None)
     return _stages(asked, scored, decided)
 
 
-def _there(name: str, count: int, *, paired: bool) -> int:
-    """Return how many of so many problems a source has: a file may have fewer.
+def _there(
+    name: str, count: int | None, split: Split, data_dir: Any, exclude: Exclude = frozenset(), *, paired: bool
+) -> int:
+    """Return how many of so many problems a source has (None: all): a file may have fewer, each once, and some are to `exclude`.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read, or has much less than was asked for.
         OptionError: its problems are to be `paired`, and have no counterfactual.
     """
     source, pairs = name.removeprefix(OWN), name == "ioi"
-    if is_file(source):
-        problems = load_problems(source, "calibration", with_targets=source == name)
-        count, pairs = min(count, len(problems)), source == name and bool(problems[0].counterfactual)
+    if is_file(source) or count is None:
+        problems = load_problems(source, split, data_dir=data_dir, with_targets=source == name)
+        others = [own for own in problems if own.content not in exclude]
+        left = len({(own.content, own.target) for own in others})
+        out = Skipped(excluded=len(problems) - len(others), duplicate=len(others) - left)
+        with warnings.catch_warnings(action="ignore"):  # the search says it
+            enough(name, count, left, out)
+        count = min(count or left, left)
+        pairs |= source == name and all(own.counterfactual for own in problems)
     if paired and not pairs:
         raise OptionError(UNPAIRED)
     return count
@@ -241,12 +269,6 @@ def _stages(asked: CircuitSpec, scored: int, decided: int | None) -> list[tuple[
     return [*found, *([("tests", few, float(TESTS))] if checks.tests else [])]
 
 
-def _number(task: str, data_dir: Path | str | None) -> int:
-    """Return how many problems a measure takes: all that there are where no number is named."""
-    name, limit = with_limit(task)
-    return limit or len(load_problems(str(source_of(name)), "evaluation", data_dir=data_dir))
-
-
 def _save_alone(
     decoder: Decoder,
     calibration: Calibration,
@@ -259,14 +281,37 @@ def _save_alone(
     units = planned(decoder, calibration, question).units
     with options.stage("saving"):
         members = set(found.members)
-        told = {key: own for key, own in found.description.items() if key != "model_spec"}  # may be published
         keep = close(decoder, [parts for unit, parts in units.items() if unit not in members])
         record = {
             "reapplied": False,
-            "circuit": {"units": len(found.units), "members": found.size, **told},
+            "circuit": _published(found),
             "size": dict.fromkeys(("before", "after"), dataclasses.asdict(size_of(decoder))),
         }
         save(decoder, folder, manifest=record, keep=keep, overwrite=options.overwrite)
+
+
+def _published(found: Circuit) -> dict[str, Any]:
+    """Return what a checkpoint says of its circuit, which others may read: whole paths are their last parts."""
+    told = {key: own for key, own in found.description.items() if key != "model_spec"}
+    return {"units": len(found.units), "members": found.size, **_last_parts(told)}
+
+
+def _last_parts(own: Any) -> Any:
+    if isinstance(own, Mapping):
+        return {_last_parts(key): _last_parts(value) for key, value in own.items()}
+    if isinstance(own, list | tuple):
+        return list(map(_last_parts, own))
+    return re.sub(r"^(own:)?[/~.].*/(?=.)", r"\1", own) if isinstance(own, str) else own
+
+
+def _is_saved(folder: Path, alone: Path) -> bool:
+    """Tell whether what was found in a folder has been saved alone; who made it with which versions does not count."""
+    if not ((folder / CIRCUIT).exists() and (alone / MANIFEST).exists()):
+        return False
+    found, was = load_circuit(folder), read_manifest(alone)
+    own, kept = _published(found), was.get("run", {}).get("circuit", {})
+    same = all(own[key] == kept.get(key) for key in own if key not in ("versions", "git_commit"))
+    return same and was["base"]["fingerprint"] == found.model_fingerprint
 
 
 def overlap_circuits(
@@ -282,14 +327,16 @@ def overlap_circuits(
     The model is the one that the first circuit names; `loading` are other fields of its `ModelSpec` (its `name`, where it lies
     elsewhere now): no file consents to code.
     """
-    circuits = {(path.parent if path.name == CIRCUIT else path).name: load_circuit(path) for path in paths}
+    places = [path.resolve() for path in paths]  # the current folder has a name too
+    names = [(place.parent if place.name == CIRCUIT else place).name for place in places]
+    circuits = {name: load_circuit(path) for name, path in zip(names, paths, strict=True)}
     if len(circuits) < len(paths):
         circuits = {str(path): load_circuit(path) for path in paths}
     check_overlap(circuits, remove)  # before the model is loaded
-    spec = next(iter(circuits.values())).description.get("model_spec")
-    if spec is None:
+    spec = next(iter(circuits.values())).description.get("model_spec", {})
+    if not (spec or loading.get("name")):
         raise MismatchError(
-            f"{paths[0]} does not say which model it is of: it was not written by `causalprune circuit`"
+            f"{paths[0]} does not say which model it is of, as it was not written by `causalprune circuit`: name it (--model)"
         )
     known = {key: spec[key] for key in KNOWN if key in spec}
     with options.stage("loading model"):
