@@ -63,7 +63,7 @@ def planted(model: str) -> str:
         [label, *(f"{own[label, cost][0]:.0f} … {own[label, cost][-1]:.0f}" for cost in costs)]
         for label in labels
     ]
-    return _table(["looked for by", *(f"{cost:g} nats" for cost in costs)], cells)
+    return _table(["looked for by", *(f"{cost:g} nat{'s' if cost != 1 else ''}" for cost in costs)], cells)
 
 
 METHODS = (
