@@ -201,7 +201,7 @@ def test_a_ledger_of_something_else_is_refused(tmp_path: Path) -> None:
         attribute(decoder, calibration(seed=1), ledger=path)
     with pytest.raises(MismatchError, match="the set of examples"):  # other subsets, same examples
         attribute(decoder, calibration(subsets=2), ledger=path)
-    with pytest.raises(MismatchError, match=r"estimator\.max_batch_tokens was 2048 and is now 1"):
+    with pytest.raises(MismatchError, match=r"tokens of a batch \(--batch-tokens\) was 2048 and is now 1"):
         attribute(decoder, examples, ledger=path, estimator=Estimator(max_batch_tokens=1))
     assert path.read_bytes() == content
     assert identical(attribute(decoder, examples, ledger=path), first)

@@ -336,7 +336,8 @@ def test_heads_are_drawn_in_the_unit_of_their_effects() -> None:
     from matplotlib.figure import Figure
 
     own = {"unit": "logits per token", "units": [{"kind": "head", "layer": 0, "index": 0, "delta": 0.5}]}
-    (_, _, paint), *_ = _figures({"models": [], "tasks": [], "effects": [own], "zeros": {}, "doses": {}})
+    nothing = {"models": [], "tasks": [], "zeros": {}, "doses": {}, "circuits": []}
+    ((_, _, paint),) = _figures(nothing | {"effects": [own]})
     paint(figure := Figure())
     assert [ax.get_ylabel() for ax in figure.axes] == ["layer", "Δ, logits per token"]
 
