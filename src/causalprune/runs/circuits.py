@@ -150,7 +150,6 @@ def find_circuit(
     found = dataclasses.replace(found, description=found.description | told)
     save_circuit(found, folder / CIRCUIT)
     found = examined(found, decoder, calibration, asked.checks, folder=folder, stage=options.stage)
-    save_circuit(found, folder / CIRCUIT)
     if alone is not None and (options.overwrite or not _is_saved(folder, alone)):
         _save_alone(decoder, calibration, found, asked.question, alone, options)
     return found
