@@ -27,7 +27,7 @@ from causalprune.correction.evidence import Looking
 from causalprune.correction.measuring import Trials
 from causalprune.correction.records import Contrast, Point
 from causalprune.correction.samples import Given, Half, halves
-from causalprune.correction.search import COARSE, FINE, NONE, Search, Turn
+from causalprune.correction.search import NONE, Search
 from causalprune.evaluation.measures import evaluate, together
 from causalprune.evaluation.results import headline, kept_rows, paired_difference, results_in
 from causalprune.evaluation.settings import Settings
@@ -130,47 +130,39 @@ def dense(name: str, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
 class OfText(Search):
     """A search that is bound by the perplexity of general text alone, and takes as many as that allows."""
 
-    def _worst(self, point: Point) -> float:
-        return point.harm[TEXT].value
+    def _shares(self, point: Point) -> dict[str, float]:
+        return {source: share * (source == TEXT) for source, share in super()._shares(point).items()}
 
-    def run(self) -> tuple[Chosen, Point]:
-        """Return the largest number that was measured within the limit, by whatever round."""
-        limit, found = self.how.limit_nats, list[tuple[Chosen, Point]]()
-        begun: tuple[Chosen, Point | None] = (NONE, None)
-        for number in range(1, self.how.rounds + 1):
-            part, last = number / self.how.rounds, number == self.how.rounds
-            turn = Turn(number, limit * part, FINE if last else COARSE)
-            tried = self._turn(*begun, math.ceil(self.most * part), turn)
-            fitting = [own for own in tried if self._worst(own[1]) <= turn.limit]
-            if fitting:
-                begun = max(fitting, key=lambda own: own[1].count)
-                found.append(begun)
-        if not found:
-            raise OptionError(f"every candidate raises the loss of {TEXT} by more than {limit:.3g} nats")
-        return max(found, key=lambda own: own[1].count)
+    def _best(self, fitting: list[tuple[Chosen, Point]]) -> tuple[Chosen, Point]:
+        return max(fitting, key=lambda own: own[1].count)
 
 
-class OfGoals(OfText):
-    """A search that is bound by what its problems may lose too."""
+class OfGoals(Search):
+    """A search that is bound by the perplexity of general text, and by what its problems may lose."""
 
-    def _worst(self, point: Point) -> float:
-        return max(point.harm[TEXT].value, point.harm[PROBLEMS].value / LOST * self.how.limit_nats)
+    def _shares(self, point: Point) -> dict[str, float]:
+        found = super()._shares(point)
+        return {source: found[source] if source == TEXT else 0.0 for source in found} | {
+            PROBLEMS: point.harm[PROBLEMS].value / LOST
+        }
 
 
 class Exactly(Search):
     """A search that takes a number whatever that does."""
 
     def run(self) -> tuple[Chosen, Point]:
-        """Return the first of the last round's order, those of earlier rounds before them."""
-        chosen, predicted = NONE, 0.0
+        """Return the first of the last round's order, those of earlier rounds before them where they stay."""
+        chosen, point = NONE, None
         for number in range(1, self.how.rounds + 1):
-            more = math.ceil(self.most * number / self.how.rounds) - len(chosen)
+            stay, part = (NONE, 1.0) if self.how.anew else (chosen, number / self.how.rounds)
+            more = math.ceil(self.most * part) - len(stay)
             if more < 1:  # all of them went in an earlier round
                 continue
-            order, harms = self.ranked(chosen, number, predicted)
-            chosen = torch.cat([chosen, order[:more]])
-            predicted = float(harms[:more][-1]) if len(order) else predicted
-        return chosen, self.point(chosen, self.how.rounds, predicted)
+            order, harms = self.ranked(chosen, number, point)
+            chosen = torch.cat([stay, order[:more]])
+            point = self.point(chosen, number, float(harms[:more][-1]) if len(order) else 0.0)
+        assert point is not None
+        return chosen, point
 
 
 def taken_out(

@@ -132,7 +132,7 @@ def ranks(
     trials = Trials(decoder, decides, 2048, None)
     try:
         order, _ = Search(candidates, looking, trials, contrast, len(own.units), cp.quiet).ranked(
-            NONE, 1, 0.0
+            NONE, 1, None
         )
     except OptionError:
         return 0.0

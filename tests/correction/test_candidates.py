@@ -1,5 +1,7 @@
 """Closing candidates, by gates or in the weights, is one thing; what is known of them is what plain loops give."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +17,13 @@ from causalprune.circuits.behaviour import Behaviour
 from causalprune.core.errors import OptionError
 from causalprune.core.resuming import State
 from causalprune.core.types import Decoder, silent
-from causalprune.correction.candidates import Units, Weights
-from causalprune.correction.evidence import HARM, Looking
-from causalprune.correction.measuring import Trials
+from causalprune.correction.behaviours import CLEAN
+from causalprune.correction.candidates import Rows, Units, Weights
+from causalprune.correction.evidence import DRIFT, ODDS, Looking
+from causalprune.correction.measuring import Measured, Trials
 from causalprune.correction.samples import Half
 from causalprune.correction.scores import Known, contrast
+from causalprune.interventions.ablation import gated
 from causalprune.interventions.asked import likelihood, odds
 from causalprune.interventions.units import Site, sites
 from causalprune.models.anatomy import inspect_model
@@ -152,7 +156,7 @@ def test_slopes_of_weights_sum_to_those_of_their_neuron() -> None:
                 torch.testing.assert_close(columns.double(), gates[at], rtol=1e-3, atol=1e-5)
 
 
-def test_evidence_is_a_mean_over_samples_and_the_worst_source_counts() -> None:
+def test_evidence_is_a_mean_over_samples_and_harm_counts_above_a_share_of_the_limit() -> None:
     decoder = shared("llama3")
     own, none = units(decoder, ("heads",)), torch.zeros(0, dtype=torch.long)
     looking = Looking(own, HALF, GRADIENT, State())
@@ -169,12 +173,38 @@ def test_evidence_is_a_mean_over_samples_and_the_worst_source_counts() -> None:
     two = Looking(own, Half(HALF.undesired, (*HALF.preserve[:4], *others)), GRADIENT, State())
     harm = two.gather(("harm", "preserve"), none, "none", silent)
     torch.testing.assert_close((4 * harm[0] + 2 * harm[1]) / 6, whole[0], rtol=1e-3, atol=1e-9)
-    known = Known(
-        {("odds", "undesired"): torch.ones(2), HARM: torch.tensor([[1.0, 3.0], [2.0, 1.0]])},
-        torch.ones(2),
-        0.0,
-    )
-    assert contrast(known).tolist() == [0.5, pytest.approx(1 / 3)]
+    known = Known({ODDS: torch.ones(3)}, torch.tensor([2.0, 0.5, -1.0]), torch.ones(3), 0.5)
+    assert contrast(known).tolist() == [pytest.approx(0.4), 1.0, 2.0]
+
+
+def test_drift_is_how_what_is_measured_changes_with_a_gate() -> None:
+    """Of units that are closed and of others, where some are closed; of clean texts the divergence alone."""
+    decoder, by = shared("llama3"), 0.01
+    own = units(decoder, ("heads",))
+    preserve = tuple(replace(e, source=CLEAN + "x") if i % 2 else e for i, e in enumerate(HALF.preserve))
+    half, closed = Half(HALF.undesired, preserve), torch.tensor([1, 4])
+    slopes = Looking(own, half, GRADIENT, State()).gather(DRIFT, closed, "closed", silent)
+    assert half.sources == [preserve[0].source, CLEAN + "x"]
+    trials = Trials(decoder, half, 2048, None)
+
+    def at(number: int, step: float) -> Measured:
+        @contextmanager
+        def moved() -> Iterator[Rows]:
+            gates = own._gates(closed)
+            for site, (index, owner) in own.of.places.items():
+                gates[site] = gates[site].clone()
+                gates[site][index[owner == number]] += step
+            yield lambda rows: gated(decoder, {site: gate.expand(rows, -1) for site, gate in gates.items()})
+
+        return trials._measured(f"{number}{step}", moved, silent)
+
+    for number in (0, 1, 2, 4, 7):
+        below, above = at(number, -by), at(number, by)
+        for source, part in ((0, 0.5), (1, 0.0)):
+            kl, nats = ((getattr(above, kind) - getattr(below, kind))[source::2] for kind in ("kl", "nats"))
+            found = float(((1 - part) * kl + part * nats).mean() / (2 * by))
+            assert found != pytest.approx(0, abs=1e-4)
+            assert float(slopes[source, number]) == pytest.approx(found, rel=0.02, abs=1e-5)
 
 
 def test_activity_is_the_mean_size_of_what_is_sent() -> None:

@@ -1,11 +1,13 @@
 """Which candidates are tried, in which order, and what is said where none may go."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from planted import built, samples
+from torch import Tensor
 
 import causalprune as cp
 from causalprune.circuits import Value
@@ -13,12 +15,12 @@ from causalprune.core.errors import OptionError
 from causalprune.core.resuming import State
 from causalprune.correction.candidates import Chosen
 from causalprune.correction.correcting import candidates_of
-from causalprune.correction.evidence import Looking
+from causalprune.correction.evidence import DRIFT, HARM, ODDS, Looking, Need
 from causalprune.correction.measuring import Trials
 from causalprune.correction.records import Contrast, Point
-from causalprune.correction.samples import halves
+from causalprune.correction.samples import Half, halves
 from causalprune.correction.scores import SCORES, Score
-from causalprune.correction.search import NONE, TRIES, Search, _spared
+from causalprune.correction.search import NONE, TRIES, Search, _largest, _spared
 
 
 def search(**own: object) -> Search:
@@ -36,10 +38,9 @@ def forbidden(own: Search, which: Callable[[int], bool]) -> Search:
 
     def told(chosen: Chosen, number: int, predicted: float) -> Point:
         harm = float(any(map(which, chosen.tolist())))
+        harms = dict.fromkeys(own.looking.half.sources, Value(harm, harm, harm))
         found = point(chosen, number, predicted)
-        return replace(
-            found, benefit=Value(1.0 * len(chosen), 1.0, 1.0), harm={"all": Value(harm, harm, harm)}
-        )
+        return replace(found, benefit=Value(len(chosen) + number / 10, 1.0, 1.0), harm=harms)
 
     own.point = told  # type: ignore[method-assign]
     return own
@@ -50,7 +51,7 @@ def forbidden(own: Search, which: Callable[[int], bool]) -> Search:
 @pytest.mark.parametrize("score", ["contrast", "magnitude"])
 def test_others_go_where_the_first_alone_does_too_much(score: str, budget: int, rounds: int) -> None:
     own = search(budget=budget, score=score, rounds=rounds)
-    first = int(own.ranked(NONE, 1, 0.0)[0][0])
+    first = int(own.ranked(NONE, 1, None)[0][0])
     chosen, point = forbidden(own, lambda number: number == first).run()
     assert first not in chosen.tolist()
     assert point.count == budget
@@ -66,9 +67,86 @@ def test_neurons_go_where_heads_do_too_much(monkeypatch: pytest.MonkeyPatch) -> 
     assert [heads[number] for number in chosen.tolist()] == [False, False]
 
 
+def told(own: Search, slopes: dict[Need, Tensor]) -> Search:
+    """Let slopes be these, whatever is closed, and what is measured be benefit and harm of one source by number."""
+
+    class Fixed:
+        half = own.looking.half
+
+        def gather(self, need: Need, closed: Chosen, name: str, tell: object) -> Tensor:
+            assert len(closed) > 0 or need != DRIFT
+            return slopes[need]
+
+    own.looking = Fixed()  # type: ignore[assignment]
+    return forbidden(own, lambda _: False)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_units_are_chosen_anew_in_every_round(rounds: int) -> None:
+    own = search(budget=2, rounds=rounds)
+    n, sources = own.candidates.count, len(own.looking.half.sources)
+    odds, drift = torch.zeros(n), torch.zeros(sources, n)
+    odds[:3] = torch.tensor([3.0, 2.0, 1.0])
+    drift[:, 0] = -10.0  # closing it raises the loss
+    slopes = {ODDS: odds, HARM: torch.zeros_like(drift), DRIFT: drift}
+    chosen, point = told(own, slopes).run()
+    assert sorted(chosen.tolist()) == ([0, 1] if rounds == 1 else [1, 2])
+    assert point.round == rounds
+
+
+def test_what_a_source_may_still_lose_weighs_its_harm() -> None:
+    """Of what is closed it is what opening would spare."""
+    own = search(budget=2, harm=math.expm1(0.1))
+    own.looking = Looking(own.candidates, two_sources(own), own.how.how(), State())
+    n = own.candidates.count
+    harm, drift = torch.zeros(2, n), torch.zeros(2, n)
+    harm[:, 0], harm[:, 1] = torch.tensor([1.0, 3.0]), torch.tensor([1.0, 3.0])
+    drift[:, 0], drift[:, 1] = torch.tensor([-4.0, 0.0]), torch.tensor([-4.0, 0.0])
+    own._known = "", {ODDS: torch.zeros(n), HARM: harm, DRIFT: drift}
+    before = replace(
+        own.point(NONE, 1, 0.0), harm={"one": Value(0.09, 0.09, 0.09), "other": Value(0.03, 0.03, 0.03)}
+    )
+    found = own._expected_harm(torch.tensor([1]), before)
+    assert found is not None
+    assert found[:3].tolist() == pytest.approx([(3 * 5 + 3) / 4, (3 * 3 - 3) / 4, 0.0])
+    far = replace(before, harm={"one": Value(0.09, 0.09, 0.09), "other": Value(-0.5, 0.0, 0.0)})
+    found = own._expected_harm(torch.tensor([1]), far)
+    assert found is not None
+    assert found[:2].tolist() == pytest.approx([(4 * 5 + 3) / 5, (4 * 3 - 3) / 5])
+
+
+def two_sources(own: Search) -> Half:
+    """Return the choosing half with its preserved samples from two sources in turns."""
+    half = own.looking.half
+    named = tuple(replace(e, source=("one", "other")[i % 2]) for i, e in enumerate(half.preserve))
+    return Half(half.undesired, named)
+
+
+@pytest.mark.parametrize("near", [0, 1, 7, 40, 99, 100, 300])
+@pytest.mark.parametrize("largest", [0, 1, 6, 41, 99, 100])
+def test_the_largest_number_that_fits_is_found(largest: int, near: int) -> None:
+    tried = list[int]()
+
+    def fits(count: int, left: int) -> bool:
+        tried.append(count)
+        return count <= largest
+
+    assert _largest(fits, 0, 100, 0.0, near) == largest
+    assert len(tried) == len(set(tried))
+    assert tried[0] == (near if 0 < near < 100 else 100)
+    found = _largest(fits, 0, 100, 0.25, near)
+    assert found <= largest <= max(1.25 * found, found + 1)
+
+
+def test_numbers_near_an_expected_one_take_few_trials() -> None:
+    tried = list[int]()
+    assert _largest(lambda count, _: tried.append(count) or count <= 60, 0, 400, 0.25, 50) == 50  # type: ignore[func-returns-value]
+    assert tried == [50, 62]
+
+
 def test_what_does_less_harm_is_tried_first() -> None:
     own = search(budget=1)
-    order = own.ranked(NONE, 1, 0.0, own.candidates.count)[0]
+    order = own.ranked(NONE, 1, None, own.candidates.count)[0]
     assert own._harm is not None
     harm = own._harm.amax(0)
     after = _spared(own._harm, order[:1], order[1:])

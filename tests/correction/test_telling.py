@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -146,8 +147,9 @@ def test_a_part_of_what_closing_does_is_predicted_where_a_part_is_left() -> None
     assert half == pytest.approx(whole / 4, rel=0.05)
 
 
-def test_nothing_is_scored_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the first round takes out nothing, the second has its scores already."""
+@pytest.mark.parametrize("how", [{"harm": 1e-12, "rounds": 2}, {"harm": 0.5, "rounds": 3}])
+def test_nothing_is_scored_twice(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first round takes out nothing, the second has its scores already; later ones have second orders."""
     asked: list[str] = []
     gather = Looking.gather
 
@@ -157,9 +159,11 @@ def test_nothing_is_scored_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Looking, "gather", noted)
     decoder, planting = built(2)
-    found = correct(decoder, *samples(planting), Contrast(budget=2, harm=1e-12), stage=cp.quiet)
-    assert found.chosen.round == 2
+    found = correct(decoder, *samples(planting), Contrast(budget=2, **how), stage=cp.quiet)
+    assert found.chosen.round <= how["rounds"]
     assert len(asked) == len(set(asked)) > 0
+    assert sum("harm" in name for name in asked) == 1
+    assert any("drift" in name for name in asked) == (how["harm"] == 0.5)
 
 
 @pytest.mark.parametrize("kept", [True, False])

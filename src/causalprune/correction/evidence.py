@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -12,18 +12,37 @@ from torch import Tensor
 from causalprune.attribution import Estimator, balanced
 from causalprune.calibration import batches
 from causalprune.core import Batch, Example, Progress, State
+from causalprune.correction.behaviours import CLEAN
 from causalprune.correction.candidates import Candidates, Chosen, Units
 from causalprune.correction.samples import Half
-from causalprune.interventions import Asked, Site, drawn, likelihood, odds, prominence, seen, uniforms
+from causalprune.interventions import (
+    Asked,
+    Following,
+    LayerInputs,
+    Site,
+    Targets,
+    cross_entropy,
+    drawn,
+    last_hidden,
+    likelihood,
+    odds,
+    prominence,
+    seen,
+    uniforms,
+)
 
 Set = Literal["undesired", "preserve"]
-Kind = Literal["odds", "harm", "rise", "size", "square", "activity", "onset"]
-"""Fall of the log-odds of undesired tokens when a candidate is closed; divergence to second order; rise of the loss, its size,
-its square; mean size of what is sent; that from the first undesired token on less before."""
+Kind = Literal["odds", "harm", "drift", "rise", "size", "square", "activity", "onset"]
+"""Fall of the log-odds of undesired tokens when a candidate is closed; divergence to second order; fall of divergence and loss
+per gate, from where the model is; rise of the loss, its size, its square; mean size of what is sent; that from the first
+undesired token on less before."""
 Need = tuple[Kind, Set]
 Vector = Float[Tensor, "candidate"]
 ODDS: Need = ("odds", "undesired")
 HARM: Need = ("harm", "preserve")
+DRIFT: Need = ("drift", "preserve")
+BY_SOURCE = ("harm", "drift")
+"""Kinds that are told source by source."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +57,7 @@ class Looking:
     def gather(self, need: Need, closed: Chosen, name: str, tell: Progress) -> Tensor:
         """Return what is needed of every candidate, from the state where it is finished there; `name` says what is closed.
 
-        It is `[candidate]`, a mean over samples; of harm `[source candidate]`, a mean over those of each source.
+        It is `[candidate]`, a mean over samples; of harm and drift `[source candidate]`, a mean over those of each source.
         """
         kind, which = need
         if kind in ("activity", "onset"):
@@ -52,7 +71,7 @@ class Looking:
         factors = self._factors(examples, kind)
         while done < len(groups):
             batch = groups[done]
-            found = self._of(need, batch, closed)
+            found = self._of(need, batch, closed, done)
             found *= torch.tensor([factors[i] for i in batch.indices])
             for row, i in enumerate(batch.indices):
                 source = examples[i].source
@@ -64,9 +83,9 @@ class Looking:
                 self.state.flush(**{key: {"done": done, "sums": sums}})
             tell(done, len(groups))
         self.state.flush(**{key: {"done": done, "sums": sums}})
-        if kind == "harm":
+        if kind in BY_SOURCE:
             counts = {source: sum(e.source == source for e in examples) for source in sums}
-            return torch.stack([own[0] / counts[source] for source, own in sums.items()])
+            return torch.stack([sums[source][0] / counts[source] for source in self.half.sources])
         total: Tensor = torch.stack([*sums.values()]).sum(0)
         every = total / len(self.half.undesired if which == "undesired" else examples)
         return balanced(every[:, :, None])[:, 0] if len(every) > 1 else every[0]
@@ -87,9 +106,33 @@ class Looking:
         half = 0.5 if kind == "harm" else 1.0
         return [half * (1 if i < wanted else -1) / e.target_tokens for i, e in enumerate(examples)]
 
-    def _of(self, need: Need, batch: Batch, closed: Chosen) -> Float[Tensor, "gate candidate batch"]:
-        """Return what one batch says, at every gate; of harm at an open one."""
+    @cached_property
+    def _intact(self) -> list[LayerInputs]:
+        """What the intact model sends to its final norm on what is to stay."""
+        groups = batches(self.half.preserve, max_batch_tokens=self.tokens)
+        return [last_hidden(self.candidates.decoder, batch) for batch in groups]
+
+    def _drifting(self, batch: Batch, number: int) -> Asked:
+        """Return what asks for the divergence from the intact model, half of it with half of the loss but for clean texts.
+
+        The loss of a text of another's hand may fall; what a model wrote itself has the least loss that it knows.
+        """
+        following = Following(self.candidates.decoder, batch, self._intact[number])
+        clean = torch.tensor([self.half.preserve[i].source.startswith(CLEAN) for i in batch.indices])
+
+        def asked(logits: Tensor, wanted: Targets, at: slice) -> Tensor:
+            part = torch.where(clean[wanted.rows], 0.0, 0.5).to(logits.device)
+            return (1 - part) * following(logits, wanted, at) + part * cross_entropy(logits, wanted)
+
+        return asked
+
+    def _of(
+        self, need: Need, batch: Batch, closed: Chosen, number: int
+    ) -> Float[Tensor, "gate candidate batch"]:
+        """Return what one batch says, at every gate; of harm and drift where the gates are."""
         kind, run = need[0], partial(self.candidates.slopes, batch, closed=closed)
+        if kind == "drift":
+            return run(self._drifting(batch, number), gate=1.0, relevant=False)[None].to(self._dtype)
         if kind == "harm":
             labels = uniforms(self.half.preserve, batch, max(self.how.draws, 1), self.how.seed)
             each = [run(drawn(own), gate=1.0, relevant=False).square() for own in labels]

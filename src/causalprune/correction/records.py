@@ -24,8 +24,8 @@ class Contrast:
     `units` are as everywhere, or with `weights` single weights are taken instead. `budget` is how many go at most: a share
     below 1, a number from 1 on. `harm` is how much the perplexity of each source that is to be preserved may rise on the
     deciding half, as a share (0.01 is 1 %), or of clean texts the divergence (`Point`); with `certain` by the upper end of its interval. `score` ranks them (`scores.SCORES`),
-    by slopes of an `estimator`, anew in each of the `rounds` with those closed that are chosen by then. `damp` is what is left
-    of what they send, 0: nothing. Kept weights make up for them by an `update` on the preserved samples of the choosing half.
+    by slopes of an `estimator`, anew in each of the `rounds` with those closed that are chosen by then, which stay chosen but for
+    units by `contrast`. `damp` is what is left of what they send, 0: nothing. Kept weights make up for them by an `update` on the preserved samples of the choosing half.
     """
 
     units: tuple[str, ...] = UNITS
@@ -33,7 +33,7 @@ class Contrast:
     harm: float = 0.01
     score: str = "contrast"
     estimator: str = "gradient"
-    rounds: int = 2
+    rounds: int = 4
     weights: bool = False
     certain: bool = False
     damp: float = 0.0
@@ -84,6 +84,11 @@ class Contrast:
             raise OptionError(
                 "integrated closes units little by little: for single weights take gradient or relevance"
             )
+
+    @property
+    def anew(self) -> bool:
+        """Whether every round chooses anew, and what was chosen before may come back: by `contrast`, of units."""
+        return self.score == "contrast" and not self.weights
 
     @property
     def limit_nats(self) -> float:

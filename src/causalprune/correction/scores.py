@@ -19,9 +19,10 @@ SHARE = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What scores may look at: what was gathered (as `Looking.gather` says), sizes of weights, the harm that a candidate's share of the limit is, a seed."""
+    """What scores may look at: what was gathered (as `Looking.gather` says), the harm that is expected of each, sizes of weights, the harm that a candidate's share of the limit is, a seed."""
 
     gathered: Mapping[Need, Tensor]
+    harm: Vector | None
     magnitude: Vector
     floor: float
     seed: int = 0
@@ -37,12 +38,13 @@ class Score:
 
 
 def contrast(known: Known) -> Vector:
-    """Fall of the undesired tokens' log-odds per divergence on what is to stay, of the source where that is largest.
+    """Fall of the undesired tokens' log-odds per harm to what is to stay.
 
     A candidate counts at least with its share of the harm that all may do together: with many to choose and little harm
     allowed, neither alone is what runs out.
     """
-    return known.gathered[ODDS] / (known.gathered[HARM].amax(0) + known.floor)
+    assert known.harm is not None
+    return known.gathered[ODDS] / (known.harm.clamp_min(0) + known.floor)
 
 
 def difference(known: Known) -> Vector:

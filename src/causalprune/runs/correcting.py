@@ -45,8 +45,9 @@ from causalprune.runs.undesired import CorrectionSpec, Study
 SESSIONS = "sessions.ledger"
 UPDATING = {"none": 0, "refit": 12, "distill": 21}
 """Passes over what is to be preserved that an update takes, about."""
-PROBLEM_TOKENS, TRIALS, WRITING = 200, 6, 3
-"""For prices: tokens of a problem, sizes that are measured in a round, and what writing costs beside reading."""
+PROBLEM_TOKENS, TRIALS, AGAIN, WRITING = 200, 6, 3, 3
+"""For prices: tokens of a problem, sizes that are measured in a round, and in one that begins with the number of the round before,
+and what writing costs beside reading."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,10 +241,12 @@ def planned_correction(
     rounds, how = asked.contrast.rounds, asked.contrast.how()
     scored = 3 * len(how.gates) * bad / 2 + 3 * how.draws * good / 2
     number = sum(stays.values()) + (prompts or samples)
+    near = AGAIN if asked.contrast.anew else TRIALS
+    sizes = TRIALS + (rounds - 1) * near
     jobs = [
         Job("texts", prompts, int(WRITING * texts)),
         Job("scores", rounds, int(rounds * scored)),
-        Job("sizes", rounds * TRIALS, int(rounds * TRIALS * (bad + good) / 2)),
+        Job("sizes", sizes, int(sizes * (bad + good) / 2)),
         Job(f"update ({asked.contrast.update})", 1, int(UPDATING[asked.contrast.update] * good / 2)),
         Job("texts and losses after", number, int(WRITING * texts / 2 + (bad + good) / 2)),
     ]
