@@ -17,10 +17,11 @@ from causalprune.correction.candidates import Chosen
 from causalprune.correction.correcting import candidates_of
 from causalprune.correction.evidence import DRIFT, HARM, ODDS, Looking, Need
 from causalprune.correction.measuring import Trials
+from causalprune.correction.ranking import spared
 from causalprune.correction.records import Contrast, Point
 from causalprune.correction.samples import Half, halves
 from causalprune.correction.scores import SCORES, Score
-from causalprune.correction.search import NONE, TRIES, Search, _largest, _spared
+from causalprune.correction.search import NONE, TRIES, Search, _largest
 
 
 def search(**own: object) -> Search:
@@ -71,7 +72,7 @@ def told(own: Search, slopes: dict[Need, Tensor]) -> Search:
     """Let slopes be these, whatever is closed, and what is measured be benefit and harm of one source by number."""
 
     class Fixed:
-        half = own.looking.half
+        half, candidates = own.looking.half, own.candidates
 
         def gather(self, need: Need, closed: Chosen, name: str, tell: object) -> Tensor:
             assert len(closed) > 0 or need != DRIFT
@@ -102,15 +103,15 @@ def test_what_a_source_may_still_lose_weighs_its_harm() -> None:
     harm, drift = torch.zeros(2, n), torch.zeros(2, n)
     harm[:, 0], harm[:, 1] = torch.tensor([1.0, 3.0]), torch.tensor([1.0, 3.0])
     drift[:, 0], drift[:, 1] = torch.tensor([-4.0, 0.0]), torch.tensor([-4.0, 0.0])
-    own._known = "", {ODDS: torch.zeros(n), HARM: harm, DRIFT: drift}
+    own.ranking._known = "", {ODDS: torch.zeros(n), HARM: harm, DRIFT: drift}
     before = replace(
         own.point(NONE, 1, 0.0), harm={"one": Value(0.09, 0.09, 0.09), "other": Value(0.03, 0.03, 0.03)}
     )
-    found = own._expected_harm(torch.tensor([1]), before)
+    found = own.ranking._expected(torch.tensor([1]), own._shares(before))
     assert found is not None
     assert found[:3].tolist() == pytest.approx([(3 * 5 + 3) / 4, (3 * 3 - 3) / 4, 0.0])
     far = replace(before, harm={"one": Value(0.09, 0.09, 0.09), "other": Value(-0.5, 0.0, 0.0)})
-    found = own._expected_harm(torch.tensor([1]), far)
+    found = own.ranking._expected(torch.tensor([1]), own._shares(far))
     assert found is not None
     assert found[:2].tolist() == pytest.approx([(4 * 5 + 3) / 5, (4 * 3 - 3) / 5])
 
@@ -122,34 +123,43 @@ def two_sources(own: Search) -> Half:
     return Half(half.undesired, named)
 
 
+@pytest.mark.parametrize("power", [0.5, 1.3, 3.0, math.inf, math.nan])
 @pytest.mark.parametrize("near", [0, 1, 7, 40, 99, 100, 300])
 @pytest.mark.parametrize("largest", [0, 1, 6, 41, 99, 100])
-def test_the_largest_number_that_fits_is_found(largest: int, near: int) -> None:
+def test_the_largest_number_that_fits_is_found(largest: int, near: int, power: float) -> None:
+    """Whether shares are a power of the number, none at all below the limit, or not known above it."""
     tried = list[int]()
 
-    def fits(count: int, left: int) -> bool:
+    def share_of(count: int, left: int) -> float:
         tried.append(count)
-        return count <= largest
+        if power < math.inf:
+            return float((count / (largest + 0.5)) ** power)
+        return 0.0 if count <= largest else power
 
-    assert _largest(fits, 0, 100, 0.0, near) == largest
-    assert len(tried) == len(set(tried))
+    assert _largest(share_of, 0, 100, 0.0, near) == largest
+    assert len(tried) == len(set(tried)) <= 20
     assert tried[0] == (near if 0 < near < 100 else 100)
-    found = _largest(fits, 0, 100, 0.25, near)
+    found = _largest(share_of, 0, 100, 0.25, near)
     assert found <= largest <= max(1.25 * found, found + 1)
 
 
 def test_numbers_near_an_expected_one_take_few_trials() -> None:
     tried = list[int]()
-    assert _largest(lambda count, _: tried.append(count) or count <= 60, 0, 400, 0.25, 50) == 50  # type: ignore[func-returns-value]
-    assert tried == [50, 62]
+
+    def share_of(count: int, left: int) -> float:
+        tried.append(count)
+        return (count / 60) ** 1.5
+
+    assert 48 <= _largest(share_of, 0, 400, 0.25, 50) <= 60
+    assert len(tried) <= 3
 
 
 def test_what_does_less_harm_is_tried_first() -> None:
     own = search(budget=1)
     order = own.ranked(NONE, 1, None, own.candidates.count)[0]
-    assert own._harm is not None
-    harm = own._harm.amax(0)
-    after = _spared(own._harm, order[:1], order[1:])
+    assert own.ranking.harm is not None
+    harm = own.ranking.harm.amax(0)
+    after = spared(own.ranking.harm, order[:1], order[1:])
     less = int((harm[after] < harm[order[0]]).sum())
     assert 0 < less < len(after)
     assert bool((harm[after[:less]] < harm[order[0]]).all())

@@ -61,9 +61,8 @@ def correct(
     Half of the samples of each source chooses what goes, by slopes; the other half decides how much of it, by what is measured
     without it. Targets of undesired samples are the tokens that should not be; where the sample has `instead`, they are compared
     with that. Samples are examples, or a `Calibration` in two subsets, the first of which chooses. Costs for each round about 3 passes
-    over the choosing half's undesired samples (15 for `integrated`) and 5 over its others, and up to 9 over the deciding half,
-    about 3 in a round that begins with the number of the one before; where the first candidate alone does too much harm in the last
-    round, 8 and those 9 once more.
+    over the choosing half's undesired samples (15 for `integrated`) and 5 over its others, and about 3 over the deciding half, 6 in
+    the first; where the first candidate alone does too much harm in the last round, up to 8 and those once more.
     What is finished is kept in the folder `kept_in`, where the same call goes on; the caller removes it (`core.forget`).
 
     Raises:

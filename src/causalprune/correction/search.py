@@ -1,4 +1,4 @@
-"""Which candidates go: scored in rounds, as many as the measured harm allows, found by halving."""
+"""Which candidates go: scored in rounds, as many as the measured harm allows, found by interpolation."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,21 +14,17 @@ from causalprune.circuits import Value, summed_up
 from causalprune.core import OptionError, Stage, say
 from causalprune.correction.behaviours import CLEAN
 from causalprune.correction.candidates import Candidates, Chosen
-from causalprune.correction.evidence import DRIFT, HARM, ODDS, Looking, Need, Vector
-from causalprune.correction.measuring import Measured, Trials, check_finite, named
+from causalprune.correction.evidence import Looking
+from causalprune.correction.measuring import Measured, Trials
+from causalprune.correction.ranking import Ranking, expected, spared
 from causalprune.correction.records import Contrast, Point
-from causalprune.correction.scores import SCORES, Known
 
 Found: TypeAlias = tuple[Chosen, Point]
 NONE = torch.zeros(0, dtype=torch.long)
 COARSE, FINE = 0.25, 0.05
 """Numbers are told apart to this share, in rounds on the way and in the last one."""
-FREE = 0.01
-"""Harm whose share a candidate counts with where there is no limit."""
-STEP = 1.25
-"""Numbers around an expected one are so far apart."""
-LEAST = 0.25
-"""A source that is far from its limit counts with this share of the one that is nearest."""
+POWER, STEP = 1.3, 1.25
+"""Harm grows about as this power of the number; how far below one that is too many the next is, at least."""
 TRIES, OTHERS = 8, 10_000
 """Candidates that are closed alone where the first does too much harm, and those by score among which they are."""
 
@@ -57,14 +53,11 @@ class Search:
     most: int
     stage: Stage
     curve: list[Point] = field(default_factory=list)
-    _known: tuple[str, dict[Need, Tensor]] | None = None
-    _worth: Vector | None = None
 
     @cached_property
-    def _part(self) -> dict[Need, float]:
-        """The parts of what closing does that scaling does, to first and to second order."""
-        gone = 1 - self.candidates.factor
-        return {ODDS: gone, HARM: gone**2, DRIFT: gone}
+    def ranking(self) -> Ranking:
+        """What candidates are worth."""
+        return Ranking(self.looking, self.how, self.most, self.stage)
 
     def run(self) -> Found:
         """Return what goes, and what the model was measured to do without it.
@@ -133,35 +126,30 @@ class Search:
         with self.stage(self._named("sizes", turn.number)) as tell:
             say(tell, unit="sizes")
 
-            def fits(count: int, left: int) -> bool:
+            def share_of(count: int, left: int) -> float:
                 chosen = torch.cat([stay, order[:count]])
                 point = self.point(chosen, turn.number, float(harms[count - 1]))
                 found.append((chosen, point))
                 self.curve.append(point)
                 tell(len(found), len(found) + math.ceil(math.log2(max(left, 1))))
-                return self._share(point) <= turn.part
+                return self._share(point) / turn.part
 
-            if _largest(fits, 0, min(len(order), room), turn.apart, near) or not room or not len(order):
+            if _largest(share_of, 0, min(len(order), room), turn.apart, near) or not room or not len(order):
                 return found
             if turn.number == self.how.rounds:
                 every, _ = self.ranked(members, turn.number, before, self.most + OTHERS)
-                order = _spared(self._harm, order[:1], every[every != order[:1]])
+                order = spared(self.ranking.harm, order[:1], every[every != order[:1]])
                 for _ in range(min(TRIES, len(order))):
-                    harms = _expected(self._harm, order, self._predicted(before))
-                    if fits(1, TRIES):
-                        _largest(fits, 1, min(len(order), room), turn.apart)
+                    harms = expected(self.ranking.harm, order, self._predicted(before))
+                    if share_of(1, TRIES) <= 1:
+                        _largest(share_of, 1, min(len(order), room), turn.apart)
                         break
-                    order = _spared(self._harm, order[:1], order[1:])
+                    order = spared(self.ranking.harm, order[:1], order[1:])
         return found
 
     def _predicted(self, before: Point | None) -> float:
         """Return the divergence that is expected of what stays chosen."""
         return 0.0 if before is None or self.how.anew else before.predicted
-
-    @property
-    def _harm(self) -> Tensor | None:
-        assert self._known is not None
-        return self._known[1].get(HARM)
 
     def ranked(
         self, members: Chosen, number: int, before: Point | None, most: int | None = None
@@ -170,66 +158,9 @@ class Search:
 
         `before` is what was measured with these members closed.
         """
-        score, closed = SCORES[self.how.score], named(members)
-        if self._known is None or self._known[0] != closed:  # else it was looked at so already
-            again = self._known is not None and DRIFT in self._known[1]
-            gathered = self._gathered(members, number)
-            self._known = closed, gathered
-            limit = self.how.limit_nats if math.isfinite(self.how.limit_nats) else FREE
-            harm = self._expected_harm(members, before)
-            known = Known(gathered, harm, self.candidates.magnitude, limit / self.most, self.how.seed)
-            own = score.of(known)
-            self._worth = (own + self._worth) / 2 if again and self._worth is not None else own.clone()
-        assert self._worth is not None
-        worth = self._worth.clone()
-        worth[~self.candidates.alive] = -torch.inf
-        if not self.how.anew:
-            worth[members] = -torch.inf
-        worth = worth.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
-        best = worth.topk(min(most or self.most, len(worth)))
-        order = best.indices[best.values > (0.0 if score.beneficial else -torch.inf)]
-        if not len(order) and not len(members):
-            raise OptionError(
-                "closing no candidate is expected to lower the log-odds of what is undesired: give other samples, or other units"
-            )
-        return order, _expected(self._harm, order, self._predicted(before))
-
-    def _gathered(self, members: Chosen, number: int) -> dict[Need, Tensor]:
-        """Return what the score needs with these members closed; second orders are those of the intact model where units are chosen anew."""
-        needs, found = list(SCORES[self.how.score].needs), dict[Need, Tensor]()
-        if self.how.anew and len(members):
-            assert self._known is not None
-            found[HARM] = self._known[1][HARM]
-            needs[needs.index(HARM)] = DRIFT
-        self._known = None
-        with self.stage(self._named("scores", number)) as tell:
-            say(tell, unit="batches")
-            for need in needs:
-                own = self.looking.gather(need, members, named(members), tell)
-                check_finite(self.candidates.decoder, "scores", own)
-                found[need] = own * self._part.get(need, 1.0)
-        return found
-
-    def _expected_harm(self, members: Chosen, before: Point | None) -> Vector | None:
-        """Return the harm that is expected of every candidate.
-
-        That is its divergence to second order, of the source where that is largest; once members are closed the slope there and
-        the second order, of all sources, those the more that are nearer to their limit. Of a member it is what opening it again would spare.
-        """
-        assert self._known is not None
-        gathered = self._known[1]
-        if HARM not in gathered:
-            return None
-        if DRIFT not in gathered:
-            return gathered[HARM].amax(0)
-        assert before is not None
-        shares = self._shares(before)
-        near = torch.tensor([shares[source] for source in self.looking.half.sources])
-        near = near.clamp_min(max(LEAST * float(near.max()), torch.finfo(near.dtype).tiny))
-        closed = torch.zeros(self.candidates.count, dtype=torch.bool)
-        closed[members] = True
-        each = torch.where(closed, -gathered[HARM], gathered[HARM]) - gathered[DRIFT]
-        return (near / near.sum()).to(each) @ each
+        shares = {} if before is None else self._shares(before)
+        order = self.ranking.of(members, shares, self._named("scores", number), most or self.most)
+        return order, expected(self.ranking.harm, order, self._predicted(before))
 
     def point(self, chosen: Chosen, number: int, predicted: float) -> Point:
         """Measure the model without some candidates."""
@@ -252,41 +183,38 @@ class Search:
         )
 
 
-def _largest(fits: Callable[[int, int], bool], low: int, high: int, apart: float, near: int = 0) -> int:
-    """Measure numbers above one that fits, and return the largest that is known to; `fits` is told how many are left too.
+def _largest(share_of: Callable[[int, int], float], low: int, most: int, apart: float, near: int = 0) -> int:
+    """Measure which share of the limit numbers above one that fits take, and return the largest that is known to take no more.
 
-    The first to be measured are around one that the largest is expected to be `near`, or the highest.
+    The first is one that the largest is expected to be `near`, or the highest; `share_of` is told how many are left too. Shares
+    grow about as a power of the number, so that the next is where they are expected to be 1, between the two nearest.
     """
-    if high <= low:
+    if most <= low:
         return low
-    first = near if low < near < high else high
-    while fits(first, high - low):
-        if first == high:
-            return high
-        low, first = first, min(max(int(first * STEP), first + 1), high)
-    high = first
-    while near and not low and high > 1:
-        first = max(int(high / STEP), 1)
-        low, high = (first, high) if fits(first, high - low) else (low, first)
-    while high - low > max(1, apart * low):
-        middle = min(max(round(math.sqrt(max(low, 1) * high)), low + 1), high - 1)
-        low, high = (middle, high) if fits(middle, high - low) else (low, middle)
+    at, high = near if low < near < most else most, most + 1
+    shares = dict[int, float]()
+    while high - low > max(1, apart * low) or (high > most and low < most):
+        shares[at] = share_of(at, min(high, most) - low)
+        low, high = (at, high) if shares[at] <= 1 else (low, at)
+        inside = max(low + 1, int(low * (1 + apart))) if high > most else low + 1
+        at = min(
+            max(inside, round(_crossing(low, shares.get(low, math.nan), high, shares.get(high, math.nan)))),
+            high - 1,
+        )
     return low
 
 
-def _spared(harm: Tensor | None, failed: Chosen, order: Chosen) -> Chosen:
-    """Return an order with those in front of which less harm is expected than of one that does too much."""
-    if harm is None:
-        return order
-    less = harm[:, order].amax(0) < harm[:, failed].amax(0)
-    return torch.cat([order[less], order[~less]])
-
-
-def _expected(harm: Tensor | None, order: Chosen, before: float) -> Float[Tensor, "_"]:
-    """Return the divergence expected of the first candidates of an order, NaN where none is."""
-    if harm is None:
-        return torch.full((len(order),), math.nan)
-    return before + harm[:, order].cumsum(1).amax(0)
+def _crossing(low: int, below: float, high: int, above: float) -> float:
+    """Return where the share of the limit is expected to be 1, from those at two numbers or at one of them, NaN where not known."""
+    start = max(low, 1)
+    known = [0 < share < math.inf for share in (below, above)]
+    if all(known):
+        return float(start * (high / start) ** (math.log(below) / math.log(below / above)))
+    if known[0]:
+        return float(min(low * below ** (-1 / POWER), 2 * low))
+    if known[1] and not low:
+        return float(min(high * above ** (-1 / POWER), high / STEP))
+    return math.sqrt(start * high)
 
 
 def _by_source(sources: Sequence[str], values: Float[Tensor, "example"]) -> dict[str, Value]:

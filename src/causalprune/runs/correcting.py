@@ -241,8 +241,7 @@ def planned_correction(
     rounds, how = asked.contrast.rounds, asked.contrast.how()
     scored = 3 * len(how.gates) * bad / 2 + 3 * how.draws * good / 2
     number = sum(stays.values()) + (prompts or samples)
-    near = AGAIN if asked.contrast.anew else TRIALS
-    sizes = TRIALS + (rounds - 1) * near
+    sizes = TRIALS + (rounds - 1) * (AGAIN if asked.contrast.anew else TRIALS)
     jobs = [
         Job("texts", prompts, int(WRITING * texts)),
         Job("scores", rounds, int(rounds * scored)),
