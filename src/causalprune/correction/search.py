@@ -21,7 +21,7 @@ from causalprune.correction.records import Contrast, Point
 
 Found: TypeAlias = tuple[Chosen, Point]
 NONE = torch.zeros(0, dtype=torch.long)
-COARSE, FINE = 0.25, 0.05
+COARSE, FINE = 0.5, 0.05
 """Numbers are told apart to this share, in rounds on the way and in the last one."""
 POWER, STEP = 1.3, 1.25
 """Harm grows about as this power of the number; how far below one that is too many the next is, at least."""
