@@ -144,10 +144,10 @@ def test_the_largest_number_that_fits_is_found(largest: int, near: int, power: f
             return float((count / (largest + 0.5)) ** power)
         return 0.0 if count <= largest else power
 
-    assert _largest(share_of, 0, 100, 0.0, near) == largest
+    assert _largest(share_of, 0, 100, near, 0.0) == largest
     assert len(tried) == len(set(tried)) <= 20
     assert tried[0] == (near if 0 < near < 100 else 100)
-    found = _largest(share_of, 0, 100, 0.25, near)
+    found = _largest(share_of, 0, 100, near, 0.25)
     assert found <= largest <= max(1.25 * found, found + 1)
 
 
@@ -158,8 +158,20 @@ def test_numbers_near_an_expected_one_take_few_trials() -> None:
         tried.append(count)
         return (count / 60) ** 1.5
 
-    assert 48 <= _largest(share_of, 0, 400, 0.25, 50) <= 60
+    assert 48 <= _largest(share_of, 0, 400, 50, 0.25) <= 60
     assert len(tried) <= 3
+
+
+def test_on_the_way_what_takes_most_of_the_limit_is_enough() -> None:
+    tried = list[int]()
+
+    def share_of(count: int, left: int) -> float:
+        tried.append(count)
+        return (count / 60) ** 1.5
+
+    assert _largest(share_of, 0, 400, 50, 0.0, 0.7) == 50
+    assert tried == [50]  # takes 0.76
+    assert _largest(share_of, 0, 400, 50, 0.0, 0.8) > 50
 
 
 def test_what_does_less_harm_is_tried_first() -> None:

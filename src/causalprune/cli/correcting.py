@@ -104,7 +104,7 @@ class ContrastOptions:
             help="Rounds of scoring, each with those closed that are chosen by then; units by contrast are chosen anew in each, and may come back.",
             min=1,
         ),
-    ] = 4
+    ] = 3
     damp: Annotated[
         float, typer.Option(help="What is left of what units send: 0 sets them to zero, 0.5 halves it.")
     ] = 0.0

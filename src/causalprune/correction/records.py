@@ -33,7 +33,7 @@ class Contrast:
     harm: float = 0.01
     score: str = "contrast"
     estimator: str = "gradient"
-    rounds: int = 4
+    rounds: int = 3
     weights: bool = False
     certain: bool = False
     damp: float = 0.0

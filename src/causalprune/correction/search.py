@@ -23,6 +23,8 @@ Found: TypeAlias = tuple[Chosen, Point]
 NONE = torch.zeros(0, dtype=torch.long)
 COARSE, FINE = 0.5, 0.05
 """Numbers are told apart to this share, in rounds on the way and in the last one."""
+ENOUGH = 0.6
+"""In rounds on the way a number is the largest that is looked for where it takes this share of the limit, or more of it."""
 POWER, STEP = 1.3, 1.25
 """Harm grows about as this power of the number; how far below one that is too many the next is, at least."""
 TRIES, OTHERS = 8, 10_000
@@ -31,11 +33,21 @@ TRIES, OTHERS = 8, 10_000
 
 @dataclass(frozen=True)
 class Turn:
-    """A round: which, how much harm it may do as a share of the limit, and how near to each other numbers are told apart, as a share."""
+    """A round: which, of how many, and how much harm it may do as a share of the limit."""
 
     number: int
+    rounds: int
     part: float
-    apart: float
+
+    @property
+    def last(self) -> bool:
+        """Whether no other follows."""
+        return self.number == self.rounds
+
+    def largest(self, share_of: Callable[[int, int], float], low: int, most: int, near: int = 0) -> int:
+        """Measure numbers until the largest that fits is known as well as this round needs it; see `_largest`."""
+        how = (FINE, 1.0) if self.last else (COARSE, ENOUGH)
+        return _largest(share_of, low, most, near, *how)
 
 
 @dataclass(eq=False)
@@ -70,7 +82,7 @@ class Search:
         last, every = list[Found](), list[Found]()
         for number in range(1, self.how.rounds + 1):
             part = 1.0 if self.how.anew else number / self.how.rounds
-            turn = Turn(number, part, FINE if number == self.how.rounds else COARSE)
+            turn = Turn(number, self.how.rounds, part)
             last = self._turn(*begun, math.ceil(self.most * part), turn)
             fitting = [own for own in last if self._share(own[1]) <= part]
             if fitting:
@@ -134,15 +146,15 @@ class Search:
                 tell(len(found), len(found) + math.ceil(math.log2(max(left, 1))))
                 return self._share(point) / turn.part
 
-            if _largest(share_of, 0, min(len(order), room), turn.apart, near) or not room or not len(order):
+            if turn.largest(share_of, 0, min(len(order), room), near) or not room or not len(order):
                 return found
-            if turn.number == self.how.rounds:
+            if turn.last:
                 every, _ = self.ranked(members, turn.number, before, self.most + OTHERS)
                 order = spared(self.ranking.harm, order[:1], every[every != order[:1]])
                 for _ in range(min(TRIES, len(order))):
                     harms = expected(self.ranking.harm, order, self._predicted(before))
                     if share_of(1, TRIES) <= 1:
-                        _largest(share_of, 1, min(len(order), room), turn.apart)
+                        turn.largest(share_of, 1, min(len(order), room))
                         break
                     order = spared(self.ranking.harm, order[:1], order[1:])
         return found
@@ -183,11 +195,14 @@ class Search:
         )
 
 
-def _largest(share_of: Callable[[int, int], float], low: int, most: int, apart: float, near: int = 0) -> int:
+def _largest(
+    share_of: Callable[[int, int], float], low: int, most: int, near: int, apart: float, enough: float = 1.0
+) -> int:
     """Measure which share of the limit numbers above one that fits take, and return the largest that is known to take no more.
 
     The first is one that the largest is expected to be `near`, or the highest; `share_of` is told how many are left too. Shares
-    grow about as a power of the number, so that the next is where they are expected to be 1, between the two nearest.
+    grow about as a power of the number, so that the next is where they are expected to be 1, between the two nearest. It ends
+    where those are no further `apart` than this share of the lower one, or where that takes `enough` of the limit.
     """
     if most <= low:
         return low
@@ -196,6 +211,8 @@ def _largest(share_of: Callable[[int, int], float], low: int, most: int, apart: 
     while high - low > max(1, apart * low) or (high > most and low < most):
         shares[at] = share_of(at, min(high, most) - low)
         low, high = (at, high) if shares[at] <= 1 else (low, at)
+        if shares.get(low, 0.0) >= enough:
+            break
         inside = max(low + 1, int(low * (1 + apart))) if high > most else low + 1
         at = min(
             max(inside, round(_crossing(low, shares.get(low, math.nan), high, shares.get(high, math.nan)))),
