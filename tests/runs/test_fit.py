@@ -11,11 +11,13 @@ import shipped
 from conftest import Run, assert_refused
 from tinydata import tiny_decoder, write_data
 
+import causalprune as cp
 from causalprune.core.errors import ModelError, OptionError
 from causalprune.core.types import EvalResult
 from causalprune.models.loading import load
 from causalprune.runs import ModelSpec, searching
 from causalprune.runs import shipped as fit_of
+from causalprune.runs.single import Options
 from causalprune.shipping.frontier import Limit, Point, front
 from causalprune.shipping.recounting import looked_into
 
@@ -245,6 +247,34 @@ def test_a_smaller_model_that_cannot_be_a_file_is_said_and_others_go_on(
     search.points, search.result = points.__getitem__, lambda *_: None
     with pytest.warns(UserWarning, match="no file without 10% of the parameters is tried: no such file"):
         assert [p.name for p in fit_of._searched(search)] == ["q8_0", "0.2-q8_0"]
+
+
+def test_what_units_are_worth_is_measured_once_for_all_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[str]()
+
+    def smaller(*_: Any, ledger: Path, **__: Any) -> Any:
+        units = searching.leftovers(ledger)["units"]
+        seen.append(units.read_text() if units.exists() else "nothing")
+        units.write_text("effects")
+        return SimpleNamespace(decoder=None)
+
+    monkeypatch.setattr(searching, "shrink", smaller)
+    monkeypatch.setattr(searching, "save", lambda *_, **__: None)
+    monkeypatch.setattr(searching, "budget_of", lambda *_: None)
+    spec = ModelSpec("model")
+    search = pretended(start=searching.Start(spec), calibration=None, load=lambda _: None)
+    search.asked.start, search.asked.update = None, "distill"
+    search.work, search.folder = tmp_path, lambda share: tmp_path / f"without-{share:g}"
+    search.options, search.wanted = Options(stage=cp.quiet), SimpleNamespace(seed=0)
+    search.book.append = search.book.rows.__setitem__
+    for share in (0.1, 0.2):
+        searching.Search.shrunk(search, share)
+    assert seen == ["nothing", "effects"]
+    assert [path.name for path in tmp_path.iterdir()] == [searching.EFFECTS]
+    searching.clear(tmp_path, whole=True)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_file_that_llama_cpp_refuses_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,8 @@ MIXES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "q2_k")
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 PLAN, MADE, EXAMPLES = "plan/", "made/", "examples"
 """Keys of a ledger besides those of what was measured."""
+EFFECTS = "effects"
+"""What the units of the start are worth, which does not depend on a share."""
 ROUNDED = 1.1
 """How much more than its share may go from layers whose widths are rounded."""
 
@@ -234,6 +236,9 @@ class Search:
         if key in self.book.rows and (folder / MANIFEST).exists():
             return
         ledger, stage = self.work / f"{folder.name}.attribution", self.options.stage
+        kept_in = leftovers(ledger)
+        if (self.work / EFFECTS).exists() and not kept_in["units"].exists():
+            shutil.copyfile(self.work / EFFECTS, kept_in["units"])
         calibration = self.calibration
         decoder = load(self.start.spec) if self.asked.start else self.load(0.0)
         budget = budget_of(decoder, round(1 - (1 - share) / (1 - self.start.lacks), 4))
@@ -241,7 +246,8 @@ class Search:
         found = shrink(decoder, budget, calibration, how, ledger=ledger, stage=stage)
         with stage(f"saving without {share:.0%}"):
             save(found.decoder, folder, found, overwrite=True)
-        for path in leftovers(ledger).values():
+        kept_in.pop("units").replace(self.work / EFFECTS)  # of the model that all smaller ones come from
+        for path in kept_in.values():
             forget(path)
         if key not in self.book.rows:
             self.book.append(key, True)
@@ -267,7 +273,7 @@ def clear(work: Path, *, whole: bool) -> None:
     for left in (*work.glob("without-*"), work / "whole"):
         if (left / MANIFEST).exists():
             shutil.rmtree(left)
-    for left in (*work.glob("importance-*.npz"), work / "whole-q8_0.gguf"):
+    for left in (*work.glob("importance-*.npz"), work / "whole-q8_0.gguf", work / EFFECTS):
         left.unlink(missing_ok=True)
     for left in work.glob("without-*.attribution.*"):
         forget(left)
