@@ -6,8 +6,8 @@
 
 Steps: zeros, smollm2_20, smollm2_30, qwen_20, qwen_solved (hours), runtime (tiny models in transformers and llama.cpp), speed (of the model of
 `smollm2_20`, in llama.cpp), smollm2_files, qwen_files (what `fit` chooses at some sizes, from a model off the grid that it lies on). A peer's folder is measured, not made: beside it may lie `FOLDER.json` with
-`repository`, `commit` and `options`. Models are kept in `runs/fit`, so that a stopped bench goes on. Figures and raw data are in
-`results/fit.json`.
+`repository`, `commit` and `options`. Models are kept in `runs/fit` and what was measured in `rows/fit`, so that a stopped bench goes on. Figures
+and raw data are in `results/fit.json`.
 """
 
 import hashlib
@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ import consumers
 import numpy as np
 import torch
 from before import before, median_interval, variables
-from common import ROOT, RUNS, Found, carry_out, data_folder, step_parser
+from common import ROOT, RUNS, Found, carry_out, data_folder, is_kept, kept, made, step_parser
 from lean import COMMAND, MODELS
 from models import fetched
 
@@ -40,7 +39,7 @@ from causalprune.core.progress import shown
 from causalprune.core.sizes import size_of
 from causalprune.core.types import EvalResult
 from causalprune.evaluation.measures import evaluate
-from causalprune.evaluation.results import headline, paired_difference
+from causalprune.evaluation.results import headline, kept_rows, paired_difference, results_in
 from causalprune.evaluation.settings import Settings
 from causalprune.evaluation.written import own_pieces
 from causalprune.shipping.exporting import export
@@ -48,7 +47,7 @@ from causalprune.shipping.runtime import running
 from causalprune.shrinking.worth import KINDS, Kind
 
 NAME, MATRIX, ROWS, KEEPS = "fit", "layers.15.down", 64, 0.999
-CLOSE, ROUNDS = 1e-3, 7
+CLOSE, ROUNDS = 1e-3, 15
 """Of the range of logits, how far two runtimes may be apart; and how often speeds are taken."""
 PIECES, STEPS_OFF, STEP = 32, 300, 1e-5
 """Text and steps of training that take a model off its grid."""
@@ -91,7 +90,7 @@ def smaller(name: str, percent: int) -> Found:
     untrained = RUNS / "fit" / f"{step}-untrained"
     seconds["untrained"] = _made(untrained, [sys.executable, "-c", COMMAND, *words, "--update", "none"])
     every = {"dense": Path(model), **places, "untrained": untrained, **PEERS}
-    results = {label: _measured(place, dtype) for label, place in every.items()}
+    results = {label: _measured(f"{step}/{label}", place, dtype) for label, place in every.items()}
     losses, texts = ({label: own[at] for label, own in results.items()} for at in (0, 1))
     rise = {label: headline(own) - headline(losses["dense"]) for label, own in losses.items()}
     figures = {
@@ -133,8 +132,14 @@ def _made(place: Path, command: list[str]) -> float:
     return float(note.read_text())
 
 
-def _measured(model: Path, dtype: str, on: tuple[str, ...] = ON) -> list[EvalResult]:
-    return evaluate(load(str(model), dtype=dtype, device="cpu"), on, Settings(data_dir=data_folder()))
+def _measured(row: str, model: Path, dtype: str, on: tuple[str, ...] = ON) -> list[EvalResult]:
+    """Return results of a model, which are kept as a row."""
+
+    def results() -> list[Any]:
+        decoder = load(str(model), dtype=dtype, device="cpu")
+        return kept_rows(evaluate(decoder, on, Settings(data_dir=data_folder())))
+
+    return results_in(kept(f"fit/{row}", results))
 
 
 def _described(folder: Path) -> Mapping[str, Any]:
@@ -214,24 +219,22 @@ def frontier(name: str, sizes: tuple[int, ...]) -> Found:
     words += ["--data-dir", str(data_folder())]
     found = {}
     for number, size in enumerate(sizes):
-        start, note = time.perf_counter(), place.with_name(f"{place.name}-{size}.json")
-        if not note.exists():
+        start, row = time.perf_counter(), f"fit/{name}_files/{size}"
+        if not is_kept(row):
             done = subprocess.run([sys.executable, "-c", COMMAND, *words, "--size", f"{size}MB"], check=False)
             if done.returncode:  # refused, or stopped: the other sizes are not lost with it
                 print(f"{name}: no file of {size} MB")
                 continue
-            record = json.loads((place / "frontier.json").read_text())
             minutes = (time.perf_counter() - start) / 60 if not number else None
-            note.write_text(json.dumps({**record, "minutes": minutes}))
-        found[str(size)] = json.loads(note.read_text())
-    over = {size: own["minus_best_whole"] for size, own in found.items()}
-    figures = {
-        f"fit_minus_unshrunk_nats_high_{name}_{size}": own["high"] if own else 0.0
-        for size, own in over.items()
-    }
-    figures |= {
-        f"fit_pays_points_{name}": float(sum(own is not None and own["high"] < 0 for own in over.values()))
-    }
+            record = json.loads((place / "frontier.json").read_text())
+            kept(row, partial(dict, record, minutes=minutes, **made()))
+        found[str(size)] = kept(row, dict)
+    figures: dict[str, float | None] = {}
+    for size, own in found.items():
+        over, whole = own["minus_best_whole"], not own["chosen"]["share"]
+        high = over["high"] if over else 0.0 if whole else None  # none: no whole file is so small
+        figures[f"fit_minus_unshrunk_nats_high_{name}_{size}"] = high
+    figures[f"fit_pays_points_{name}"] = sum(own is not None and own < 0 for own in figures.values())
     if (minutes := found.get(str(sizes[0]), {}).get("minutes")) is not None:
         figures[f"fit_minutes_{name}"] = minutes
     return {"figures": figures, "raw": found}
@@ -244,13 +247,10 @@ def solved() -> Found:
     words = ["shrink", own, "-t", "own:gsm8k", "-n", str(PROBLEMS), "--parameters", "0.2", "--dtype", dtype]
     words += ["--device", "cpu", "--data-dir", str(data_folder())]
     seconds = _made(place, [sys.executable, "-c", COMMAND, *words])
-    results = {}
-    for name, path in {"dense": Path(own), "ours": place}.items():
-        note = place.with_name(f"qwen_solved-{name}.json")
-        if not note.exists():
-            result = _measured(path, dtype, ("gsm8k_answers:800",))[0]
-            note.write_text(json.dumps(asdict(result)))
-        results[name] = EvalResult(**json.loads(note.read_text()))
+    results = {
+        name: _measured(f"qwen_solved/{name}", path, dtype, ("gsm8k_answers:800",))[0]
+        for name, path in {"dense": Path(own), "ours": place}.items()
+    }
     share = headline(results["ours"]) / headline(results["dense"])
     apart = paired_difference(results["ours"], results["dense"])
     values = {name: list(result.values) for name, result in results.items()}

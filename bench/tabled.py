@@ -1,4 +1,4 @@
-"""Tables of circuits and corrections, for `tables.py`."""
+"""Tables of circuits, corrections and files that ship, for `tables.py`."""
 
 import itertools
 import json
@@ -237,4 +237,61 @@ def corrected() -> str:
     return _table(["corrected", "parts", *LOOPS], [["nothing", "0", *before], *rows]) if rows else MISSING
 
 
-BASELINES: dict[str, Callable[[], str]] = {"corrected": corrected}
+MADE = {
+    "dense": "whole",
+    "ours": "`shrink`, the default",
+    "untrained": "`shrink --update none`",
+    "before": "the build before",
+}
+"""What a model is called that `shrink` has made, or has not; others are peers'."""
+NAMES = {"smollm2": "SmolLM2", "qwen": "Qwen2.5-Coder-0.5B"}
+
+
+def shrunk() -> str:
+    """What a fifth of the parameters costs, with this build, the one before and peers, on the same problems."""
+    rows = list[list[str]]()
+    for step in ("smollm2_20", "smollm2_30", "qwen_20"):
+        own = _step("fit", step)
+        for label, results in (own["measured"] if own else {}).items():
+            apart = own["differences"].get(f"ours - {label}")
+            cells = [f"{_signed(pair)}" for pair in apart] if apart else ["", ""]
+            values = [f"{result['value']:.{digits}f}" for result, digits in zip(results, (3, 1), strict=True)]
+            name, _, share = step.partition("_")
+            rows.append([f"{NAMES[name]} −{share} %, {MADE.get(label, label)}", *values, *cells])
+    head = ["", "GSM8K, nats", "perplexity", "`shrink` less it, nats", "less it, perplexity"]
+    return _table(head, rows) if rows else MISSING
+
+
+def files() -> str:
+    """What `fit` chooses within sizes, and the best file that is whole."""
+    rows = list[list[str]]()
+    for step in ("smollm2_files", "qwen_files"):
+        for size, own in (_step("fit", step) or {}).items():
+            points = {point["name"]: point for point in own["points"]}
+            chosen, whole = own["chosen"], points.get(own["best_whole"])
+            cells = [f"{size} MB", f"{own['dense']['value']:.3f}", *_shown(chosen), *_shown(whole)]
+            pair = own["minus_best_whole"]
+            rows.append(
+                [
+                    f"{NAMES[step.removesuffix('_files')]}, {cells[0]}",
+                    *cells[1:],
+                    _signed(pair) if pair else "",
+                ]
+            )
+    head = ["within", "dense", "chosen", "MB", "nats", "best whole", "MB", "nats", "chosen less whole"]
+    return _table(head, rows) if rows else MISSING
+
+
+def _shown(point: dict[str, Any] | None) -> list[str]:
+    return (
+        ["–", "", ""]
+        if point is None
+        else [point["name"], f"{point['bytes'] / 1e6:.1f}", f"{point['value']:.3f}"]
+    )
+
+
+def _signed(pair: dict[str, float]) -> str:
+    return f"{pair['difference']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}]"
+
+
+OTHERS: dict[str, Callable[[], str]] = {"corrected": corrected, "shrunk": shrunk, "files": files}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, record
-from tabled import BASELINES, CIRCUITS
+from tabled import CIRCUITS, OTHERS
 
 from causalprune.cli.tables import comparison, to_markdown
 from causalprune.cli.tables import stability as stability_tables
@@ -558,7 +558,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "smaller": smaller,
     "lean": lean,
     **CIRCUITS,
-    **BASELINES,
+    **OTHERS,
 }
 
 

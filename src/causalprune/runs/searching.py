@@ -37,13 +37,11 @@ from causalprune.runs.recipe import CalibrationSpec, ModelSpec
 from causalprune.runs.single import Options
 from causalprune.runs.traces import calibrated
 from causalprune.shipping import (
-    NEAR,
     SCRATCH,
     Exporting,
     Importance,
     Limit,
     Point,
-    best,
     can_keep,
     half,
     importance,
@@ -62,8 +60,6 @@ PLAN, MADE, EXAMPLES = "plan/", "made/", "examples"
 """Keys of a ledger besides those of what was measured."""
 EFFECTS = "effects"
 """What the units of the start are worth, which does not depend on a share."""
-ROUNDED = 1.1
-"""How much more than its share may go from layers whose widths are rounded."""
 
 
 @dataclass(frozen=True)
@@ -362,33 +358,3 @@ def check_halves(result: EvalResult, limit: Limit) -> None:
             f"the model as it is solves none of the {len(half(result, 0).values)} problems of {result.task} that decide, so that "
             "no share of them can be kept: take another measure (--on), or more problems"
         )
-
-
-def check_reach(search: Search, points: list[Point]) -> None:
-    """Raise `OptionError`, before anything is made smaller, for a size that nothing which is tried can have.
-
-    All that goes is taken from layers: embeddings, norms and metadata stay, in whatever type they get.
-    """
-    least, most = min(points, key=lambda p: p.bytes), max(search.shares, default=0.0)
-    if search.asked.limit.kind == "size":
-        fixed = search.types(0.0)[least.mix]["fixed"]
-        bare = outlined(search.spec)
-        inside = sum(p.size for p in bare.projections) / size_of(bare).parameters
-        floor = fixed + (least.bytes - fixed) * max(1 - ROUNDED * most / inside, 0.0)
-        if search.asked.limit.value < floor:
-            raise OptionError(
-                f"no file of {search.spec.name} is of {search.asked.limit}: the whole model as {least.mix} has "
-                f"{least.bytes / 1e6:.1f} MB, {fixed / 1e6:.1f} of them outside of its layers, and without {most:.0%} of its "
-                f"parameters about {floor / 1e6:.0f} MB at least"
-            )
-
-
-def enough(search: Search, share: float, points: list[Point]) -> bool:
-    """Tell whether a model without a share is, unrounded, so far behind a file that meets the limit that rounding it cannot pay."""
-    limit, whole = search.asked.limit, search.result(share, "")
-    meeting = best(points, search.rises(points), limit, search.keeps(points))
-    if not meeting or limit.kind == "speed":  # which is known once files are timed
-        return False
-    if limit.kind == "keep":
-        return kept(half(whole, 0), search.dense) < limit.value - NEAR
-    return worse(half(whole, 0), search.dense) > search.rises(points)[meeting[0].name] + NEAR

@@ -36,6 +36,7 @@ from causalprune.evaluation import (
 from causalprune.models import tokenizer_of
 from causalprune.reports import FRONTIER_PAGE, frontier_page
 from causalprune.runs.cells import load
+from causalprune.runs.reaching import check_reach, enough, too_large
 from causalprune.runs.recipe import CalibrationSpec, ModelSpec
 from causalprune.runs.searching import (
     EXAMPLES,
@@ -44,8 +45,6 @@ from causalprune.runs.searching import (
     Search,
     check_halves,
     check_measure,
-    check_reach,
-    enough,
     possible,
     settle,
     started,
@@ -174,6 +173,10 @@ def _searched(search: Search) -> list[Point]:
     for point in points:
         search.measure(0.0, point.mix)
     for share in search.shares:
+        if too_large(search, share):
+            continue
+        if enough(search, share, points):
+            break
         try:
             search.shrunk(share)
             search.measure(share, "")

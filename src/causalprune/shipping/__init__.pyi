@@ -47,6 +47,9 @@ from .frontier import (
     kept as kept,
 )
 from .frontier import (
+    kept_after as kept_after,
+)
+from .frontier import (
     limit_of as limit_of,
 )
 from .frontier import (
