@@ -8,7 +8,7 @@ from shapes import classes, code_lines, counted, functions, length, parameters, 
 from test_wings import WINGS
 
 FILES = [*sources(), *sorted(Path(__file__).parent.rglob("*.py"))]
-FILE_LINES, FUNCTION_LINES, CLASS_LINES, PARAMETERS, PACKAGE_LINES = 400, 60, 150, 6, 21_550
+FILE_LINES, FUNCTION_LINES, CLASS_LINES, PARAMETERS, PACKAGE_LINES = 400, 60, 150, 6, 21_600
 PAIRS = 70
 """Ordered pairs of wings with an import, for the first 13; a later wing may bring 10 more."""
 

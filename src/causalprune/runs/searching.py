@@ -232,9 +232,7 @@ class Search:
         if key in self.book.rows and (folder / MANIFEST).exists():
             return
         ledger, stage = self.work / f"{folder.name}.attribution", self.options.stage
-        kept_in = leftovers(ledger)
-        if (self.work / EFFECTS).exists() and not kept_in["units"].exists():
-            shutil.copyfile(self.work / EFFECTS, kept_in["units"])
+        lend(self.work, ledger)
         calibration = self.calibration
         decoder = load(self.start.spec) if self.asked.start else self.load(0.0)
         budget = budget_of(decoder, round(1 - (1 - share) / (1 - self.start.lacks), 4))
@@ -242,11 +240,22 @@ class Search:
         found = shrink(decoder, budget, calibration, how, ledger=ledger, stage=stage)
         with stage(f"saving without {share:.0%}"):
             save(found.decoder, folder, found, overwrite=True)
-        kept_in.pop("units").replace(self.work / EFFECTS)  # of the model that all smaller ones come from
-        for path in kept_in.values():
-            forget(path)
+        take_back(self.work, ledger)
         if key not in self.book.rows:
             self.book.append(key, True)
+
+
+def lend(work: Path, ledger: Path) -> None:
+    """Give a smaller model that is to be made what the units of the start are worth, where an earlier one has found that."""
+    own = leftovers(ledger)["units"]
+    if (work / EFFECTS).exists() and not own.exists():
+        shutil.copyfile(work / EFFECTS, own)
+
+
+def take_back(work: Path, ledger: Path) -> None:
+    """Keep what units are worth of what a smaller model leaves, and forget the rest."""
+    for what, path in leftovers(ledger).items():
+        path.replace(work / EFFECTS) if what == "units" else forget(path)
 
 
 def settle(search: Search) -> None:
