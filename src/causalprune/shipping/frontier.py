@@ -109,13 +109,15 @@ def can_keep(dense: EvalResult) -> bool:
 
 def kept(result: EvalResult, dense: EvalResult) -> float:
     """Return the share that is kept: of the likelihood per token, or of what dense scores; 0 where it `can_keep` none."""
+    if not can_keep(dense):
+        return 0.0
+    if higher_is_better(result):
+        return headline(result) / headline(dense)  # exactly what a limit may ask for
     return kept_after(worse(result, dense), dense)
 
 
 def kept_after(rise: float, dense: EvalResult) -> float:
-    """Return the share that is kept by what is so much worse than dense."""
-    if not can_keep(dense):
-        return 0.0
+    """Return the share that is kept by what is expected to be so much worse than dense, which `can_keep` some."""
     return 1 - rise / headline(dense) if higher_is_better(dense) else math.exp(-rise)
 
 
